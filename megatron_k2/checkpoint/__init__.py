@@ -1,0 +1,1 @@
+"""Checkpoints: Megatron's distributed format to and from Hugging Face's."""

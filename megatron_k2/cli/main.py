@@ -1,0 +1,67 @@
+"""``megatron-k2 <verb> …``: finds the verb's module and hands it the rest of the command line.
+
+A verb's module defines ``main(argv) -> int`` and imports torch or Megatron inside it, so that
+``megatron-k2 --help`` answers at once.
+"""
+
+import difflib
+import importlib
+import sys
+
+from megatron_k2 import __version__
+from megatron_k2.errors import UserError
+
+VERBS = {
+    "presets": "list the model presets with their exact parameter counts",
+    "doctor": "what this machine has, and which features that turns on or off",
+    "data": "prepare: turn text, JSONL or directories into Megatron indexed datasets",
+    "pretrain": "train a preset on Megatron's own loop (any Megatron flag may follow)",
+    "convert": "export a Megatron checkpoint to a Hugging Face directory",
+    "evaluate": "loss and perplexity of a Megatron checkpoint on a dataset",
+    "generate": "sample text from a Megatron checkpoint",
+    "report": "draw a run's metrics.jsonl as a PNG",
+}
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
+    return "\n".join(
+        [
+            f"megatron-k2 {__version__}: Kimi-K2-class training on unmodified Megatron-Core",
+            "",
+            "usage: megatron-k2 <verb> [options]      megatron-k2 <verb> --help",
+            "",
+            *lines,
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; a wrong input ends with one line on stderr and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    verb, rest = argv[0], argv[1:]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"one of: {', '.join(VERBS)}"
+        print(f"megatron-k2: unknown verb '{verb}'; {hint}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"megatron_k2.cli.{verb}")
+    try:
+        return int(module.main(rest))
+    except UserError as error:
+        print(f"megatron-k2 {verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"megatron-k2 {verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Perplexity and text from a Megatron checkpoint."""

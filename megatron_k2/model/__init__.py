@@ -1,0 +1,1 @@
+"""The Kimi K2 model as Megatron module specs."""

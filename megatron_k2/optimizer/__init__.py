@@ -1,0 +1,1 @@
+"""MuonClip: Muon with QK-Clip (Kimi K2 report, section 2.1)."""

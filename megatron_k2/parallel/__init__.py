@@ -1,0 +1,1 @@
+"""Where the model runs: the CPU host, and the checks on a parallel layout."""

@@ -1,0 +1,1 @@
+"""What Megatron's own training loop asks of a plugin."""
