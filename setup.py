@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 EXTRAS = {
     # Transformer Engine modules, FP8 (needs a CUDA toolchain; the CPU path does without).
     "te": ["transformer-engine[pytorch]>=2.14,<3"],
-    # Launching on Slurm or locally through NeMo-Run. leptonai 0.47 dropped the module NeMo-Run imports.
+    # Launching on Slurm or locally through NeMo-Run, which imports a module leptonai 0.47 dropped.
     "launch": ["nemo-run>=0.11,<0.12", "leptonai<0.47", "pyyaml>=6"],
     # Megatron-Bridge configs (installs with --no-deps only, see docs).
     "bridge": ["megatron-bridge>=0.6.2,<0.7"],
@@ -22,7 +22,7 @@ EXTRAS = {
 setup(
     name="megatron-k2",
     version="0.1.0",
-    description="Kimi-K2-class training on unmodified Megatron-Core: MLA, fine-grained MoE, MuonClip",
+    description="Kimi-K2-class training on Megatron-Core: MLA, fine-grained MoE, MuonClip",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
