@@ -1,0 +1,1 @@
+"""Arithmetic about a run before it is launched. Nothing here needs torch."""
