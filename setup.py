@@ -35,6 +35,7 @@ setup(
     install_requires=[
         "torch>=2.9,<3",
         "megatron-core>=0.19.2,<0.20",
+        "emerging-optimizers>=0.3,<0.4",  # Megatron's optimizer registry opens only with it
         "numpy>=1.26",
         "psutil>=5.9",  # Megatron's checkpoint writer needs it and does not declare it
         "safetensors>=0.4",

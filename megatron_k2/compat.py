@@ -1,0 +1,116 @@
+"""Which Megatron-Core and companions are installed, and the named repairs of released wheels.
+
+Importing this module patches nothing. A repair is one function, called by name, that checks the
+version it repairs; ``tests/test_compat.py`` fails when upstream has fixed the defect, so that the
+repair can be dropped.
+"""
+
+import functools
+import importlib.metadata
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from megatron_k2.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+CHECKED_MEGATRON_VERSIONS = ("0.19.2",)
+"""Megatron-Core versions whose private seams this package was tested against."""
+
+
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed distribution, or ``None``."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def require_checked_megatron() -> str:
+    """The installed Megatron-Core version.
+
+    Raises:
+        UserError: if it is absent or was not checked.
+    """
+    version = installed_version("megatron-core")
+    if version is None:
+        raise UserError("megatron-core is not installed; pip install 'megatron-core>=0.19.2,<0.20'")
+    if version not in CHECKED_MEGATRON_VERSIONS:
+        raise UserError(
+            f"megatron-core {version} is installed, but its internals were checked only for "
+            f"{', '.join(CHECKED_MEGATRON_VERSIONS)}; "
+            f"pip install megatron-core=={CHECKED_MEGATRON_VERSIONS[-1]}"
+        )
+    return version
+
+
+def skip_helpers_compilation() -> None:
+    """Let ``initialize_megatron`` run from the wheel, on CPU and GPU alike.
+
+    ``megatron/training/initialize.py:_compile_dependencies`` calls ``compile_helpers()``, which
+    runs ``make`` in ``megatron/core/datasets``. The wheel ships the compiled helpers but not the
+    Makefile, so it ends with "No targets specified and no makefile found" and ``sys.exit(1)``.
+    """
+    require_checked_megatron()
+    import megatron.core.datasets.utils as dataset_utils
+
+    dataset_utils.compile_helpers = lambda: None
+
+
+def restore_distributed_optimizer_without_te() -> None:
+    """Exact resume of ``DistributedOptimizer`` over ``torch.optim.AdamW`` (no Transformer Engine).
+
+    Without TE's FusedAdam, upstream's resume is wrong in three places of
+    ``core/optimizer/distrib_optimizer.py``:
+
+    - ``sharded_state_dict(is_loading=True)`` asserts on a fresh optimizer's empty state (:839);
+    - ``_set_main_param_and_optimizer_states`` overwrites or misses ``step`` (:1223);
+    - ``load_state_dict`` stores one shared ``step`` tensor in every parameter's state (:1027), so
+      AdamW increments it once per parameter and the bias correction is silently wrong.
+    """
+    require_checked_megatron()
+    import torch
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    if getattr(DistributedOptimizer, "_k2_restores_without_te", False):
+        return
+
+    def wraps(name: str) -> Callable[[Callable[..., Any]], None]:
+        original = getattr(DistributedOptimizer, name)
+
+        def install(replacement: Callable[..., Any]) -> None:
+            @functools.wraps(original)
+            def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+                return replacement(self, original, *args, **kwargs)
+
+            setattr(DistributedOptimizer, name, method)
+
+        return install
+
+    @wraps("sharded_state_dict")
+    def _sharded_state_dict(
+        self: Any, original: Any, state: Any, is_loading: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        if is_loading and not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()
+        return original(self, state, is_loading, *args, **kwargs)
+
+    @wraps("_set_main_param_and_optimizer_states")
+    def _set_states(self: Any, original: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
+        group, order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group]["params"][order]
+        state = self.optimizer.state.get(main_param, {})
+        if "step" in state:
+            tensors = {**tensors, "step": state["step"]}
+        return original(self, model_param, tensors)
+
+    @wraps("load_state_dict")
+    def _load_state_dict(self: Any, original: Any, state_dict: Any) -> None:
+        with torch.no_grad():  # fp32 main parameters are views of leaves
+            original(self, state_dict)
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+
+    DistributedOptimizer._k2_restores_without_te = True

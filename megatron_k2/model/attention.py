@@ -1,0 +1,296 @@
+"""Core attention for MLA without Transformer Engine: exact, in blocks, with each head's S_max.
+
+Megatron-Core 0.19.2's local ``DotProductAttention`` cannot be built by MLA (it does not take
+``k_channels``) and records no maximum logit. This one does, on any device:
+
+- softmax of ``scale * Q Kᵀ`` in fp32 (fp64 for fp64 inputs), causal;
+- rows are worked through in blocks, forward and backward, so that only
+  ``b * h * block * s_k`` logits exist at a time and none are kept for the backward pass;
+- context parallelism by an all-gather of K and V over the zigzag layout;
+- packed documents (``thd`` with ``cu_seqlens``) or any boolean mask;
+- S_max of each head (Kimi K2 report, section 2.1: the largest input to softmax) in training mode.
+
+Legend: ``s`` sequence, ``b`` batch, ``h`` heads on this rank, ``d`` width of a head.
+Megatron hands over ``[s, b, h, d]``; the arithmetic runs on ``[b, h, s, d]``.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any, override
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+LOGIT_BLOCK_BYTES = 64 << 20
+"""Upper bound on the logits held at once; a block is never less than one query row."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive query rows and the position of the first of them among the keys."""
+
+    first_row: int
+    num_rows: int
+    first_position: int
+
+
+def whole_sequence(num_rows: int) -> tuple[Segment, ...]:
+    """Queries and keys are the same tokens."""
+    return (Segment(0, num_rows, 0),)
+
+
+def zigzag_segments(num_rows: int, cp_size: int, cp_rank: int) -> tuple[Segment, ...]:
+    """Rank r of c holds chunks r and 2c-1-r of the 2c chunks of a sequence (Megatron's layout)."""
+    half = num_rows // 2
+    return (
+        Segment(0, half, cp_rank * half),
+        Segment(half, half, (2 * cp_size - 1 - cp_rank) * half),
+    )
+
+
+def _blocks(segments: tuple[Segment, ...], rows_per_block: int) -> list[tuple[int, int, int]]:
+    """(first row, last row + 1, position of the first row) of each block."""
+    return [
+        (
+            segment.first_row + start,
+            segment.first_row + min(start + rows_per_block, segment.num_rows),
+            segment.first_position + start,
+        )
+        for segment in segments
+        for start in range(0, segment.num_rows, rows_per_block)
+    ]
+
+
+class _BlockwiseCausalAttention(torch.autograd.Function):
+    """softmax(scale Q Kᵀ) V by blocks of rows; the backward pass recomputes each block."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        blocks: list[tuple[int, int, int]],
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        b, h, s, _ = q.shape
+        q = q * scale
+        out = q.new_empty(b, h, s, v.shape[-1])
+        log_normaliser = q.new_empty(b, h, s)
+        max_logit = q.new_full((h,), -math.inf)
+        for start, end, position in blocks:
+            logits = _block_logits(q, k, start, end, position, mask)
+            row_max = logits.amax(-1, keepdim=True)
+            torch.maximum(max_logit, row_max.amax((0, 2, 3)), out=max_logit)
+            probs = logits.sub_(row_max).exp_()
+            normaliser = probs.sum(-1, keepdim=True)
+            block_out = torch.matmul(probs, v[:, :, : probs.shape[-1]])
+            out[:, :, start:end] = block_out.div_(normaliser)
+            log_normaliser[:, :, start:end] = (normaliser.log_() + row_max).squeeze(-1)
+        ctx.save_for_backward(q, k, v, out, log_normaliser)
+        ctx.scale, ctx.blocks, ctx.mask = scale, blocks, mask
+        ctx.mark_non_differentiable(max_logit)
+        return out, max_logit
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_out = grads[0].contiguous()
+        q, k, v, out, log_normaliser = ctx.saved_tensors
+        grad_q = torch.empty_like(q)
+        grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+        # Σ_j P_ij dP_ij = dO_i · O_i: the softmax correction without the probabilities.
+        correction = (grad_out * out).sum(-1, keepdim=True)
+        for start, end, position in ctx.blocks:
+            logits = _block_logits(q, k, start, end, position, ctx.mask)
+            probs = logits.sub_(log_normaliser[:, :, start:end, None]).exp_()
+            num_keys = probs.shape[-1]
+            block_grad = grad_out[:, :, start:end]
+            grad_v[:, :, :num_keys] += torch.matmul(probs.transpose(-1, -2), block_grad)
+            grad_logits = torch.matmul(block_grad, v[:, :, :num_keys].transpose(-1, -2))
+            grad_logits.sub_(correction[:, :, start:end]).mul_(probs)
+            torch.matmul(grad_logits, k[:, :, :num_keys], out=grad_q[:, :, start:end])
+            grad_k[:, :, :num_keys] += torch.matmul(
+                grad_logits.transpose(-1, -2), q[:, :, start:end]
+            )
+        return grad_q.mul_(ctx.scale), grad_k, grad_v, None, None, None
+
+
+def _block_logits(
+    q: Tensor, k: Tensor, start: int, end: int, position: int, mask: Tensor | None
+) -> Tensor:
+    """Logits of query rows [start, end) against every key they may see, -inf where masked."""
+    num_keys = min(position + end - start, k.shape[2])
+    logits = torch.matmul(q[:, :, start:end], k[:, :, :num_keys].transpose(-1, -2))
+    if mask is not None:
+        return logits.masked_fill_(mask[:, :, start:end, :num_keys], -math.inf)
+    # Only the last columns lie beyond some row's own position.
+    corner = logits[..., position:]
+    future = torch.ones(corner.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
+    corner.masked_fill_(future, -math.inf)
+    return logits
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    segments: tuple[Segment, ...] | None = None,
+    mask: Tensor | None = None,
+    block_bytes: int = LOGIT_BLOCK_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """Causal softmax attention and each head's largest logit.
+
+    Args:
+        q: queries [b, h, s, d]; any float dtype, computed in fp32 (fp64 for fp64).
+        k: keys [b, h, s_k, d].
+        v: values [b, h, s_k, d_v].
+        scale: multiplies the logits, YaRN's mscale² included.
+        segments: where the query rows stand among the keys; the whole sequence by default.
+        mask: bool [b or 1, 1, s, s_k], True where attention is forbidden; must contain the causal
+            part. ``None`` means causal.
+        block_bytes: bound on the logits held at once.
+
+    Returns:
+        Output [b, h, s, d_v] in ``v``'s dtype, and S_max [h] in the compute dtype, over this
+        rank's batch and rows: reduced over no group.
+    """
+    compute = torch.promote_types(q.dtype, torch.float32)
+    b, h, s, _ = q.shape
+    if segments is None:
+        segments = whole_sequence(s)
+    element = torch.finfo(compute).bits // 8
+    rows = max(1, block_bytes // max(1, b * h * k.shape[2] * element))
+    out, max_logit = _BlockwiseCausalAttention.apply(
+        q.to(compute), k.to(compute), v.to(compute), scale, _blocks(segments, rows), mask
+    )
+    return out.to(v.dtype), max_logit
+
+
+class _GatherZigzag(torch.autograd.Function):
+    """All-gather along the sequence into natural order; backward sums and takes this rank's part.
+
+    Forward: [b, h, s_local, d] on each rank of the group -> [b, h, s, d] on every rank.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        heads, tails = zip(*(part.chunk(2, dim=2) for part in parts), strict=True)
+        return torch.cat([*heads, *reversed(tails)], dim=2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0].contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        size, rank = ctx.group.size(), ctx.group.rank()
+        chunks = grad.chunk(2 * size, dim=2)
+        return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=2), None
+
+
+class MLACoreAttention(MegatronModule):
+    """``core_attention`` of Megatron's MLA for the local (no Transformer Engine) path.
+
+    ``current_max_attn_logits`` [heads on this rank] fp32 holds S_max over the micro-batches since
+    ``reset_max_logits``: this rank's tokens only, reduced over no group. It is written in place,
+    in training mode only, and a recomputed forward writes the same values again.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        del attn_mask_type, attention_type, v_channels, cp_comm_type, _unused
+        if (attention_dropout or config.attention_dropout) != 0.0:
+            raise ValueError("MLACoreAttention has no attention dropout; set --attention-dropout 0")
+        pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
+        self.layer_number = layer_number
+        self.cp_group = pg_collection.cp
+        # Attention.__init__ first builds the core without k_channels, then MLA builds it again.
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
+        heads = config.num_attention_heads // pg_collection.tp.size()
+        self.register_buffer(
+            "current_max_attn_logits",
+            torch.full((heads,), -math.inf, dtype=torch.float32),
+            persistent=False,
+        )
+
+    def reset_max_logits(self) -> None:
+        """Start a new step's maximum."""
+        self.current_max_attn_logits.fill_(-math.inf)
+
+    @override
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **_unused: Any,
+    ) -> Tensor:
+        """[s, b, h, d] (packed: [t, h, d]) each -> [s, b, h * d_v] (packed: [t, h * d_v])."""
+        del attn_mask_type, _unused
+        if attention_bias is not None:
+            raise ValueError("MLACoreAttention takes no attention bias")
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        segments = whole_sequence(q.shape[2])
+        if self.cp_group.size() > 1:
+            if attention_mask is not None:
+                raise ValueError("an attention mask cannot be combined with context parallelism")
+            segments = zigzag_segments(q.shape[2], self.cp_group.size(), self.cp_group.rank())
+            k, v = _GatherZigzag.apply(k, self.cp_group), _GatherZigzag.apply(v, self.cp_group)
+        out = self._attend(q, k, v, segments, attention_mask)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: tuple[Segment, ...],
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, max_logit = causal_attention(q, k, v, self.softmax_scale, segments, mask)
+        if self.training:
+            recorded = self.current_max_attn_logits
+            torch.maximum(recorded, max_logit.to(recorded.dtype), out=recorded)
+        return out
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:
+        """Documents laid end to end: each attends to itself only. [t, h, d] -> [t, h * d_v]."""
+        if packed.qkv_format != "thd":
+            raise ValueError(f"packed qkv_format={packed.qkv_format!r}; only 'thd' is supported")
+        if self.cp_group.size() > 1:
+            raise ValueError("packed documents cannot be combined with context parallelism here")
+        bounds = packed.cu_seqlens_q.tolist()
+        outputs = []
+        for start, end in itertools.pairwise(bounds):
+            q, k, v = (t[start:end].transpose(0, 1)[None] for t in (query, key, value))
+            outputs.append(self._attend(q, k, v, whole_sequence(end - start))[0].transpose(0, 1))
+        return torch.cat(outputs).flatten(1)

@@ -1,0 +1,54 @@
+"""Multi-head latent attention for the local path, with whole down-projections."""
+
+from typing import Any, override
+
+import torch
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from torch import Tensor
+
+from megatron_k2.model.linear import ReplicatedLinear
+
+
+class K2SelfAttention(MLASelfAttention):
+    """Megatron's MLA with replicated q and kv down-projections, and K2's latent norm epsilon.
+
+    Upstream's local path shards the down-projections by column and gathers their output. The
+    gather's backward pass only splits, but each tensor-parallel rank uses the shared rotary key
+    for its own heads alone, so the last ``qk_pos_emb_head_dim`` rows of the kv down-projection get
+    one rank's share of their gradient (``multi_latent_attention.py:739``, 0.19.2;
+    ``tests/parallel/test_upstream_mla_gradients.py`` shows it). Here every rank holds them whole,
+    as Transformer Engine's "duplicated" mode does.
+    """
+
+    def __init__(self, *args: Any, latent_norm_epsilon: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
+        if config.q_lora_rank is not None:
+            self.linear_q_down_proj = self._replicated(config.q_lora_rank)
+            self.q_layernorm.eps = latent_norm_epsilon
+        self.linear_kv_down_proj = self._replicated(
+            config.kv_lora_rank + config.qk_pos_emb_head_dim
+        )
+        self.kv_layernorm.eps = latent_norm_epsilon
+
+    def _replicated(self, output_size: int) -> ReplicatedLinear:
+        return ReplicatedLinear(
+            self.config.hidden_size,
+            output_size,
+            config=self.config,
+            init_method=self.config.init_method,
+        )
+
+    @override
+    def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        q_compressed, kv_combined = super()._qkv_down_projection(hidden_states)
+        if self.pg_collection.tp.size() == 1 or self.config.sequence_parallel:
+            return q_compressed, kv_combined
+        # Without sequence parallelism nothing downstream sums the rotary key's gradient over the
+        # ranks' heads; the latent's is summed by the column-parallel up-projection.
+        latent, k_pos_emb = torch.split(
+            kv_combined, [self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim], dim=-1
+        )
+        k_pos_emb = copy_to_tensor_model_parallel_region(k_pos_emb, group=self.pg_collection.tp)
+        return q_compressed, torch.cat([latent, k_pos_emb], dim=-1)

@@ -1,0 +1,268 @@
+"""A machine without CUDA as Megatron's host: ``with cpu_host(): …`` runs it on CPU over gloo.
+
+Megatron-Core 0.19.2 hard-wires CUDA in some forty places. While the context is entered, each of
+them is answered by the CPU; on exit everything is as before. Nothing is patched at import, and the
+context refuses a machine that has CUDA and a Megatron version it was not checked against.
+
+Each redirection is one row of ``_redirections``: what is replaced, by what, and the upstream
+line that needs it (files relative to ``megatron/``, version 0.19.2).
+"""
+
+import contextlib
+import importlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, override
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megatron_k2.compat import require_checked_megatron
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Redirection:
+    """One attribute of a module that is replaced while the context is entered."""
+
+    target: str
+    """Dotted path of the attribute."""
+    replacement: Any
+    needed_by: str
+    """Upstream line that would fail or ask for a GPU without it."""
+
+
+class _CpuStream:
+    """Stands for ``torch.cuda.Stream``: work on a CPU is already in order."""
+
+    cuda_stream = 0
+    device = CPU
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
+
+    def wait_stream(self, _stream: Any) -> None: ...
+
+    def wait_event(self, _event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _CpuEvent()
+
+
+class _CpuEvent:
+    """Stands for ``torch.cuda.Event``; always complete."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
+
+    def record(self, *_args: Any) -> None: ...
+
+    def wait(self, *_args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _end: Any) -> float:
+        return 0.0
+
+
+class _CpuDeviceProperties:
+    """Stands for ``torch.cuda.get_device_properties``: the arch that needs no legacy flags."""
+
+    major, minor, name = 9, 0, "cpu"
+    total_memory, multi_processor_count = 1 << 34, 1
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, bool) or device is None:
+        return False
+    return isinstance(device, int) or str(device).startswith("cuda")
+
+
+class _CudaStringsMeanCpu(TorchFunctionMode):
+    """Answers literal ``device="cuda"`` arguments and ``Tensor.cuda()`` with the CPU.
+
+    Needed by core/optimizer/optimizer.py:690, clip_grads.py:96, schedules.py:749,
+    rerun_state_machine.py:264, training/initialize.py:508, training.py:1131 and
+    checkpointing.py:375 (strings); rope_utils.py:62 (``pin_memory``, ``cuda()``);
+    distrib_optimizer.py:401 and optimizer.py:1009 (``Tensor.type()`` must name a CUDA type).
+    """
+
+    @override
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if kwargs:
+            if _is_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": CPU}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+        handler = _TENSOR_METHODS.get(func)
+        return func(*args, **kwargs) if handler is None else handler(func, args, kwargs)
+
+
+def _first_argument(_func: Any, args: tuple[Any, ...], _kwargs: Any) -> Any:
+    return args[0]
+
+
+def _nothing(_func: Any, _args: tuple[Any, ...], _kwargs: Any) -> None:
+    return None
+
+
+def _to_cpu(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+    if len(args) > 1 and isinstance(args[1], (str, torch.device, int)) and _is_cuda(args[1]):
+        args = (args[0], CPU, *args[2:])
+    return func(*args, **kwargs)
+
+
+def _cuda_type_name(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+    result = func(*args, **kwargs)
+    if isinstance(result, str) and not result.startswith("torch.cuda."):
+        return result.replace("torch.", "torch.cuda.")
+    return result
+
+
+_TENSOR_METHODS: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.cuda: _first_argument,
+    torch.Tensor.pin_memory: _first_argument,
+    torch.Tensor.record_stream: _nothing,
+    torch.Tensor.to: _to_cpu,
+    torch.Tensor.type: _cuda_type_name,
+}
+
+
+def _torch_cuda_redirections() -> list[Redirection]:
+    stream = _CpuStream()
+    get_state, set_state = torch.get_rng_state, torch.set_rng_state
+
+    def constant(value: Any) -> Callable[..., Any]:
+        return lambda *_args, **_kwargs: value
+
+    rows: list[tuple[str, Any, str]] = [
+        ("current_device", constant(CPU), "core/transformer/moe/router.py:98, mappings.py:95"),
+        ("synchronize", constant(None), "core/pipeline_parallel/p2p_communication.py:419"),
+        ("empty_cache", constant(None), "training/training.py:4160"),
+        ("set_device", constant(None), "training/initialize.py:284"),
+        ("get_rng_state", lambda *_a, **_k: get_state(), "training/checkpointing.py:417"),
+        ("set_rng_state", lambda s, *_a, **_k: set_state(s), "training/checkpointing.py:2665"),
+        ("random.get_rng_state", lambda *_a, **_k: get_state(), "core/rerun_state_machine.py:979"),
+        ("random.set_rng_state", lambda s, *_a, **_k: set_state(s), "core/rerun_state_machine.py"),
+        ("manual_seed", torch.manual_seed, "core/tensor_parallel/random.py:490"),
+        ("Stream", _CpuStream, "core/transformer/moe/token_dispatcher.py:922"),
+        ("Event", _CpuEvent, "core/transformer/moe/token_dispatcher.py:469"),
+        ("current_stream", constant(stream), "core/distributed/param_and_grad_buffer.py:632"),
+        ("default_stream", constant(stream), "core/distributed/param_and_grad_buffer.py:632"),
+        ("stream", lambda _s: contextlib.nullcontext(), "core/transformer/moe/shared_experts.py"),
+        ("is_current_stream_capturing", constant(False), "core/transformer/cuda_graphs.py"),
+        ("memory_allocated", constant(0), "training/utils/common_utils.py:322"),
+        ("max_memory_allocated", constant(0), "training/utils/common_utils.py:323"),
+        ("memory_reserved", constant(0), "training/utils/common_utils.py:324"),
+        ("max_memory_reserved", constant(0), "training/utils/common_utils.py:325"),
+        ("memory_stats", lambda *_a, **_k: defaultdict(int), "training/training.py:2742"),
+        ("mem_get_info", constant((1 << 34, 1 << 34)), "training/training.py:2742"),
+        ("get_device_properties", constant(_CpuDeviceProperties()), "training/arguments.py:1414"),
+        ("get_device_capability", constant((9, 0)), "training/arguments.py:1339"),
+        ("nvtx.range_push", constant(None), "core/utils.py: nvtx_range_push"),
+        ("nvtx.range_pop", constant(None), "core/utils.py: nvtx_range_pop"),
+    ]
+    return [Redirection(f"torch.cuda.{name}", value, line) for name, value, line in rows]
+
+
+def _split_sizes_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """``moe_utils.maybe_move_tensor_to_cpu`` converts only CUDA tensors; gloo wants lists."""
+    del record_stream
+    return tensor.detach().numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _initialize_believing_in_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``initialize_megatron`` asks for CUDA by assertion and gates its groups on device_count."""
+
+    def initialize(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            _replace(stack, "torch.cuda.is_available", lambda: True)
+            _replace(stack, "torch.cuda.device_count", lambda: 1)
+            return original(*args, **kwargs)
+
+    return initialize
+
+
+def _megatron_redirections() -> list[Redirection]:
+    import megatron.training.training as training
+
+    get_state, set_state = torch.get_rng_state, torch.set_rng_state
+    return [
+        Redirection(
+            "megatron.core.tensor_parallel.random._get_cuda_rng_state",
+            lambda *_args, **_kwargs: get_state(),
+            "core/tensor_parallel/random.py:303",
+        ),
+        Redirection(
+            "megatron.core.tensor_parallel.random._set_cuda_rng_state",
+            lambda state, *_args, **_kwargs: set_state(state),
+            "core/tensor_parallel/random.py:308",
+        ),
+        Redirection(
+            "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
+            _split_sizes_as_numpy,
+            "core/transformer/moe/moe_utils.py:1184",
+        ),
+        Redirection(
+            "megatron.training.training.initialize_megatron",
+            _initialize_believing_in_cuda(training.initialize_megatron),
+            "training/initialize.py:66, :270, :447",
+        ),
+    ]
+
+
+def _replace(stack: contextlib.ExitStack, target: str, replacement: Any) -> None:
+    owner_path, name = target.rsplit(".", 1)
+    try:
+        owner = importlib.import_module(owner_path)
+    except ModuleNotFoundError:  # an attribute of a class or object, such as torch.cuda.nvtx
+        parent, attribute = owner_path.rsplit(".", 1)
+        owner = getattr(importlib.import_module(parent), attribute)
+    previous = getattr(owner, name)
+    setattr(owner, name, replacement)
+    stack.callback(setattr, owner, name, previous)
+
+
+@contextlib.contextmanager
+def cpu_host() -> Iterator[None]:
+    """Run Megatron-Core and ``megatron.training`` on CPU over gloo while entered.
+
+    The random state of the CPU doubles as "CUDA" random state. ``torch.compile`` is off.
+
+    Raises:
+        UserError: on a Megatron-Core version that was not checked.
+        RuntimeError: on a machine that has CUDA, where nothing may be redirected.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError("cpu_host() redirects CUDA calls; this machine has CUDA, run without it")
+    require_checked_megatron()
+    # core/jit.py binds jit_fuser = torch.compile, which has nothing to fuse for here.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # training/arguments.py:1437 asserts it for TP or CP above 1.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    with contextlib.ExitStack() as stack:
+        for row in _torch_cuda_redirections():
+            _replace(stack, row.target, row.replacement)
+        stack.enter_context(_CudaStringsMeanCpu())
+        for row in _megatron_redirections():
+            _replace(stack, row.target, row.replacement)
+        yield
+
+
+@contextlib.contextmanager
+def megatron_host() -> Iterator[str]:
+    """``cpu_host()`` where there is no CUDA, nothing where there is; yields the backend's name."""
+    if torch.cuda.is_available():
+        yield "nccl"
+        return
+    with cpu_host():
+        yield "gloo"
