@@ -1,0 +1,116 @@
+"""The one function that constructs the model, and the config it is constructed from.
+
+Upstream deprecates ``GPTModel`` in favour of ``HybridModel``; the move is confined to this file.
+"""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any, ClassVar, override
+
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+from megatron_k2.model.moe import BalancedFinalize
+from megatron_k2.model.spec import decoder_block_spec, mtp_block_spec
+
+
+@dataclass(kw_only=True)
+class K2ModelConfig(GPTModelConfig):
+    """Megatron's model config with the one number of MLA that it lacks."""
+
+    builder: ClassVar[str] = "megatron_k2.model.build.K2ModelBuilder"
+    latent_norm_epsilon: float = 1e-6
+    """Epsilon of the RMSNorms on q's and kv's latents; the released modeling code has 1e-6."""
+
+
+class K2ModelBuilder(GPTModelBuilder):
+    """Builds one pipeline stage; wrapping and placement are upstream's."""
+
+    @override
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> GPTModel:
+        config = self._model_config
+        vp_size = config.transformer.virtual_pipeline_model_parallel_size
+        if pre_process is None:
+            pre_process = is_vp_first_stage(vp_stage=vp_stage, vp_size=vp_size) and (
+                is_pp_first_stage(pg_collection.pp)
+            )
+        if post_process is None:
+            post_process = is_vp_last_stage(vp_stage=vp_stage, vp_size=vp_size) and (
+                is_pp_last_stage(pg_collection.pp)
+            )
+        return build_gpt_model(
+            config.transformer,
+            vocab_size=config.vocab_size,
+            max_sequence_length=config.seq_length,
+            rotary_base=config.rotary_base,
+            latent_norm_epsilon=config.latent_norm_epsilon,
+            pg_collection=pg_collection,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+
+
+def build_gpt_model(
+    config: MLATransformerConfig,
+    *,
+    vocab_size: int,
+    max_sequence_length: int,
+    rotary_base: float,
+    latent_norm_epsilon: float = 1e-6,
+    pg_collection: ProcessGroupCollection | None = None,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> GPTModel:
+    """One stage of a K2 model; ``vocab_size`` is already padded for tensor parallelism."""
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=decoder_block_spec(
+            config, vp_stage=vp_stage, latent_norm_epsilon=latent_norm_epsilon
+        ),
+        mtp_block_spec=mtp_block_spec(
+            config, vp_stage=vp_stage, latent_norm_epsilon=latent_norm_epsilon
+        ),
+        vocab_size=vocab_size,
+        max_sequence_length=max_sequence_length,
+        parallel_output=True,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_base=int(rotary_base),
+        pre_process=pre_process,
+        post_process=post_process,
+        pg_collection=pg_collection,
+        vp_stage=vp_stage,
+    )
+
+
+def model_config_from_args(args: Namespace) -> K2ModelConfig:
+    """Megatron's own derivation from flags, then the fields that its flags do not reach."""
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    config: Any = gpt_config_from_args(args, model_config_cls=K2ModelConfig)
+    config.latent_norm_epsilon = args.latent_norm_epsilon
+    transformer = config.transformer
+    transformer.beta_fast = args.yarn_mla_beta_fast
+    transformer.beta_slow = args.yarn_mla_beta_slow
+    transformer.original_max_position_embeddings = args.yarn_mla_original_max_position_embeddings
+    transformer.finalize_model_grads_func = BalancedFinalize(
+        finalize_model_grads, rule=args.moe_bias_rule
+    )
+    return config

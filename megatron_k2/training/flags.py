@@ -1,0 +1,227 @@
+"""A preset is only a set of Megatron flags: this module writes them down.
+
+``expand`` turns ``--preset NAME`` and ``--data DIR`` into Megatron's own flags, in front of what the
+user typed, so that the user's flags win. The program then sees nothing but flags, which
+``--print-args`` prints. What has no upstream flag is one of ours, declared in ``add_k2_arguments``.
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron_k2.data.manifest import DataManifest, read_manifest
+from megatron_k2.errors import UserError
+from megatron_k2.presets import ModelPreset, YarnScaling, get_preset
+
+CPU_FLAGS = (
+    "--distributed-backend gloo --transformer-impl local --use-cpu-initialization "
+    "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-swiglu-fusion "
+    "--no-bias-dropout-fusion --no-rope-fusion --no-persist-layer-norm --num-workers 0"
+).split()
+"""Everything that asks for a CUDA kernel or an extension, switched off."""
+
+LOCAL_CUDA_FLAGS = (
+    "--distributed-backend nccl --transformer-impl local --no-gradient-accumulation-fusion "
+    "--no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion"
+).split()
+"""CUDA without Transformer Engine or apex."""
+
+
+def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Megatron's ``extra_args_provider``: what Megatron-Core 0.19.2 has no flag for."""
+    group = parser.add_argument_group("megatron_k2")
+    group.add_argument("--preset", default=None, help="name of the preset these flags came from")
+    group.add_argument("--data", default=None, help="directory made by 'megatron-k2 data prepare'")
+    group.add_argument(
+        "--muonclip",
+        action="store_true",
+        help="MuonClip in place of Megatron's muon (what '--optimizer muonclip' expands to)",
+    )
+    group.add_argument(
+        "--yarn-mla-beta-fast",
+        type=float,
+        default=32.0,
+        help="YaRN beta_fast of MLA (upstream's --yarn-beta-fast does not reach MLA)",
+    )
+    group.add_argument(
+        "--yarn-mla-beta-slow", type=float, default=1.0, help="YaRN beta_slow of MLA"
+    )
+    group.add_argument(
+        "--yarn-mla-original-max-position-embeddings",
+        type=int,
+        default=4096,
+        help="context the rotary frequencies were trained at",
+    )
+    group.add_argument(
+        "--latent-norm-epsilon",
+        type=float,
+        default=1e-6,
+        help="epsilon of MLA's two latent norms (Megatron uses --norm-epsilon for all)",
+    )
+    group.add_argument(
+        "--moe-bias-rule",
+        choices=["sign", "mean-sign"],
+        default="sign",
+        help="router bias update: DeepSeek-V3's, or Moonlight's with the mean sign taken out",
+    )
+    group.add_argument(
+        "--console",
+        choices=["k2", "megatron"],
+        default="k2",
+        help="k2: one line a log interval, Megatron's own output to SAVE/logs; megatron: as is",
+    )
+    return parser
+
+
+def model_flags(p: ModelPreset, *, yarn: bool = False) -> list[str]:
+    """The architecture of ``p``."""
+    flags = f"""
+        --num-layers {p.num_layers} --hidden-size {p.hidden_size}
+        --ffn-hidden-size {p.ffn_hidden_size} --num-attention-heads {p.num_attention_heads}
+        --normalization RMSNorm --norm-epsilon {p.norm_epsilon} --swiglu --disable-bias-linear
+        --untie-embeddings-and-output-weights --init-method-std {p.init_method_std}
+        --attention-dropout 0 --hidden-dropout 0
+        --position-embedding-type rope --rotary-base {int(p.rotary_base)}
+        --multi-latent-attention --qk-layernorm --kv-lora-rank {p.kv_lora_rank}
+        --qk-head-dim {p.qk_head_dim} --qk-pos-emb-head-dim {p.qk_pos_emb_head_dim}
+        --v-head-dim {p.v_head_dim} --latent-norm-epsilon {p.latent_norm_epsilon}
+        --num-experts {p.num_moe_experts}
+        --moe-layer-freq ([0]*{p.num_dense_layers}+[1]*{p.num_moe_layers})
+        --moe-ffn-hidden-size {p.moe_ffn_hidden_size} --moe-router-topk {p.moe_router_topk}
+        --moe-shared-expert-intermediate-size {p.moe_shared_expert_intermediate_size}
+        --moe-router-score-function sigmoid --moe-router-dtype fp32
+        --moe-router-enable-expert-bias
+        --moe-router-bias-update-rate {p.moe_router_bias_update_rate}
+        --moe-router-topk-scaling-factor {p.moe_router_topk_scaling_factor}
+        --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff {p.moe_aux_loss_coeff}
+        --moe-token-dispatcher-type alltoall
+        --make-vocab-size-divisible-by 1
+    """.split()
+    if p.q_lora_rank is not None:
+        flags += ["--q-lora-rank", str(p.q_lora_rank)]
+    return flags + (yarn_flags(p.yarn) if yarn and p.yarn else ["--rope-type", "rope"])
+
+
+def yarn_flags(yarn: YarnScaling) -> list[str]:
+    """Rotary scaling for MLA."""
+    return f"""
+        --rope-type yarn --rotary-scaling-factor {yarn.rotary_scaling_factor}
+        --mscale {yarn.mscale} --mscale-all-dim {yarn.mscale_all_dim}
+        --yarn-mla-beta-fast {yarn.beta_fast} --yarn-mla-beta-slow {yarn.beta_slow}
+        --yarn-mla-original-max-position-embeddings {yarn.original_max_position_embeddings}
+    """.split()
+
+
+def training_flags(p: ModelPreset) -> list[str]:
+    """Batch, schedule and optimizer of ``p``."""
+    t = p.training
+    return f"""
+        --seq-length {t.seq_length} --max-position-embeddings {t.seq_length}
+        --micro-batch-size {t.micro_batch_size} --global-batch-size {t.global_batch_size}
+        --train-samples {t.train_samples}
+        --lr {t.lr} --min-lr {t.min_lr} --lr-decay-style WSD --lr-wsd-decay-style cosine
+        --lr-warmup-samples {t.lr_warmup_samples} --lr-decay-samples {t.lr_decay_samples}
+        --lr-wsd-decay-samples {t.lr_wsd_decay_samples}
+        --weight-decay {t.weight_decay} --clip-grad {t.clip_grad}
+        --adam-beta1 {t.adam_beta1} --adam-beta2 {t.adam_beta2} --adam-eps {t.adam_eps}
+        --optimizer muonclip --muon-momentum {t.muon_momentum} --muon-nesterov
+        --muon-scale-mode spectral --muon-extra-scale-factor 0.2
+        --muon-coefficient-type simple --muon-num-ns-steps {t.muon_ns_steps}
+        --qk-clip-threshold {t.qk_clip_threshold}
+        --calculate-per-token-loss --no-create-attention-mask-in-dataloader
+        --ckpt-format torch_dist --log-interval 10 --eval-interval 1000 --eval-iters 10
+    """.split()
+
+
+def data_flags(directory: str, manifest: DataManifest) -> list[str]:
+    """Prefixes of the splits, and the vocabulary.
+
+    Megatron's NullTokenizer appends an end-of-document id to ``--vocab-size``; the datasets get
+    the real end-of-document id from the manifest (``training/data.py``).
+    """
+    root = Path(directory)
+    splits = {name: str(root / split.prefix) for name, split in manifest.splits.items()}
+    flags = ["--data", directory, "--train-data-path", splits["train"]]
+    flags += ["--valid-data-path", splits["valid"]] if "valid" in splits else []
+    return [*flags, "--tokenizer-type", "NullTokenizer"]
+
+
+def platform_flags(*, cuda: bool) -> list[str]:
+    """What the machine needs, whatever the model."""
+    return list(LOCAL_CUDA_FLAGS if cuda else CPU_FLAGS)
+
+
+def _take(argv: list[str], name: str) -> tuple[str | None, list[str]]:
+    """Value of ``--name VALUE`` or ``--name=VALUE`` (the last one), and the rest of ``argv``."""
+    value, rest, i = None, [], 0
+    while i < len(argv):
+        if argv[i] == name:
+            if i + 1 == len(argv):
+                raise UserError(f"{name} needs a value")
+            value, i = argv[i + 1], i + 2
+        elif argv[i].startswith(name + "="):
+            value, i = argv[i].split("=", 1)[1], i + 1
+        else:
+            rest.append(argv[i])
+            i += 1
+    return value, rest
+
+
+def last_value(argv: list[str], name: str) -> str | None:
+    """The value that argparse would keep for ``--name``."""
+    return _take(argv, name)[0]
+
+
+def expand(argv: list[str], *, cuda: bool) -> list[str]:
+    """The plain flag list that Megatron's parser and ours read.
+
+    Args:
+        argv: what the user typed: ``--preset``, ``--data``, ``--yarn`` and any Megatron flag.
+        cuda: whether this machine has CUDA.
+
+    Raises:
+        UserError: unknown preset, unusable data directory, or a vocabulary that does not match.
+    """
+    preset_name, rest = _take(argv, "--preset")
+    directory, rest = _take(rest, "--data")
+    yarn = "--yarn" in rest
+    rest = [flag for flag in rest if flag != "--yarn"]
+    flags = platform_flags(cuda=cuda)
+    if preset_name is not None:
+        preset = get_preset(preset_name)
+        flags += ["--preset", preset_name, *model_flags(preset, yarn=yarn), *training_flags(preset)]
+        vocab = int(last_value(rest, "--vocab-size") or preset.vocab_size)
+    else:
+        vocab = int(last_value(rest, "--vocab-size") or 0)
+    _, rest = _take(rest, "--vocab-size")
+    if directory is not None:
+        manifest = read_manifest(directory)
+        check_vocabulary(manifest, vocab, preset_name)
+        flags += data_flags(directory, manifest)
+    if "--mock-data" in rest and last_value(rest, "--tokenizer-type") is None:
+        rest = ["--tokenizer-type", "NullTokenizer", *rest]
+    flags += rest
+    if vocab:
+        is_null = last_value(flags, "--tokenizer-type") == "NullTokenizer"
+        flags += ["--vocab-size", str(vocab - 1 if is_null else vocab)]
+    return _muonclip(flags)
+
+
+def check_vocabulary(manifest: DataManifest, vocab_size: int, preset: str | None) -> None:
+    """Refuse data whose ids are not the model's."""
+    data_vocab = manifest.tokenizer.vocab_size
+    if data_vocab != vocab_size:
+        raise UserError(
+            f"the data's vocabulary has {data_vocab} ids, the model's {vocab_size}"
+            f"{f' (preset {preset})' if preset else ''}; prepare the data with this model's "
+            f"tokenizer, or train a model of that vocabulary with --vocab-size {data_vocab}"
+        )
+
+
+def _muonclip(flags: list[str]) -> list[str]:
+    """``--optimizer muonclip`` as flags that Megatron's closed list of optimizers accepts."""
+    optimizer, rest = _take(flags, "--optimizer")
+    if optimizer is None:
+        return flags
+    if optimizer != "muonclip":
+        return [*rest, "--optimizer", optimizer]
+    return [*rest, "--optimizer", "muon", "--muonclip"]

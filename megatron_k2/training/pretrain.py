@@ -1,0 +1,76 @@
+"""``torchrun -m megatron_k2.training.pretrain <flags>``: Megatron's own training loop, our model.
+
+There is no loop here: flags are expanded, checked, parsed by Megatron, and handed to
+``megatron.training.pretrain`` with a model config, a forward step and a data provider.
+"""
+
+import os
+import socket
+import sys
+import time
+
+from megatron_k2.errors import UserError
+from megatron_k2.training.flags import add_k2_arguments, expand
+
+PROGRAM_START = time.time()
+
+
+def _single_process_environment() -> None:
+    """What torchrun would have set, for one process started by hand."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+def run(argv: list[str]) -> None:
+    """Train with the flags in ``argv`` (``--preset`` and ``--data`` allowed) until done."""
+    _single_process_environment()
+    import torch
+
+    from megatron_k2.compat import (
+        restore_distributed_optimizer_without_te,
+        skip_helpers_compilation,
+    )
+    from megatron_k2.parallel.cpu_host import megatron_host
+
+    flags = expand(argv, cuda=torch.cuda.is_available())
+    # ft_integration.setup() parses sys.argv again, so it must hold what Megatron understands.
+    sys.argv = [sys.argv[0], *flags]
+    with megatron_host():
+        skip_helpers_compilation()
+        restore_distributed_optimizer_without_te()
+        _pretrain()
+
+
+def _pretrain() -> None:
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain, set_startup_timestamps
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_k2.model.build import model_config_from_args
+    from megatron_k2.training.providers import datasets_provider, forward_step
+
+    set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
+    args = parse_and_validate_args(extra_args_provider=add_k2_arguments)
+    config = pretrain_cfg_container_from_args(args, model_config_from_args(args))
+    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+
+
+def main() -> None:
+    """Entry point of each rank."""
+    try:
+        run(sys.argv[1:])
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"pretrain: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What ``megatron.training.pretrain`` asks of a plugin: data, and one forward step."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.utils import (
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args, get_timers
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from torch import Tensor
+
+from megatron_k2.data.manifest import read_manifest
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+_LOADER_KEYS = (
+    *BATCH_KEYS,
+    "cu_seqlens",
+    "cu_seqlens_padded",
+    "max_seqlen",
+    "local_cp_size",
+    "hybrid_cp_group",
+)
+
+
+def _dataset_tokenizer() -> Any:
+    """Megatron's tokenizer; for a prepared directory, with the end-of-document id it was made with.
+
+    ``GPTDataset`` asks its tokenizer for nothing but ``eod`` (and ids for masks it may be told to
+    build from it).
+    """
+    args = get_args()
+    if args.data is None:
+        return build_tokenizer(args)
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    record = read_manifest(args.data).tokenizer
+    return MegatronTokenizer.from_pretrained(
+        metadata_path={"library": "null-text"}, vocab_size=record.vocab_size, eod_id=record.eod_id
+    )
+
+
+def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+    """Training, validation and test ``GPTDataset`` from Megatron's data flags."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=_dataset_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+    )
+
+    def is_built_on_rank() -> bool:
+        return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(
+            vp_stage
+        )
+
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(kind, num_samples, is_built_on_rank, config).build()
+
+
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every rank builds its part
+
+
+def get_batch(iterator: Iterator[dict[str, Any]], vp_stage: int | None) -> list[Tensor | None]:
+    """This rank's part of the next micro-batch, in ``BATCH_KEYS`` order; [b, s / cp] each."""
+    args = get_args()
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return [None] * len(BATCH_KEYS)
+    batch: dict[str, Any] = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        sample = next(iterator)
+        batch = {key: sample.get(key) for key in _LOADER_KEYS}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=bool(args.mtp_num_layers),
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    batch = get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+    )
+    return [batch.get(key) for key in BATCH_KEYS]
+
+
+def loss_func(
+    loss_mask: Tensor, per_token_loss: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the unmasked tokens' losses and their number, summed over nothing yet.
+
+    Megatron divides by the number of tokens of the global batch (``--calculate-per-token-loss``).
+    """
+    losses = per_token_loss.view(-1).float()
+    mask = loss_mask.view(-1).float()
+    total = (losses * mask).sum()
+    num_tokens = mask.sum().detach().to(torch.int)
+    report = torch.stack([total.detach(), num_tokens.to(total.dtype)])
+    return total, num_tokens, {"lm loss": report}
+
+
+def forward_step(
+    iterator: Iterator[dict[str, Any]], model: torch.nn.Module, return_schedule_plan: bool = False
+) -> tuple[Tensor, Callable[..., Any]]:
+    """One micro-batch through this stage."""
+    if return_schedule_plan:
+        raise ValueError("the combined 1F1B schedule needs Transformer Engine modules")
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    vp_stage = get_attr_wrapped_model(model, "vp_stage")
+    tokens, labels, loss_mask, attention_mask, position_ids = get_batch(iterator, vp_stage)
+    timers("batch-generator").stop()
+    output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
+    return output, partial(loss_func, loss_mask)
