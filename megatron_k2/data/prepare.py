@@ -1,0 +1,234 @@
+"""Text to a dataset directory: the composed algorithm of ``megatron-k2 data prepare``.
+
+    find files -> plan -> tokenizer -> parts (workers) -> merge per split -> dataset.json
+
+Every arrow leaves files that appear whole or not at all, and the manifest comes last. A rerun of
+the same command picks up after the last finished part; a rerun with other inputs, another tokenizer
+or other options starts over and says so. Either way the result is byte for byte that of an
+undisturbed run, whatever the number of workers.
+"""
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from megatron_k2.data.hf_tokenizer import train_byte_bpe
+from megatron_k2.data.indexed import bin_path, idx_path, token_dtype, write_indexed
+from megatron_k2.data.manifest import (
+    MANIFEST_FILE,
+    DataManifest,
+    SourceRecord,
+    SplitRecord,
+    TokenizerRecord,
+    read_manifest,
+    write_manifest,
+)
+from megatron_k2.data.ngram import BASELINE_FILE
+from megatron_k2.data.parts import SPLITS, read_documents, read_part
+from megatron_k2.data.plan import Plan, PrepareOptions, check_counts, make_plan
+from megatron_k2.data.pool import tokenize_parts
+from megatron_k2.data.storage import write_atomically
+from megatron_k2.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_k2.errors import UserError
+
+PARTS_DIRECTORY = ".parts"
+TOKENIZER_DIRECTORY = "tokenizer"
+PLAN_FILE = "plan.json"
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """One preparation at a time in a directory; the lock goes with the process, however it ends."""
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{output} is being prepared by another process; wait for it") from None
+        yield
+
+
+def _start_or_resume(plan: Plan, output: Path, console: Console) -> None:
+    """Keep what an interrupted run of the same plan left; clear what any other left."""
+    plan_path = output / PARTS_DIRECTORY / PLAN_FILE
+    if plan_path.is_file():
+        previous = json.loads(plan_path.read_bytes())
+        changed = [key for key in plan.record if previous.get(key) != plan.record[key]]
+        if not changed:
+            done = sum(part.path(plan_path.parent).is_file() for part in plan.parts)
+            console.print(f"resuming: {done} of {len(plan.parts)} parts are done")
+            return
+        console.print(
+            f"{output}: {' and '.join(changed)} changed since the last run; starting over"
+        )
+    elif (output / MANIFEST_FILE).is_file():
+        console.print(f"{output} holds another or a damaged dataset; starting over")
+    # The manifest goes first, so that a half-cleared directory never looks complete.
+    for path in [output / MANIFEST_FILE, output / BASELINE_FILE, *_data_files(output)]:
+        path.unlink(missing_ok=True)
+    for name in (PARTS_DIRECTORY, TOKENIZER_DIRECTORY):
+        shutil.rmtree(output / name, ignore_errors=True)
+    plan_path.parent.mkdir()
+    write_atomically(plan_path, json.dumps(plan.record, indent=2).encode())
+
+
+def _data_files(output: Path) -> list[Path]:
+    return [
+        path for split in SPLITS for path in (bin_path(output / split), idx_path(output / split))
+    ]
+
+
+def _provide_tokenizer(plan: Plan, options: PrepareOptions, console: Console) -> Tokenizer:
+    """Put the tokenizer's files into the dataset, training it first if that was asked for."""
+    final = options.output / TOKENIZER_DIRECTORY
+    if not final.is_dir():
+        partial = options.output / PARTS_DIRECTORY / TOKENIZER_DIRECTORY
+        shutil.rmtree(partial, ignore_errors=True)
+        if options.tokenizer is not None:
+            load_tokenizer(options.tokenizer).save(partial)
+        else:
+            assert options.train_bpe is not None
+            console.print(f"training a byte-level BPE of {options.train_bpe} on the training split")
+            texts = (
+                document.text
+                for part in plan.parts
+                for split, document in read_documents(part, options.json_key)
+                if split == "train"
+            )
+            train_byte_bpe(texts, options.train_bpe, partial)
+        partial.rename(final)
+    return load_tokenizer(final)
+
+
+def _tokenize(plan: Plan, options: PrepareOptions, console: Console) -> None:
+    directory = options.output / PARTS_DIRECTORY
+    todo = [part for part in plan.parts if not part.path(directory).is_file()]
+    total = sum(part.num_bytes for part in plan.parts)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(
+        "tokenizing", *columns, console=console, disable=not console.is_terminal
+    ) as progress:
+        done = total - sum(part.num_bytes for part in todo)
+        task = progress.add_task("", total=total, completed=done)
+        for num_bytes in tokenize_parts(
+            todo,
+            options.output / TOKENIZER_DIRECTORY,
+            options.json_key,
+            directory,
+            options.num_workers,
+        ):
+            progress.advance(task, num_bytes)
+
+
+def _check_unchanged(plan: Plan) -> None:
+    """A file edited while it was read would leave a dataset that nobody can make again."""
+    for file, _ in plan.files:
+        status = file.path.stat() if file.path.exists() else None
+        if status is None or (status.st_size, status.st_mtime_ns) != (
+            file.num_bytes,
+            file.modified_ns,
+        ):
+            raise UserError(f"{file.path} changed while it was being read; run the command again")
+
+
+def _merge(plan: Plan, options: PrepareOptions, tokenizer: Tokenizer) -> DataManifest:
+    """Concatenate the parts, split by split, and describe the result."""
+    directory = options.output / PARTS_DIRECTORY
+    num_documents, num_tokens = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    digest, num_empty = hashlib.sha256(), 0
+    for part in plan.parts:
+        content = read_part(part, directory, splits=())
+        digest.update(bytes.fromhex(content.sha256))
+        num_empty += content.num_empty_documents
+        for split in SPLITS:
+            num_documents[split] += len(content.lengths[split])
+            num_tokens[split] += int(content.lengths[split].sum())
+    check_counts(num_documents, options)
+    splits = {}
+    for split in (s for s in SPLITS if num_documents[s]):
+        prefix = options.output / split
+        documents = chain.from_iterable(
+            read_part(part, directory, splits=(split,)).documents(split) for part in plan.parts
+        )
+        write_indexed(prefix, documents, token_dtype(tokenizer.vocab_size))
+        splits[split] = SplitRecord(
+            prefix=split,
+            num_documents=num_documents[split],
+            num_tokens=num_tokens[split],
+            bin_bytes=bin_path(prefix).stat().st_size,
+            idx_bytes=idx_path(prefix).stat().st_size,
+        )
+    return DataManifest(
+        tokenizer=TokenizerRecord(
+            kind=tokenizer.kind,
+            path=TOKENIZER_DIRECTORY,
+            identity=tokenizer.identity,
+            vocab_size=tokenizer.vocab_size,
+            eod_id=tokenizer.eod_id,
+        ),
+        splits=splits,
+        source=SourceRecord(
+            description=plan.description,
+            num_files=len(plan.files),
+            num_bytes=sum(file.num_bytes for file, _ in plan.files),
+            num_empty_documents=num_empty,
+            content_sha256=digest.hexdigest(),
+        ),
+        plan_sha256=plan.sha256,
+    )
+
+
+def _finished(plan: Plan, output: Path) -> DataManifest | None:
+    """The manifest of this very plan, if the directory holds it whole."""
+    if not (output / MANIFEST_FILE).is_file():
+        return None
+    try:
+        manifest = read_manifest(output)
+    except UserError:
+        return None
+    return manifest if manifest.plan_sha256 == plan.sha256 else None
+
+
+def prepare(options: PrepareOptions, console: Console | None = None) -> DataManifest:
+    """Make, resume or recognise the dataset that ``options`` describe.
+
+    Args:
+        options: Checked when they were made.
+        console: For progress (a terminal only) and for the line that says whether a run starts
+            over or resumes; standard error if None.
+
+    Returns:
+        The manifest, as written to ``dataset.json``.
+
+    Raises:
+        UserError: an input, the tokenizer or a document cannot be used.
+    """
+    console = console or Console(stderr=True)
+    plan = make_plan(options)
+    with _locked(options.output):
+        manifest = _finished(plan, options.output)
+        if manifest is None:
+            _start_or_resume(plan, options.output, console)
+            tokenizer = _provide_tokenizer(plan, options, console)
+            _tokenize(plan, options, console)
+            _check_unchanged(plan)
+            manifest = _merge(plan, options, tokenizer)
+            write_manifest(options.output, manifest)
+        else:
+            console.print(f"{options.output} is complete already")
+        shutil.rmtree(options.output / PARTS_DIRECTORY, ignore_errors=True)
+    return manifest

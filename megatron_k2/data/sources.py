@@ -1,0 +1,191 @@
+"""Where documents come from: text files, directories, JSONL, the Python standard library.
+
+A document has an id that does not depend on the machine: the file's path below the input that named
+it, and for a JSONL line also the byte at which the line starts. Train and validation are split by a
+hash of the id, so no document is in both, and adding files moves none of the others.
+"""
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_k2.errors import UserError
+
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+DEFAULT_SUFFIXES = (".txt", ".md", *JSONL_SUFFIXES)
+"""What is taken from a directory unless ``--suffix`` says otherwise."""
+
+_STDLIB_SKIPPED = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+)
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One input file."""
+
+    path: Path
+    name: str
+    """POSIX path below the input that named it: stable across machines."""
+    num_bytes: int
+    modified_ns: int
+
+    @property
+    def is_jsonl(self) -> bool:
+        """One document a line rather than one a file."""
+        return self.path.suffix in JSONL_SUFFIXES
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document as read, before tokens."""
+
+    id: str
+    text: str
+    num_bytes: int
+    """Bytes it took in the source file, line end included."""
+
+
+def _source_file(path: Path, name: str) -> SourceFile:
+    status = path.stat()
+    return SourceFile(path, name, status.st_size, status.st_mtime_ns)
+
+
+def _below(root: Path, suffixes: Sequence[str], skipped: frozenset[str]) -> list[SourceFile]:
+    """Files under ``root`` by suffix, ordered by their relative POSIX path."""
+    found = []
+    for directory, names, files in root.walk():
+        names[:] = [n for n in names if n not in skipped]
+        for file in files:
+            if file.endswith(tuple(suffixes)) and (directory / file).is_file():
+                path = directory / file
+                found.append(_source_file(path, path.relative_to(root).as_posix()))
+    return sorted(found, key=lambda f: f.name)
+
+
+def find_files(inputs: Sequence[Path], suffixes: Sequence[str]) -> list[SourceFile]:
+    """Expand files and directories, in the order given; a directory's files by path.
+
+    Args:
+        inputs: Files (taken whatever their suffix) and directories (recursive).
+        suffixes: Which files of a directory to take, such as ``(".txt", ".jsonl")``.
+
+    Raises:
+        UserError: an input is missing, a directory has no such file, or a file is named twice.
+    """
+    found: list[SourceFile] = []
+    for root in inputs:
+        if root.is_dir():
+            below = _below(root, suffixes, frozenset())
+            if not below:
+                raise UserError(
+                    f"{root}: no file ends in {' '.join(suffixes)}; choose others with --suffix"
+                )
+            found.extend(below)
+        elif root.is_file():
+            found.append(_source_file(root, root.name))
+        else:
+            raise UserError(f"input {root} does not exist; expected a file or a directory")
+    seen: set[Path] = set()
+    for file in found:
+        if file.path.resolve() in seen:
+            raise UserError(f"{file.path} is named twice by the inputs; name it once")
+        seen.add(file.path.resolve())
+    return found
+
+
+def python_stdlib_files() -> list[SourceFile]:
+    """The running interpreter's own ``.py`` files without tests: about 12 MB on every machine.
+
+    Raises:
+        UserError: if this interpreter has no standard library as files (an embedded one).
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = _below(root, (".py",), _STDLIB_SKIPPED) if root.is_dir() else []
+    if not files:
+        raise UserError(f"no Python source under {root}; use --input with text of your own")
+    return files
+
+
+def is_validation(document_id: str, fraction: float) -> bool:
+    """Whether a document belongs to validation: a hash of its id, uniform in [0, 1)."""
+    digest = hashlib.sha256(document_id.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8]) < fraction * 2.0**64
+
+
+def read_text_file(file: SourceFile) -> Document:
+    """A whole file as one document.
+
+    Raises:
+        UserError: the file is not UTF-8; names the byte.
+    """
+    content = file.path.read_bytes()
+    try:
+        return Document(file.name, content.decode("utf-8"), len(content))
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file.path}: not UTF-8 at byte {error.start} ({error.reason}); convert the file, or "
+            "leave it out with --suffix"
+        ) from None
+
+
+def read_jsonl_range(file: SourceFile, key: str, start: int, end: int) -> Iterator[Document]:
+    """Documents of the lines whose first byte lies in [start, end).
+
+    Ranges that tile a file read every line exactly once, whichever lines they cut through. Blank
+    lines are skipped.
+
+    Raises:
+        UserError: a malformed line; names file and line number.
+    """
+    with file.path.open("rb") as stream:
+        if start:
+            # From one byte early: if that byte ends a line, ``start`` begins one and is ours.
+            stream.seek(start - 1)
+            stream.readline()
+        while (offset := stream.tell()) < end and (line := stream.readline()):
+            if line.isspace():
+                continue
+            try:
+                text = _text_of_line(line, key)
+            except ValueError as problem:
+                number = _line_number(file.path, offset)
+                raise UserError(f"{file.path}:{number}: {problem}") from None
+            yield Document(f"{file.name}@{offset}", text, len(line))
+
+
+def _text_of_line(line: bytes, key: str) -> str:
+    """The document's text; a ValueError says what is wrong with the line."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start} of the line") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
+    if key not in record:
+        raise ValueError(
+            f"no key '{key}' (keys: {', '.join(record)}); choose another with --json-key"
+        )
+    text = record[key]
+    if not isinstance(text, str):
+        raise ValueError(f"'{key}' is {type(text).__name__}, expected a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"'{key}' has a lone surrogate at character {error.start}") from None
+    return text
+
+
+def _line_number(path: Path, offset: int) -> int:
+    """1-based number of the line at a byte offset; counted only when there is an error to show."""
+    newlines = 0
+    with path.open("rb") as stream:
+        while offset > 0 and (block := stream.read(min(offset, 1 << 20))):
+            newlines += block.count(b"\n")
+            offset -= len(block)
+    return newlines + 1
