@@ -39,7 +39,7 @@ def symmetric_product(
     a, b = (A[None], B[None]) if A.ndim == 2 else (A, B)
     batch, n, m = a.shape
     C = a.new_empty(batch, n, n)
-    d = C if add is None else add.view(batch, n, n)
+    d = C if add is None else add.reshape(batch, n, n)
     num_tiles = triton.cdiv(n, TRITON_TILE)
     _upper_triangle_kernel[(num_tiles, num_tiles, batch)](
         a,
@@ -62,31 +62,31 @@ def symmetric_product(
 
 
 @triton.jit
-def _upper_triangle_kernel(  # noqa: ANN202 - compiled by Triton, which has no return annotation
-    a_ptr,  # noqa: ANN001 - a pointer or scalar that Triton types at launch; so are all below
-    b_ptr,  # noqa: ANN001
-    d_ptr,  # noqa: ANN001
-    c_ptr,  # noqa: ANN001
-    n,  # noqa: ANN001
-    m,  # noqa: ANN001
-    alpha,  # noqa: ANN001
-    beta,  # noqa: ANN001
-    a_batch,  # noqa: ANN001
-    a_row,  # noqa: ANN001
-    a_col,  # noqa: ANN001
-    b_batch,  # noqa: ANN001
-    b_row,  # noqa: ANN001
-    b_col,  # noqa: ANN001
-    d_batch,  # noqa: ANN001
-    d_row,  # noqa: ANN001
-    d_col,  # noqa: ANN001
-    c_batch,  # noqa: ANN001
-    c_row,  # noqa: ANN001
-    c_col,  # noqa: ANN001
+def _upper_triangle_kernel(
+    a_ptr: tl.tensor,
+    b_ptr: tl.tensor,
+    d_ptr: tl.tensor,
+    c_ptr: tl.tensor,
+    n: tl.tensor,
+    m: tl.tensor,
+    alpha: tl.tensor,
+    beta: tl.tensor,
+    a_batch: tl.tensor,
+    a_row: tl.tensor,
+    a_col: tl.tensor,
+    b_batch: tl.tensor,
+    b_row: tl.tensor,
+    b_col: tl.tensor,
+    d_batch: tl.tensor,
+    d_row: tl.tensor,
+    d_col: tl.tensor,
+    c_batch: tl.tensor,
+    c_row: tl.tensor,
+    c_col: tl.tensor,
     HAS_ADDEND: tl.constexpr,
     TILE: tl.constexpr,
     INNER: tl.constexpr,
-):
+) -> None:
     i, j, k = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if j < i:
         return
