@@ -1,0 +1,278 @@
+"""Orthogonalisation of a matrix by Newton-Schulz iteration, the ``NewtonSchulz(M_t)`` of MuonClip.
+
+Kimi K2 report (arXiv:2507.20534), Algorithm 1, calls it and leaves the iteration to Moonlight
+(arXiv:2502.16982, section 2.1): ``X <- aX + bAX + cA²X`` with ``A = XXᵀ``, which drives every
+singular value of ``X`` towards 1 and leaves the singular vectors alone. The result approximates
+``UVᵀ`` of the SVD.
+
+Two forms of the same polynomial:
+
+* plain: as written above, on ``X [n, m]``;
+* Gram: since every factor is a polynomial in ``R = XXᵀ``, iterate on ``[n, n]`` matrices only,
+  accumulate ``Q`` with ``X_k = Q X_0``, and touch ``X`` when ``R`` is formed and when ``Q`` is
+  applied. One restart half way recomputes ``R`` from ``X`` as it then is: ``R`` has squared
+  singular values, and the first steps lift the small ones above its rounding error. (Gram
+  Newton-Schulz, Dao-AILab.)
+
+No process group, no state, no host synchronisation: nothing here reads a tensor's value in Python.
+
+Legend: ``n`` rows and ``m`` columns after transposing to ``n <= m``; ``k`` matrices in a batch.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_k2.optimizer.symmetric import SymmetricMethod, num_computed_elements, product
+
+Form = Literal["auto", "plain", "gram"]
+Normalization = Literal["amax", "frobenius_eps"]
+Step = tuple[float, float, float]
+
+FROBENIUS_EPS = 1e-7  # torch.optim.Muon's and Moonlight's
+
+
+@dataclass(frozen=True)
+class CoefficientSet:
+    """One published choice of the polynomials ``aX + bX³ + cX⁵``, a step each."""
+
+    name: str
+    source: str
+    per_step: tuple[Step, ...]
+    """(a, b, c) in order of application."""
+    default_steps: int
+    """As many as its source runs."""
+    extension: Literal["cycle", "repeat_last"]
+    """What step ``len(per_step)`` and later use: the first again, or the last for ever."""
+
+    def take(self, steps: int) -> tuple[Step, ...]:
+        """The first ``steps`` polynomials; fewer than listed cuts the list."""
+        if steps < 1:
+            raise ValueError(f"steps={steps}: expected at least 1; {self.default_steps} is usual")
+        last = len(self.per_step) - 1
+        if self.extension == "cycle":
+            return tuple(self.per_step[i % (last + 1)] for i in range(steps))
+        return tuple(self.per_step[min(i, last)] for i in range(steps))
+
+
+_JORDAN: Step = (3.4445, -4.7750, 2.0315)
+
+COEFFICIENTS: dict[str, CoefficientSet] = {
+    row.name: row
+    for row in (
+        CoefficientSet(
+            name="jordan",
+            source="Keller Jordan, Muon (2024); Moonlight, arXiv:2502.16982, section 2.1",
+            per_step=(_JORDAN,),
+            default_steps=5,
+            extension="cycle",
+        ),
+        CoefficientSet(
+            name="quintic",
+            source="F. L. Cesista and others, muon-opt-coeffs (2025), by way of modded-nanogpt; "
+            "Megatron-Core's default",
+            per_step=(
+                (4.0848, -6.8946, 2.9270),
+                (3.9505, -6.3029, 2.6377),
+                (3.7418, -5.5913, 2.3037),
+                (2.8769, -3.1427, 1.2046),
+                (2.8366, -3.0525, 1.2012),
+            ),
+            default_steps=5,
+            extension="cycle",
+        ),
+        CoefficientSet(
+            name="polar_express",
+            source="Polar Express, arXiv:2505.16932, its safety factor 1.01 folded into all but "
+            "the last polynomial, to four digits as in Emerging-Optimizers",
+            per_step=(
+                (8.2051, -22.9019, 16.4607),
+                (4.0664, -2.8612, 0.5184),
+                (3.9096, -2.8234, 0.5250),
+                (3.2856, -2.4153, 0.4853),
+                (2.2779, -1.6198, 0.3985),
+                (1.8726, -1.2307, 0.3585),
+                (1.8564, -1.2132, 0.3568),
+                (1.8750, -1.2500, 0.3750),
+            ),
+            default_steps=5,
+            extension="repeat_last",
+        ),
+        CoefficientSet(
+            name="deepseek_v4",
+            source="DeepSeek-V4 report, section 2.4: eight fast steps, then two that pin the "
+            "singular values at 1",
+            per_step=(_JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2,
+            default_steps=10,
+            extension="repeat_last",
+        ),
+    )
+}
+
+
+def orthogonalize(
+    G: Tensor,
+    *,
+    coefficients: str = "jordan",
+    steps: int | None = None,
+    form: Form = "auto",
+    dtype: torch.dtype | None = None,
+    symmetric: SymmetricMethod = "none",
+    normalization: Normalization = "amax",
+) -> Tensor:
+    """Approximate ``UVᵀ`` of each matrix of ``G = USVᵀ``.
+
+    Args:
+        G: [..., rows, cols], any floating dtype; leading dimensions are a batch. Not modified.
+            Finite: a NaN or infinity makes its own matrix NaN, and only that one.
+        coefficients: a key of ``COEFFICIENTS``. The report does not say; Moonlight uses ``jordan``.
+        steps: polynomials applied; the set's own number if None (5 for ``jordan``, as in
+            Moonlight).
+        form: ``plain``, ``gram``, or ``auto``: whichever executes fewer FLOPs at this shape (Gram
+            from about cols/rows = 1.6 without symmetric products). In bf16 the Gram form drifts a
+            little more: largest singular value 1.19 against 1.15 on a power-law spectrum.
+        dtype: dtype of the iteration and of the result; ``G``'s if None. Moonlight: bf16.
+        symmetric: how products known to be symmetric are formed, see ``symmetric.py``.
+        normalization: how the spectral norm is brought to at most 1 first.
+            ``amax``: divide by the largest magnitude, then by the Frobenius norm, in at least fp32,
+            and cast after; the result does not depend on the scale of ``G`` down to subnormal
+            numbers.
+            ``frobenius_eps``: cast to ``dtype``, divide by max(norm, 1e-7): torch.optim.Muon's
+            order, for bit parity with it. Below that norm its result is no longer orthogonal: a
+            gradient of norm 1e-9 moves the weights by half, one of 1e-20 not at all.
+
+    Returns:
+        [..., rows, cols] in ``dtype``. A zero matrix gives zero, a rank-deficient one stays finite
+        and has the rank of ``G``.
+    """
+    if G.ndim < 2:
+        raise ValueError(f"G has shape {tuple(G.shape)}; expected a matrix [..., rows, cols]")
+    dtype = dtype or G.dtype
+    row = coefficient_set(coefficients)
+    schedule = row.take(row.default_steps if steps is None else steps)
+    if G.numel() == 0:
+        return G.to(dtype)
+    rows, cols = G.shape[-2:]
+    X = G.mT if rows > cols else G
+    X = _normalize(X, dtype, normalization)
+    batch = X.shape[:-2]
+    X = X.flatten(0, -3) if X.ndim > 3 else X
+    if choose_form(rows, cols, len(schedule), form, symmetric) == "gram":
+        X = _iterate_gram(X, schedule, symmetric)
+    else:
+        X = _iterate_plain(X, schedule, symmetric)
+    X = X.unflatten(0, batch) if len(batch) > 1 else X
+    return X.mT if rows > cols else X
+
+
+def coefficient_set(name: str) -> CoefficientSet:
+    """The row called ``name``.
+
+    Raises:
+        ValueError: naming the sets there are.
+    """
+    if name not in COEFFICIENTS:
+        raise ValueError(f"coefficients={name!r}: expected one of {', '.join(COEFFICIENTS)}")
+    return COEFFICIENTS[name]
+
+
+def frobenius_norm(X: Tensor) -> Tensor:
+    """‖X‖_F of each matrix, [...] in at least fp32, exact at any scale: no square underflows.
+
+    Args:
+        X: [..., rows, cols].
+    """
+    X = X.to(torch.promote_types(X.dtype, torch.float32))
+    amax = torch.linalg.vector_norm(X, ord=torch.inf, dim=(-2, -1), keepdim=True)
+    scaled = X / torch.where(amax > 0, amax, 1)
+    return (torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True) * amax)[..., 0, 0]
+
+
+def _normalize(X: Tensor, dtype: torch.dtype, normalization: Normalization) -> Tensor:
+    if normalization not in ("amax", "frobenius_eps"):
+        raise ValueError(f"normalization={normalization!r}: expected amax or frobenius_eps")
+    if normalization == "frobenius_eps":
+        X = X.to(dtype)
+        return X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp(min=FROBENIUS_EPS)
+    X = X.to(torch.promote_types(X.dtype, torch.float32))
+    amax = torch.linalg.vector_norm(X, ord=torch.inf, dim=(-2, -1), keepdim=True)
+    X = X / torch.where(amax > 0, amax, 1)
+    # The largest entry is now exactly 1, so the norm is at least 1 unless the matrix is zero.
+    return (X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp(min=1)).to(dtype)
+
+
+def _iterate_plain(X: Tensor, schedule: tuple[Step, ...], symmetric: SymmetricMethod) -> Tensor:
+    for a, b, c in schedule:
+        A = product(X, X.mT, symmetric=symmetric)
+        B = product(A, A, add=A, beta=b, alpha=c, symmetric=symmetric)
+        X = product(B, X, add=X, beta=a)
+    return X
+
+
+def _iterate_gram(X: Tensor, schedule: tuple[Step, ...], symmetric: SymmetricMethod) -> Tensor:
+    """Segments of the schedule, each from a fresh ``R = XXᵀ`` and ended by one ``Q X``."""
+    for segment in _segments(schedule):
+        A = product(X, X.mT, symmetric=symmetric)
+        Q: Tensor | None = None
+        for i, (a, b, c) in enumerate(segment):
+            B = product(A, A, add=A, beta=b, alpha=c, symmetric=symmetric)
+            # The step is X <- (aI + B) X. Its factors commute: all are polynomials in the same R,
+            # so their products are symmetric.
+            if Q is None:
+                Q = B.clone()
+                Q.diagonal(dim1=-2, dim2=-1).add_(a)
+            else:
+                Q = product(B, Q, add=Q, beta=a, symmetric=symmetric)
+            if i + 1 < len(segment):
+                A = product(B, A, add=A, beta=a, symmetric=symmetric)
+                A = product(A, B, add=A, beta=a, symmetric=symmetric)
+        if Q is not None:
+            X = product(Q, X)
+    return X
+
+
+def _segments(schedule: tuple[Step, ...]) -> tuple[tuple[Step, ...], ...]:
+    """Cut in two, the shorter half first (2 + 3 of 5).
+
+    Under four steps a restart costs more than it mends.
+    """
+    if len(schedule) < 4:
+        return (schedule,)
+    return schedule[: len(schedule) // 2], schedule[len(schedule) // 2 :]
+
+
+def choose_form(
+    rows: int, cols: int, steps: int, form: Form, symmetric: SymmetricMethod = "none"
+) -> Literal["plain", "gram"]:
+    """``form`` itself, or for ``auto`` the one that executes fewer FLOPs; plain on a tie."""
+    if form not in ("auto", "plain", "gram"):
+        raise ValueError(f"form={form!r}: expected auto, plain or gram")
+    if form != "auto":
+        return form
+    gram = newton_schulz_flops(rows, cols, steps, "gram", symmetric)
+    return "gram" if gram < newton_schulz_flops(rows, cols, steps, "plain", symmetric) else "plain"
+
+
+def newton_schulz_flops(
+    rows: int, cols: int, steps: int, form: Form = "auto", symmetric: SymmetricMethod = "none"
+) -> int:
+    """FLOPs ``orthogonalize`` executes on one matrix in matrix products (a multiply-add is two).
+
+    In units of n³ with r = m/n and five steps: plain 20r + 10, Gram 8r + 28; were symmetric
+    products free of waste, plain 15r + 5 and Gram 6r + 14. What ``symmetric`` really computes is
+    counted here, diagonal blocks in full.
+    """
+    if form == "auto":
+        form = choose_form(rows, cols, steps, form, symmetric)
+    n, m = min(rows, cols), max(rows, cols)
+    elements = num_computed_elements(n, symmetric)
+    gram_matrix, square, apply = 2 * elements * m, 2 * elements * n, 2 * n * n * m
+    if form == "plain":
+        return steps * (gram_matrix + square + apply)
+    total = 0
+    for segment in _segments(((0.0, 0.0, 0.0),) * steps):
+        # per step: A², Q, and two for A; the first step's Q and the last step's A are not needed
+        total += gram_matrix + apply + (4 * len(segment) - 3) * square
+    return total
