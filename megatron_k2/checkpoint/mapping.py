@@ -10,11 +10,11 @@ at TP1/EP1/PP1. How a distributed checkpoint stores them is left to ``megatron_s
 Facts the operations rest on:
 
 - Rotary layout needs no permutation. DeepSeek stores the rotary rows of ``q_b_proj`` and
-  ``kv_a_proj_with_mqa`` as interleaved pairs (x0, x1), (x2, x3), ...; Megatron 0.19.2 expects the
-  same, because ``apply_rotary_pos_emb`` sets ``mla_rotary_interleaved =
-  config.multi_latent_attention`` and de-interleaves (x[0::2], x[1::2]) before it rotates halves
-  (``rope_utils.py``). ``config.rotary_interleaved`` must stay False: it would rotate pairs of the
-  already de-interleaved halves. Proved by logits in ``tests/checkpoint/test_verify.py``.
+  ``kv_a_proj_with_mqa`` as interleaved pairs (x0, x1), (x2, x3), ...; Megatron 0.19.2's MLA expects
+  the same: it calls ``apply_rotary_pos_emb(..., mla_rotary_interleaved=True)``
+  (``multi_latent_attention.py:942``), which de-interleaves to (x[0::2], x[1::2]) before it rotates
+  halves. ``config.rotary_interleaved`` must stay False: it would pair neighbours of the already
+  de-interleaved halves. Proved by logits in ``tests/checkpoint/test_verify.py``.
 - ``linear_q_up_proj`` is [heads x (nope, rope)] and ``linear_kv_up_proj`` [heads x (k nope, v)],
   row for row what Hugging Face has.
 - ``linear_fc1`` is gate over up ([2F, H]); ``q_layernorm`` is ``q_a_layernorm``.
