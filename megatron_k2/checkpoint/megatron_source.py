@@ -1,0 +1,239 @@
+"""One tensor at a time out of a Megatron ``torch_dist`` checkpoint: no model, no process group.
+
+Megatron saves with ``megatron.core.dist_checkpointing`` on top of torch's distributed checkpoint:
+``.metadata`` says which global tensor has which chunks in which file, at whatever TP/EP/PP layout
+they were written. Reading asks for a box of a global tensor; the optimizer's tensors lie in the
+same files and are never touched.
+
+Names are those of ``GPTModel.state_dict()`` at TP1/EP1/PP1; storage differs in two ways, undone
+here (observed on 0.19.2):
+
+- experts of a layer are one tensor ``...mlp.experts.experts.linear_fc1.weight`` [e, 2F, H], one
+  chunk (two for gate and up) per expert, so reading one expert reads no other;
+- with an integer ``moe_layer_freq`` the layers are stacked too, ``decoder.layers.<rest>`` [L, ...];
+  with a list, as every preset here has, each layer has its own key.
+
+Common state (``args``, ``iteration``) is an object inside the checkpoint from 0.19 on and
+``common.pt`` before; Megatron's own loader reads both.
+"""
+
+import functools
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, override
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_k2.errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+NOT_WEIGHTS = re.compile(
+    r"^(optimizer\.|chained_\d+\.|rng_state|common_state|rerun_state|opt_param_scheduler)"
+    r"|\._extra_state"
+)
+"""Keys beside the model's tensors: optimizer, random state, common state, Transformer Engine's."""
+
+_LAYER_KEY = re.compile(r"^decoder\.layers\.(?:(\d+)\.)?(.+)$")
+_STORED_EXPERTS = "mlp.experts.experts."
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where one tensor lies: a key, and indices into its stacked leading dimensions."""
+
+    key: str
+    leading: tuple[int, ...]
+    """Layer and/or expert index, where the stored tensor stacks them."""
+    shape: tuple[int, ...]
+    """Of the tensor itself, vocabulary padding included."""
+    dtype: torch.dtype
+
+
+class _BoxPlanner:
+    """The little of torch's ``LoadPlanner`` that a reader calls: where each piece goes."""
+
+    def __init__(self, destination: Tensor) -> None:
+        self.destination = destination
+
+    def resolve_tensor(self, item: ReadItem) -> Tensor:
+        """The part of the destination that this piece fills."""
+        part = self.destination
+        for dim, (offset, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
+            part = part.narrow(dim, offset, length)
+        return part
+
+    def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None:
+        """Nothing to do: the piece was copied in place."""
+
+
+class MegatronSource:
+    """An opened ``iter_*`` directory: names with their shapes, and one tensor on request."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._reader = FileSystemReader(directory)
+        try:
+            self._metadata: Metadata = self._reader.read_metadata()
+        except FileNotFoundError:
+            raise UserError(
+                f"{directory} has no .metadata: not a torch_dist checkpoint, or its save did not "
+                "finish; choose another with --iteration"
+            ) from None
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        _require_whole_files(directory, self._metadata)
+        self.locations: dict[str, Location] = dict(_locate_all(self._metadata))
+
+    @functools.cached_property
+    def common(self) -> dict[str, Any]:
+        """What was saved beside tensors: ``args``, ``iteration``; empty if nothing was."""
+        from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+        from megatron.core.safe_globals import register_safe_globals
+
+        is_object = any(k.startswith("common_state") for k in self._metadata.state_dict_metadata)
+        if not is_object and not (self.directory / "common.pt").exists():
+            return {}
+        register_safe_globals()  # args hold enums and dtypes that torch.load otherwise refuses
+        return dict(load_common_state_dict(str(self.directory)))
+
+    @property
+    def args(self) -> Namespace | None:
+        """Megatron's arguments of the run that saved this, None if it saved none."""
+        return self.common.get("args")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every model tensor, vocabulary padding included."""
+        return {name: location.shape for name, location in self.locations.items()}
+
+    def read(self, name: str, num_rows: int | None = None) -> Tensor:
+        """One tensor into fresh CPU memory.
+
+        Args:
+            name: as in ``GPTModel.state_dict()``.
+            num_rows: read only that many leading rows; cuts vocabulary padding before it is read.
+
+        Returns:
+            The tensor, in the dtype it was saved in.
+
+        Raises:
+            UserError: if a chunk is missing or cannot be decoded.
+        """
+        location = self.locations[name]
+        shape = location.shape if num_rows is None else (num_rows, *location.shape[1:])
+        offsets = torch.Size((*location.leading, *(0 for _ in shape)))
+        sizes = torch.Size((*(1 for _ in location.leading), *shape))
+        stored = self._metadata.state_dict_metadata[location.key]
+        assert isinstance(stored, TensorStorageMetadata)  # only those have a location
+        box = ChunkStorageMetadata(offsets, sizes)
+        items = create_read_items_for_chunk_list(location.key, stored, [box])
+        if sum(item.lengths.numel() for item in items) != sizes.numel():
+            raise UserError(f"{self.directory}: chunks of '{location.key}' do not cover it")
+        destination = torch.empty(sizes, dtype=location.dtype)
+        try:
+            self._reader.read_data(LoadPlan(items), _BoxPlanner(destination))  # type: ignore[arg-type]
+        except (RuntimeError, EOFError, OSError) as error:
+            raise UserError(
+                f"{self.directory}: '{location.key}' cannot be read ({error}); the shard is "
+                "damaged: choose an earlier checkpoint with --iteration"
+            ) from error
+        return destination.view(shape)
+
+    @override
+    def __repr__(self) -> str:
+        return f"MegatronSource({self.directory}, {len(self.locations)} tensors)"
+
+
+def find_iteration(checkpoint_dir: Path, iteration: int | None = None) -> Path:
+    """The ``iter_*`` directory of a run's checkpoint directory.
+
+    Args:
+        checkpoint_dir: what was given to ``--save``, or one of its ``iter_*`` directories.
+        iteration: which; default: the one the tracker file names.
+
+    Raises:
+        UserError: if there is none; the message lists what is there.
+    """
+    if not checkpoint_dir.is_dir():
+        raise UserError(
+            f"{checkpoint_dir}: no such directory; expected Megatron's --save directory"
+        )
+    if (checkpoint_dir / ".metadata").exists():
+        return checkpoint_dir
+    present = sorted(int(p.name[5:]) for p in checkpoint_dir.glob("iter_[0-9]*") if p.is_dir())
+    if iteration is None:
+        iteration = _tracked_iteration(checkpoint_dir, present)
+    found = checkpoint_dir / f"iter_{iteration:07d}"
+    if not found.is_dir():
+        have = ", ".join(map(str, present)) or "none"
+        raise UserError(f"{checkpoint_dir} has no iteration {iteration}; saved are: {have}")
+    return found
+
+
+def _tracked_iteration(checkpoint_dir: Path, present: list[int]) -> int:
+    tracker = checkpoint_dir / TRACKER
+    if not tracker.exists():
+        if not present:
+            raise UserError(f"{checkpoint_dir} holds no checkpoint: neither {TRACKER} nor iter_*")
+        raise UserError(
+            f"{checkpoint_dir} has no {TRACKER}, so which checkpoint is complete is not known; "
+            f"choose one with --iteration: {', '.join(map(str, present))}"
+        )
+    text = tracker.read_text().strip()
+    if not text.isdigit():
+        raise UserError(f"{tracker} says '{text}', expected an iteration number; use --iteration")
+    return int(text)
+
+
+def _require_whole_files(directory: Path, metadata: Metadata) -> None:
+    """Compare each file's length with the furthest byte ``.metadata`` places in it."""
+    end: dict[str, int] = {}
+    for info in (metadata.storage_data or {}).values():
+        end[info.relative_path] = max(end.get(info.relative_path, 0), info.offset + info.length)
+    for name, expected_bytes in sorted(end.items()):
+        path = directory / name
+        if not path.exists():
+            raise UserError(f"{path} is missing, though .metadata refers to it")
+        if (actual_bytes := path.stat().st_size) < expected_bytes:
+            raise UserError(
+                f"{path} is truncated: {actual_bytes} bytes, .metadata places data up to "
+                f"{expected_bytes}; copy it again or choose another --iteration"
+            )
+
+
+def _locate_all(metadata: Metadata) -> Iterator[tuple[str, Location]]:
+    for key, stored in metadata.state_dict_metadata.items():
+        if isinstance(stored, TensorStorageMetadata) and not NOT_WEIGHTS.search(key):
+            yield from _locate(key, tuple(stored.size), stored.properties.dtype)
+
+
+def _locate(key: str, size: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, Location]]:
+    """The tensors one stored key holds, by unstacking layers and experts."""
+    match = _LAYER_KEY.match(key)
+    if match is None:
+        yield key, Location(key, (), size, dtype)
+        return
+    layer, rest = match[1], match[2]
+    layers = [(int(layer), ())] if layer is not None else [(i, (i,)) for i in range(size[0])]
+    inner = size if layer is not None else size[1:]
+    for index, at_layer in layers:
+        prefix = f"decoder.layers.{index}."
+        if not rest.startswith(_STORED_EXPERTS):
+            yield f"{prefix}{rest}", Location(key, at_layer, inner, dtype)
+            continue
+        matrix = rest.removeprefix(_STORED_EXPERTS)
+        for expert in range(inner[0]):
+            name = f"{prefix}mlp.experts.local_experts.{expert}.{matrix}"
+            yield name, Location(key, (*at_layer, expert), inner[1:], dtype)

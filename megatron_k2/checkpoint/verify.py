@@ -1,0 +1,90 @@
+"""Compare an exported model's logits with reference logits, through transformers.
+
+The reference file is a ``torch.save`` of ``{"tokens": int64 [b, s], "logits": fp32 [b, s, V]}``,
+dumped by whoever trained the model. Both sides run in fp32, so the export under test should be
+``--dtype fp32`` or the reference made from bf16-rounded weights.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_k2.errors import UserError
+
+
+@dataclass(frozen=True)
+class LogitComparison:
+    """How far the export is from the reference."""
+
+    max_abs_difference: float
+    mean_abs_difference: float
+    max_abs_reference: float
+    argmax_agreement: float
+    """Fraction of positions whose most likely token is the same."""
+    missing_keys: tuple[str, ...]
+    """Of the model, not in the files; transformers would invent them."""
+    unexpected_keys: tuple[str, ...]
+
+
+def read_reference(path: Path) -> tuple[Tensor, Tensor]:
+    """Tokens [b, s] int64 and logits [b, s, V] fp32 of a reference file.
+
+    Raises:
+        UserError: if it is missing or does not hold the two.
+    """
+    if not path.is_file():
+        raise UserError(f"--reference {path}: no such file")
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(stored, dict) or not {"tokens", "logits"} <= set(stored):
+        raise UserError(f"--reference {path}: expected a dict with 'tokens' and 'logits'")
+    tokens, logits = stored["tokens"], stored["logits"]
+    if logits.shape[:-1] != tokens.shape:
+        raise UserError(
+            f"--reference {path}: tokens {list(tokens.shape)} and logits {list(logits.shape)} "
+            "differ in batch or sequence"
+        )
+    return tokens.long(), logits.float()
+
+
+def verify_logits(hf_dir: Path, reference: Path) -> LogitComparison:
+    """Load ``hf_dir`` in fp32 with transformers, run the reference's tokens, compare.
+
+    The directory's ``model_type`` may be ``kimi_k2``: the architecture class is named outright.
+    The reference may have more columns than the vocabulary (padding); they are not compared.
+    """
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    if not (hf_dir / "config.json").is_file():
+        raise UserError(f"{hf_dir} has no config.json: not a Hugging Face directory")
+    tokens, expected = read_reference(reference)
+    config = DeepseekV3Config.from_pretrained(hf_dir)
+    model, info = DeepseekV3ForCausalLM.from_pretrained(
+        hf_dir,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
+    with torch.inference_mode():
+        logits = model.eval()(tokens).logits.float()
+    if expected.shape[-1] < logits.shape[-1]:
+        raise UserError(
+            f"--reference {reference} has {expected.shape[-1]} columns, the model's vocabulary "
+            f"is {logits.shape[-1]}: not logits of this model"
+        )
+    return _compare(logits, expected[..., : logits.shape[-1]], info)
+
+
+def _compare(logits: Tensor, expected: Tensor, info: dict[str, list[str]]) -> LogitComparison:
+    difference = (logits - expected).abs()
+    agreement = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
+    return LogitComparison(
+        max_abs_difference=difference.max().item(),
+        mean_abs_difference=difference.mean().item(),
+        max_abs_reference=expected.abs().max().item(),
+        argmax_agreement=agreement.item(),
+        missing_keys=tuple(sorted(info["missing_keys"])),
+        unexpected_keys=tuple(sorted(info["unexpected_keys"])),
+    )
