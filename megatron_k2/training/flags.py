@@ -1,7 +1,7 @@
 """A preset is only a set of Megatron flags: this module writes them down.
 
-``expand`` turns ``--preset NAME`` and ``--data DIR`` into Megatron's own flags, in front of what the
-user typed, so that the user's flags win. The program then sees nothing but flags, which
+``expand`` turns ``--preset NAME`` and ``--data DIR`` into Megatron's own flags, in front of what
+the user typed, so that the user's flags win. The program then sees nothing but flags, which
 ``--print-args`` prints. What has no upstream flag is one of ours, declared in ``add_k2_arguments``.
 """
 
@@ -15,7 +15,8 @@ from megatron_k2.presets import ModelPreset, YarnScaling, get_preset
 CPU_FLAGS = (
     "--distributed-backend gloo --transformer-impl local --use-cpu-initialization "
     "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-swiglu-fusion "
-    "--no-bias-dropout-fusion --no-rope-fusion --no-persist-layer-norm --num-workers 0"
+    "--no-bias-dropout-fusion --no-rope-fusion --no-persist-layer-norm --num-workers 0 "
+    "--muonclip-dtype fp32"
 ).split()
 """Everything that asks for a CUDA kernel or an extension, switched off."""
 
@@ -35,6 +36,12 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         "--muonclip",
         action="store_true",
         help="MuonClip in place of Megatron's muon (what '--optimizer muonclip' expands to)",
+    )
+    group.add_argument(
+        "--muonclip-dtype",
+        choices=["bf16", "fp32"],
+        default="bf16",
+        help="dtype of the Newton-Schulz iteration (Moonlight: bf16)",
     )
     group.add_argument(
         "--yarn-mla-beta-fast",

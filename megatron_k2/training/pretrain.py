@@ -8,9 +8,13 @@ import os
 import socket
 import sys
 import time
+import traceback
+from pathlib import Path
+from typing import TextIO
 
 from megatron_k2.errors import UserError
-from megatron_k2.training.flags import add_k2_arguments, expand
+from megatron_k2.training.console import divert_output
+from megatron_k2.training.flags import add_k2_arguments, expand, last_value
 
 PROGRAM_START = time.time()
 
@@ -30,6 +34,19 @@ def _single_process_environment() -> None:
 def run(argv: list[str]) -> None:
     """Train with the flags in ``argv`` (``--preset`` and ``--data`` allowed) until done."""
     _single_process_environment()
+    save = last_value(argv, "--save")
+    terminal = None
+    if save is not None and last_value(argv, "--console") != "megatron":
+        terminal = divert_output(Path(save) / "logs" / f"rank{os.environ['RANK']}.log")
+    try:
+        _run(argv, terminal)
+    except BaseException as error:
+        if terminal is not None and not isinstance(error, (SystemExit, UserError)):
+            traceback.print_exc(file=terminal)
+        raise
+
+
+def _run(argv: list[str], terminal: TextIO | None) -> None:
     import torch
 
     from megatron_k2.compat import (
@@ -44,22 +61,28 @@ def run(argv: list[str]) -> None:
     with megatron_host():
         skip_helpers_compilation()
         restore_distributed_optimizer_without_te()
-        _pretrain()
+        _pretrain(terminal)
 
 
-def _pretrain() -> None:
+def _pretrain(terminal: TextIO | None) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain, set_startup_timestamps
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_k2.model.build import model_config_from_args
+    from megatron_k2.training.hooks import TrainingHooks, training_hooks
+    from megatron_k2.training.metrics import METRICS_FILE, MetricsWriter
     from megatron_k2.training.providers import datasets_provider, forward_step
 
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
     args = parse_and_validate_args(extra_args_provider=add_k2_arguments)
+    if args.muonclip:
+        args.optimizer = "muonclip"  # its closed list of choices is behind us
     config = pretrain_cfg_container_from_args(args, model_config_from_args(args))
-    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    writer = MetricsWriter(Path(args.save) / METRICS_FILE) if args.save else None
+    with training_hooks(TrainingHooks(args, terminal, writer)):
+        pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
 
 
 def main() -> None:

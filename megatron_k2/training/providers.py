@@ -113,12 +113,13 @@ def get_batch(iterator: Iterator[dict[str, Any]], vp_stage: int | None) -> list[
 
 
 def loss_func(
-    loss_mask: Tensor, per_token_loss: Tensor
+    loss_mask: Tensor | None, per_token_loss: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the unmasked tokens' losses and their number, summed over nothing yet.
 
     Megatron divides by the number of tokens of the global batch (``--calculate-per-token-loss``).
     """
+    assert loss_mask is not None  # only the last stage computes a loss, and it has a mask
     losses = per_token_loss.view(-1).float()
     mask = loss_mask.view(-1).float()
     total = (losses * mask).sum()

@@ -1,0 +1,60 @@
+"""S_max of every head on this rank: where the attention writes it, and its reduction.
+
+Kimi K2 report (arXiv:2507.20534), section 2.1: S_max of a head is the largest softmax input over
+the whole batch. Heads are split over tensor-parallel ranks and layers over pipeline stages, so the
+only ranks that hold a part of the same head's maximum are the data- and context-parallel ones.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def attention_modules(model_chunks: list[torch.nn.Module]) -> list[Any]:
+    """Every self-attention whose core records its maximum logits: decoder and MTP layers alike."""
+    return [
+        module
+        for chunk in model_chunks
+        for module in chunk.modules()
+        if hasattr(getattr(module, "core_attention", None), "current_max_attn_logits")
+    ]
+
+
+class MaxLogits:
+    """One persistent fp32 tensor that all local attention modules write into.
+
+    Attributes:
+        attentions: the modules, in the order of the rows.
+        running: [attention modules, heads on this rank], maxima since the last ``take``; this
+            rank's tokens only. ``-inf`` where nothing was recorded.
+        latest: what the last ``take`` returned.
+    """
+
+    def __init__(self, model_chunks: list[torch.nn.Module]) -> None:
+        self.attentions = attention_modules(model_chunks)
+        heads = {m.core_attention.current_max_attn_logits.numel() for m in self.attentions}
+        if len(heads) > 1:
+            raise ValueError(f"attention modules with different numbers of heads: {sorted(heads)}")
+        shape = (len(self.attentions), heads.pop() if heads else 0)
+        device = next(model_chunks[0].parameters()).device
+        self.running = torch.full(shape, -math.inf, dtype=torch.float32, device=device)
+        self.latest = self.running.clone()
+        for row, attention in zip(self.running, self.attentions, strict=True):
+            attention.core_attention.current_max_attn_logits = row
+
+    def take(self, group: dist.ProcessGroup) -> Tensor:
+        """Maxima of the step, reduced over ``group`` (data x context parallel), and a new start.
+
+        One MAX all-reduce for all layers and heads.
+
+        Returns:
+            [attention modules, heads on this rank] fp32.
+        """
+        if self.running.numel():
+            dist.all_reduce(self.running, op=dist.ReduceOp.MAX, group=group)
+        self.latest = self.running.clone()
+        self.running.fill_(-math.inf)
+        return self.latest
