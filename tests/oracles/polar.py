@@ -1,5 +1,7 @@
 """The orthogonal polar factor by SVD, and matrices of a chosen spectrum."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,12 @@ def polar_factor(G: Tensor) -> Tensor:
     return U @ Vh
 
 
+@cache
 def matrix_with_spectrum(rows: int, cols: int, spectrum: str, seed: int = 0) -> Tensor:
-    """[rows, cols] fp64 with random singular vectors; largest singular value 1 unless gaussian."""
+    """[rows, cols] fp64 with random singular vectors; largest singular value 1 unless gaussian.
+
+    Cached: treat as read-only.
+    """
     generator = torch.Generator().manual_seed(seed)
     X = torch.randn(rows, cols, generator=generator, dtype=torch.float64)
     if spectrum == "gaussian":
