@@ -138,11 +138,23 @@ _SAME_NAME = (
     "moe_router_topk_scaling_factor",
     "norm_epsilon",
     "init_method_std",
-    "max_position_embeddings",
+    "moe_aux_loss_coeff",
+    "rotary_base",
 )
 """Fields that Megatron's arguments spell as the preset does."""
 
-_MAY_BE_NONE = ("q_lora_rank",)
+_YARN_FLAGS = {
+    "rotary_scaling_factor": "rotary_scaling_factor",
+    "original_max_position_embeddings": "yarn_mla_original_max_position_embeddings",
+    "beta_fast": "yarn_mla_beta_fast",
+    "beta_slow": "yarn_mla_beta_slow",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+}
+"""Field of ``YarnScaling`` -> argument (``training/flags.py``)."""
+
+HF_LATENT_NORM_EPSILON = 1e-6
+"""Fixed in the released modeling code and in transformers; ``config.json`` has no key for it."""
 
 
 def preset_from_args(args: Namespace, base: ModelPreset) -> ModelPreset:
@@ -153,32 +165,48 @@ def preset_from_args(args: Namespace, base: ModelPreset) -> ModelPreset:
             except ``q_lora_rank``, where None means: no query down-projection.
         base: the preset the run named.
 
+    Returns:
+        The preset of the checkpoint. ``yarn`` is None if the run had it off; the longest context
+        is then what the run was trained at, else the original one times YaRN's factor.
+
     Raises:
-        UserError: if the layers with experts are not all behind the dense ones, or the shared
-            experts' width is not a multiple of the expert width; Hugging Face's layout has no
-            place for such a model.
+        UserError: if the run's model cannot be said in a Hugging Face config: a dense layer behind
+            one with experts, a shared width that is no multiple of the expert width, another
+            epsilon of the latent norms.
     """
     given = vars(args)
-    changes = {
-        name: given[name]
-        for name in _SAME_NAME
-        if name in given and (given[name] is not None or name in _MAY_BE_NONE)
-    }
-    preset = dataclasses.replace(base, **changes)
-    moved = {"num_experts": "num_moe_experts", "rotary_base": "rotary_base"}
-    changes = {ours: given[theirs] for theirs, ours in moved.items() if given.get(theirs)}
-    changes |= _vocabulary(given, base) | _dense_layers(given) | _shared_experts(given, preset)
-    if isinstance(coefficient := given.get("moe_aux_loss_coeff"), float):
-        changes["moe_aux_loss_coeff"] = coefficient
-    preset = dataclasses.replace(preset, **changes)
-    return dataclasses.replace(preset, yarn=_yarn(given, base))
+    changes: dict[str, Any] = {k: given[k] for k in _SAME_NAME if given.get(k) is not None}
+    if "q_lora_rank" in given:
+        changes["q_lora_rank"] = given["q_lora_rank"]
+    if given.get("num_experts"):
+        changes["num_moe_experts"] = given["num_experts"]
+    for name in ("rotary_base", "moe_router_topk_scaling_factor", "moe_aux_loss_coeff"):
+        if name in changes:
+            changes[name] = float(changes[name])
+    changes |= _latent_norm_epsilon(given) | _vocabulary(given) | _dense_layers(given)
+    changes |= _shared_experts(given, changes.get("moe_ffn_hidden_size", base.moe_ffn_hidden_size))
+    return dataclasses.replace(base, **changes, **_positions(given, base))
 
 
-def _vocabulary(given: dict[str, Any], base: ModelPreset) -> dict[str, Any]:
-    size = given.get("vocab_size") or base.vocab_size
+def _latent_norm_epsilon(given: dict[str, Any]) -> dict[str, Any]:
+    epsilon = given.get("latent_norm_epsilon")
+    if epsilon not in (None, HF_LATENT_NORM_EPSILON):
+        raise UserError(
+            f"saved args: latent_norm_epsilon={epsilon}, but Hugging Face's DeepseekV3 code has "
+            f"{HF_LATENT_NORM_EPSILON} built in; such a model cannot be exported"
+        )
+    return {}
+
+
+def _vocabulary(given: dict[str, Any]) -> dict[str, Any]:
+    """Ids without padding; Megatron's NullTokenizer counts its end-of-document id on top."""
+    size = given.get("vocab_size")
+    if size is None:
+        return {}
+    size += given.get("tokenizer_type") == "NullTokenizer"
     padded = given.get("padded_vocab_size")
     if padded and size > padded:
-        raise UserError(f"saved args: vocab_size={size} exceeds padded_vocab_size={padded}")
+        raise UserError(f"saved args: a vocabulary of {size} exceeds padded_vocab_size={padded}")
     return {"vocab_size": size}
 
 
@@ -195,29 +223,48 @@ def _dense_layers(given: dict[str, Any]) -> dict[str, Any]:
     return {"num_dense_layers": num_dense}
 
 
-def _shared_experts(given: dict[str, Any], preset: ModelPreset) -> dict[str, Any]:
+def _shared_experts(given: dict[str, Any], expert_width: int) -> dict[str, Any]:
     width = given.get("moe_shared_expert_intermediate_size")
     if width is None:
         return {}
-    if width % preset.moe_ffn_hidden_size:
+    if width % expert_width:
         raise UserError(
             f"saved args: moe_shared_expert_intermediate_size={width} is not a multiple of "
-            f"moe_ffn_hidden_size={preset.moe_ffn_hidden_size}"
+            f"moe_ffn_hidden_size={expert_width}"
         )
-    return {"num_shared_experts": width // preset.moe_ffn_hidden_size}
+    return {"num_shared_experts": width // expert_width}
 
 
-def _yarn(given: dict[str, Any], base: ModelPreset) -> YarnScaling | None:
+def _refuse_scaled_softmax(given: dict[str, Any]) -> None:
+    """Megatron 0.19.2 scales MLA's softmax by YaRN's mscale even with ``--rope-type rope``.
+
+    ``multi_latent_attention.py:177``: (0.1 * mscale_all_dim * ln(rotary_scaling_factor) + 1)^2,
+    whatever the rope type. Hugging Face does so only under ``rope_scaling``.
+    """
+    factor, mscale = given.get("rotary_scaling_factor"), given.get("mscale_all_dim")
+    if factor and mscale and factor > 1:
+        raise UserError(
+            f"saved args: rope_type=rope with rotary_scaling_factor={factor} and "
+            f"mscale_all_dim={mscale}; Megatron scaled the softmax by them all the same, which a "
+            "Hugging Face config without rope_scaling cannot say"
+        )
+
+
+def _positions(given: dict[str, Any], base: ModelPreset) -> dict[str, Any]:
     rope_type = given.get("rope_type")
     if rope_type is None:
-        return base.yarn
+        return {}
     if rope_type != "yarn":
-        return None
-    names = [field.name for field in dataclasses.fields(YarnScaling)]
-    known = {name: float(given[name]) for name in names if given.get(name) is not None}
-    if base.yarn is not None:
-        known = {**dataclasses.asdict(base.yarn), **known}
-    if missing := [name for name in names if name not in known]:
+        _refuse_scaled_softmax(given)
+        trained_at = given.get("max_position_embeddings")
+        context = trained_at or without_yarn(base).max_position_embeddings
+        return {"yarn": None, "max_position_embeddings": context}
+    known = {} if base.yarn is None else dataclasses.asdict(base.yarn)
+    for ours, flag in _YARN_FLAGS.items():
+        if given.get(flag) is not None:
+            known[ours] = float(given[flag])
+    if missing := [flag for ours, flag in _YARN_FLAGS.items() if ours not in known]:
         raise UserError(f"saved args say rope_type=yarn but not: {', '.join(missing)}")
-    length = int(known.pop("original_max_position_embeddings"))
-    return YarnScaling(original_max_position_embeddings=length, **known)
+    original = int(known.pop("original_max_position_embeddings"))
+    yarn = YarnScaling(original_max_position_embeddings=original, **known)
+    return {"yarn": yarn, "max_position_embeddings": int(original * yarn.rotary_scaling_factor)}

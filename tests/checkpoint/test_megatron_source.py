@@ -1,0 +1,97 @@
+import shutil
+
+import pytest
+import torch
+
+from megatron_k2.checkpoint.megatron_source import MegatronSource, find_iteration
+from megatron_k2.errors import UserError
+from tests.checkpoint.build_checkpoints import ITERATION, LAYOUTS, PADDED_VOCAB, TINY
+
+pytestmark = pytest.mark.dist
+
+
+def source_of(checkpoints, layout):
+    return MegatronSource(find_iteration(checkpoints / layout))
+
+
+@pytest.fixture
+def copy(checkpoints, tmp_path):
+    """A checkpoint that a test may damage."""
+    return shutil.copytree(checkpoints / "tp2", tmp_path / "copy")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_tensor_is_the_state_dicts_bit_for_bit_at_any_layout(checkpoints, layout):
+    state = torch.load(checkpoints / "state.pt")
+    source = source_of(checkpoints, layout)
+    assert source.shapes == {name: tuple(tensor.shape) for name, tensor in state.items()}
+    assert not torch.distributed.is_initialized()
+    for name, tensor in state.items():
+        assert torch.equal(source.read(name), tensor), name
+
+
+def test_a_wrong_expert_index_would_be_seen(checkpoints):
+    state = torch.load(checkpoints / "state.pt")
+    name = "decoder.layers.1.mlp.experts.local_experts.{}.linear_fc1.weight"
+    assert not torch.equal(
+        source_of(checkpoints, "ep2").read(name.format(0)), state[name.format(1)]
+    )
+
+
+def test_rows_of_padding_need_not_be_read(checkpoints):
+    state = torch.load(checkpoints / "state.pt")
+    source = source_of(checkpoints, "tp2")
+    name = "output_layer.weight"
+    assert source.shapes[name] == (PADDED_VOCAB, TINY.hidden_size)
+    assert torch.equal(source.read(name, TINY.vocab_size), state[name][: TINY.vocab_size])
+
+
+def test_saved_arguments_are_read_without_a_process_group(checkpoints):
+    source = source_of(checkpoints, "ep2")
+    assert source.common["iteration"] == ITERATION
+    assert source.args.num_experts == TINY.num_moe_experts
+
+
+def test_an_iteration_directory_may_be_given_itself(checkpoints):
+    inner = checkpoints / "pp2" / "iter_0000010"
+    assert find_iteration(inner) == inner == find_iteration(checkpoints / "pp2", 10)
+
+
+@pytest.mark.parametrize(
+    ("iteration", "message"), [(99, "no iteration 99; saved are: 10"), (None, "--iteration: 10")]
+)
+def test_a_checkpoint_that_is_not_there_says_which_are(copy, iteration, message):
+    (copy / "latest_checkpointed_iteration.txt").unlink()
+    with pytest.raises(UserError, match=message):
+        find_iteration(copy, iteration)
+
+
+def test_a_directory_without_checkpoints_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        find_iteration(tmp_path)
+    with pytest.raises(UserError, match="no such directory"):
+        find_iteration(tmp_path / "absent")
+
+
+def test_a_save_that_did_not_finish_is_refused(copy):
+    (copy / "iter_0000010" / ".metadata").unlink()
+    with pytest.raises(UserError, match="did not finish"):
+        MegatronSource(find_iteration(copy))
+
+
+def test_a_truncated_shard_is_refused_before_anything_is_read(copy):
+    shard = copy / "iter_0000010" / "__1_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"__1_0.distcp is truncated"):
+        MegatronSource(find_iteration(copy))
+    shard.unlink()
+    with pytest.raises(UserError, match=r"__1_0.distcp is missing"):
+        MegatronSource(find_iteration(copy))
+
+
+def test_a_damaged_chunk_is_named_when_it_is_read(copy):
+    shard = copy / "iter_0000010" / "__0_0.distcp"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    source = MegatronSource(find_iteration(copy))
+    with pytest.raises(UserError, match=r"'decoder.final_layernorm.weight' cannot be read"):
+        source.read("decoder.final_layernorm.weight")
