@@ -92,7 +92,7 @@ def make_plan(options: PrepareOptions) -> Plan:
     fraction = 0.0 if valid else options.validation_fraction
     files = [*((file, fraction) for file in train), *((file, 1.0) for file in valid)]
     # Sizes and times, not contents: hashing a corpus costs a pass over it before the first token.
-    seen = [[f.name, f.num_bytes, f.modified_ns, share] for f, share in files]
+    seen = [[[f.name, f.num_bytes, f.modified_ns] for f in group] for group in (train, valid)]
     tokenizer = (
         f"byte-level BPE of {options.train_bpe}"
         if options.tokenizer is None
@@ -101,7 +101,7 @@ def make_plan(options: PrepareOptions) -> Plan:
     record = {
         "inputs": sha256_of_json(seen),
         "tokenizer": tokenizer,
-        "options": sha256_of_json({"json_key": options.json_key}),
+        "options": sha256_of_json({"json_key": options.json_key, "fraction": fraction}),
     }
     part_bytes = default_part_bytes(sum(file.num_bytes for file, _ in files))
     plan = Plan(_describe(options), files, cut_into_parts(files, part_bytes), record)
@@ -122,11 +122,10 @@ def _check_split_of_text_files(plan: Plan, options: PrepareOptions) -> None:
 def check_counts(num_documents: dict[str, int], options: PrepareOptions) -> None:
     """Refuse a split with no document where one was asked for."""
     wants_valid = bool(options.valid_inputs) or options.validation_fraction > 0
-    counted = (
-        f"{num_documents['train']} documents for training, {num_documents['valid']} for validation"
-    )
     if num_documents["train"] == 0 or (wants_valid and num_documents["valid"] == 0):
         raise UserError(
-            f"{counted}: both need one. The split is by a hash of each document's path; change "
-            "--validation-fraction (0 for no validation) or name --valid-input"
+            f"documents for training: {num_documents['train']}, for validation: "
+            f"{num_documents['valid']}; both need one. The split is by a hash of each "
+            "document's path: change --validation-fraction (0 for no validation) "
+            "or name --valid-input"
         )

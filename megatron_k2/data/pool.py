@@ -20,14 +20,18 @@ from megatron_k2.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_k2.errors import UserError
 
 
-@functools.cache
-def _tokenizer(directory: Path) -> Tokenizer:
-    """Each process reads the tokenizer once."""
-    return load_tokenizer(directory)
+@functools.lru_cache(maxsize=1)
+def _tokenizer(directory: Path, identity: str) -> Tokenizer:
+    """Each process reads the tokenizer once; by identity, for a path may get other contents."""
+    tokenizer = load_tokenizer(directory)
+    assert tokenizer.identity == identity
+    return tokenizer
 
 
-def _work(part: Part, tokenizer_directory: Path, json_key: str, directory: Path) -> int:
-    return tokenize_part(part, _tokenizer(tokenizer_directory), json_key, directory)
+def _work(
+    part: Part, tokenizer_directory: Path, identity: str, json_key: str, directory: Path
+) -> int:
+    return tokenize_part(part, _tokenizer(tokenizer_directory, identity), json_key, directory)
 
 
 def _exit_with_parent() -> None:
@@ -49,11 +53,20 @@ def _start_worker() -> None:
 def tokenize_parts(
     parts: Sequence[Part],
     tokenizer_directory: Path,
+    identity: str,
     json_key: str,
     directory: Path,
     num_workers: int,
 ) -> Iterator[int]:
     """Tokenize parts into ``directory``, in any order; one worker means this process.
+
+    Args:
+        parts: What to tokenize.
+        tokenizer_directory: Where each worker reads the tokenizer.
+        identity: Which tokenizer must be found there.
+        json_key: Field of a JSONL line that holds the text.
+        directory: Where finished parts go.
+        num_workers: Processes.
 
     Yields:
         Input bytes of each part as it is done.
@@ -61,7 +74,7 @@ def tokenize_parts(
     Raises:
         UserError: a document cannot be read, or a worker died.
     """
-    arguments = (tokenizer_directory, json_key, directory)
+    arguments = (tokenizer_directory, identity, json_key, directory)
     if num_workers == 1 or len(parts) <= 1:
         for part in parts:
             yield _work(part, *arguments)

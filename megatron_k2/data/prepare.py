@@ -64,6 +64,8 @@ def _locked(output: Path) -> Iterator[None]:
 
 def _start_or_resume(plan: Plan, output: Path, console: Console) -> None:
     """Keep what an interrupted run of the same plan left; clear what any other left."""
+    for leftover in output.glob(".*.partial*"):
+        leftover.unlink()
     plan_path = output / PARTS_DIRECTORY / PLAN_FILE
     if plan_path.is_file():
         previous = json.loads(plan_path.read_bytes())
@@ -114,7 +116,7 @@ def _provide_tokenizer(plan: Plan, options: PrepareOptions, console: Console) ->
     return load_tokenizer(final)
 
 
-def _tokenize(plan: Plan, options: PrepareOptions, console: Console) -> None:
+def _tokenize(plan: Plan, options: PrepareOptions, tokenizer: Tokenizer, console: Console) -> None:
     directory = options.output / PARTS_DIRECTORY
     todo = [part for part in plan.parts if not part.path(directory).is_file()]
     total = sum(part.num_bytes for part in plan.parts)
@@ -127,6 +129,7 @@ def _tokenize(plan: Plan, options: PrepareOptions, console: Console) -> None:
         for num_bytes in tokenize_parts(
             todo,
             options.output / TOKENIZER_DIRECTORY,
+            tokenizer.identity,
             options.json_key,
             directory,
             options.num_workers,
@@ -224,7 +227,7 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> DataMani
         if manifest is None:
             _start_or_resume(plan, options.output, console)
             tokenizer = _provide_tokenizer(plan, options, console)
-            _tokenize(plan, options, console)
+            _tokenize(plan, options, tokenizer, console)
             _check_unchanged(plan)
             manifest = _merge(plan, options, tokenizer)
             write_manifest(options.output, manifest)

@@ -1,0 +1,118 @@
+"""Hugging Face tokenizers, the trained BPE, and finding a tokenizer on disk."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_k2.data.hf_tokenizer import train_byte_bpe
+from megatron_k2.data.tokenizer import load_tokenizer
+from megatron_k2.errors import UserError
+
+TEXTS = ["def add(a, b):\n    return a + b\n", "the quick brown fox " * 5, "Größe 你好"]
+
+
+@pytest.fixture(scope="module")
+def bpe_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("bpe")
+    train_byte_bpe(TEXTS, 300, directory)
+    return directory
+
+
+def test_trained_bpe_puts_its_control_tokens_first(bpe_directory):
+    tokenizer = load_tokenizer(bpe_directory)
+    assert (tokenizer.bos_id, tokenizer.eod_id, tokenizer.vocab_size) == (0, 1, 300)
+
+
+@given(text=st.text())
+@settings(max_examples=200, deadline=None)
+def test_trained_bpe_round_trips_any_text_without_control_ids(bpe_directory, text):
+    tokenizer = load_tokenizer(bpe_directory)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not {0, 1} & set(ids)
+
+
+def test_names_of_control_tokens_in_text_stay_text(bpe_directory):
+    tokenizer = load_tokenizer(bpe_directory)
+    ids = tokenizer.encode("a<|eod|>b")
+    assert 1 not in ids
+    assert tokenizer.decode(ids) == "a<|eod|>b"
+    assert tokenizer.decode([1]) == "<|eod|>"
+
+
+def test_training_twice_gives_the_same_files(tmp_path, bpe_directory):
+    train_byte_bpe(TEXTS, 300, tmp_path)
+    assert load_tokenizer(tmp_path).identity == load_tokenizer(bpe_directory).identity
+    train_byte_bpe(TEXTS[:2], 300, tmp_path)
+    assert load_tokenizer(tmp_path).identity != load_tokenizer(bpe_directory).identity
+
+
+def test_transformers_reads_what_save_writes(tmp_path, bpe_directory):
+    from transformers import AutoTokenizer
+
+    tokenizer = load_tokenizer(bpe_directory)
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+        assert theirs.decode(tokenizer.encode(text)) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (0, 1)
+    assert load_tokenizer(tmp_path).identity == tokenizer.identity
+
+
+def test_a_lone_tokenizer_json_gets_what_transformers_needs(tmp_path, bpe_directory):
+    from transformers import AutoTokenizer
+
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    (lone / "tokenizer.json").write_bytes((bpe_directory / "tokenizer.json").read_bytes())
+    tokenizer = load_tokenizer(lone / "tokenizer.json")
+    assert (tokenizer.eod_id, tokenizer.bos_id) == (1, None)
+    tokenizer.save(tmp_path / "saved")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert theirs.encode(TEXTS[0], add_special_tokens=False) == tokenizer.encode(TEXTS[0])
+    assert theirs.eos_token_id == 1
+
+
+def test_a_directory_without_tokenizer_json_goes_through_transformers(tmp_path, bpe_directory):
+    model = json.loads((bpe_directory / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|eod|>", "bos_token": "<|bos|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"unk_token": "<|eod|>"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.kind == "transformers"
+    assert (tokenizer.eod_id, tokenizer.vocab_size) == (1, 300)
+    assert tokenizer.encode(TEXTS[0]) == load_tokenizer(bpe_directory).encode(TEXTS[0])
+    assert 1 not in tokenizer.encode("a<|eod|>b")
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").identity == tokenizer.identity
+
+
+def test_tokenizer_json_without_an_end_of_document_token_is_refused(tmp_path, bpe_directory):
+    fields = (bpe_directory / "tokenizer.json").read_text().replace("<|eod|>", "<|nothing|>")
+    (tmp_path / "tokenizer.json").write_text(fields)
+    with pytest.raises(UserError, match="no end-of-document token"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer.json", "{"), ("notes.txt", "x"), ("tokenizer.json", '{"version": "1.0"}')],
+)
+def test_what_is_no_tokenizer_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match="not a"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="not a"):
+        load_tokenizer(tmp_path / name)
+
+
+def test_a_missing_path_and_a_tiny_vocabulary_are_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_tokenizer(tmp_path / "absent")
+    with pytest.raises(UserError, match="at least 258"):
+        train_byte_bpe(TEXTS, 257, tmp_path)
