@@ -4,7 +4,10 @@ from typing import Any, override
 
 import torch
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.multi_latent_attention import (
+    MLASelfAttention,
+    MLASelfAttentionSubmodules,
+)
 from torch import Tensor
 
 from megatron_k2.model.linear import ReplicatedLinear
@@ -31,6 +34,21 @@ class K2SelfAttention(MLASelfAttention):
             config.kv_lora_rank + config.qk_pos_emb_head_dim
         )
         self.kv_layernorm.eps = latent_norm_epsilon
+
+    @override
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        """The classes as the spec names them.
+
+        Upstream insists on a norm fused into ``linear_q_proj`` where the query has no latent;
+        the published models (Moonlight, DeepSeek-V2-Lite) have no norm there.
+        """
+        return {
+            "linear_q_proj": submodules.linear_q_proj,
+            "linear_q_up_proj": submodules.linear_q_up_proj,
+            "linear_kv_up_proj": submodules.linear_kv_up_proj,
+            "q_layernorm": submodules.q_layernorm,
+            "kv_layernorm": submodules.kv_layernorm,
+        }
 
     def _replicated(self, output_size: int) -> ReplicatedLinear:
         return ReplicatedLinear(

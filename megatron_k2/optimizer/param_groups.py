@@ -74,7 +74,7 @@ def muon_matrices(model_chunks: list[torch.nn.Module]) -> dict[torch.nn.Paramete
                 is_split = getattr(param, "tensor_model_parallel", False)
                 known[param] = MatrixSpec(
                     num_blocks=2 if id(param) in fused else 1,
-                    partition_dim=param.partition_dim if is_split else -1,
+                    partition_dim=getattr(param, "partition_dim", -1) if is_split else -1,
                     is_expert=bool(getattr(module, "is_expert", False)),
                 )
     return known

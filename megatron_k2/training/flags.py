@@ -140,16 +140,13 @@ def training_flags(p: ModelPreset) -> list[str]:
 
 
 def data_flags(directory: str, manifest: DataManifest) -> list[str]:
-    """Prefixes of the splits, and the vocabulary.
-
-    Megatron's NullTokenizer appends an end-of-document id to ``--vocab-size``; the datasets get
-    the real end-of-document id from the manifest (``training/data.py``).
-    """
+    """Prefixes of the splits, and of the tokenizer what training needs: its end-of-document id."""
     root = Path(directory)
     splits = {name: str(root / split.prefix) for name, split in manifest.splits.items()}
     flags = ["--data", directory, "--train-data-path", splits["train"]]
     flags += ["--valid-data-path", splits["valid"]] if "valid" in splits else []
-    return [*flags, "--tokenizer-type", "NullTokenizer"]
+    eod = str(manifest.tokenizer.eod_id)
+    return [*flags, "--tokenizer-type", "NullTokenizer", "--null-tokenizer-eod-id", eod]
 
 
 def platform_flags(*, cuda: bool) -> list[str]:
@@ -208,8 +205,7 @@ def expand(argv: list[str], *, cuda: bool) -> list[str]:
         rest = ["--tokenizer-type", "NullTokenizer", *rest]
     flags += rest
     if vocab:
-        is_null = last_value(flags, "--tokenizer-type") == "NullTokenizer"
-        flags += ["--vocab-size", str(vocab - 1 if is_null else vocab)]
+        flags += ["--vocab-size", str(vocab)]
     return _muonclip(flags)
 
 

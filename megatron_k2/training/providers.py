@@ -18,8 +18,6 @@ from megatron.training import get_args, get_timers
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_k2.data.manifest import read_manifest
-
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 _LOADER_KEYS = (
     *BATCH_KEYS,
@@ -29,23 +27,6 @@ _LOADER_KEYS = (
     "local_cp_size",
     "hybrid_cp_group",
 )
-
-
-def _dataset_tokenizer() -> Any:
-    """Megatron's tokenizer; for a prepared directory, with the end-of-document id it was made with.
-
-    ``GPTDataset`` asks its tokenizer for nothing but ``eod`` (and ids for masks it may be told to
-    build from it).
-    """
-    args = get_args()
-    if args.data is None:
-        return build_tokenizer(args)
-    from megatron.core.tokenizers import MegatronTokenizer
-
-    record = read_manifest(args.data).tokenizer
-    return MegatronTokenizer.from_pretrained(
-        metadata_path={"library": "null-text"}, vocab_size=record.vocab_size, eod_id=record.eod_id
-    )
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
@@ -61,7 +42,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=_dataset_tokenizer(),
+        tokenizer=build_tokenizer(args),
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
