@@ -1,0 +1,163 @@
+"""Every parallel layout against one rank, through Megatron's own training loop.
+
+(i) With the same gradients and maximum logits injected, the optimizer leaves every weight and
+every momentum bit-equal: it only moves data, and orthogonalises whole matrices.
+(ii) End to end over five steps: losses within 1e-6 relative, weights within 1e-6 absolute.
+Reductions run in another order (a few ulp), which Newton-Schulz amplifies in the directions where
+a gradient is nearly singular; a learning rate of the report's size (2e-4) keeps that below 1e-6. A
+route that flipped on rounding would not be rounding any more, so the smallest gap between chosen
+and rejected scores is asserted to be far above the differences.
+
+Not exercised: bf16, dropout, more than four ranks.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+
+from megatron_k2.training.metrics import METRICS_FILE, read_records
+from tests.distributed import run_ranks
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+STEPS = 5
+MODEL = f"""
+    --preset k2-tiny --mock-data --hidden-size 64 --ffn-hidden-size 96 --num-layers 4
+    --q-lora-rank 32 --kv-lora-rank 16 --qk-head-dim 16 --qk-pos-emb-head-dim 8 --v-head-dim 16
+    --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 32
+    --moe-shared-expert-intermediate-size 32 --vocab-size 128 --seq-length 64
+    --max-position-embeddings 64 --micro-batch-size 1 --global-batch-size 4
+    --train-samples {4 * STEPS} --lr 2e-4 --min-lr 2e-4 --lr-warmup-samples 0
+    --lr-decay-samples {4 * STEPS} --lr-wsd-decay-samples 4 --qk-clip-threshold 20
+    --eval-iters 0 --log-interval 1 --save-interval {STEPS} --seed 11
+""".split()
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1".split()
+EP2 = "--expert-model-parallel-size 2".split()
+PP2 = "--pipeline-model-parallel-size 2".split()
+ADAM = "--optimizer adam".split()
+
+LAYOUTS = {
+    2: {
+        "TP2+SP": TP2,
+        "EP2 all-to-all": EP2,
+        "EP2 all-gather": [*EP2, "--moe-token-dispatcher-type", "allgather"],
+        "PP2": PP2,
+        "PP2xVPP2": [*PP2, "--num-virtual-stages-per-pipeline-rank", "2"],
+        "DP2": [],
+        "CP2": ["--context-parallel-size", "2"],
+        "DP2 distributed AdamW": [*ADAM, "--use-distributed-optimizer"],
+    },
+    4: {
+        "TP2xPP2": [*TP2, *PP2],
+        "TP2xEP2": [*TP2, *EP2],
+        "PP2xEP2": [*PP2, *EP2],
+    },
+}
+ALL = [name for layouts in LAYOUTS.values() for name in layouts]
+
+
+def _case(root: Path, name: str, base: Path | None, flags: list[str], inject: bool) -> dict:
+    save = root / re.sub(r"\W", "_", f"{name} {'injected' if inject else 'real'}")
+    load = ["--load", str(base), "--finetune"] if base else []
+    return {"flags": [*MODEL, *flags, "--save", str(save), *load], "inject": inject}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """All cases, three start-ups in all; every layout starts from the same one-rank checkpoint."""
+    root = tmp_path_factory.mktemp("layouts")
+    base = _case(root, "base", None, ["--train-samples", "4", "--save-interval", "1"], False)
+    start = Path(base["flags"][base["flags"].index("--save") + 1])
+    references = [
+        _case(root, "one rank", start, [], False) | {"watch_margin": True},
+        _case(root, "one rank", start, [], True),
+        _case(root, "one rank AdamW", start, ADAM, False),
+        _case(root, "one rank AdamW", start, ADAM, True),
+    ]
+    run_ranks("tests.parallel.worker", 1, [base, *references], root / "logs1")
+    for world_size, layouts in LAYOUTS.items():
+        cases = [
+            _case(root, name, start, flags, inject)
+            for name, flags in layouts.items()
+            for inject in (False, True)
+        ]
+        run_ranks("tests.parallel.worker", world_size, cases, root / f"logs{world_size}")
+    return root
+
+
+def _directory(root: Path, name: str, kind: str) -> Path:
+    return root / re.sub(r"\W", "_", f"{name} {kind}")
+
+
+def _reference(name: str) -> str:
+    return "one rank AdamW" if "AdamW" in name else "one rank"
+
+
+def _tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Weights and momentum of the last checkpoint, by global name."""
+    iteration = directory / f"iter_{STEPS:07d}"
+    metadata = FileSystemReader(iteration).read_metadata().state_dict_metadata
+    is_wanted = re.compile(r"(^|momentum_buffer\.)(decoder|embedding|output_layer)\.")
+    state = {
+        key: torch.empty(entry.size)
+        for key, entry in metadata.items()
+        if is_wanted.search(key) and hasattr(entry, "size")
+    }
+    dcp.load(state, checkpoint_id=iteration, no_dist=True)
+    return {key.split("optimizer.state.")[-1]: tensor for key, tensor in state.items()}
+
+
+def _largest_differences(found: Path, expected: Path) -> dict[str, float]:
+    a, b = _tensors(found), _tensors(expected)
+    shared = [key for key in b if key in a]
+    assert len(shared) == len(b), f"not in {found.name}: {sorted(set(b) - set(a))}"
+    return {key: (a[key] - b[key]).abs().max().item() for key in shared}
+
+
+@pytest.mark.parametrize("layout", ALL)
+def test_injected_gradients_leave_weights_and_momentum_bit_equal(runs, layout):
+    found, expected = (_directory(runs, n, "injected") for n in (layout, _reference(layout)))
+    differences = _largest_differences(found, expected)
+    moved = {key: d for key, d in differences.items() if d > 0 and "expert_bias" not in key}
+    assert not moved, f"{layout}: {len(moved)} of {len(differences)} differ: {moved}"
+
+
+@pytest.mark.parametrize("layout", ALL)
+def test_five_steps_equal_one_rank(runs, layout):
+    found, expected = (_directory(runs, n, "real") for n in (layout, _reference(layout)))
+    losses = [[r.loss for r in read_records(d / METRICS_FILE)] for d in (found, expected)]
+    relative = [abs(a - b) / b for a, b in zip(*losses, strict=True)]
+    assert max(relative) < 1e-6, f"{layout}: losses differ by {max(relative):.1e}: {losses}"
+    differences = {
+        key: difference
+        for key, difference in _largest_differences(found, expected).items()
+        if not key.startswith("momentum_buffer")
+    }
+    worst = max(differences, key=lambda key: differences[key])
+    assert differences[worst] < 1e-6, f"{layout}: {worst} differs by {differences[worst]:.1e}"
+
+
+def test_no_route_is_close_enough_to_flip_on_rounding(runs):
+    margin = json.loads((_directory(runs, "one rank", "real") / "margin.json").read_text())
+    assert margin > 1e-6, f"smallest gap between chosen and rejected scores: {margin:.1e}"
+
+
+def test_a_step_changes_far_more_than_the_tolerance(runs):
+    """The bounds above can fail: five steps move the weights a hundred times further."""
+    found, start = (_directory(runs, "one rank", "real"), _directory(runs, "base", "real"))
+    after, before = _tensors(found), MegatronWeights(start)
+    moved = (after["decoder.layers.1.mlp.router.weight"] - before.router).abs().max()
+    assert moved > 1e-4
+
+
+class MegatronWeights:
+    def __init__(self, directory: Path) -> None:
+        key = "decoder.layers.1.mlp.router.weight"
+        state = {key: torch.empty(8, 64)}
+        dcp.load(state, checkpoint_id=directory / "iter_0000001", no_dist=True)
+        self.router = state[key]
