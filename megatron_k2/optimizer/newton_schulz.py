@@ -152,7 +152,7 @@ def orthogonalize(
 
     Returns:
         [..., rows, cols] in ``dtype``. A zero matrix gives zero, a rank-deficient one stays finite
-        and has the rank of ``G``.
+        and keeps its rank up to rounding.
     """
     if G.ndim < 2:
         raise ValueError(f"G has shape {tuple(G.shape)}; expected a matrix [..., rows, cols]")
