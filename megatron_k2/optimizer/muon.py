@@ -74,18 +74,18 @@ def idle_factor(
     """Factor in [0, 1] on the update of a matrix whose momentum has faded, 1 exactly for others.
 
     Our choice; the report is silent. Orthogonalisation forgets the length of its input, so an
-    expert that gets no token goes on at full step in a direction that nothing new supports, until
-    its momentum underflows: some 1,700 steps at μ = 0.95 in fp32. We compare the norm of what is
-    orthogonalised with a slowly decaying peak of itself,
+    expert that gets no token goes on at full step in a direction that nothing new supports. Not
+    even underflow ends it: 0.95 times ten subnormal units rounds to ten. We compare the norm of
+    what is orthogonalised with a slowly decaying peak of itself,
 
         P_t = max(decay · P_{t-1}, ‖U_t‖),        factor_t = min(1, ‖U_t‖ / (floor · P_t)).
 
     A matrix whose norm stays within ``1 / floor`` of its recent peak gets 1 and so keeps its bits.
     An idle one has ‖U_t‖ / P_t = (μ / decay)^t: it goes about ln(1/floor) / ln(decay/μ) steps at
-    full length and then fades geometrically, 80 full steps in all at the defaults, 41 with
-    ``floor=0.5``. A woken expert is back at 1 with its first gradient of usual size. A peak and not
-    a mean of squares: no square to underflow, no bias to correct at the start, and the result does
-    not depend on the loss scale.
+    full length and then fades geometrically, under 81 full steps in all at the defaults, under 42
+    with ``floor=0.5``. A woken expert is back at 1 with its first gradient of usual size. A peak
+    and not a mean of squares: no square to underflow, no bias to correct at the start, and the
+    result does not depend on the loss scale.
 
     Args:
         norm: ‖U‖_F of each matrix, [...] (``frobenius_norm``), of the whole matrix, not a shard.
@@ -94,13 +94,15 @@ def idle_factor(
         peak_decay: above μ, or fading momentum would never be noticed.
 
     Returns:
-        [...], of ``norm``'s dtype. A matrix that never had a gradient gets 1 (its update is zero).
+        [...], of ``norm``'s dtype. A norm below the smallest normal number gets 0: it is stuck
+        there, while the peak would in time decay to it.
     """
     if floor == 0:
         return torch.ones_like(norm)
     torch.maximum(peak_norm * peak_decay, norm, out=peak_norm)
     faded = norm < floor * peak_norm
-    return torch.where(faded, norm / torch.where(faded, floor * peak_norm, 1), 1)
+    factor = torch.where(faded, norm / torch.where(faded, floor * peak_norm, 1), 1)
+    return torch.where(norm < torch.finfo(norm.dtype).tiny, 0, factor)
 
 
 def muon_step(

@@ -152,7 +152,7 @@ def orthogonalize(
 
     Returns:
         [..., rows, cols] in ``dtype``. A zero matrix gives zero, a rank-deficient one stays finite
-        and has the rank of ``G``.
+        and keeps its rank up to rounding.
     """
     if G.ndim < 2:
         raise ValueError(f"G has shape {tuple(G.shape)}; expected a matrix [..., rows, cols]")
@@ -165,13 +165,14 @@ def orthogonalize(
     X = G.mT if rows > cols else G
     X = _normalize(X, dtype, normalization)
     batch = X.shape[:-2]
-    X = X.flatten(0, -3) if X.ndim > 3 else X
+    # One matrix goes as a matrix: CPU GEMM is a fifth faster than a batch of one.
+    X = X.flatten(0, -3).squeeze(0) if batch else X
     restart_every = restart_every or RESTART_EVERY.get(dtype, RESTART_EVERY_FP32)
     if choose_form(rows, cols, len(schedule), form, symmetric, restart_every) == "gram":
         X = _iterate_gram(X, schedule, symmetric, restart_every)
     else:
         X = _iterate_plain(X, schedule, symmetric)
-    X = X.unflatten(0, batch) if len(batch) > 1 else X
+    X = X.reshape(*batch, *X.shape[-2:])
     return X.mT if rows > cols else X
 
 
@@ -192,10 +193,16 @@ def frobenius_norm(X: Tensor) -> Tensor:
     Args:
         X: [..., rows, cols].
     """
+    scaled, amax = _divide_by_amax(X)
+    return torch.linalg.vector_norm(scaled, dim=(-2, -1)) * amax[..., 0, 0]
+
+
+def _divide_by_amax(X: Tensor) -> tuple[Tensor, Tensor]:
+    """A new tensor in at least fp32 whose largest magnitude is exactly 1 or 0; amax [..., 1, 1]."""
     X = X.to(torch.promote_types(X.dtype, torch.float32))
-    amax = torch.linalg.vector_norm(X, ord=torch.inf, dim=(-2, -1), keepdim=True)
-    scaled = X / torch.where(amax > 0, amax, 1)
-    return (torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True) * amax)[..., 0, 0]
+    # Not vector_norm(ord=inf), which on CPU takes 20 times as long.
+    amax = torch.maximum(X.amax((-2, -1), keepdim=True), -X.amin((-2, -1), keepdim=True))
+    return X / torch.where(amax == 0, 1, amax), amax
 
 
 def _normalize(X: Tensor, dtype: torch.dtype, normalization: Normalization) -> Tensor:
@@ -204,11 +211,9 @@ def _normalize(X: Tensor, dtype: torch.dtype, normalization: Normalization) -> T
     if normalization == "frobenius_eps":
         X = X.to(dtype)
         return X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp(min=FROBENIUS_EPS)
-    X = X.to(torch.promote_types(X.dtype, torch.float32))
-    amax = torch.linalg.vector_norm(X, ord=torch.inf, dim=(-2, -1), keepdim=True)
-    X = X / torch.where(amax > 0, amax, 1)
+    X, _ = _divide_by_amax(X)
     # The largest entry is now exactly 1, so the norm is at least 1 unless the matrix is zero.
-    return (X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp(min=1)).to(dtype)
+    return X.div_(torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_(min=1)).to(dtype)
 
 
 def _iterate_plain(X: Tensor, schedule: tuple[Step, ...], symmetric: SymmetricMethod) -> Tensor:
