@@ -25,7 +25,7 @@ def read_export(directory):
     state = {}
     for shard in sorted(set(index["weight_map"].values())):
         state |= load_file(directory / shard)
-    assert {name for name in index["weight_map"]} == set(state)
+    assert set(index["weight_map"]) == set(state)
     return state, index
 
 
