@@ -165,8 +165,12 @@ def _save(model: torch.nn.Module, directory: Path, rotary: str) -> None:
         target.mkdir(parents=True)
         (directory / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
     dist.barrier()
-    optimizer = {"step": torch.tensor(3.0)}
-    state = {"model": model.sharded_state_dict(), "optimizer": optimizer}
+    moment = dist_checkpointing.ShardedTensor.from_rank_offsets(
+        "optimizer.state.exp_avg.decoder.final_layernorm.weight",
+        torch.ones(TINY.hidden_size),
+        replica_id=dist.get_rank(),
+    )
+    state = {"model": model.sharded_state_dict(), "optimizer": {"step": 3, "exp_avg": moment}}
     state |= {"args": saved_args(rotary), "iteration": ITERATION, "checkpoint_version": 3.0}
     dist_checkpointing.save(state, str(target))
 
