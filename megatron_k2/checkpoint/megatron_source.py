@@ -18,7 +18,9 @@ Common state (``args``, ``iteration``) is an object inside the checkpoint from 0
 """
 
 import functools
+import pickle
 import re
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,7 +108,9 @@ class MegatronSource:
         if not is_object and not (self.directory / "common.pt").exists():
             return {}
         register_safe_globals()  # args hold enums and dtypes that torch.load otherwise refuses
-        return dict(load_common_state_dict(str(self.directory)))
+        with warnings.catch_warnings():  # that torch.distributed is off is the point
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            return dict(load_common_state_dict(str(self.directory)))
 
     @property
     def args(self) -> Namespace | None:
@@ -144,7 +148,7 @@ class MegatronSource:
         destination = torch.empty(sizes, dtype=location.dtype)
         try:
             self._reader.read_data(LoadPlan(items), _BoxPlanner(destination))  # type: ignore[arg-type]
-        except (RuntimeError, EOFError, OSError) as error:
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise UserError(
                 f"{self.directory}: '{location.key}' cannot be read ({error}); the shard is "
                 "damaged: choose an earlier checkpoint with --iteration"

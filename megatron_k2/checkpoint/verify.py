@@ -5,6 +5,7 @@ dumped by whoever trained the model. Both sides run in fp32, so the export under
 ``--dtype fp32`` or the reference made from bf16-rounded weights.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def read_reference(path: Path) -> tuple[Tensor, Tensor]:
 def verify_logits(hf_dir: Path, reference: Path) -> LogitComparison:
     """Load ``hf_dir`` in fp32 with transformers, run the reference's tokens, compare.
 
-    The directory's ``model_type`` may be ``kimi_k2``: the architecture class is named outright.
+    The directory's ``model_type`` may be ``kimi_k2``: it is read as ``deepseek_v3``.
     The reference may have more columns than the vocabulary (padding); they are not compared.
     """
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
@@ -59,7 +60,9 @@ def verify_logits(hf_dir: Path, reference: Path) -> LogitComparison:
     if not (hf_dir / "config.json").is_file():
         raise UserError(f"{hf_dir} has no config.json: not a Hugging Face directory")
     tokens, expected = read_reference(reference)
-    config = DeepseekV3Config.from_pretrained(hf_dir)
+    settings = json.loads((hf_dir / "config.json").read_text())
+    # by this name transformers finds the conversion that fuses the experts as it loads them
+    config = DeepseekV3Config.from_dict(settings | {"model_type": "deepseek_v3"})
     model, info = DeepseekV3ForCausalLM.from_pretrained(
         hf_dir,
         config=config,

@@ -5,15 +5,18 @@ weights in all (every layout but the first loads the first through Megatron's ow
 ``OUT/state.pt`` (whole state dict) and ``OUT/logits_<rotary>.pt`` (reference for verify-logits).
 """
 
+from __future__ import annotations
+
+import multiprocessing
 import sys
 from argparse import Namespace
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from typing import TYPE_CHECKING
 
 from megatron_k2.presets import ModelPreset, TrainingDefaults, YarnScaling
+
+if TYPE_CHECKING:
+    import torch
 
 TINY = ModelPreset(
     name="k2-tiny",
@@ -80,7 +83,8 @@ def saved_args(rotary: str) -> Namespace:
 
 
 def build_model(rotary: str = "rope", **layout: int) -> torch.nn.Module:
-    """This rank's part of TINY, initialised from a fixed seed."""
+    """This rank's part of TINY."""
+    import torch
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import MLATransformerConfig
@@ -90,7 +94,8 @@ def build_model(rotary: str = "rope", **layout: int) -> torch.nn.Module:
     p = TINY
     same = """num_layers hidden_size ffn_hidden_size num_attention_heads q_lora_rank kv_lora_rank
         qk_head_dim qk_pos_emb_head_dim v_head_dim moe_router_topk moe_ffn_hidden_size
-        num_moe_experts moe_shared_expert_intermediate_size moe_router_topk_scaling_factor""".split()
+        num_moe_experts moe_shared_expert_intermediate_size
+        moe_router_topk_scaling_factor""".split()
     config = MLATransformerConfig(
         **{name: getattr(p, name) for name in same},
         **layout,
@@ -140,6 +145,8 @@ def build_model(rotary: str = "rope", **layout: int) -> torch.nn.Module:
 
 def _randomise(model: torch.nn.Module) -> None:
     """Away from initial values that would hide a mistake: norms of 1, biases of 0."""
+    import torch
+
     generator = torch.Generator().manual_seed(1)
     for name, tensor in model.state_dict().items():
         if not torch.is_tensor(tensor):
@@ -149,6 +156,8 @@ def _randomise(model: torch.nn.Module) -> None:
 
 
 def _save(model: torch.nn.Module, directory: Path, rotary: str) -> None:
+    import torch
+    import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
     target = directory / f"iter_{ITERATION:07d}"
@@ -156,8 +165,12 @@ def _save(model: torch.nn.Module, directory: Path, rotary: str) -> None:
         target.mkdir(parents=True)
         (directory / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
     dist.barrier()
-    optimizer = {"step": torch.tensor(3.0)}
-    state = {"model": model.sharded_state_dict(), "optimizer": optimizer}
+    moment = dist_checkpointing.ShardedTensor.from_rank_offsets(
+        "optimizer.state.exp_avg.decoder.final_layernorm.weight",
+        torch.ones(TINY.hidden_size),
+        replica_id=dist.get_rank(),
+    )
+    state = {"model": model.sharded_state_dict(), "optimizer": {"step": 3, "exp_avg": moment}}
     state |= {"args": saved_args(rotary), "iteration": ITERATION, "checkpoint_version": 3.0}
     dist_checkpointing.save(state, str(target))
 
@@ -170,18 +183,23 @@ def _load(model: torch.nn.Module, directory: Path) -> None:
     model.load_state_dict(loaded["model"], strict=False)
 
 
-@torch.no_grad()
 def _reference_logits(state: dict[str, torch.Tensor], rotary: str, path: Path) -> None:
+    import torch
+    import torch.distributed as dist
+
     model = build_model(rotary)
     model.load_state_dict(state, strict=False)
     tokens = torch.randint(0, TINY.vocab_size, (2, 24), generator=torch.Generator().manual_seed(2))
     positions = torch.arange(24).expand(2, -1)
-    logits = model(tokens, positions, None)
+    with torch.no_grad():
+        logits = model(tokens, positions, None)
     if dist.get_rank() == 0:
         torch.save({"tokens": tokens, "logits": logits.float()}, path)
 
 
 def _work(rank: int, out: Path) -> None:
+    import torch
+    import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -210,4 +228,15 @@ def _work(rank: int, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    mp.spawn(_work, args=(Path(sys.argv[1]),), nprocs=2)
+    # Imported once, then forked. The writer's Manager process imports this module anew, which is
+    # why nothing above imports torch.
+    import megatron.core.dist_checkpointing
+    import megatron.core.models.gpt.gpt_model  # noqa: F401
+
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_work, args=(rank, Path(sys.argv[1]))) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    sys.exit(any(process.exitcode for process in ranks))

@@ -38,6 +38,34 @@ def test_a_wrong_expert_index_would_be_seen(checkpoints):
     )
 
 
+def test_optimizer_state_in_the_same_files_is_not_taken_for_weights(checkpoints):
+    from torch.distributed.checkpoint import FileSystemReader
+
+    source = source_of(checkpoints, "tp2")
+    stored = FileSystemReader(source.directory).read_metadata().state_dict_metadata
+    assert "optimizer.state.exp_avg.decoder.final_layernorm.weight" in stored
+    assert not [name for name in source.shapes if "optimizer" in name]
+
+
+def test_layers_stacked_in_one_tensor_come_apart(tmp_path):
+    """What an integer ``moe_layer_freq`` makes Megatron save."""
+    import torch.distributed.checkpoint as dcp
+
+    experts = torch.arange(3 * 4 * 6 * 8.0).view(3, 4, 6, 8)
+    norms = torch.arange(3 * 8.0).view(3, 8)
+    stacked = {
+        "decoder.layers.mlp.experts.experts.linear_fc1.weight": experts,
+        "decoder.layers.input_layernorm.weight": norms,
+    }
+    dcp.save(stacked, checkpoint_id=tmp_path, no_dist=True)
+    source = MegatronSource(tmp_path)
+    assert len(source.shapes) == 3 * 4 + 3
+    name = "decoder.layers.2.mlp.experts.local_experts.1.linear_fc1.weight"
+    assert torch.equal(source.read(name), experts[2, 1])
+    assert torch.equal(source.read("decoder.layers.1.input_layernorm.weight"), norms[1])
+    assert source.args is None
+
+
 def test_rows_of_padding_need_not_be_read(checkpoints):
     state = torch.load(checkpoints / "state.pt")
     source = source_of(checkpoints, "tp2")

@@ -34,5 +34,5 @@ def test_a_tensor_is_rounded_to_the_announced_dtype(tmp_path):
     "tensors", [[], [torch.ones(3)], [torch.ones(2)] * 2], ids=["few", "shape", "many"]
 )
 def test_tensors_that_were_not_announced_are_refused(tmp_path, tensors):
-    with pytest.raises(ValueError, match="announced|zip"):
+    with pytest.raises(ValueError, match=r"announced|zip"):
         write_safetensors(tmp_path / "x", [TensorSlot("a", (2,), torch.float32)], tensors)
