@@ -44,7 +44,9 @@ def _sharded_entries(model):
 def _leaves(built):
     if isinstance(built, dict):
         built = list(built.values())
-    return [leaf for part in built for leaf in _leaves(part)] if isinstance(built, list) else [built]
+    return (
+        [leaf for part in built for leaf in _leaves(part)] if isinstance(built, list) else [built]
+    )
 
 
 def inject(hooks, step: int) -> None:
