@@ -135,7 +135,8 @@ def training_flags(p: ModelPreset) -> list[str]:
         --muon-coefficient-type simple --muon-num-ns-steps {t.muon_ns_steps}
         --qk-clip-threshold {t.qk_clip_threshold}
         --calculate-per-token-loss --no-create-attention-mask-in-dataloader
-        --ckpt-format torch_dist --log-interval 10 --eval-interval 1000 --eval-iters 10
+        --ckpt-format torch_dist --save-interval 100
+        --log-interval 10 --eval-interval 1000 --eval-iters 10
     """.split()
 
 
@@ -206,6 +207,12 @@ def expand(argv: list[str], *, cuda: bool) -> list[str]:
     flags += rest
     if vocab:
         flags += ["--vocab-size", str(vocab)]
+    save = last_value(flags, "--save")
+    if save is not None:  # the same command, run again, goes on where the last one stopped
+        if last_value(flags, "--load") is None:
+            flags += ["--load", save]
+        if last_value(flags, "--tensorboard-dir") is None:
+            flags += ["--tensorboard-dir", str(Path(save) / "tensorboard")]
     return _muonclip(flags)
 
 

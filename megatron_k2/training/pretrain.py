@@ -15,6 +15,12 @@ from typing import TextIO
 from megatron_k2.errors import UserError
 from megatron_k2.training.console import divert_output
 from megatron_k2.training.flags import add_k2_arguments, expand, last_value
+from megatron_k2.training.preflight import (
+    check_run,
+    drop_damaged_index_cache,
+    repair_tracker,
+    write_run_record,
+)
 
 PROGRAM_START = time.time()
 
@@ -56,12 +62,26 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
     from megatron_k2.parallel.cpu_host import megatron_host
 
     flags = expand(argv, cuda=torch.cuda.is_available())
+    world_size = int(os.environ["WORLD_SIZE"])
+    check_run(flags, world_size)
+    if os.environ["RANK"] == "0":
+        _put_in_order(flags, world_size)
     # ft_integration.setup() parses sys.argv again, so it must hold what Megatron understands.
     sys.argv = [sys.argv[0], *flags]
     with megatron_host():
         skip_helpers_compilation()
         restore_distributed_optimizer_without_te()
         _pretrain(terminal)
+
+
+def _put_in_order(flags: list[str], world_size: int) -> None:
+    """What one rank does for all before the first collective."""
+    save, data = last_value(flags, "--save"), last_value(flags, "--data")
+    if save is not None:
+        repair_tracker(Path(save))
+    if data is not None:
+        drop_damaged_index_cache(Path(data))
+    write_run_record(flags, world_size)
 
 
 def _pretrain(terminal: TextIO | None) -> None:

@@ -1,0 +1,70 @@
+"""``megatron-k2 pretrain``: expand, check, start the ranks."""
+
+import os
+import sys
+
+from megatron_k2.errors import UserError
+from megatron_k2.training.flags import expand, last_value
+from megatron_k2.training.preflight import check_run
+
+HELP = """\
+usage: megatron-k2 pretrain --preset NAME --data DIR [--save RUN] [--nproc N] [Megatron flags]
+
+Trains on Megatron's own loop. Started again with the same --save, it resumes from the last
+checkpoint. The same program is 'torchrun --nproc-per-node N examples/pretrain_k2.py <flags>'.
+
+  --preset NAME   model and training defaults ('megatron-k2 presets' lists them)
+  --data DIR      made by 'megatron-k2 data prepare'; or --mock-data
+  --save RUN      checkpoints, metrics.jsonl, TensorBoard, logs, report.png
+  --nproc N       ranks on this machine (default 1)
+  --yarn          rotary scaling for the released context length
+  --optimizer muonclip (default of every preset) or any of Megatron's
+  --console megatron   Megatron's own output on the terminal
+  --print-args    print the flags this expands to, one a line, and stop
+
+Any other flag is Megatron's, and overrides the preset's.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb."""
+    if not argv or "-h" in argv or "--help" in argv:
+        print(HELP, end="")
+        return 0
+    num_processes, argv = _take_nproc(argv)
+    if "--print-args" in argv:
+        return _print_flags([flag for flag in argv if flag != "--print-args"])
+    if "RANK" not in os.environ:
+        check_run(expand(argv, cuda=False), num_processes)
+    from megatron_k2.parallel.launch import launch
+
+    return launch("megatron_k2.training.pretrain", argv, num_processes)
+
+
+def _take_nproc(argv: list[str]) -> tuple[int, list[str]]:
+    text = last_value(argv, "--nproc")
+    if text is None:
+        return 1, argv
+    if not text.isdigit():
+        raise UserError(f"--nproc {text}: expected a whole number of ranks")
+    at = argv.index("--nproc") if "--nproc" in argv else argv.index(f"--nproc={text}")
+    width = 2 if argv[at] == "--nproc" else 1
+    return int(text), argv[:at] + argv[at + width :]
+
+
+def _print_flags(argv: list[str]) -> int:
+    import torch
+
+    line = ""
+    for flag in expand(argv, cuda=torch.cuda.is_available()):
+        if flag.startswith("--") and line:
+            print(line)
+            line = flag
+        else:
+            line = f"{line} {flag}".strip()
+    print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,205 @@
+"""Wrong input refused before anything expensive, and a killed run's leftovers put in order.
+
+Works on the expanded flags alone: no torch, no Megatron, so the command line answers at once and
+every rank started by hand refuses the same way.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_k2.compat import installed_version
+from megatron_k2.data.storage import write_atomically
+from megatron_k2.errors import UserError
+from megatron_k2.parallel.layout import LayoutRequest, check_layout
+
+RUN_RECORD = "run.json"
+TRACKER = "latest_checkpointed_iteration.txt"
+
+_LAYOUT_FLAGS = {
+    "--tensor-model-parallel-size": "tensor_model_parallel_size",
+    "--pipeline-model-parallel-size": "pipeline_model_parallel_size",
+    "--context-parallel-size": "context_parallel_size",
+    "--expert-model-parallel-size": "expert_model_parallel_size",
+    "--num-virtual-stages-per-pipeline-rank": "num_virtual_stages",
+    "--global-batch-size": "global_batch_size",
+    "--micro-batch-size": "micro_batch_size",
+    "--seq-length": "seq_length",
+    "--num-layers": "num_layers",
+    "--num-attention-heads": "num_attention_heads",
+    "--num-experts": "num_moe_experts",
+}
+_SHAPE_FLAGS = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads q_lora_rank kv_lora_rank "
+    "qk_head_dim qk_pos_emb_head_dim v_head_dim num_experts moe_ffn_hidden_size moe_router_topk "
+    "moe_shared_expert_intermediate_size vocab_size"
+).split()
+"""What must agree between a checkpoint and the run that loads it."""
+
+
+def read_flags(flags: list[str]) -> argparse.Namespace:
+    """The few values this module looks at, as Megatron's parser would read them."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for flag, name in _LAYOUT_FLAGS.items():
+        parser.add_argument(flag, dest=name, type=int, default=None)
+    for name in _SHAPE_FLAGS:
+        if name not in ("num_layers", "num_attention_heads", "num_experts"):
+            parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=None)
+    parser.add_argument("--expert-tensor-parallel-size", type=int, default=None)
+    parser.add_argument("--pipeline-model-parallel-layout", default=None)
+    parser.add_argument("--no-overlap-p2p-communication", action="store_true")
+    parser.add_argument("--fp4-format", default=None)
+    parser.add_argument("--preset", default=None)
+    parser.add_argument("--load", default=None)
+    parser.add_argument("--save", default=None)
+    parser.add_argument("--finetune", action="store_true")
+    parser.add_argument("--qk-clip-threshold", type=float, default=None)
+    parser.add_argument("--muonclip", action="store_true")
+    parser.add_argument("--use-distributed-optimizer", action="store_true")
+    try:
+        values, _ = parser.parse_known_args(flags)
+    except SystemExit:
+        raise UserError("a size flag has no whole number behind it; see the usage above") from None
+    values.num_experts = values.num_moe_experts
+    return values
+
+
+def check_run(flags: list[str], world_size: int) -> None:
+    """Refuse what cannot run.
+
+    Args:
+        flags: as ``flags.expand`` returns them.
+        world_size: ranks that will be started.
+
+    Raises:
+        UserError: naming the value, what was expected, and the way out.
+    """
+    values = read_flags(flags)
+    check_layout(_layout_request(values, world_size))
+    if values.muonclip and values.use_distributed_optimizer:
+        raise UserError(
+            "--optimizer muonclip does not shard its state yet; drop --use-distributed-optimizer"
+        )
+    if values.load and not values.finetune:
+        _check_checkpoint(Path(values.load), values)
+
+
+def _layout_request(values: argparse.Namespace, world_size: int) -> LayoutRequest:
+    given = {
+        name: value
+        for name in _LAYOUT_FLAGS.values()
+        if (value := getattr(values, name)) is not None
+    }
+    missing = [
+        flag
+        for flag, name in _LAYOUT_FLAGS.items()
+        if name in ("num_layers", "num_attention_heads", "seq_length", "micro_batch_size")
+        and name not in given
+    ]
+    if missing:
+        raise UserError(f"missing {', '.join(missing)}; give them, or --preset NAME")
+    given.setdefault("num_moe_experts", None)
+    tp, pp, cp = (
+        given.get(f"{kind}_size", 1)
+        for kind in ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel")
+    )
+    data_parallel = max(1, world_size // (tp * pp * cp))
+    given.setdefault("global_batch_size", given["micro_batch_size"] * data_parallel)
+    etp = values.expert_tensor_parallel_size
+    return LayoutRequest(
+        world_size=world_size,
+        expert_tensor_parallel_size=tp if etp is None else etp,
+        has_pipeline_layout=values.pipeline_model_parallel_layout is not None,
+        overlap_p2p_comm=not values.no_overlap_p2p_communication,
+        fp4=values.fp4_format,
+        has_transformer_engine=installed_version("transformer-engine") is not None,
+        **given,
+    )
+
+
+def _shape(values: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(values, name) for name in _SHAPE_FLAGS}
+
+
+def _check_checkpoint(load: Path, values: argparse.Namespace) -> None:
+    record = load / RUN_RECORD
+    if not record.exists():
+        return
+    saved = json.loads(record.read_text())
+    differing = {
+        name: (saved["shape"].get(name), value)
+        for name, value in _shape(values).items()
+        if saved["shape"].get(name) != value
+    }
+    if differing:
+        listed = "; ".join(f"{name} {a} there, {b} here" for name, (a, b) in differing.items())
+        raise UserError(
+            f"{load} holds a checkpoint of another model (preset {saved['preset']}): {listed}. "
+            "Use that preset, or another --save directory"
+        )
+
+
+def write_run_record(flags: list[str], world_size: int) -> None:
+    """``run.json`` beside the run's output: what it is, and with which versions."""
+    values = read_flags(flags)
+    if values.save is None:
+        return
+    packages = ("megatron-k2", "megatron-core", "torch", "emerging-optimizers", "numpy")
+    record = {
+        "schema_version": 1,
+        "preset": values.preset,
+        "shape": _shape(values),
+        "qk_clip_threshold": values.qk_clip_threshold,
+        "world_size": world_size,
+        "flags": flags,
+        "versions": {name: installed_version(name) for name in packages},
+        "git_commit": _git_commit(),
+    }
+    path = Path(values.save) / RUN_RECORD
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout this package runs from, read without starting git."""
+    git = Path(__file__).resolve().parents[2] / ".git"
+    head = git / "HEAD"
+    if not head.is_file():
+        return None
+    text = head.read_text().strip()
+    if not text.startswith("ref: "):
+        return text
+    ref = git / text.removeprefix("ref: ")
+    return ref.read_text().strip() if ref.is_file() else None
+
+
+def repair_tracker(save: Path) -> None:
+    """Mend ``latest_checkpointed_iteration.txt`` if a kill left it empty.
+
+    Megatron truncates and rewrites it in place, after the checkpoint itself is whole. Checkpoints
+    whose ``metadata.json`` is there are whole: it is written last.
+    """
+    tracker = save / TRACKER
+    if not tracker.exists() or re.fullmatch(r"\d+|release", tracker.read_text().strip()):
+        return
+    whole = sorted(path.parent.name for path in save.glob("iter_*/metadata.json"))
+    if whole:
+        write_atomically(tracker, str(int(whole[-1].removeprefix("iter_"))).encode())
+    else:
+        tracker.unlink()
+
+
+def drop_damaged_index_cache(data: Path) -> None:
+    """Remove sample indices that a kill cut short; Megatron builds them again.
+
+    It writes ``cache/*/*.npy`` in place and trusts whatever it finds there.
+    """
+    for path in data.glob("cache/**/*.npy"):
+        try:
+            np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError):
+            path.unlink(missing_ok=True)
