@@ -1,7 +1,9 @@
 """Run a test's module on several ranks: one start-up of Megatron for many cases."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -40,9 +42,17 @@ def start_ranks(module: str, world_size: int, arguments: list[str], log_dir: Pat
                     env=environment,
                     stdout=log,
                     stderr=subprocess.STDOUT,
+                    start_new_session=True,  # with the helpers Megatron starts, see end()
                 )
             )
     return processes
+
+
+def end(process) -> None:
+    """End a rank and whatever it started (the checkpoint writer's manager outlives its parent)."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def wait_for(processes, log_dir: Path, timeout: float = 600.0) -> None:
@@ -52,7 +62,7 @@ def wait_for(processes, log_dir: Path, timeout: float = 600.0) -> None:
         failed = [rank for rank, p in enumerate(processes) if p.poll() not in (None, 0)]
         if failed or time.monotonic() > deadline:
             for process in processes:
-                process.kill()
+                end(process)
             rank = failed[0] if failed else 0
             tail = (log_dir / f"rank{rank}.log").read_text()[-3000:]
             raise AssertionError(f"rank {rank} {'failed' if failed else 'timed out'}:\n{tail}")
