@@ -221,13 +221,13 @@ K2_TINY = ModelPreset(
         seq_length=256,
         micro_batch_size=8,
         global_batch_size=16,
-        train_samples=16 * 300,
+        train_samples=16 * 240,
         lr=4e-3,
         min_lr=4e-4,
         lr_warmup_samples=16 * 20,
-        lr_decay_samples=16 * 300,
-        lr_wsd_decay_samples=16 * 120,
-        qk_clip_threshold=8.0,  # choice: low enough that this run meets it,
+        lr_decay_samples=16 * 240,
+        lr_wsd_decay_samples=16 * 96,
+        qk_clip_threshold=6.0,  # choice: low enough that this run meets it,
     ),
 )
 

@@ -28,9 +28,9 @@ class MaxLogits:
 
     Attributes:
         attentions: the modules, in the order of the rows.
-        running: [attention modules, heads on this rank], maxima since the last ``take``; this
+        running: [attention modules, heads on this rank], maxima since the last ``finish``; this
             rank's tokens only. ``-inf`` where nothing was recorded.
-        latest: what the last ``take`` returned.
+        latest: what the last ``finish`` returned.
     """
 
     def __init__(self, model_chunks: list[torch.nn.Module]) -> None:
@@ -42,19 +42,32 @@ class MaxLogits:
         device = next(model_chunks[0].parameters()).device
         self.running = torch.full(shape, -math.inf, dtype=torch.float32, device=device)
         self.latest = self.running.clone()
+        self._work: dist.Work | None = None
         for row, attention in zip(self.running, self.attentions, strict=True):
             attention.core_attention.current_max_attn_logits = row
 
-    def take(self, group: dist.ProcessGroup) -> Tensor:
-        """Maxima of the step, reduced over ``group`` (data x context parallel), and a new start.
+    def start(self, group: dist.ProcessGroup) -> None:
+        """Begin the reduction over ``group`` (data x context parallel): one MAX all-reduce."""
+        self._work = None
+        if self.running.numel() and group.size() > 1:
+            self._work = dist.all_reduce(
+                self.running, op=dist.ReduceOp.MAX, group=group, async_op=True
+            )
 
-        One MAX all-reduce for all layers and heads.
+    def finish(self) -> Tensor:
+        """Maxima of the step, reduced; the next step starts anew.
 
         Returns:
             [attention modules, heads on this rank] fp32.
         """
-        if self.running.numel():
-            dist.all_reduce(self.running, op=dist.ReduceOp.MAX, group=group)
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
         self.latest = self.running.clone()
         self.running.fill_(-math.inf)
         return self.latest
+
+    def take(self, group: dist.ProcessGroup) -> Tensor:
+        """``start`` and ``finish`` at once."""
+        self.start(group)
+        return self.finish()

@@ -44,6 +44,11 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         help="dtype of the Newton-Schulz iteration (Moonlight: bf16)",
     )
     group.add_argument(
+        "--no-muon-idle-floor",
+        action="store_true",
+        help="keep stepping at full length in a stale direction where a matrix has no gradient",
+    )
+    group.add_argument(
         "--yarn-mla-beta-fast",
         type=float,
         default=32.0,
@@ -234,4 +239,6 @@ def _muonclip(flags: list[str]) -> list[str]:
         return flags
     if optimizer != "muonclip":
         return [*rest, "--optimizer", optimizer]
-    return [*rest, "--optimizer", "muon", "--muonclip"]
+    # With ZeRO, Megatron's validation must see adam: any other name makes it layer-wise.
+    host = "adam" if "--use-distributed-optimizer" in rest else "muon"
+    return [*rest, "--optimizer", host, "--muonclip"]

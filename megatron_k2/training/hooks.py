@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_k2.optimizer.domain import settings_from
 from megatron_k2.optimizer.max_logits import MaxLogits
-from megatron_k2.optimizer.muonclip import register
+from megatron_k2.optimizer.muonclip import adopt_distributed, register
 from megatron_k2.training.console import step_line
 from megatron_k2.training.metrics import MetricsWriter, StepRecord
 
@@ -39,14 +40,18 @@ class TrainingHooks:
         """Megatron's factory, with MuonClip registered for this model and norms decayed."""
         self.model = model
         self.max_logits = MaxLogits(model)
-        if self.args.muonclip:
-            dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.args.muonclip_dtype]
-            register(self.max_logits, dtype)
-            # Megatron exempts norms and biases from weight decay; Moonlight (App. D) calls decay
-            # on RMSNorm gains crucial. No overrides means everything decays.
-            kwargs["config_overrides"] = {}
+        if not self.args.muonclip:
+            return original(config, model, **kwargs)
+        # Megatron exempts norms and biases from weight decay; Moonlight (App. D) calls decay on
+        # RMSNorm gains crucial. No overrides means everything decays.
+        kwargs["config_overrides"] = {}
+        settings = settings_from(self.args, model[0].config)
+        register(self.max_logits, settings)
+        optimizer = original(config, model, **kwargs)
+        if config.use_distributed_optimizer:
+            adopt_distributed(optimizer, model, self.max_logits, settings)
         self._last_time = time.perf_counter()
-        return original(config, model, **kwargs)
+        return optimizer
 
     def log_step(self, original: Any, *positional: Any, **kwargs: Any) -> Any:
         """Megatron's ``training_log``, then our record of the same step."""

@@ -58,8 +58,6 @@ def read_flags(flags: list[str]) -> argparse.Namespace:
     parser.add_argument("--save", default=None)
     parser.add_argument("--finetune", action="store_true")
     parser.add_argument("--qk-clip-threshold", type=float, default=None)
-    parser.add_argument("--muonclip", action="store_true")
-    parser.add_argument("--use-distributed-optimizer", action="store_true")
     try:
         values, _ = parser.parse_known_args(flags)
     except SystemExit:
@@ -80,10 +78,6 @@ def check_run(flags: list[str], world_size: int) -> None:
     """
     values = read_flags(flags)
     check_layout(_layout_request(values, world_size))
-    if values.muonclip and values.use_distributed_optimizer:
-        raise UserError(
-            "--optimizer muonclip does not shard its state yet; drop --use-distributed-optimizer"
-        )
     if values.load and not values.finetune:
         _check_checkpoint(Path(values.load), values)
 

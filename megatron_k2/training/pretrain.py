@@ -97,8 +97,8 @@ def _pretrain(terminal: TextIO | None) -> None:
 
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
     args = parse_and_validate_args(extra_args_provider=add_k2_arguments)
-    if args.muonclip:
-        args.optimizer = "muonclip"  # its closed list of choices is behind us
+    if args.muonclip and not args.use_distributed_optimizer:
+        args.optimizer = "muonclip"  # Megatron's closed list of choices is behind us
     config = pretrain_cfg_container_from_args(args, model_config_from_args(args))
     writer = MetricsWriter(Path(args.save) / METRICS_FILE) if args.save else None
     with training_hooks(TrainingHooks(args, terminal, writer)):

@@ -1,0 +1,176 @@
+"""The ranks that share matrices, and the exchange among them, built from process groups."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_k2.optimizer.exchange import MatrixExchange
+from megatron_k2.optimizer.newton_schulz import orthogonalize
+from megatron_k2.optimizer.param_groups import MatrixSpec
+from megatron_k2.optimizer.plan import Domain, Placement, Plan, make_plan
+
+
+@dataclass(frozen=True)
+class MuonClipSettings:
+    """What MuonClip takes from flags; ``from_config`` reads Megatron's."""
+
+    momentum: float
+    """μ."""
+    nesterov: bool
+    coefficients: str
+    """A key of ``newton_schulz.COEFFICIENTS``."""
+    steps: int
+    scale_factor: float
+    """Update RMS; the report's 0.2."""
+    dtype: torch.dtype
+    """Of the exchange and of Newton-Schulz."""
+    qk_clip_threshold: float
+    """τ."""
+    qk_clip_alpha: float
+    """α: the query's share of γ where both sides are the head's own."""
+    has_idle_floor: bool
+    """Whether a matrix without gradients fades out (``muon.idle_factor``)."""
+
+
+MEGATRON_COEFFICIENTS = {"simple": "jordan", "quintic": "quintic", "polar_express": "polar_express"}
+"""``--muon-coefficient-type`` -> our table."""
+
+
+def settings_from(args: Any, transformer: Any) -> MuonClipSettings:
+    """Megatron's ``--muon-*`` and ``--qk-clip-*`` flags, and ours."""
+    return MuonClipSettings(
+        momentum=args.muon_momentum,
+        nesterov=args.muon_nesterov,
+        coefficients=MEGATRON_COEFFICIENTS[args.muon_coefficient_type],
+        steps=args.muon_num_ns_steps,
+        scale_factor=args.muon_extra_scale_factor,
+        dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[args.muonclip_dtype],
+        qk_clip_threshold=transformer.qk_clip_threshold,
+        qk_clip_alpha=transformer.qk_clip_alpha,
+        has_idle_floor=not args.no_muon_idle_floor,
+    )
+
+
+@dataclass(frozen=True)
+class MatrixParameter:
+    """A Muon parameter as every rank of its domain knows it."""
+
+    name: str
+    param: torch.nn.Parameter
+    spec: MatrixSpec
+    pieces: tuple[tuple[int, int], ...]
+    """[start, end) of the flat tensor-parallel shard, a data-parallel rank each."""
+    bucket: int
+
+
+class MuonDomain:
+    """Matrices of one optimizer: dense ones over TP x DP x CP, experts over expert-TP x expert-DP.
+
+    Attributes:
+        matrices: in the order of the plan.
+        plan: homes and loads.
+        exchange: the collective part.
+        peaks: idle-floor state, see ``MatrixExchange``.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[MatrixParameter],
+        data_group: dist.ProcessGroup,
+        tensor_group: dist.ProcessGroup,
+        settings: MuonClipSettings,
+        *,
+        is_data_replicated: bool = False,
+        seed_loads: Sequence[int] | None = None,
+    ) -> None:
+        self.matrices = list(matrices)
+        domain = Domain(tensor_ranks=tensor_group.size(), data_ranks=data_group.size())
+        placements = [_placement(m, domain, is_data_replicated) for m in self.matrices]
+        self.plan: Plan = make_plan(placements, domain, settings.steps, seed_loads)
+        device = self.matrices[0].param.device if self.matrices else torch.device("cpu")
+        num_blocks = sum(len(placement.block_shapes) for placement in placements)
+        self.peaks = torch.zeros(num_blocks, device=device) if settings.has_idle_floor else None
+
+        def newton_schulz(batch: Tensor) -> Tensor:
+            return orthogonalize(
+                batch,
+                coefficients=settings.coefficients,
+                steps=settings.steps,
+                dtype=settings.dtype,
+            )
+
+        self.exchange = MatrixExchange(
+            placements,
+            [m.spec for m in self.matrices],
+            [_two_dimensional(m.param) for m in self.matrices],
+            self.plan,
+            domain,
+            _joint_group(data_group, tensor_group, domain),
+            settings.dtype,
+            device,
+            newton_schulz,
+            self.peaks,
+        )
+        self._blocks = {
+            m.param: p.block_shapes for m, p in zip(self.matrices, placements, strict=True)
+        }
+        self._index = {m.param: i for i, m in enumerate(self.matrices)}
+
+    def run(self, directions: dict[torch.nn.Parameter, Tensor]) -> dict[torch.nn.Parameter, Tensor]:
+        """``MatrixExchange.run`` keyed by parameter."""
+        results = self.exchange.run({self._index[p]: part for p, part in directions.items()})
+        return {self.matrices[index].param: part for index, part in results.items()}
+
+    def block_shape(self, param: torch.nn.Parameter) -> tuple[int, int]:
+        """[rows, cols] of each whole matrix in ``param`` (gate and up have the same)."""
+        return self._blocks[param][0]
+
+
+def _two_dimensional(param: torch.nn.Parameter) -> tuple[int, int]:
+    rows, cols = param.shape
+    return rows, cols
+
+
+def _placement(m: MatrixParameter, domain: Domain, is_data_replicated: bool) -> Placement:
+    is_split = m.spec.partition_dim >= 0 and domain.tensor_ranks > 1
+    rows, cols = _two_dimensional(m.param)
+    rows //= m.spec.num_blocks
+    if is_split:
+        rows, cols = (
+            (rows * domain.tensor_ranks, cols)
+            if m.spec.partition_dim == 0
+            else (rows, cols * domain.tensor_ranks)
+        )
+    return Placement(
+        name=m.name,
+        block_shapes=((rows, cols),) * m.spec.num_blocks,
+        pieces=m.pieces,
+        is_tensor_parallel=is_split,
+        bucket=m.bucket,
+        is_data_replicated=is_data_replicated,
+    )
+
+
+def _joint_group(
+    data_group: dist.ProcessGroup, tensor_group: dist.ProcessGroup, domain: Domain
+) -> dist.ProcessGroup:
+    """The group whose rank is ``Domain.rank(data rank, tensor rank)``."""
+    if domain.tensor_ranks == 1:
+        return data_group
+    if domain.data_ranks == 1:
+        return tensor_group
+    joint = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    if joint.size() != domain.size or joint.rank() != domain.rank(
+        data_group.rank(), tensor_group.rank()
+    ):
+        raise ValueError(
+            f"no process group spans tensor x data ranks {domain.tensor_ranks} x "
+            f"{domain.data_ranks} of this optimizer; expert tensor parallelism together with "
+            "expert data parallelism is not supported, use --expert-tensor-parallel-size 1"
+        )
+    return joint

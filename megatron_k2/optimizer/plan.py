@@ -1,0 +1,144 @@
+"""Who orthogonalises which matrix: every one exactly once in the world, at its home.
+
+Pure arithmetic on shapes: every rank computes the same plan without talking.
+
+ZeRO-1 leaves each data-parallel rank a contiguous piece of the flat parameters, cut anywhere; a
+tensor-parallel matrix is split once more. Newton-Schulz needs the whole matrix, so each has a home
+rank among the ranks that hold its parts (the *domain*: tensor x data x context parallel for dense
+parameters, expert-tensor x expert-data parallel for experts). Homes are chosen by the longest
+processing time first, by the FLOPs that are executed, except that a matrix which lies whole on one
+rank stays there while that costs no balance: then nothing is sent at all.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_k2.optimizer.newton_schulz import newton_schulz_flops
+
+BALANCE_SLACK = 1.05
+"""A matrix stays where it lies while that rank's load is below this times the mean."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One Muon parameter of a domain: its size, and who holds which part."""
+
+    name: str
+    block_shapes: tuple[tuple[int, int], ...]
+    """[rows, cols] of each whole matrix in it: one, or gate and up."""
+    pieces: tuple[tuple[int, int], ...]
+    """[start, end) of the flat tensor-parallel shard, a data-parallel rank each; (0, 0) if none."""
+    is_tensor_parallel: bool
+    """Split over the tensor-parallel ranks; otherwise each of them holds the same."""
+    bucket: int
+    """Parameters of one bucket are exchanged together."""
+    is_data_replicated: bool = False
+    """Every data-parallel rank holds the whole shard (no ZeRO): one copy is sent, all get the
+    result."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The ranks that share matrices: ``data_ranks`` x ``tensor_ranks``, tensor fastest."""
+
+    tensor_ranks: int
+    data_ranks: int
+
+    @property
+    def size(self) -> int:
+        """Ranks of the domain."""
+        return self.tensor_ranks * self.data_ranks
+
+    def coordinates(self, rank: int) -> tuple[int, int]:
+        """(data rank, tensor rank) of a domain rank."""
+        return divmod(rank, self.tensor_ranks)
+
+    def rank(self, data_rank: int, tensor_rank: int) -> int:
+        """Inverse of ``coordinates``."""
+        return data_rank * self.tensor_ranks + tensor_rank
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Home of each placement, in the placements' order, and what each rank will execute."""
+
+    homes: tuple[int, ...]
+    loads: tuple[int, ...]
+    """FLOPs of Newton-Schulz a rank, the seed included."""
+
+    @property
+    def imbalance(self) -> float:
+        """Largest load over the mean; 1 is perfect."""
+        mean = sum(self.loads) / len(self.loads)
+        return max(self.loads) / mean if mean else 1.0
+
+
+def cost(placement: Placement, steps: int) -> int:
+    """FLOPs of orthogonalising all of ``placement``'s matrices, in the form that is cheaper."""
+    return sum(newton_schulz_flops(rows, cols, steps) for rows, cols in placement.block_shapes)
+
+
+def holders(placement: Placement, domain: Domain) -> list[int]:
+    """Domain ranks that hold a part (each tensor rank of a replicated one)."""
+    return [
+        domain.rank(data_rank, tensor_rank)
+        for data_rank, (start, end) in enumerate(placement.pieces)
+        if end > start
+        for tensor_rank in range(domain.tensor_ranks)
+    ]
+
+
+def _lies_whole_on(placement: Placement, domain: Domain) -> int | None:
+    """The rank that needs nothing from anybody and whose result nobody else needs."""
+    here = holders(placement, domain)
+    return here[0] if len(here) == 1 else None
+
+
+def sends(placement: Placement, domain: Domain, home: int, rank: int) -> bool:
+    """Whether ``rank`` provides its piece to ``home``: of copies, only the one beside it does."""
+    home_data_rank, home_tensor_rank = domain.coordinates(home)
+    data_rank, tensor_rank = domain.coordinates(rank)
+    start, end = placement.pieces[data_rank]
+    return (
+        end > start
+        and (placement.is_tensor_parallel or tensor_rank == home_tensor_rank)
+        and (not placement.is_data_replicated or data_rank == home_data_rank)
+    )
+
+
+def make_plan(
+    placements: Sequence[Placement],
+    domain: Domain,
+    steps: int,
+    seed_loads: Sequence[int] | None = None,
+) -> Plan:
+    """Assign homes.
+
+    Args:
+        placements: the same list in the same order on every rank of the domain.
+        domain: its shape.
+        steps: Newton-Schulz steps.
+        seed_loads: FLOPs each rank has already from another domain, so that a rank busy with
+            experts gets fewer dense matrices.
+    """
+    loads = list(seed_loads) if seed_loads is not None else [0] * domain.size
+    costs = [cost(placement, steps) for placement in placements]
+    mean = (sum(loads) + sum(costs)) / domain.size
+    homes = [-1] * len(placements)
+    moving = []
+    for index, placement in enumerate(placements):
+        owner = _lies_whole_on(placement, domain)
+        if owner is not None and loads[owner] + costs[index] <= BALANCE_SLACK * mean:
+            homes[index] = owner
+            loads[owner] += costs[index]
+        else:
+            moving.append(index)
+    heap = [(load, rank) for rank, load in enumerate(loads)]
+    heapq.heapify(heap)
+    for index in sorted(moving, key=lambda i: (-costs[i], i)):
+        load, rank = heapq.heappop(heap)
+        homes[index] = rank
+        loads[rank] = load + costs[index]
+        heapq.heappush(heap, (loads[rank], rank))
+    return Plan(tuple(homes), tuple(loads))
