@@ -10,8 +10,8 @@ There, after unscaling, clipping and the skip on overflow, and before AdamW and 
 4. W <- W (1 - ηλ) - η · 0.2 sqrt(max(n, m)) · U Vᵀ on the shards;
 5. QK-Clip scales rows of the fp32 shards, so that bf16 is round(master) on every rank.
 
-State of a Muon parameter: ``exp_avg`` (the momentum; upstream's name, so that its checkpoint
-formats carry it) and ``step``. There is no ``exp_avg_sq``.
+State of a Muon parameter: ``momentum_buffer``. There is no ``exp_avg_sq``. Checkpoints are by
+parameter name (``param_space.py``), through ``chain.MuonClipChain``.
 """
 
 from typing import Any, override
@@ -26,6 +26,7 @@ from megatron_k2.optimizer.domain import MatrixParameter, MuonClipSettings, Muon
 from megatron_k2.optimizer.max_logits import MaxLogits
 from megatron_k2.optimizer.muon import apply_update, rms_match_scale, update_momentum
 from megatron_k2.optimizer.param_groups import MatrixSpec
+from megatron_k2.optimizer.param_space import sharded_pieces, sharded_scalars
 from megatron_k2.optimizer.qk_clip import scale_rows_
 
 
@@ -35,6 +36,8 @@ class DistributedMuonClip(DistributedOptimizer):
     _settings: MuonClipSettings
     _max_logits: MaxLogits | None
     domain: MuonDomain
+    num_steps: int
+    """Optimizer steps taken, over all runs."""
 
     @classmethod
     def adopt(
@@ -76,7 +79,7 @@ class DistributedMuonClip(DistributedOptimizer):
             for m in matrices
             if m.param in adopted.model_param_group_index_map
         }
-        adopted._muon_mains = {id(main) for main, _ in adopted._main_of.values()}
+        adopted.num_steps = 0
         return adopted
 
     def _matrices(self, specs: dict[torch.nn.Parameter, MatrixSpec]) -> list[MatrixParameter]:
@@ -104,13 +107,11 @@ class DistributedMuonClip(DistributedOptimizer):
         group = self.optimizer.param_groups[group_index]
         return group["params"][order], group
 
-    def _muon_state(self, main: Tensor) -> dict[str, Tensor]:
+    def _momentum_of(self, main: Tensor) -> Tensor:
         state = self.optimizer.state[main]
-        if "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(main)
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        state.pop("exp_avg_sq", None)
-        return state
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(main)
+        return state["momentum_buffer"]
 
     @override
     @torch.no_grad()
@@ -119,6 +120,7 @@ class DistributedMuonClip(DistributedOptimizer):
             return super().step_with_ready_grads()
         if self._max_logits is not None:
             self._max_logits.start(self._data_cp_group)
+        self.num_steps += 1
         self._muon_step()
         if self._max_logits is not None:
             self._max_logits.finish()
@@ -129,10 +131,8 @@ class DistributedMuonClip(DistributedOptimizer):
         settings = self._settings
         directions = {}
         for param, (main, _) in self._main_of.items():
-            state = self._muon_state(main)
-            state["step"] += 1
             directions[param] = update_momentum(
-                state["exp_avg"], main.grad, settings.momentum, settings.nesterov
+                self._momentum_of(main), main.grad, settings.momentum, settings.nesterov
             )
             main.grad = None  # AdamW, which the host runs next, passes over it
         for param, update in self.domain.run(directions).items():
@@ -147,6 +147,80 @@ class DistributedMuonClip(DistributedOptimizer):
                 piece = self._get_model_param_range_map(param)["param"]
                 main, _ = self._main_of[param]
                 scale_rows_(main, scale, param.shape[1], piece.start, piece.end)
+
+    def parameter_space_state(self, entries: dict[torch.nn.Parameter, Any]) -> dict[str, Any]:
+        """Every tensor of this optimizer's state, described by parameter.
+
+        Args:
+            entries: the model's own sharded description of each parameter with a piece here.
+
+        Returns:
+            Parameter name -> state -> ``ShardedTensor`` views of the live state, so that loading
+            fills it in place.
+        """
+        self._allocate_state()
+        self.domain.share_peaks()
+        names = {p: n for chunk in self.model_chunks for n, p in chunk.named_parameters()}
+        described: dict[str, Any] = {}
+        for param, entry in entries.items():
+            piece = self._get_model_param_range_map(param)["param"]
+            main, _ = self._shard(param)
+            states = {
+                name: sharded_pieces(entry, param.shape, (piece.start, piece.end), values, name)
+                for name, values in self._named_state(param, main)
+            }
+            if param in self._main_of and self.domain.peaks is not None:
+                values = self.domain.peaks_of(param)
+                rank = self.data_parallel_group.rank()
+                first = next(r for r, (a, b) in enumerate(self.domain.pieces(param)) if b > a)
+                states["muon_peak"] = [sharded_scalars(entry, values, "muon_peak", rank - first)]
+            described[names[param]] = states
+        return described
+
+    def load_parameter_space_state(self, loaded: dict[str, Any], num_steps: int) -> None:
+        """Take what ``parameter_space_state`` described and a checkpoint filled."""
+        self.num_steps = num_steps
+        names = {p: n for chunk in self.model_chunks for n, p in chunk.named_parameters()}
+        with torch.no_grad():
+            for param in self.model_param_group_index_map:
+                main, _ = self._shard(param)
+                boxes = loaded[names[param]]
+                for name, values in self._named_state(param, main):
+                    values.copy_(torch.cat([box.reshape(-1) for box in boxes[name]]))
+                if "muon_peak" in boxes:
+                    self.domain.peaks_of(param).copy_(boxes["muon_peak"][0].reshape(-1))
+        for group in self.optimizer.param_groups:
+            if "step" in group:  # Transformer Engine's FusedAdam
+                group["step"] = num_steps
+        for state in self.optimizer.state.values():
+            if "step" in state:  # torch's AdamW
+                state["step"].fill_(num_steps)
+
+    def _named_state(self, param: torch.nn.Parameter, main: Tensor) -> list[tuple[str, Tensor]]:
+        """(name in a checkpoint, flat values on this rank)."""
+        state = self.optimizer.state[main]
+        if param in self._main_of:
+            named = [("momentum_buffer", state["momentum_buffer"])]
+        else:
+            named = [(name, state[name]) for name in ("exp_avg", "exp_avg_sq")]
+        if param.dtype != torch.float32:  # otherwise the weight itself is the master
+            named.append(("fp32_param", main))
+        return named
+
+    def _allocate_state(self) -> None:
+        """Zero state for every shard that has none yet."""
+        is_torch_adam = isinstance(self.optimizer, torch.optim.AdamW)
+        for param in self.model_param_group_index_map:
+            main, _ = self._shard(param)
+            if param in self._main_of:
+                self._momentum_of(main)
+                continue
+            state = self.optimizer.state[main]
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name not in state:
+                    state[name] = torch.zeros_like(main)
+            if is_torch_adam and "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
 
 
 def _cuts(

@@ -1,5 +1,6 @@
 """The ranks that share matrices, and the exchange among them, built from process groups."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +121,8 @@ class MuonDomain:
             m.param: p.block_shapes for m, p in zip(self.matrices, placements, strict=True)
         }
         self._index = {m.param: i for i, m in enumerate(self.matrices)}
+        counts = [len(placement.block_shapes) for placement in placements]
+        self._first_block = list(itertools.accumulate(counts, initial=0))
 
     def run(self, directions: dict[torch.nn.Parameter, Tensor]) -> dict[torch.nn.Parameter, Tensor]:
         """``MatrixExchange.run`` keyed by parameter."""
@@ -129,6 +132,26 @@ class MuonDomain:
     def block_shape(self, param: torch.nn.Parameter) -> tuple[int, int]:
         """[rows, cols] of each whole matrix in ``param`` (gate and up have the same)."""
         return self._blocks[param][0]
+
+    def pieces(self, param: torch.nn.Parameter) -> tuple[tuple[int, int], ...]:
+        """[start, end) of the flat shard of ``param`` on each data-parallel rank."""
+        return self.matrices[self._index[param]].pieces
+
+    def peaks_of(self, param: torch.nn.Parameter) -> Tensor:
+        """This parameter's idle-floor state, a view: one value a whole matrix."""
+        assert self.peaks is not None
+        first = self._first_block[self._index[param]]
+        return self.peaks[first : first + len(self._blocks[param])]
+
+    def share_peaks(self) -> None:
+        """Give every rank the homes' idle-floor state; elsewhere it is not kept up."""
+        if self.peaks is None:
+            return
+        for m, home in zip(self.matrices, self.plan.homes, strict=True):
+            if home != self.exchange.rank:
+                self.peaks_of(m.param).zero_()
+        if self.exchange.group.size() > 1:
+            dist.all_reduce(self.peaks, op=dist.ReduceOp.MAX, group=self.exchange.group)
 
 
 def _two_dimensional(param: torch.nn.Parameter) -> tuple[int, int]:

@@ -69,7 +69,7 @@ class MatrixExchange:
         peaks: Tensor | None = None,
     ) -> None:
         self._placements, self._specs, self._shapes = placements, specs, local_shapes
-        self._homes, self._domain, self._group = plan.homes, domain, group
+        self._homes, self._domain, self.group = plan.homes, domain, group
         self._dtype, self._device, self._orthogonalize = dtype, device, orthogonalize
         self._peaks = peaks
         counts = [len(placement.block_shapes) for placement in placements]
@@ -211,7 +211,7 @@ class MatrixExchange:
         received = torch.empty(sum(sizes), dtype=self._dtype, device=self._device)
         send_sizes = [sum(part.numel() for part in to_rank) for to_rank in parts]
         work = dist.all_to_all_single(
-            received, send, sizes, send_sizes, group=self._group, async_op=True
+            received, send, sizes, send_sizes, group=self.group, async_op=True
         )
         return _Transfer(received, sizes, work, send)
 

@@ -22,6 +22,7 @@ from megatron.core.optimizer.emerging_optimizers import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_k2.optimizer.chain import MuonClipChain
 from megatron_k2.optimizer.clip_step import row_scales
 from megatron_k2.optimizer.distributed import DistributedMuonClip
 from megatron_k2.optimizer.domain import MatrixParameter, MuonClipSettings, MuonDomain
@@ -153,6 +154,7 @@ def adopt_distributed(
     def is_expert(part: DistributedOptimizer) -> bool:
         return any(not getattr(b.params[0], "allreduce", True) for b in part.buffers if b.params)
 
+    MuonClipChain.adopt(optimizer)
     expert_load = 0
     for part in sorted(parts, key=is_expert, reverse=True):
         if part.is_stub_optimizer:

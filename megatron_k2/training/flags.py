@@ -239,6 +239,10 @@ def _muonclip(flags: list[str]) -> list[str]:
         return flags
     if optimizer != "muonclip":
         return [*rest, "--optimizer", optimizer]
-    # With ZeRO, Megatron's validation must see adam: any other name makes it layer-wise.
-    host = "adam" if "--use-distributed-optimizer" in rest else "muon"
-    return [*rest, "--optimizer", host, "--muonclip"]
+    if "--use-distributed-optimizer" not in rest:
+        return [*rest, "--optimizer", "muon", "--muonclip"]
+    # Megatron's validation must see adam: any other name makes ZeRO layer-wise. Our checkpoint
+    # format is by parameter; the flag tells Megatron that another TP or PP may load it.
+    reshardable = "--dist-ckpt-optim-fully-reshardable"
+    extra = [] if reshardable in rest else [reshardable]
+    return [*rest, "--optimizer", "adam", "--muonclip", *extra]

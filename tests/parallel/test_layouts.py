@@ -27,20 +27,25 @@ from tests.distributed import run_ranks
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 STEPS = 5
+BATCH = 12
 MODEL = f"""
     --preset k2-tiny --mock-data --hidden-size 64 --ffn-hidden-size 96 --num-layers 4
     --q-lora-rank 32 --kv-lora-rank 16 --qk-head-dim 16 --qk-pos-emb-head-dim 8 --v-head-dim 16
     --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 32
     --moe-shared-expert-intermediate-size 32 --vocab-size 128 --seq-length 64
-    --max-position-embeddings 64 --micro-batch-size 1 --global-batch-size 4
-    --train-samples {4 * STEPS} --lr 2e-4 --min-lr 2e-4 --lr-warmup-samples 0
-    --lr-decay-samples {4 * STEPS} --lr-wsd-decay-samples 4 --qk-clip-threshold 20
+    --max-position-embeddings 64 --micro-batch-size 1 --global-batch-size {BATCH}
+    --train-samples {BATCH * STEPS} --lr 2e-4 --min-lr 2e-4 --lr-warmup-samples 0
+    --lr-decay-samples {BATCH * STEPS} --lr-wsd-decay-samples 4 --qk-clip-threshold 20
     --eval-iters 0 --log-interval 1 --save-interval {STEPS} --seed 11
 """.split()
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1".split()
 EP2 = "--expert-model-parallel-size 2".split()
 PP2 = "--pipeline-model-parallel-size 2".split()
+CP2 = "--context-parallel-size 2".split()
+VPP2 = [*PP2, "--num-virtual-stages-per-pipeline-rank", "2"]
 ADAM = "--optimizer adam".split()
+ZERO = "--use-distributed-optimizer".split()
+OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 20000".split()
 
 LAYOUTS = {
     2: {
@@ -48,15 +53,25 @@ LAYOUTS = {
         "EP2 all-to-all": EP2,
         "EP2 all-gather": [*EP2, "--moe-token-dispatcher-type", "allgather"],
         "PP2": PP2,
-        "PP2xVPP2": [*PP2, "--num-virtual-stages-per-pipeline-rank", "2"],
+        "PP2xVPP2": VPP2,
         "DP2": [],
-        "CP2": ["--context-parallel-size", "2"],
-        "DP2 distributed AdamW": [*ADAM, "--use-distributed-optimizer"],
+        "CP2": CP2,
+        "DP2 distributed AdamW": [*ADAM, *ZERO],
+        "ZeRO DP2": ZERO,
+        "ZeRO DP2 overlap, many buckets": [*ZERO, *OVERLAP],
+        "ZeRO TP2": [*ZERO, *TP2],
+        "ZeRO EP2": [*ZERO, *EP2],
+        "ZeRO PP2": [*ZERO, *PP2],
+        "ZeRO PP2xVPP2 overlap": [*ZERO, *VPP2, *OVERLAP],
+        "ZeRO CP2": [*ZERO, *CP2],
     },
+    3: {"ZeRO DP3, ragged": [*ZERO, *OVERLAP]},
     4: {
         "TP2xPP2": [*TP2, *PP2],
         "TP2xEP2": [*TP2, *EP2],
         "PP2xEP2": [*PP2, *EP2],
+        "ZeRO TP2xDP2": [*ZERO, *TP2],
+        "ZeRO EP2xDP2": [*ZERO, *EP2, *OVERLAP],
     },
 }
 ALL = [name for layouts in LAYOUTS.values() for name in layouts]
@@ -72,7 +87,7 @@ def _case(root: Path, name: str, base: Path | None, flags: list[str], inject: bo
 def runs(tmp_path_factory) -> Path:
     """All cases, three start-ups in all; every layout starts from the same one-rank checkpoint."""
     root = tmp_path_factory.mktemp("layouts")
-    base = _case(root, "base", None, ["--train-samples", "4", "--save-interval", "1"], False)
+    base = _case(root, "base", None, ["--train-samples", str(BATCH), "--save-interval", "1"], False)
     start = Path(base["flags"][base["flags"].index("--save") + 1])
     references = [
         _case(root, "one rank", start, [], False) | {"watch_margin": True},

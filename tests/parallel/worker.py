@@ -100,10 +100,10 @@ def run_case(case: dict) -> None:
             if case.get("watch_margin"):
                 _watch_margin(model, margins)
             if case.get("inject"):
-                inner, steps = optimizer.step, iter(range(10**6))
+                inner = optimizer.step
 
                 def step():
-                    inject(self, next(steps))
+                    inject(self, self.args.curr_iteration)
                     return inner()
 
                 optimizer.step = step
