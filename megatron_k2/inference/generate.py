@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_k2.data.tokenizer import Tokenizer
-from megatron_k2.errors import UserError
-from megatron_k2.inference.model import InferenceModel, round_up
+from megatron_k2.inference.jobs import check_length, round_up
+from megatron_k2.inference.model import InferenceModel
 from megatron_k2.inference.options import Layout
 
 INCOMPLETE = "�"
@@ -35,18 +35,6 @@ def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     before = probs.cumsum(-1) - probs
     probs = probs.masked_fill(before >= top_p, 0)
     return int(order[torch.multinomial(probs, 1, generator=generator)])
-
-
-def check_length(num_prompt: int, max_new_tokens: int, max_length: int) -> None:
-    """Refuse what would leave the positions that the model knows."""
-    if num_prompt == 0:
-        raise UserError("--prompt is empty; at least one token is needed")
-    if num_prompt + max_new_tokens > max_length:
-        raise UserError(
-            f"a prompt of {num_prompt} tokens and --max-new-tokens {max_new_tokens} exceed the "
-            f"model's {max_length} positions; at most {max(0, max_length - num_prompt)} new "
-            "tokens fit"
-        )
 
 
 def generate(

@@ -149,13 +149,6 @@ def _on_this_cp_rank(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=group)
 
 
-def round_up(num_tokens: int, layout: Layout) -> int:
-    """The next length that sequence and context parallelism can cut."""
-    cp = layout.context_parallel_size
-    multiple = (2 * cp if cp > 1 else 1) * layout.tensor_model_parallel_size
-    return -(-num_tokens // multiple) * multiple
-
-
 def load_model(directory: Path, args: Namespace) -> InferenceModel:
     """Build the model of ``args`` at the layout in force and fill it from a checkpoint.
 

@@ -1,6 +1,8 @@
 """Command-line options that evaluation and generation share. Light: no torch."""
 
 import argparse
+import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,10 +61,25 @@ def layout_of(args: argparse.Namespace) -> Layout:
     )
 
 
+def quieten() -> None:
+    """Leave the terminal to the result: no word on absent CUDA, Transformer Engine or apex."""
+    warnings.simplefilter("ignore")
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def without_nproc(argv: list[str]) -> list[str]:
+    """What each rank is told: torchrun takes ``--nproc`` for an abbreviation of its own options."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--nproc")
+    return parser.parse_known_args(argv)[1]
+
+
 def evaluate_parser() -> argparse.ArgumentParser:
     """Options of ``megatron-k2 evaluate``."""
     parser = argparse.ArgumentParser(
         prog="megatron-k2 evaluate",
+        allow_abbrev=False,
         description="Loss and perplexity of a Megatron checkpoint over all tokens of a split.",
     )
     add_model_options(parser)
@@ -91,7 +108,9 @@ def evaluate_parser() -> argparse.ArgumentParser:
 def generate_parser() -> argparse.ArgumentParser:
     """Options of ``megatron-k2 generate``."""
     parser = argparse.ArgumentParser(
-        prog="megatron-k2 generate", description="Sample text from a Megatron checkpoint."
+        prog="megatron-k2 generate",
+        allow_abbrev=False,
+        description="Sample text from a Megatron checkpoint.",
     )
     add_model_options(parser)
     source = parser.add_mutually_exclusive_group(required=True)

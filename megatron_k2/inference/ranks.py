@@ -8,30 +8,28 @@ import contextlib
 import dataclasses
 import io
 import json
-import logging
 import os
 import sys
 import tempfile
-import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_k2.data.storage import write_atomically
 from megatron_k2.errors import UserError
 from megatron_k2.inference.options import (
     Layout,
-    check_evaluate,
-    check_generate,
     evaluate_parser,
     generate_parser,
-    layout_of,
+    quieten,
 )
 
 if TYPE_CHECKING:
     import torch
 
+    from megatron_k2.inference.evaluate import Evaluation
+    from megatron_k2.inference.jobs import EvaluateJob
     from megatron_k2.inference.model import InferenceModel
 
 
@@ -60,9 +58,7 @@ def process_group() -> Iterator["torch.device"]:
 
 
 @contextlib.contextmanager
-def opened_model(
-    directory: Path, saved: Namespace, layout: Layout
-) -> Iterator["InferenceModel"]:
+def opened_model(directory: Path, saved: Namespace, layout: Layout) -> Iterator["InferenceModel"]:
     """The checkpoint's model on the ranks there are."""
     import torch
 
@@ -88,44 +84,24 @@ def is_first_rank() -> bool:
 
 def run_evaluate(args: argparse.Namespace) -> None:
     """``evaluate``: loss of a split, or a dump of logits."""
-    from megatron_k2.data.indexed import read_tokens
-    from megatron_k2.inference.saved_args import check_model, read_saved_args
+    from megatron_k2.inference.jobs import evaluate_job
 
-    manifest = check_evaluate(args)
-    layout = layout_of(args)
-    directory, saved = read_saved_args(args.load, args.iteration)
-    seq_length = args.seq_length or saved.seq_length
-    check_model(
-        saved,
-        layout,
-        world_size=world_size(),
-        seq_length=seq_length,
-        data_vocab=manifest.tokenizer.vocab_size,
-        data=str(args.data),
-    )
-    tokens = read_tokens(args.data / manifest.splits[args.split].prefix)
-    with process_group() as device, opened_model(directory, saved, layout) as model:
-        if args.dump_logits is not None:
-            _dump_logits(args, model, tokens, seq_length, device)
+    job = evaluate_job(args, world_size())
+    with process_group() as device, opened_model(job.directory, job.saved, job.layout) as model:
+        if args.dump_logits is None:
+            _evaluate(args, job, model, device)
         else:
-            _evaluate(args, model, tokens, seq_length, device, directory)
+            _dump_logits(args, job, model, device)
 
 
 def _evaluate(
-    args: argparse.Namespace,
-    model: "InferenceModel",
-    tokens: Any,
-    seq_length: int,
-    device: "torch.device",
-    directory: Path,
+    args: argparse.Namespace, job: "EvaluateJob", model: "InferenceModel", device: "torch.device"
 ) -> None:
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    from megatron_k2.inference.evaluate import evaluate, read_bigram_baseline
+    from megatron_k2.inference.evaluate import evaluate
 
-    if args.max_tokens is not None:
-        tokens = tokens[: args.max_tokens + 1]
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
     is_shown = console.is_terminal and is_first_rank()
@@ -133,17 +109,23 @@ def _evaluate(
         task = bar.add_task("windows")
         result = evaluate(
             model,
-            tokens,
-            seq_length=seq_length,
+            job.tokens,
+            seq_length=job.seq_length,
             micro_batch_size=args.micro_batch_size,
             device=device,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    if not is_first_rank():
-        return
+    if is_first_rank():
+        _show(args, job, result)
+
+
+def _show(args: argparse.Namespace, job: "EvaluateJob", result: "Evaluation") -> None:
+    from megatron_k2.inference.evaluate import read_bigram_baseline
+
+    # The baseline is over all of the validation split.
     bigram = read_bigram_baseline(args.data) if args.split == "valid" else None
     print(
-        f"{directory}: {args.split} loss {result.loss_nats:.6f} nats/token, "
+        f"{job.directory}: {args.split} loss {result.loss_nats:.6f} nats/token, "
         f"perplexity {result.perplexity:.3f}, {result.num_tokens:,} tokens"
     )
     if bigram is not None:
@@ -152,7 +134,7 @@ def _evaluate(
         record = {
             **dataclasses.asdict(result),
             "perplexity": result.perplexity,
-            "checkpoint": str(directory),
+            "checkpoint": str(job.directory),
             "data": str(args.data),
             "split": args.split,
             "bigram_nats": bigram,
@@ -161,75 +143,49 @@ def _evaluate(
 
 
 def _dump_logits(
-    args: argparse.Namespace,
-    model: "InferenceModel",
-    tokens: Any,
-    seq_length: int,
-    device: "torch.device",
+    args: argparse.Namespace, job: "EvaluateJob", model: "InferenceModel", device: "torch.device"
 ) -> None:
     from megatron_k2.inference.logits import dump_logits
 
-    if len(tokens) < args.dump_sequences * seq_length:
-        raise UserError(
-            f"--dump-sequences {args.dump_sequences} of {seq_length} tokens: the split has "
-            f"{len(tokens):,}; lower one of them (--seq-length)"
-        )
-    shape = dump_logits(
-        model, tokens, args.dump_sequences, seq_length, args.dump_logits, device, is_first_rank()
-    )
+    num_tokens = args.dump_sequences * job.seq_length
+    tokens = job.tokens[:num_tokens].astype("int64").reshape(args.dump_sequences, job.seq_length)
+    shape = dump_logits(model, tokens, args.dump_logits, device, is_writer=is_first_rank())
     if is_first_rank():
         print(f"{args.dump_logits}: logits {list(shape)}")
 
 
 def run_generate(args: argparse.Namespace) -> None:
     """``generate``: the prompt and what follows it, on rank 0's stdout."""
-    from megatron_k2.data.tokenizer import load_tokenizer
-    from megatron_k2.inference.generate import check_length, generate, text_pieces
-    from megatron_k2.inference.model import round_up
-    from megatron_k2.inference.saved_args import check_model, read_saved_args
+    from megatron_k2.inference.generate import generate, text_pieces
+    from megatron_k2.inference.jobs import generate_job
 
-    tokenizer = load_tokenizer(check_generate(args))
-    layout = layout_of(args)
-    directory, saved = read_saved_args(args.load, args.iteration)
-    prompt = tokenizer.encode(args.prompt)
-    check_length(len(prompt), args.max_new_tokens, saved.max_position_embeddings)
-    check_model(
-        saved,
-        layout,
-        world_size=world_size(),
-        seq_length=round_up(len(prompt), layout),
-        data_vocab=tokenizer.vocab_size,
-        data="the tokenizer",
-    )
-    with process_group() as device, opened_model(directory, saved, layout) as model:
+    job = generate_job(args, world_size())
+    with process_group() as device, opened_model(job.directory, job.saved, job.layout) as model:
         tokens = generate(
             model,
-            prompt,
-            layout=layout,
+            job.prompt,
+            layout=job.layout,
             max_new_tokens=args.max_new_tokens,
             device=device,
-            eod_id=tokenizer.eod_id,
+            eod_id=job.tokenizer.eod_id,
             temperature=args.temperature,
             top_p=args.top_p,
             seed=args.seed,
         )
-        output = sys.stdout if is_first_rank() else open(os.devnull, "w")
-        print(args.prompt, end="", flush=True, file=output)
-        for piece in text_pieces(tokenizer, prompt, tokens):
-            print(piece, end="", flush=sys.stdout.isatty(), file=output)
-        print(file=output)
+        _print(args.prompt)
+        for piece in text_pieces(job.tokenizer, job.prompt, tokens):
+            _print(piece)
+        _print("\n")
 
 
-def _quieten() -> None:
-    """Leave the terminal to the result: no word on absent CUDA, Transformer Engine or apex."""
-    warnings.simplefilter("ignore")
-    for name in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def _print(text: str) -> None:
+    if is_first_rank():
+        print(text, end="", flush=sys.stdout.isatty())
 
 
 def main(argv: list[str]) -> int:
     """``evaluate …`` or ``generate …``; 2 for a wrong input."""
-    _quieten()
+    quieten()
     try:
         if argv[0] == "evaluate":
             run_evaluate(evaluate_parser().parse_args(argv[1:]))

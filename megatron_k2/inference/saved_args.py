@@ -84,7 +84,13 @@ def read_saved_args(load: Path, iteration: int | None) -> tuple[Path, Namespace]
 
 
 def check_model(
-    saved: Namespace, layout: Layout, *, world_size: int, seq_length: int, data_vocab: int, data: str
+    saved: Namespace,
+    layout: Layout,
+    *,
+    world_size: int,
+    seq_length: int,
+    data_vocab: int,
+    data: str,
 ) -> None:
     """Refuse a layout that does not divide, and tokens that are not the model's.
 
