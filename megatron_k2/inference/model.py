@@ -99,16 +99,15 @@ class InferenceModel:
         Padding columns are taken out of the softmax: their weights are not the checkpoint's where
         another TP pads the vocabulary to another size.
         """
-        # No [b, s] -> [s, b]: the loss is per position. Columns of padding are set in a copy.
         logits = _mask_padding(logits.float(), self.vocab_size)
         return tensor_parallel.vocab_parallel_cross_entropy(logits, labels)
 
     def whole_logits(self, tokens: Tensor, positions: slice = slice(None)) -> Tensor:
         """Logits of the same tokens on every rank, [b, positions, V] fp32, whatever the layout.
 
-        Each rank that holds a part writes it into zeros, and a sum over all ranks joins them: exact,
-        and every rank gets the same bits, so that each can draw the same next token. Meant for a
-        few positions or a few sequences.
+        Each rank that holds a part writes it into zeros, and a sum over all ranks joins them:
+        exact, and every rank gets the same bits, so that each can draw the same next token. Meant
+        for a few positions or a few sequences.
 
         Args:
             tokens: [b, s], the same on every rank; ``s`` as the layout needs it (``round_up``).

@@ -1,4 +1,4 @@
-"""Each rank of ``megatron-k2 evaluate`` and ``generate``: ``python -m megatron_k2.inference.ranks``.
+"""Each rank of ``evaluate`` and ``generate``: ``python -m megatron_k2.inference.ranks``.
 
 The process group, the model, the work, the output of rank 0.
 """

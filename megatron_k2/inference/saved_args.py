@@ -7,6 +7,7 @@ they say about layout and machine is taken from a fresh parse of Megatron's flag
 import argparse
 import copy
 from argparse import Namespace
+from dataclasses import fields
 from pathlib import Path
 
 from megatron_k2.checkpoint.megatron_source import MegatronSource, find_iteration
@@ -16,54 +17,37 @@ from megatron_k2.parallel.layout import LayoutRequest, check_layout
 from megatron_k2.training.flags import add_k2_arguments, platform_flags
 
 _LAYOUT = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "sequence_parallel",
     "pipeline_model_parallel_layout",
     "decoder_first_pipeline_num_layers",
     "decoder_last_pipeline_num_layers",
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
-    "hierarchical_context_parallel_sizes",
-    "microbatch_group_size_per_vp_stage",
     "num_virtual_stages_per_pipeline_rank",
     "num_layers_per_virtual_pipeline_stage",
 )
+"""Beside the fields of Megatron's ``ModelParallelConfig``."""
 
 _MACHINE = (
     "distributed_backend",
     "transformer_impl",
-    "use_cpu_initialization",
-    "gradient_accumulation_fusion",
     "masked_softmax_fusion",
     "bias_swiglu_fusion",
     "bias_gelu_fusion",
     "bias_dropout_fusion",
     "apply_rope_fusion",
     "no_persist_layer_norm",
-    "cross_entropy_loss_fusion",
     "moe_permute_fusion",
     "moe_router_fusion",
     "moe_enable_deepep",
-    "moe_token_dispatcher_type",
-    "tp_comm_overlap",
     "cuda_graph_impl",
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
 )
-"""Kernels and transports. The released kernels of a GPU run are not needed to evaluate it."""
+"""Kernels and what only a backward pass needs."""
 
-_TRAINING_ONLY = {
-    "recompute_granularity": None,
-    "recompute_method": None,
-    "recompute_num_layers": None,
-    "overlap_moe_expert_parallel_comm": False,
-    "defer_embedding_wgrad_compute": False,
-    "virtual_pipeline_model_parallel_size": None,
-    # Batched point-to-point calls: what the plain 1F1B schedule uses.
-    "overlap_p2p_comm": False,
-}
+_PRECISION = ("fp16", "bf16")
+"""Of ``ModelParallelConfig``, but the model's."""
 
 
 def read_saved_args(load: Path, iteration: int | None) -> tuple[Path, Namespace]:
@@ -147,17 +131,20 @@ def model_args(saved: Namespace, layout: Layout, *, cuda: bool) -> Namespace:
 
     The vocabulary is padded anew for TP: Megatron's loader cuts or fills the difference.
     """
+    from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.training.arguments import add_megatron_arguments
 
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser = add_k2_arguments(add_megatron_arguments(parser))
     fresh = vars(parser.parse_args([*platform_flags(cuda=cuda), *_layout_flags(layout)]))
+    parallel = {field.name for field in fields(ModelParallelConfig)} - {*_PRECISION}
     args = copy.copy(saved)
     for name, value in fresh.items():
-        if name in _LAYOUT or name in _MACHINE or not hasattr(saved, name):
+        if name in parallel or name in _LAYOUT or name in _MACHINE or not hasattr(saved, name):
             setattr(args, name, value)
-    for name, value in _TRAINING_ONLY.items():
-        setattr(args, name, value)
+    args.virtual_pipeline_model_parallel_size = None
+    args.overlap_p2p_comm = False  # the plain schedule's sends and receives come in batches
+    args.moe_token_dispatcher_type = "alltoall"
     multiple = args.make_vocab_size_divisible_by * layout.tensor_model_parallel_size
     args.padded_vocab_size = -(-args.vocab_size // multiple) * multiple
     return args
