@@ -122,8 +122,8 @@ def _evaluate(
 def _show(args: argparse.Namespace, job: "EvaluateJob", result: "Evaluation") -> None:
     from megatron_k2.inference.evaluate import read_bigram_baseline
 
-    # The baseline is over all of the validation split.
-    bigram = read_bigram_baseline(args.data) if args.split == "valid" else None
+    is_whole = args.split == "valid" and args.max_tokens is None  # what the baseline is over
+    bigram = read_bigram_baseline(args.data) if is_whole else None
     print(
         f"{job.directory}: {args.split} loss {result.loss_nats:.6f} nats/token, "
         f"perplexity {result.perplexity:.3f}, {result.num_tokens:,} tokens"

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from tests.distributed import run_ranks
 from tests.inference.worker import NEW_TOKENS, SEQ_LENGTH, answers
@@ -86,15 +86,18 @@ def hf(root):
     return model.eval()
 
 
-def _window_losses(hf, stride: int) -> list[float]:
-    """-ln p of each predicted token, one window at a time; ``stride`` SEQ_LENGTH is right."""
+def _window_losses(hf, stride: int, num_padding: int = 0) -> list[float]:
+    """-ln p of each predicted token, one window at a time.
+
+    ``stride`` SEQ_LENGTH is right, and so is no column of padding (of zero weights) in the softmax.
+    """
     losses: list[float] = []
     for start in range(0, len(TOKENS) - 1, stride):
         window = torch.from_numpy(TOKENS[start : start + SEQ_LENGTH + 1])[None]
         if window.shape[1] < 2:
             continue
         with torch.inference_mode():
-            logits = hf(window[:, :-1]).logits[0].double()
+            logits = pad(hf(window[:, :-1]).logits[0].double(), (0, num_padding))
         losses += cross_entropy(logits, window[0, 1:], reduction="none").tolist()
     return losses
 
@@ -109,6 +112,10 @@ def test_windows_that_do_not_overlap_would_be_seen(one, hf):
     wrong = _window_losses(hf, SEQ_LENGTH + 1)
     assert len(wrong) != one["num_tokens"]
     assert abs(np.mean(wrong) - one["loss"]) > 1e-3
+
+
+def test_a_column_of_padding_in_the_softmax_would_be_seen(one, hf):
+    assert abs(np.mean(_window_losses(hf, SEQ_LENGTH, num_padding=1)) - one["loss"]) > 1e-3
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

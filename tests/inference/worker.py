@@ -1,4 +1,4 @@
-"""Evaluates and generates at several layouts on this rank: ``python -m tests.inference.worker JSON``.
+"""Evaluates and generates at several layouts: ``python -m tests.inference.worker JSON``.
 
 One case is ``{"layout": {...}, "load": DIR, "tokens": [...], "prompt": [...], "out": FILE}``.
 """
