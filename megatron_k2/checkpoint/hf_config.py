@@ -199,11 +199,10 @@ def _latent_norm_epsilon(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _vocabulary(given: dict[str, Any]) -> dict[str, Any]:
-    """Ids without padding; Megatron's NullTokenizer counts its end-of-document id on top."""
+    """Ids without padding: ``training/flags.py`` gives Megatron the exact vocabulary."""
     size = given.get("vocab_size")
     if size is None:
         return {}
-    size += given.get("tokenizer_type") == "NullTokenizer"
     padded = given.get("padded_vocab_size")
     if padded and size > padded:
         raise UserError(f"saved args: a vocabulary of {size} exceeds padded_vocab_size={padded}")

@@ -66,7 +66,7 @@ def saved_args(rotary: str) -> Namespace:
         num_experts=TINY.num_moe_experts,
         moe_layer_freq=[0, 1, 1],
         tokenizer_type="NullTokenizer",
-        vocab_size=TINY.vocab_size - 1,
+        vocab_size=TINY.vocab_size,
         padded_vocab_size=PADDED_VOCAB,
         rope_type=rotary,
         rotary_base=50000,

@@ -69,7 +69,7 @@ def test_flags_of_the_run_override_the_preset():
         moe_ffn_hidden_size=16,
         moe_shared_expert_intermediate_size=32,
         tokenizer_type="NullTokenizer",
-        vocab_size=99,
+        vocab_size=100,
         padded_vocab_size=128,
         rope_type="rope",
         max_position_embeddings=77,

@@ -1,0 +1,168 @@
+"""Command-line options that evaluation and generation share. Light: no torch."""
+
+import argparse
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_k2.data.manifest import DataManifest, read_manifest
+from megatron_k2.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the model is spread at inference; has nothing to do with how it was saved."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+    pipeline_model_parallel_layout: str | None = None
+    """Megatron's string, for layers that do not divide by PP."""
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Always with TP: Megatron's experts require it, and it only saves memory."""
+        return self.tensor_model_parallel_size > 1
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """``--load``, the number of ranks and Megatron's own layout flags."""
+    parser.add_argument(
+        "--load", type=Path, required=True, help="a run's --save directory, or an iter_* in it"
+    )
+    parser.add_argument("--iteration", type=int, help="default: the latest, by the tracker file")
+    parser.add_argument("--nproc", type=int, default=1, help="ranks on this machine")
+    group = parser.add_argument_group("layout", "any, whatever the checkpoint was saved at")
+    for name, help_text in (
+        ("tensor-model-parallel-size", "TP, with sequence parallelism"),
+        ("pipeline-model-parallel-size", "PP"),
+        ("context-parallel-size", "CP"),
+        ("expert-model-parallel-size", "EP"),
+        ("expert-tensor-parallel-size", "TP inside an expert"),
+    ):
+        group.add_argument(f"--{name}", type=int, default=1, metavar="N", help=help_text)
+    group.add_argument(
+        "--pipeline-model-parallel-layout", help="Megatron's, for layers that do not divide by PP"
+    )
+
+
+def layout_of(args: argparse.Namespace) -> Layout:
+    """The layout flags of a parsed command line."""
+    return Layout(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        pipeline_model_parallel_layout=args.pipeline_model_parallel_layout,
+    )
+
+
+def quieten() -> None:
+    """Leave the terminal to the result: no word on absent CUDA, Transformer Engine or apex."""
+    warnings.simplefilter("ignore")
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def without_nproc(argv: list[str]) -> list[str]:
+    """What each rank is told: torchrun takes ``--nproc`` for an abbreviation of its own options."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--nproc")
+    return parser.parse_known_args(argv)[1]
+
+
+def evaluate_parser() -> argparse.ArgumentParser:
+    """Options of ``megatron-k2 evaluate``."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-k2 evaluate",
+        allow_abbrev=False,
+        description="Loss and perplexity of a Megatron checkpoint over all tokens of a split.",
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="directory made by 'megatron-k2 data prepare'"
+    )
+    parser.add_argument("--split", default="valid", help="default: valid")
+    parser.add_argument("--max-tokens", type=int, help="predict only the split's first N tokens")
+    parser.add_argument("--seq-length", type=int, help="default: the one of training")
+    parser.add_argument(
+        "--micro-batch-size", type=int, default=8, help="windows at a time on a rank; default: 8"
+    )
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    parser.add_argument(
+        "--dump-logits",
+        type=Path,
+        metavar="FILE.pt",
+        help="instead: write tokens and logits for 'convert verify-logits'",
+    )
+    parser.add_argument(
+        "--dump-sequences", type=int, default=2, help="sequences that --dump-logits takes"
+    )
+    return parser
+
+
+def generate_parser() -> argparse.ArgumentParser:
+    """Options of ``megatron-k2 generate``."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-k2 generate",
+        allow_abbrev=False,
+        description="Sample text from a Megatron checkpoint.",
+    )
+    add_model_options(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--tokenizer", type=Path, help="directory of the model's tokenizer")
+    source.add_argument("--data", type=Path, help="dataset directory, whose tokenizer is taken")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument(
+        "--temperature", type=float, default=0.6, help="0: greedy; default: 0.6, as K2's README"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus; default: 1, all tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def check_evaluate(args: argparse.Namespace) -> DataManifest:
+    """Everything about ``evaluate``'s options that needs no model.
+
+    Raises:
+        UserError: a number out of range, no such dataset or split, an unwritable target.
+    """
+    for name in ("nproc", "micro_batch_size", "dump_sequences", "max_tokens", "seq_length"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+    for name in ("json", "dump_logits"):
+        path = getattr(args, name)
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"--{name.replace('_', '-')} {path}: no directory {path.parent}")
+    manifest = read_manifest(args.data)
+    if args.split not in manifest.splits:
+        have = ", ".join(manifest.splits)
+        raise UserError(f"--split {args.split}: {args.data} has {have}")
+    if manifest.splits[args.split].num_tokens < 2:
+        raise UserError(f"--split {args.split} has fewer than 2 tokens: nothing to predict")
+    return manifest
+
+
+def check_generate(args: argparse.Namespace) -> Path:
+    """Everything about ``generate``'s options that needs no model; returns the tokenizer's path.
+
+    Raises:
+        UserError: a number out of range, or no such dataset.
+    """
+    for name in ("nproc", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            value = getattr(args, name)
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+    if args.temperature < 0:
+        raise UserError(f"--temperature {args.temperature}: 0 (greedy) or above is needed")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p {args.top_p}: above 0 and at most 1 is needed")
+    if args.data is None:
+        return Path(args.tokenizer)
+    return Path(args.data) / read_manifest(args.data).tokenizer.path
