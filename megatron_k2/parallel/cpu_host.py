@@ -32,7 +32,7 @@ class Redirection:
     """Dotted path of the attribute."""
     replacement: Any
     needed_by: str
-    """Upstream line that would fail or ask for a GPU without it."""
+    """Upstream line that calls it, ``file:line`` under ``megatron/``."""
 
 
 class _CpuStream:
@@ -145,43 +145,59 @@ def _torch_cuda_redirections() -> list[Redirection]:
         return lambda *_args, **_kwargs: value
 
     rows: list[tuple[str, Any, str]] = [
-        ("current_device", constant(CPU), "core/transformer/moe/router.py:98, mappings.py:95"),
+        ("current_device", constant(CPU), "core/transformer/moe/router.py:98"),
         ("synchronize", constant(None), "core/pipeline_parallel/p2p_communication.py:419"),
-        ("empty_cache", constant(None), "training/training.py:4160"),
-        ("set_device", constant(None), "training/initialize.py:284"),
+        ("empty_cache", constant(None), "training/checkpointing.py:2727"),
+        ("set_device", constant(None), "training/initialize.py:282"),
         ("get_rng_state", lambda *_a, **_k: get_state(), "training/checkpointing.py:417"),
         ("set_rng_state", lambda s, *_a, **_k: set_state(s), "training/checkpointing.py:2665"),
-        ("random.get_rng_state", lambda *_a, **_k: get_state(), "core/rerun_state_machine.py:979"),
-        ("random.set_rng_state", lambda s, *_a, **_k: set_state(s), "core/rerun_state_machine.py"),
+        (
+            "random.get_rng_state",
+            lambda *_a, **_k: get_state(),
+            "core/tensor_parallel/random.py:118",
+        ),
         ("manual_seed", torch.manual_seed, "core/tensor_parallel/random.py:490"),
-        ("Stream", _CpuStream, "core/transformer/moe/token_dispatcher.py:922"),
-        ("Event", _CpuEvent, "core/transformer/moe/token_dispatcher.py:469"),
+        ("Stream", _CpuStream, "core/transformer/moe/token_dispatcher.py:469"),
+        ("Event", _CpuEvent, "core/transformer/moe/moe_layer.py:434"),
         ("current_stream", constant(stream), "core/distributed/param_and_grad_buffer.py:632"),
-        ("default_stream", constant(stream), "core/distributed/param_and_grad_buffer.py:632"),
-        ("stream", lambda _s: contextlib.nullcontext(), "core/transformer/moe/shared_experts.py"),
-        ("is_current_stream_capturing", constant(False), "core/transformer/cuda_graphs.py"),
+        (
+            "stream",
+            lambda _s: contextlib.nullcontext(),
+            "core/transformer/moe/shared_experts.py:237",
+        ),
+        (
+            "is_current_stream_capturing",
+            constant(False),
+            "core/transformer/moe/token_dispatcher.py:1636",
+        ),
         ("memory_allocated", constant(0), "training/utils/common_utils.py:322"),
         ("max_memory_allocated", constant(0), "training/utils/common_utils.py:323"),
         ("memory_reserved", constant(0), "training/utils/common_utils.py:324"),
         ("max_memory_reserved", constant(0), "training/utils/common_utils.py:325"),
         ("memory_stats", lambda *_a, **_k: defaultdict(int), "training/training.py:2742"),
-        ("mem_get_info", constant((1 << 34, 1 << 34)), "training/training.py:2742"),
-        ("get_device_properties", constant(_CpuDeviceProperties()), "training/arguments.py:1414"),
+        (
+            "get_device_properties",
+            constant(_CpuDeviceProperties()),
+            "training/utils/common_utils.py:504",
+        ),
         ("get_device_capability", constant((9, 0)), "training/arguments.py:1339"),
-        ("nvtx.range_push", constant(None), "core/utils.py: nvtx_range_push"),
-        ("nvtx.range_pop", constant(None), "core/utils.py: nvtx_range_pop"),
+        ("nvtx.range_push", constant(None), "core/utils.py:2729"),
+        ("nvtx.range_pop", constant(None), "core/utils.py:2758"),
     ]
     return [Redirection(f"torch.cuda.{name}", value, line) for name, value, line in rows]
 
 
 def _split_sizes_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """``moe_utils.maybe_move_tensor_to_cpu`` converts only CUDA tensors; gloo wants lists."""
+    """``maybe_move_tensor_to_cpu`` converts only CUDA tensors (moe_utils.py:1184)."""
     del record_stream
     return tensor.detach().numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _initialize_believing_in_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``initialize_megatron`` asks for CUDA by assertion and gates its groups on device_count."""
+    """``initialize_megatron`` asks for CUDA by assertion and gates its groups on device_count.
+
+    ``training/initialize.py:66``, ``:270`` and ``:447``.
+    """
 
     def initialize(*args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as stack:
@@ -200,7 +216,7 @@ def _megatron_redirections() -> list[Redirection]:
         Redirection(
             "megatron.core.tensor_parallel.random._get_cuda_rng_state",
             lambda *_args, **_kwargs: get_state(),
-            "core/tensor_parallel/random.py:303",
+            "core/tensor_parallel/random.py:188",
         ),
         Redirection(
             "megatron.core.tensor_parallel.random._set_cuda_rng_state",
@@ -210,12 +226,12 @@ def _megatron_redirections() -> list[Redirection]:
         Redirection(
             "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
             _split_sizes_as_numpy,
-            "core/transformer/moe/moe_utils.py:1184",
+            "core/transformer/moe/token_dispatcher.py:927",
         ),
         Redirection(
             "megatron.training.training.initialize_megatron",
             _initialize_believing_in_cuda(training.initialize_megatron),
-            "training/initialize.py:66, :270, :447",
+            "training/training.py:1091",
         ),
     ]
 
@@ -232,6 +248,13 @@ def _replace(stack: contextlib.ExitStack, target: str, replacement: Any) -> None
     stack.callback(setattr, owner, name, previous)
 
 
+def _set_environment(stack: contextlib.ExitStack, name: str, value: str) -> None:
+    """Set what the user has not set."""
+    if name not in os.environ:
+        os.environ[name] = value
+        stack.callback(os.environ.pop, name, None)
+
+
 @contextlib.contextmanager
 def cpu_host() -> Iterator[None]:
     """Run Megatron-Core and ``megatron.training`` on CPU over gloo while entered.
@@ -246,11 +269,11 @@ def cpu_host() -> Iterator[None]:
     if torch.cuda.is_available():
         raise RuntimeError("cpu_host() redirects CUDA calls; this machine has CUDA, run without it")
     require_checked_megatron()
-    # core/jit.py binds jit_fuser = torch.compile, which has nothing to fuse for here.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # training/arguments.py:1437 asserts it for TP or CP above 1.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with contextlib.ExitStack() as stack:
+        # core/jit.py binds jit_fuser = torch.compile, which has nothing to fuse for here.
+        _set_environment(stack, "TORCHDYNAMO_DISABLE", "1")
+        # training/arguments.py:1437 asserts it for TP or CP above 1.
+        _set_environment(stack, "CUDA_DEVICE_MAX_CONNECTIONS", "1")
         for row in _torch_cuda_redirections():
             _replace(stack, row.target, row.replacement)
         stack.enter_context(_CudaStringsMeanCpu())

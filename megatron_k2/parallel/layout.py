@@ -4,9 +4,22 @@ Megatron checks most of this too, but after seconds of start-up, on every rank a
 layouts it computes silently wrong.
 """
 
+import math
 from dataclasses import dataclass
 
 from megatron_k2.errors import UserError
+
+COUNTS = (
+    "world_size",
+    "global_batch_size",
+    "micro_batch_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "num_virtual_stages",
+)
 
 
 @dataclass(frozen=True)
@@ -42,9 +55,19 @@ def nearest_divisors(number: int, wanted: int) -> list[int]:
     return below + above
 
 
+def nearest_multiples(number: int, unit: int) -> list[int]:
+    """The multiples of ``unit`` around ``number``, which is none; positive ones only."""
+    below = number // unit * unit
+    return [multiple for multiple in (below, below + unit) if multiple > 0]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
 def _must_divide(name: str, number: int, by_name: str, by: int) -> None:
-    if by < 1 or number % by:
-        near = ", ".join(map(str, nearest_divisors(number, by)))
+    if number % by:
+        near = _listed(nearest_divisors(number, by))
         raise UserError(f"{name}={number} does not divide by {by_name}={by}; nearest: {near}")
 
 
@@ -54,6 +77,9 @@ def check_layout(r: LayoutRequest) -> None:
     Raises:
         UserError: naming the value, what it must divide by, and the nearest that does.
     """
+    for name in COUNTS:
+        if getattr(r, name) < 1:
+            raise UserError(f"{name}={getattr(r, name)}: expected at least 1")
     tp, pp, cp = (
         r.tensor_model_parallel_size,
         r.pipeline_model_parallel_size,
@@ -91,15 +117,17 @@ def check_layout(r: LayoutRequest) -> None:
 
 def _check_sequence_and_batch(r: LayoutRequest) -> None:
     cp, tp = r.context_parallel_size, r.tensor_model_parallel_size
-    if cp > 1 and r.seq_length % (2 * cp):
+    zigzag = 2 * cp if cp > 1 else 1
+    near = _listed(nearest_multiples(r.seq_length, math.lcm(zigzag, cp * tp)))
+    if r.seq_length % zigzag:
         raise UserError(
-            f"seq_length={r.seq_length} does not divide by 2 x context_parallel_size={2 * cp} "
-            f"(zigzag halves); nearest: {r.seq_length // (2 * cp) * 2 * cp or 2 * cp}"
+            f"seq_length={r.seq_length} does not divide by 2 x context_parallel_size={zigzag} "
+            f"(zigzag halves); nearest: {near}"
         )
     if (r.seq_length // cp) % tp:
         raise UserError(
             f"seq_length={r.seq_length} over context_parallel_size={cp} does not divide by "
-            f"tensor_model_parallel_size={tp}, which sequence parallelism needs"
+            f"tensor_model_parallel_size={tp}, which sequence parallelism needs; nearest: {near}"
         )
     data_parallel = r.world_size // (tp * r.pipeline_model_parallel_size * cp)
     step = r.micro_batch_size * data_parallel
@@ -107,7 +135,7 @@ def _check_sequence_and_batch(r: LayoutRequest) -> None:
         raise UserError(
             f"global_batch_size={r.global_batch_size} does not divide by micro_batch_size x data "
             f"parallel = {r.micro_batch_size} x {data_parallel} = {step}; nearest: "
-            f"{max(1, r.global_batch_size // step) * step}"
+            f"{_listed(nearest_multiples(r.global_batch_size, step))}"
         )
 
 
@@ -117,7 +145,7 @@ def _check_pipeline(r: LayoutRequest) -> None:
         raise UserError(
             f"num_layers={r.num_layers} does not divide by PP x virtual stages = {pp} x {vpp}; "
             "give --pipeline-model-parallel-layout, or a divisor: "
-            f"{', '.join(map(str, nearest_divisors(r.num_layers, pp * vpp)))}"
+            f"{_listed(nearest_divisors(r.num_layers, pp * vpp))}"
         )
     if vpp == 1:
         return

@@ -189,15 +189,22 @@ def expand(argv: list[str], *, cuda: bool) -> list[str]:
         cuda: whether this machine has CUDA.
 
     Raises:
-        UserError: unknown preset, unusable data directory, or a vocabulary that does not match.
+        UserError: unknown preset, ``--yarn`` without its numbers, unusable data directory, or a
+            vocabulary that does not match.
     """
     preset_name, rest = _take(argv, "--preset")
     directory, rest = _take(rest, "--data")
     yarn = "--yarn" in rest
     rest = [flag for flag in rest if flag != "--yarn"]
     flags = platform_flags(cuda=cuda)
+    if yarn and preset_name is None:
+        raise UserError(
+            "--yarn takes its numbers from a preset; give --preset, or --rope-type yarn"
+        )
     if preset_name is not None:
         preset = get_preset(preset_name)
+        if yarn and preset.yarn is None:
+            raise UserError(f"--yarn: preset '{preset_name}' has no YaRN scaling; leave it out")
         flags += ["--preset", preset_name, *model_flags(preset, yarn=yarn), *training_flags(preset)]
         vocab = int(last_value(rest, "--vocab-size") or preset.vocab_size)
     else:

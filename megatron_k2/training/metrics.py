@@ -10,6 +10,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_k2.errors import UserError
+
 METRICS_FILE = "metrics.jsonl"
 SCHEMA_VERSION = 1
 
@@ -49,15 +51,24 @@ class StepRecord:
 
 
 def read_records(path: Path) -> list[StepRecord]:
-    """Every whole line of ``path``; a last line that a kill cut short is left out."""
+    """Every whole line of ``path``; a last line that a kill cut short is left out.
+
+    Raises:
+        UserError: if another line is damaged; what follows it must not be lost to a rewrite.
+    """
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             fields = json.loads(line)
-        except json.JSONDecodeError:
-            break
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise UserError(
+                f"{path}:{number} is not a record ({error}); restore the file or move it away"
+            ) from error
         fields["max_logit_per_layer"] = tuple(fields["max_logit_per_layer"])
         fields["load_max_over_mean_per_layer"] = tuple(fields["load_max_over_mean_per_layer"])
         records.append(StepRecord(**fields))

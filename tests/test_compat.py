@@ -1,0 +1,228 @@
+"""Each repair of ``compat.py``: the defect without it, its absence with it.
+
+A test named ``upstream_still_...`` fails when upstream has fixed the defect; then the repair and
+the test can go.
+"""
+
+from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_k2 import compat
+from megatron_k2.errors import UserError
+from tests.single_rank import one_rank
+
+
+@pytest.fixture
+def original(monkeypatch):
+    """Puts back what a repair replaces."""
+    import megatron.core.datasets.utils as dataset_utils
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    monkeypatch.setattr(dataset_utils, "compile_helpers", _unrepaired(dataset_utils))
+    for name in REPAIRED:
+        method = getattr(DistributedOptimizer, name)
+        monkeypatch.setattr(DistributedOptimizer, name, getattr(method, "__wrapped__", method))
+    monkeypatch.setattr(DistributedOptimizer, "_k2_restores_without_te", False, raising=False)
+
+
+REPAIRED = ("sharded_state_dict", "_set_main_param_and_optimizer_states", "load_state_dict")
+
+
+def _unrepaired(dataset_utils):
+    """A fresh copy of upstream's function, whoever replaced it in this process."""
+    import importlib.util
+
+    spec = importlib.util.find_spec(dataset_utils.__name__)
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    return fresh.compile_helpers
+
+
+def _versions(monkeypatch, found):
+    def version(distribution):
+        assert distribution == "megatron-core"
+        if found is None:
+            raise PackageNotFoundError(distribution)
+        return found
+
+    monkeypatch.setattr(compat.importlib.metadata, "version", version)
+
+
+def test_the_installed_megatron_was_checked():
+    assert compat.require_checked_megatron() in compat.CHECKED_MEGATRON_VERSIONS
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [("0.20.0", r"0\.20\.0 is installed.*pip install megatron-core=="), (None, "not installed")],
+)
+@pytest.mark.parametrize(
+    "repair",
+    [
+        compat.require_checked_megatron,
+        compat.skip_helpers_compilation,
+        compat.restore_distributed_optimizer_without_te,
+    ],
+)
+def test_every_repair_refuses_a_version_it_was_not_checked_against(
+    repair, found, message, monkeypatch
+):
+    _versions(monkeypatch, found)
+    with pytest.raises(UserError, match=message):
+        repair()
+
+
+@pytest.mark.usefixtures("original")
+def test_upstream_still_ships_no_makefile_to_compile_its_helpers_with(capfd):
+    import megatron.core.datasets.utils as dataset_utils
+
+    with pytest.raises(SystemExit):
+        dataset_utils.compile_helpers()
+    assert "no makefile found" in capfd.readouterr().err.lower()
+
+
+@pytest.mark.usefixtures("original")
+def test_the_repaired_start_compiles_nothing_and_the_shipped_helpers_are_there():
+    from megatron.core.datasets import helpers_cpp
+    from megatron.core.datasets import utils as dataset_utils
+
+    compat.skip_helpers_compilation()
+    dataset_utils.compile_helpers()
+    assert hasattr(helpers_cpp, "build_sample_idx_int32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rank():
+    with one_rank():
+        yield
+
+
+def _distributed_adam():
+    """A model of two matrices in Megatron's gradient buffer, and its DistributedOptimizer."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=1, use_cpu_initialization=True
+    )
+
+    class Model(MegatronModule):
+        def __init__(self):
+            super().__init__(config)
+            generator = torch.Generator().manual_seed(0)
+            self.first = torch.nn.Parameter(torch.randn(16, 16, generator=generator))
+            self.second = torch.nn.Parameter(torch.randn(16, 16, generator=generator))
+
+    ddp = DistributedDataParallel(
+        config, DistributedDataParallelConfig(use_distributed_optimizer=True), Model()
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=True, clip_grad=0.0),
+        [ddp],
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    return ddp, optimizer
+
+
+def _step(ddp, optimizer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for param in ddp.parameters():
+        param.main_grad.copy_(torch.randn(param.shape, generator=generator))
+    optimizer.step()
+
+
+def _inner(optimizer):
+    return getattr(optimizer, "chained_optimizers", [optimizer])[0]
+
+
+def _loading_template(ddp, optimizer):
+    """What a load asks of a fresh optimizer: which tensors to read, and where."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    model = {
+        name: ShardedTensor.from_rank_offsets(name, param, replica_id=(0, 0, 0))
+        for name, param in ddp.named_parameters()
+    }
+    return _inner(optimizer).sharded_state_dict(
+        model, is_loading=True, metadata={"distrib_optim_sharding_type": "dp_reshardable"}
+    )
+
+
+@pytest.mark.usefixtures("original")
+def test_upstream_still_shares_one_step_among_all_parameters_after_a_load():
+    """AdamW increments it once for each parameter: wrong bias correction, silently."""
+    ddp, optimizer = _distributed_adam()
+    _step(ddp, optimizer, 0)
+    inner = _inner(optimizer)
+    inner.load_state_dict(inner.state_dict())
+    steps = [state["step"] for state in inner.optimizer.state.values()]
+    assert len(steps) == 2
+    assert steps[0] is steps[1]
+    _step(ddp, optimizer, 1)
+    assert steps[0].item() == 3  # after two steps
+
+
+@pytest.mark.usefixtures("original")
+def test_a_repaired_load_leaves_the_next_steps_as_if_there_had_been_none():
+    compat.restore_distributed_optimizer_without_te()
+    weights = []
+    for is_loaded in (False, True):
+        ddp, optimizer = _distributed_adam()
+        _step(ddp, optimizer, 0)
+        if is_loaded:
+            inner = _inner(optimizer)
+            moments = {
+                param: {key: value.clone() for key, value in state.items()}
+                for param, state in inner.optimizer.state.items()
+            }
+            inner.load_state_dict(inner.state_dict())
+            for param, state in inner.optimizer.state.items():
+                for key in ("exp_avg", "exp_avg_sq"):
+                    state[key].copy_(moments[param][key])
+        for seed in (1, 2):
+            _step(ddp, optimizer, seed)
+        weights.append([param.detach().clone() for param in ddp.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+@pytest.mark.usefixtures("original")
+def test_upstream_still_asserts_on_a_fresh_optimizer_that_is_to_load():
+    ddp, optimizer = _distributed_adam()
+    with pytest.raises(AssertionError):
+        _loading_template(ddp, optimizer)
+    compat.restore_distributed_optimizer_without_te()
+    assert _loading_template(ddp, optimizer)
+    assert len(_inner(optimizer).optimizer.state) == 2
+
+
+@pytest.mark.usefixtures("original")
+def test_upstream_still_misses_step_when_it_sets_a_parameters_state():
+    ddp, optimizer = _distributed_adam()
+    _step(ddp, optimizer, 0)
+    inner, param = _inner(optimizer), next(ddp.parameters())
+    read = inner._get_main_param_and_optimizer_states(param)
+    tensors = {key: value.clone() for key, value in read.items() if key != "step"}
+    with torch.no_grad(), pytest.raises(KeyError, match="step"):
+        inner._set_main_param_and_optimizer_states(param, tensors)
+    compat.restore_distributed_optimizer_without_te()
+    tensors["exp_avg"].fill_(3.0)
+    with torch.no_grad():
+        inner._set_main_param_and_optimizer_states(param, tensors)
+    found = inner._get_main_param_and_optimizer_states(param)
+    assert (found["exp_avg"] == 3.0).all()
+
+
+@pytest.mark.usefixtures("original")
+def test_a_repair_applied_twice_is_applied_once():
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    compat.restore_distributed_optimizer_without_te()
+    once = SimpleNamespace(**{name: getattr(DistributedOptimizer, name) for name in REPAIRED})
+    compat.restore_distributed_optimizer_without_te()
+    assert all(getattr(DistributedOptimizer, name) is getattr(once, name) for name in REPAIRED)
