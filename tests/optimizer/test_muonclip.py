@@ -35,16 +35,18 @@ def _built():
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.training.training import get_megatron_optimizer_config
 
+    from megatron_k2.optimizer.domain import settings_from
     from megatron_k2.optimizer.max_logits import MaxLogits
     from megatron_k2.optimizer.muonclip import register
 
     model = build(SMALL, *FLAGS).train()
     randomise(model)
     ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
-    config, _ = get_megatron_optimizer_config(arguments(SMALL, *FLAGS))
+    args = arguments(SMALL, *FLAGS)
+    config, _ = get_megatron_optimizer_config(args)
     config.optimizer = "muonclip"
     maxima = MaxLogits([ddp])
-    register(maxima, torch.float32)
+    register(maxima, settings_from(args, model.config))
     optimizer = get_megatron_optimizer(config, [ddp], config_overrides={})
     for group in optimizer.param_groups:
         group["lr"] = LR  # as Megatron's scheduler does before each step
