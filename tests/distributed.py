@@ -10,6 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+import torch
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -19,8 +22,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_ranks(module: str, world_size: int, arguments: list[str], log_dir: Path):
-    """Start ``python -m module arguments`` on every rank; their output goes to ``log_dir``."""
+BACKENDS = ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)]
+"""The same test body on CPU over gloo, and on GPUs over NCCL (``pytest -m gpu``)."""
+
+
+def start_ranks(
+    module: str, world_size: int, arguments: list[str], log_dir: Path, backend: str = "gloo"
+):
+    """Start ``python -m module arguments`` on every rank; their output goes to ``log_dir``.
+
+    With ``gloo`` the ranks see no GPU, so they run on CPU on any machine; with ``nccl`` each takes
+    one, and the test skips where there are too few.
+    """
+    if backend == "nccl" and torch.cuda.device_count() < world_size:
+        pytest.skip(f"{world_size} GPUs needed, {torch.cuda.device_count()} here")
     log_dir.mkdir(parents=True, exist_ok=True)
     port = free_port()
     processes = []
@@ -34,6 +49,8 @@ def start_ranks(module: str, world_size: int, arguments: list[str], log_dir: Pat
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(REPOSITORY),
         }
+        if backend == "gloo":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         with (log_dir / f"rank{rank}.log").open("w") as log:
             processes.append(
                 subprocess.Popen(
@@ -71,9 +88,11 @@ def wait_for(processes, log_dir: Path, timeout: float = 600.0) -> None:
         assert process.returncode == 0, (log_dir / f"rank{rank}.log").read_text()[-3000:]
 
 
-def run_ranks(module: str, world_size: int, payload: object, log_dir: Path) -> None:
+def run_ranks(
+    module: str, world_size: int, payload: object, log_dir: Path, backend: str = "gloo"
+) -> None:
     """Run ``module`` on ``world_size`` ranks with one JSON file as its argument."""
     log_dir.mkdir(parents=True, exist_ok=True)
     path = log_dir / "payload.json"
     path.write_text(json.dumps(payload))
-    wait_for(start_ranks(module, world_size, [str(path)], log_dir), log_dir)
+    wait_for(start_ranks(module, world_size, [str(path)], log_dir, backend), log_dir)

@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_k2.training.metrics import METRICS_FILE, read_records
-from tests.distributed import run_ranks
+from tests.distributed import BACKENDS, run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -83,8 +83,8 @@ def _case(root: Path, name: str, base: Path | None, flags: list[str], inject: bo
     return {"flags": [*MODEL, *flags, "--save", str(save), *load], "inject": inject}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+@pytest.fixture(scope="module", params=BACKENDS)
+def runs(request, tmp_path_factory) -> Path:
     """All cases, three start-ups in all; every layout starts from the same one-rank checkpoint."""
     root = tmp_path_factory.mktemp("layouts")
     base = _case(root, "base", None, ["--train-samples", str(BATCH), "--save-interval", "1"], False)
@@ -95,14 +95,15 @@ def runs(tmp_path_factory) -> Path:
         _case(root, "one rank AdamW", start, ADAM, False),
         _case(root, "one rank AdamW", start, ADAM, True),
     ]
-    run_ranks("tests.parallel.worker", 1, [base, *references], root / "logs1")
+    run_ranks("tests.parallel.worker", 1, [base, *references], root / "logs1", request.param)
     for world_size, layouts in LAYOUTS.items():
         cases = [
             _case(root, name, start, flags, inject)
             for name, flags in layouts.items()
             for inject in (False, True)
         ]
-        run_ranks("tests.parallel.worker", world_size, cases, root / f"logs{world_size}")
+        logs = root / f"logs{world_size}"
+        run_ranks("tests.parallel.worker", world_size, cases, logs, request.param)
     return root
 
 

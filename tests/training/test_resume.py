@@ -1,7 +1,8 @@
 """A rank killed at any moment, the same command again: the losses of a run that was never killed.
 
-Compared to the last digit, as ``metrics.jsonl`` holds them. Two ranks, plain data parallelism, one
-sequence of kills: before any checkpoint exists, while one is being written, and between two.
+Compared to the last digit, as ``metrics.jsonl`` holds them. Two ranks, data parallel, without and
+with ZeRO, one sequence of kills: before any checkpoint exists, while one is being written, and
+between two.
 Not exercised: a kill of the machine (fsync is what we rely on there), asynchronous saves.
 """
 
@@ -11,7 +12,7 @@ import time
 import pytest
 
 from megatron_k2.training.metrics import METRICS_FILE, read_records
-from tests.distributed import end, start_ranks, wait_for
+from tests.distributed import BACKENDS, end, start_ranks, wait_for
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -27,9 +28,9 @@ FLAGS = f"""
 """.split()
 
 
-def _kill_one_when(condition, arguments, log_dir, timeout=300.0):
+def _kill_one_when(condition, arguments, log_dir, backend, timeout=300.0):
     """Start two ranks, SIGKILL the second as soon as ``condition()`` holds, end the first."""
-    processes = start_ranks(MODULE, 2, arguments, log_dir)
+    processes = start_ranks(MODULE, 2, arguments, log_dir, backend)
     try:
         deadline = time.monotonic() + timeout
         while not condition():
@@ -59,21 +60,29 @@ def _facts(save):
     ]
 
 
-def test_a_killed_run_repeats_the_losses_of_one_that_was_not(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    wait_for(start_ranks(MODULE, 2, [*FLAGS, "--save", str(whole)], whole / "t"), whole / "t")
+ZERO = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather".split()
 
-    arguments = [*FLAGS, "--save", str(killed)]
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("optimizer", [[], ZERO], ids=["plain", "zero"])
+def test_a_killed_run_repeats_the_losses_of_one_that_was_not(tmp_path, optimizer, backend):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    def run(arguments, log_dir):
+        wait_for(start_ranks(MODULE, 2, arguments, log_dir, backend), log_dir)
+
+    run([*FLAGS, *optimizer, "--save", str(whole)], whole / "t")
+    arguments = [*FLAGS, *optimizer, "--save", str(killed)]
     metrics = killed / METRICS_FILE
 
     def steps_done():
         return len(read_records(metrics))
 
-    _kill_one_when(lambda: steps_done() >= 2, arguments, killed / "t1")
+    _kill_one_when(lambda: steps_done() >= 2, arguments, killed / "t1", backend)
     checkpoint = killed / "iter_0000003"
-    _kill_one_when(checkpoint.exists, arguments, killed / "t2")
-    _kill_one_when(lambda: steps_done() >= 5, arguments, killed / "t3")
-    wait_for(start_ranks(MODULE, 2, arguments, killed / "t4"), killed / "t4")
+    _kill_one_when(checkpoint.exists, arguments, killed / "t2", backend)
+    _kill_one_when(lambda: steps_done() >= 5, arguments, killed / "t3", backend)
+    run(arguments, killed / "t4")
 
     expected = _facts(whole)
     assert [fact[0] for fact in expected] == list(range(1, STEPS + 1))
