@@ -83,7 +83,6 @@ def _report(hooks, optimizer, watches) -> dict:
 
     parts = [o for o in optimizer.chained_optimizers if isinstance(o, DistributedMuonClip)]
     specs = muon_matrices(hooks.model)
-    params = [p for chunk in hooks.model for p in chunk.parameters()]
     return {
         "collectives": [dict(w.collectives) for w in watches],
         "reads": [dict(w.reads.found) for w in watches],
@@ -98,11 +97,16 @@ def _report(hooks, optimizer, watches) -> dict:
             for name, value in state.items()
             if name != "step"
         ),
-        "muon_elements": sum(p.numel() for p in specs),
-        "adam_elements": sum(p.numel() for p in params if p not in specs),
+        "expected_state": sum(
+            p.numel() * (1 if p in specs else 2) / o.data_parallel_group.size()
+            for o in parts
+            for buffer in o.buffers
+            for p in buffer.params
+        ),
+        "adamw_shards": sum(
+            param not in specs for o in parts for param in o.model_param_group_index_map
+        ),
         "num_matrices": sum(spec.num_blocks for spec in specs.values()),
-        "buffer_elements": sum(b.numel for o in parts for b in o.buffers),
-        "parameter_elements": sum(p.numel() for p in params),
     }
 
 

@@ -17,11 +17,11 @@ STEPS = 2
 LAYOUTS = {"EP2xDP2": [*ZERO, *EP2, *OVERLAP], "TP2xDP2": [*ZERO, *TP2]}
 OURS = "megatron_k2/optimizer"
 UPSTREAM_READS = {
-    "core/optimizer/clip_grads.py": "the global gradient norm",
-    "core/optimizer/optimizer.py": "the decision to skip on overflow, and the norm it reports",
-    "torch/optim/adamw.py": "AdamW on CPU reads its step counters",
+    "core/optimizer/clip_grads.py:138": "the global gradient norm",
+    "megatron/core/utils.py:1332": "the norm of this rank's gradients, over bf16 or fp32 lists",
+    "core/optimizer/optimizer.py:786": "torch's AdamW on CPU reads each parameter's step counter",
 }
-"""Values that upstream reads back inside the step, by file; none may be added by us."""
+"""What Megatron-Core 0.19.2 reads back inside the step; none may be added by us."""
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -58,11 +58,12 @@ def test_nothing_is_read_back_to_the_host_by_our_modules(counts):
             assert not ours, ours
 
 
-def test_the_watch_sees_upstreams_reads(counts):
-    """Else the test above could not fail; and upstream's are where we say they are."""
-    files = {line.split(":")[0] for rank in counts for step in rank["reads"] for line in step}
-    assert "core/optimizer/clip_grads.py" in files
-    assert files <= set(UPSTREAM_READS), files - set(UPSTREAM_READS)
+def test_upstreams_reads_are_exactly_the_known_ones(counts):
+    """Else the test above could not fail: the watch does see reads."""
+    for rank in counts:
+        for step in rank["reads"]:
+            clip, norm, adamw = UPSTREAM_READS
+            assert step == {clip: 1, norm: 1, adamw: rank["adamw_shards"]}
 
 
 def test_every_matrix_is_orthogonalized_exactly_once_in_the_world(request, counts):
@@ -78,14 +79,11 @@ def test_every_matrix_is_orthogonalized_exactly_once_in_the_world(request, count
     assert total == STEPS * (dense + experts)
 
 
-def test_state_elements_over_all_ranks_equal_the_parameters_exactly(request, counts):
+def test_state_elements_over_all_ranks_equal_the_parameters_exactly(counts):
     """One momentum an element of a matrix, two moments an element of the rest, nothing padded."""
-    total = sum(rank["state_elements"] for rank in counts)
-    per_shard = [rank["muon_elements"] + 2 * rank["adam_elements"] for rank in counts]
-    # Data-parallel ranks share each model shard: four ranks, two of them of the same one.
-    if "TP2xDP2" in request.node.name:
-        assert total == sum(per_shard) // 2
-    else:
-        experts = 3 * 4 * 3 * 64 * 32  # this rank's: layers x experts x matrices x elements
-        dense = per_shard[0] - experts
-        assert total == dense + 2 * experts
+    assert sum(r["state_elements"] for r in counts) == sum(r["expected_state"] for r in counts)
+
+
+def test_both_domains_together_are_balanced(counts):
+    """Longest processing time first: within 5 % of the mean even at these sizes."""
+    assert max(part for rank in counts for part in rank["imbalance"]) < 1.05
