@@ -19,7 +19,7 @@ FLAGS = f"""
     --optimizer muon --muon-momentum {MU} --muon-nesterov --muon-scale-mode spectral
     --muon-extra-scale-factor 0.2 --muon-coefficient-type simple --muon-num-ns-steps 5
     --weight-decay {DECAY} --clip-grad 0 --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8
-    --qk-clip-threshold {THRESHOLD}
+    --qk-clip-threshold {THRESHOLD} --muonclip
 """.split()
 
 
@@ -29,27 +29,35 @@ def _rank():
         yield
 
 
-def _built():
-    """(model in its gradient buffer, its optimizer, the maxima it reads)."""
+def _built(is_sharded=False):
+    """(model in its gradient buffer, its optimizer, the maxima it reads), as training builds them.
+
+    Args:
+        is_sharded: over Megatron's ``DistributedOptimizer``.
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.training.training import get_megatron_optimizer_config
 
-    from megatron_k2.optimizer.max_logits import MaxLogits
-    from megatron_k2.optimizer.muonclip import register
+    from megatron_k2.training.hooks import TrainingHooks
 
+    host = ["--optimizer", "adam", "--use-distributed-optimizer"] if is_sharded else []
+    args = arguments(SMALL, *FLAGS, *host)
+    args.optimizer = "adam" if is_sharded else "muonclip"
     model = build(SMALL, *FLAGS).train()
     randomise(model)
-    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
-    config, _ = get_megatron_optimizer_config(arguments(SMALL, *FLAGS))
-    config.optimizer = "muonclip"
-    maxima = MaxLogits([ddp])
-    register(maxima, torch.float32)
-    optimizer = get_megatron_optimizer(config, [ddp], config_overrides={})
+    ddp = DistributedDataParallel(
+        model.config, DistributedDataParallelConfig(use_distributed_optimizer=is_sharded), model
+    )
+    config, overrides = get_megatron_optimizer_config(args)
+    hooks = TrainingHooks(args, None, None)
+    optimizer = hooks.get_optimizer(
+        get_megatron_optimizer, config, [ddp], config_overrides=overrides
+    )
     for group in optimizer.param_groups:
         group["lr"] = LR  # as Megatron's scheduler does before each step
         group["weight_decay"] = DECAY * group.get("wd_mult", 1.0)
-    return ddp, optimizer, maxima
+    return ddp, optimizer, hooks.max_logits
 
 
 def _set_gradients(ddp, step):
@@ -124,9 +132,9 @@ class HandLoop:
         key[first : first + nope] *= gamma**0.5
 
 
-def _after_steps(num_steps=3, **wrong):
+def _after_steps(num_steps=3, is_sharded=False, **wrong):
     """Largest difference of each parameter between optimizer and hand loop."""
-    ddp, optimizer, maxima = _built()
+    ddp, optimizer, maxima = _built(is_sharded)
     twin = HandLoop(ddp.named_parameters(), **wrong)
     for step in range(num_steps):
         _set_gradients(ddp, step)
@@ -140,8 +148,9 @@ def _after_steps(num_steps=3, **wrong):
     }
 
 
-def test_three_steps_equal_the_hand_loop_on_every_parameter():
-    differences = _after_steps()
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["plain", "over DistributedOptimizer"])
+def test_three_steps_equal_the_hand_loop_on_every_parameter(is_sharded):
+    differences = _after_steps(is_sharded=is_sharded)
     worst = max(differences, key=lambda name: differences[name])
     assert differences[worst] < 2e-6, f"{worst}: {differences[worst]:.1e}"
 
