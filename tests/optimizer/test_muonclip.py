@@ -30,7 +30,13 @@ def _rank():
 
 
 def _built(is_sharded=False):
-    """(model in its gradient buffer, its optimizer, the maxima it reads), as training builds them.
+    """(model in its gradient buffer, its optimizer, the maxima it reads)."""
+    ddp, optimizer, hooks = _built_with_hooks(is_sharded)
+    return ddp, optimizer, hooks.max_logits
+
+
+def _built_with_hooks(is_sharded=False):
+    """Model, optimizer and hooks as a training run builds them.
 
     Args:
         is_sharded: over Megatron's ``DistributedOptimizer``.
@@ -57,7 +63,7 @@ def _built(is_sharded=False):
     for group in optimizer.param_groups:
         group["lr"] = LR  # as Megatron's scheduler does before each step
         group["weight_decay"] = DECAY * group.get("wd_mult", 1.0)
-    return ddp, optimizer, hooks.max_logits
+    return ddp, optimizer, hooks
 
 
 def _set_gradients(ddp, step):
@@ -230,3 +236,16 @@ def test_a_step_that_is_skipped_neither_clips_nor_moves_anything():
     assert not success
     assert all(torch.equal(param, before[name]) for name, param in ddp.named_parameters())
     assert maxima.latest.max() == -math.inf
+
+
+def test_what_a_skipped_step_saw_is_recorded_and_not_carried_into_the_next():
+    """An overflow would otherwise hide the next step's hot heads: γ of an infinite logit is 1."""
+    ddp, _, hooks = _built_with_hooks()
+    hooks.args.consumed_train_samples = 1
+    ddp.module.config.finalize_model_grads_func([ddp])
+    _set_maxima(hooks.max_logits, 0)
+    hooks.max_logits.running[0, 0] = math.inf
+    record = hooks._record({}, LR, 1, True, None)
+    assert record.max_logit == math.inf
+    assert record.num_clipped_heads == 0
+    assert (hooks.max_logits.running == -math.inf).all()
