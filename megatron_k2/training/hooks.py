@@ -65,11 +65,16 @@ class TrainingHooks:
     def _record(
         self, loss_dict: Any, learning_rate: Any, iteration: int, is_skipped: Any, grad_norm: Any
     ) -> StepRecord:
+        from megatron.core import parallel_state
+
         args = self.args
         now = time.perf_counter()
         seconds, self._last_time = now - self._last_time, now
         mean = self._seconds_per_step
         self._seconds_per_step = seconds if mean is None else 0.9 * mean + 0.1 * seconds
+        assert self.max_logits is not None
+        if is_skipped or not args.muonclip:  # otherwise the step itself took them
+            self.max_logits.take(parallel_state.get_data_parallel_group(with_context_parallel=True))
         logits, loads = self._tables()
         tokens = args.global_batch_size * args.seq_length
         loss = loss_dict.get("lm loss")
@@ -84,7 +89,7 @@ class TrainingHooks:
             seconds=seconds,
             tokens_per_second=tokens / seconds,
             max_logit_per_layer=tuple(logits.amax(-1).tolist()),
-            num_clipped_heads=int((logits > self._threshold()).sum()),
+            num_clipped_heads=0 if is_skipped else int((logits > self._threshold()).sum()),
             load_max_over_mean_per_layer=tuple(x for x in loads.tolist() if x > 0),
         )
 
@@ -100,8 +105,6 @@ class TrainingHooks:
         from megatron.core.utils import get_model_config
 
         assert self.max_logits is not None
-        if not self.args.muonclip:  # with MuonClip the step itself took them
-            self.max_logits.take(parallel_state.get_data_parallel_group(with_context_parallel=True))
         from megatron_k2.model.moe import routers
 
         config = get_model_config(self.model[0])

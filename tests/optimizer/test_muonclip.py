@@ -19,7 +19,7 @@ FLAGS = f"""
     --optimizer muon --muon-momentum {MU} --muon-nesterov --muon-scale-mode spectral
     --muon-extra-scale-factor 0.2 --muon-coefficient-type simple --muon-num-ns-steps 5
     --weight-decay {DECAY} --clip-grad 0 --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8
-    --qk-clip-threshold {THRESHOLD}
+    --qk-clip-threshold {THRESHOLD} --muonclip
 """.split()
 
 
@@ -29,29 +29,41 @@ def _rank():
         yield
 
 
-def _built():
+def _built(is_sharded=False):
     """(model in its gradient buffer, its optimizer, the maxima it reads)."""
+    ddp, optimizer, hooks = _built_with_hooks(is_sharded)
+    return ddp, optimizer, hooks.max_logits
+
+
+def _built_with_hooks(is_sharded=False):
+    """Model, optimizer and hooks as a training run builds them.
+
+    Args:
+        is_sharded: over Megatron's ``DistributedOptimizer``.
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.training.training import get_megatron_optimizer_config
 
-    from megatron_k2.optimizer.domain import settings_from
-    from megatron_k2.optimizer.max_logits import MaxLogits
-    from megatron_k2.optimizer.muonclip import register
+    from megatron_k2.training.hooks import TrainingHooks
 
+    host = ["--optimizer", "adam", "--use-distributed-optimizer"] if is_sharded else []
+    args = arguments(SMALL, *FLAGS, *host)
+    args.optimizer = "adam" if is_sharded else "muonclip"
     model = build(SMALL, *FLAGS).train()
     randomise(model)
-    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
-    args = arguments(SMALL, *FLAGS)
-    config, _ = get_megatron_optimizer_config(args)
-    config.optimizer = "muonclip"
-    maxima = MaxLogits([ddp])
-    register(maxima, settings_from(args, model.config))
-    optimizer = get_megatron_optimizer(config, [ddp], config_overrides={})
+    ddp = DistributedDataParallel(
+        model.config, DistributedDataParallelConfig(use_distributed_optimizer=is_sharded), model
+    )
+    config, overrides = get_megatron_optimizer_config(args)
+    hooks = TrainingHooks(args, None, None)
+    optimizer = hooks.get_optimizer(
+        get_megatron_optimizer, config, [ddp], config_overrides=overrides
+    )
     for group in optimizer.param_groups:
         group["lr"] = LR  # as Megatron's scheduler does before each step
         group["weight_decay"] = DECAY * group.get("wd_mult", 1.0)
-    return ddp, optimizer, maxima
+    return ddp, optimizer, hooks
 
 
 def _set_gradients(ddp, step):
@@ -126,9 +138,9 @@ class HandLoop:
         key[first : first + nope] *= gamma**0.5
 
 
-def _after_steps(num_steps=3, **wrong):
+def _after_steps(num_steps=3, is_sharded=False, **wrong):
     """Largest difference of each parameter between optimizer and hand loop."""
-    ddp, optimizer, maxima = _built()
+    ddp, optimizer, maxima = _built(is_sharded)
     twin = HandLoop(ddp.named_parameters(), **wrong)
     for step in range(num_steps):
         _set_gradients(ddp, step)
@@ -142,8 +154,9 @@ def _after_steps(num_steps=3, **wrong):
     }
 
 
-def test_three_steps_equal_the_hand_loop_on_every_parameter():
-    differences = _after_steps()
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["plain", "over DistributedOptimizer"])
+def test_three_steps_equal_the_hand_loop_on_every_parameter(is_sharded):
+    differences = _after_steps(is_sharded=is_sharded)
     worst = max(differences, key=lambda name: differences[name])
     assert differences[worst] < 2e-6, f"{worst}: {differences[worst]:.1e}"
 
@@ -223,3 +236,16 @@ def test_a_step_that_is_skipped_neither_clips_nor_moves_anything():
     assert not success
     assert all(torch.equal(param, before[name]) for name, param in ddp.named_parameters())
     assert maxima.latest.max() == -math.inf
+
+
+def test_what_a_skipped_step_saw_is_recorded_and_not_carried_into_the_next():
+    """An overflow would otherwise hide the next step's hot heads: γ of an infinite logit is 1."""
+    ddp, _, hooks = _built_with_hooks()
+    hooks.args.consumed_train_samples = 1
+    ddp.module.config.finalize_model_grads_func([ddp])
+    _set_maxima(hooks.max_logits, 0)
+    hooks.max_logits.running[0, 0] = math.inf
+    record = hooks._record({}, LR, 1, True, None)
+    assert record.max_logit == math.inf
+    assert record.num_clipped_heads == 0
+    assert (hooks.max_logits.running == -math.inf).all()

@@ -48,6 +48,12 @@ def test_muonclip_becomes_what_megatrons_closed_list_accepts():
     assert "muonclip" not in expanded
 
 
+def test_muonclip_over_zero_is_adam_to_megatrons_validation():
+    expanded = expand(["--preset", "k2-tiny", "--use-distributed-optimizer"], cuda=False)
+    assert last_value(expanded, "--optimizer") == "adam"
+    assert expanded.count("--muonclip") == 1
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_another_optimizer_of_the_user_is_passed_on_without_muonclip(optimizer):
     expanded = expand(["--preset", "k2-tiny", f"--optimizer={optimizer}"], cuda=False)
