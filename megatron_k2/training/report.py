@@ -1,0 +1,150 @@
+"""A finished (or running) run in a picture and a few lines, from its ``metrics.jsonl`` alone.
+
+``finish`` is what the trainer calls at the end: it draws ``report.png`` and returns the text to
+print. Validation losses are not here; Megatron writes them to its log and to TensorBoard only.
+"""
+
+import itertools
+import json
+import math
+import shlex
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_k2.errors import UserError
+from megatron_k2.training.console import duration
+from megatron_k2.training.metrics import METRICS_FILE, StepRecord, read_records
+
+REPORT_FILE = "report.png"
+RUN_RECORD = "run.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory says of its run."""
+
+    directory: Path
+    records: tuple[StepRecord, ...]
+    """In order of iterations; at least one."""
+    threshold: float | None
+    """QK-Clip's τ; ``None`` if unknown."""
+    preset: str | None
+    data: str | None
+    """The data directory it was trained on."""
+
+
+def read_run(directory: Path, threshold: float | None = None) -> Run:
+    """Metrics and, where there is one, ``run.json`` of the run in ``directory``.
+
+    Args:
+        directory: what ``--save`` named.
+        threshold: τ for a run without ``run.json``; a run that recorded its own keeps it.
+
+    Raises:
+        UserError: if there are no metrics.
+    """
+    path = directory / METRICS_FILE
+    records = tuple(read_records(path))
+    if not records:
+        what = "has no whole line" if path.exists() else "does not exist"
+        raise UserError(
+            f"{path} {what}; give the directory that 'megatron-k2 pretrain --save' wrote to"
+        )
+    recorded = _run_record(directory / RUN_RECORD)
+    tau = recorded.get("qk_clip_threshold")
+    return Run(
+        directory=directory,
+        records=records,
+        threshold=threshold if tau is None else float(tau),
+        preset=recorded.get("preset"),
+        data=_following(recorded.get("flags", []), "--data"),
+    )
+
+
+def _run_record(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}); remove it or restore it") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path} holds {type(record).__name__}, expected an object; remove it")
+    return record
+
+
+def _following(flags: list[str], name: str) -> str | None:
+    values = [value for flag, value in itertools.pairwise(flags) if flag == name]
+    return values[-1] if values else None
+
+
+def summary(run_dir: Path) -> str:
+    """What a person wants to know first about the run in ``run_dir``, in a few lines."""
+    return summarise(read_run(run_dir))
+
+
+def summarise(run: Run) -> str:
+    """The lines of ``summary``."""
+    first, last = run.records[0], run.records[-1]
+    finite = [record for record in run.records if math.isfinite(record.loss)]
+    seconds = sum(record.seconds for record in run.records)
+    speed = statistics.median(record.tokens_per_second for record in run.records)
+    num_clipped = sum(record.num_clipped_heads for record in run.records)
+    skipped = sum(record.is_skipped for record in run.records)
+    lines = [
+        f"steps      {last.iteration:,}"
+        + (f" (recorded from {first.iteration:,})" if first.iteration > 1 else "")
+        + (f", {skipped:,} skipped" if skipped else ""),
+        f"tokens     {last.consumed_tokens:,}",
+    ]
+    if finite:
+        best = min(finite, key=lambda record: record.loss)
+        lines.append(
+            f"loss       {finite[0].loss:.4f} -> {finite[-1].loss:.4f}, "
+            f"best {best.loss:.4f} at step {best.iteration:,}"
+        )
+    else:
+        lines.append("loss       never finite")
+    threshold = "" if run.threshold is None else f" (threshold {run.threshold:g})"
+    return "\n".join(
+        [
+            *lines,
+            f"max logit  {last.max_logit:.2f} at the end{threshold}, "
+            f"{num_clipped:,} head-steps clipped in all",
+            f"speed      {speed:,.0f} tokens/s (median)",
+            f"time       {duration(seconds)}",
+        ]
+    )
+
+
+def next_commands(run: Run) -> list[str]:
+    """What one does with a trained model, ready to paste."""
+    directory = shlex.quote(str(run.directory))
+    exported = shlex.quote(f"{run.directory}-hf")
+    data = "DATA_DIR" if run.data is None else shlex.quote(run.data)
+    return [
+        f"megatron-k2 evaluate {directory} --data {data}",
+        f"megatron-k2 generate {directory} --prompt 'def main('",
+        f"megatron-k2 convert export {directory} {exported}",
+        f"megatron-k2 report {directory}",
+    ]
+
+
+def write_report(run: Run, path: Path) -> None:
+    """Draw ``run`` into the PNG file ``path``, which is whole or not there."""
+    from megatron_k2.data.storage import write_atomically
+    from megatron_k2.training.report_figure import draw
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, draw(run))
+
+
+def finish(run_dir: Path) -> str:
+    """Draw ``report.png`` in ``run_dir``; the summary, the picture's path and what to do next."""
+    run = read_run(run_dir)
+    path = run_dir / REPORT_FILE
+    write_report(run, path)
+    following = "\n".join(f"  {command}" for command in next_commands(run))
+    return f"{summarise(run)}\nreport     {path}\n\nnext:\n{following}"
