@@ -94,6 +94,7 @@ def _pretrain(terminal: TextIO | None) -> None:
     from megatron_k2.training.hooks import TrainingHooks, training_hooks
     from megatron_k2.training.metrics import METRICS_FILE, MetricsWriter
     from megatron_k2.training.providers import datasets_provider, forward_step
+    from megatron_k2.training.report import finish
 
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
     args = parse_and_validate_args(extra_args_provider=add_k2_arguments)
@@ -103,6 +104,8 @@ def _pretrain(terminal: TextIO | None) -> None:
     writer = MetricsWriter(Path(args.save) / METRICS_FILE) if args.save else None
     with training_hooks(TrainingHooks(args, terminal, writer)):
         pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    if terminal is not None and args.rank == args.world_size - 1:
+        print(f"\n{finish(Path(args.save))}", file=terminal)
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ from typing import Any
 from megatron_k2.errors import UserError
 from megatron_k2.training.console import duration
 from megatron_k2.training.metrics import METRICS_FILE, StepRecord, read_records
+from megatron_k2.training.preflight import RUN_RECORD
 
 REPORT_FILE = "report.png"
-RUN_RECORD = "run.json"
 
 
 @dataclass(frozen=True)
