@@ -84,7 +84,7 @@ class DistributedMuonClip(DistributedOptimizer):
 
     def _matrices(self, specs: dict[torch.nn.Parameter, MatrixSpec]) -> list[MatrixParameter]:
         """This optimizer's Muon parameters in buffer order, with every rank's cut of each."""
-        names = {p: n for chunk in self.model_chunks for n, p in chunk.named_parameters()}
+        names = self._names()
         size = self.data_parallel_group.size()
         found: list[MatrixParameter] = []
         first_bucket = 0
@@ -100,6 +100,14 @@ class DistributedMuonClip(DistributedOptimizer):
                     )
             first_bucket += len(buffer.buckets)
         return found
+
+    def _names(self) -> dict[torch.nn.Parameter, str]:
+        """A name of each parameter that is unique on this rank (virtual stages repeat theirs)."""
+        return {
+            param: f"{number}.{name}"
+            for number, chunk in enumerate(self.model_chunks)
+            for name, param in chunk.named_parameters()
+        }
 
     def _shard(self, param: torch.nn.Parameter) -> tuple[Tensor, dict[str, Any]]:
         """This rank's flat fp32 shard of ``param``, and its parameter group."""
@@ -160,7 +168,7 @@ class DistributedMuonClip(DistributedOptimizer):
         """
         self._allocate_state()
         self.domain.share_peaks()
-        names = {p: n for chunk in self.model_chunks for n, p in chunk.named_parameters()}
+        names = self._names()
         described: dict[str, Any] = {}
         for param, entry in entries.items():
             piece = self._get_model_param_range_map(param)["param"]
@@ -180,7 +188,7 @@ class DistributedMuonClip(DistributedOptimizer):
     def load_parameter_space_state(self, loaded: dict[str, Any], num_steps: int) -> None:
         """Take what ``parameter_space_state`` described and a checkpoint filled."""
         self.num_steps = num_steps
-        names = {p: n for chunk in self.model_chunks for n, p in chunk.named_parameters()}
+        names = self._names()
         with torch.no_grad():
             for param in self.model_param_group_index_map:
                 main, _ = self._shard(param)
