@@ -62,10 +62,11 @@ def paired_medians(
             wall, cpu = time.perf_counter(), time.process_time()
             candidates[name]()
             samples[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    return {name: _summary(values) for name, values in samples.items()}
+    return {name: summarize(values) for name, values in samples.items()}
 
 
-def _summary(values: list[tuple[float, float]]) -> Timing:
+def summarize(values: list[tuple[float, float]]) -> Timing:
+    """Medians of (wall, CPU) seconds, a pair a call."""
     walls, cpus = [wall for wall, _ in values], [cpu for _, cpu in values]
     median = statistics.median(cpus)
     return Timing(statistics.median(walls), median, (max(cpus) - min(cpus)) / median)

@@ -125,8 +125,8 @@ def next_commands(run: Run) -> list[str]:
     exported = shlex.quote(f"{run.directory}-hf")
     data = "DATA_DIR" if run.data is None else shlex.quote(run.data)
     return [
-        f"megatron-k2 evaluate {directory} --data {data}",
-        f"megatron-k2 generate {directory} --prompt 'def main('",
+        f"megatron-k2 evaluate --load {directory} --data {data}",
+        f"megatron-k2 generate --load {directory} --data {data} --prompt 'def main('",
         f"megatron-k2 convert export {directory} {exported}",
         f"megatron-k2 report {directory}",
     ]

@@ -157,7 +157,13 @@ def _learning_rate(axis: Any, run: "Run", steps: np.ndarray) -> None:
     axis.fill_between(x, y, color=BLUE, alpha=0.1, linewidth=0)
     axis.plot(x, y, color=BLUE, linewidth=1.8)
     axis.set_ylim(bottom=0)
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.2g}" if rate else "0"))
+    axis.yaxis.set_major_formatter(FuncFormatter(_rate))
+
+
+def _rate(rate: float, _position: int) -> str:
+    """1.5e-4; zero is 0."""
+    digits, exponent = f"{rate:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}" if rate else "0"
 
 
 def _clipped(axis: Any, run: "Run", steps: np.ndarray) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import math
+import shlex
 
 import numpy as np
 import pytest
 
 from megatron_k2.cli import main as cli
 from megatron_k2.errors import UserError
+from megatron_k2.inference.options import evaluate_parser, generate_parser
 from megatron_k2.training.metrics import METRICS_FILE, MetricsWriter, StepRecord
 from megatron_k2.training.report import (
     finish,
@@ -108,6 +110,12 @@ def test_finish_draws_the_picture_and_names_the_next_commands(tmp_path):
         assert f"'{directory}" in command
         assert command.split()[1] in cli.VERBS
     assert "--data /tmp/corpus" in text
+
+
+def test_the_next_commands_are_ones_the_verbs_understand(run_dir):
+    evaluate, generate, *_ = (shlex.split(c)[2:] for c in next_commands(read_run(run_dir)))
+    assert evaluate_parser().parse_args(evaluate).load == run_dir
+    assert generate_parser().parse_args(generate).prompt == "def main("
 
 
 @pytest.mark.parametrize(
