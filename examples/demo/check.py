@@ -15,7 +15,7 @@ def main(out: Path) -> int:
     records = read_records(out / "run" / METRICS_FILE)
     threshold = json.loads((out / "run" / "run.json").read_text())["qk_clip_threshold"]
     bigram = json.loads((out / "data" / "ngram_baseline.json").read_text())["bigram_nats"]
-    loss = json.loads((out / "evaluation.json").read_text())["loss"]
+    loss = json.loads((out / "evaluation.json").read_text())["loss_nats"]
 
     clipped = sum(r.num_clipped_heads for r in records)
     first = next((i for i, r in enumerate(records) if r.num_clipped_heads), len(records))

@@ -3,7 +3,6 @@
 from megatron_k2.inference.options import (
     check_evaluate,
     evaluate_parser,
-    quieten,
     without_nproc,
 )
 from megatron_k2.parallel.launch import launch
@@ -14,7 +13,6 @@ def main(argv: list[str]) -> int:
     args = evaluate_parser().parse_args(argv)
     check_evaluate(args)
     if args.nproc > 1:  # a rank's error would come wrapped in torchrun's report
-        quieten()
         from megatron_k2.inference.jobs import evaluate_job
 
         evaluate_job(args, args.nproc)

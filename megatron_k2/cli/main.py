@@ -9,6 +9,7 @@ import importlib
 import sys
 
 from megatron_k2 import __version__
+from megatron_k2.cli.quiet import quieten
 from megatron_k2.errors import UserError
 
 VERBS = {
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean '{near[0]}'?" if near else f"one of: {', '.join(VERBS)}"
         print(f"megatron-k2: unknown verb '{verb}'; {hint}", file=sys.stderr)
         return 2
+    quieten()
     module = importlib.import_module(f"megatron_k2.cli.{verb}")
     try:
         return int(module.main(rest))

@@ -1,8 +1,6 @@
 """Command-line options that evaluation and generation share. Light: no torch."""
 
 import argparse
-import logging
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,13 +57,6 @@ def layout_of(args: argparse.Namespace) -> Layout:
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
         pipeline_model_parallel_layout=args.pipeline_model_parallel_layout,
     )
-
-
-def quieten() -> None:
-    """Leave the terminal to the result: no word on absent CUDA, Transformer Engine or apex."""
-    warnings.simplefilter("ignore")
-    for name in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def without_nproc(argv: list[str]) -> list[str]:

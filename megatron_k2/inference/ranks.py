@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_k2.cli.quiet import quieten
 from megatron_k2.data.storage import write_atomically
 from megatron_k2.errors import UserError
 from megatron_k2.inference.options import (
     Layout,
     evaluate_parser,
     generate_parser,
-    quieten,
 )
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ MODEL = f"""
     --max-position-embeddings 64 --micro-batch-size 1 --global-batch-size {BATCH}
     --train-samples {BATCH * STEPS} --lr 2e-4 --min-lr 2e-4 --lr-warmup-samples 0
     --lr-decay-samples {BATCH * STEPS} --lr-wsd-decay-samples 4 --qk-clip-threshold 20
-    --eval-iters 0 --log-interval 1 --save-interval {STEPS} --seed 23
+    --eval-iters 0 --log-interval 1 --save-interval {STEPS} --seed 26
 """.split()
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1".split()
 EP2 = "--expert-model-parallel-size 2".split()
