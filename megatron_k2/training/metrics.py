@@ -9,10 +9,13 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from megatron_k2.data.storage import write_atomically
 from megatron_k2.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
+MAX_LOGITS_FILE = "max_logits.jsonl"
 SCHEMA_VERSION = 1
 
 
@@ -35,6 +38,10 @@ class StepRecord:
     """Largest softmax input of any head, a decoder layer each."""
     num_clipped_heads: int
     """Heads over the threshold in this step, all layers."""
+    num_nonfinite_heads: int
+    """Heads whose maximum was infinite or NaN: counted, not clipped."""
+    smallest_clip_factor: float
+    """Smallest γ = τ / S_max of the step, 1 if nothing was clipped."""
     load_max_over_mean_per_layer: tuple[float, ...]
     """Busiest expert's tokens over the mean, a layer with experts each."""
     schema_version: int = SCHEMA_VERSION
@@ -56,53 +63,71 @@ def read_records(path: Path) -> list[StepRecord]:
     Raises:
         UserError: if another line is damaged; what follows it must not be lost to a rewrite.
     """
-    if not path.exists():
-        return []
     records = []
-    lines = path.read_text().splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise UserError(
-                f"{path}:{number} is not a record ({error}); restore the file or move it away"
-            ) from error
+    for fields in _read_lines(path):
         fields["max_logit_per_layer"] = tuple(fields["max_logit_per_layer"])
         fields["load_max_over_mean_per_layer"] = tuple(fields["load_max_over_mean_per_layer"])
         records.append(StepRecord(**fields))
     return records
 
 
+def read_max_logits(path: Path) -> list[tuple[int, list[list[float]]]]:
+    """(iteration, largest logit of each [layer][head]), a log interval each."""
+    return [(fields["iteration"], fields["max_logits"]) for fields in _read_lines(path)]
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    found = []
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise UserError(
+                f"{path}:{number} is not a record ({error}); restore the file or move it away"
+            ) from error
+    return found
+
+
 class MetricsWriter:
-    """Appends records to one file, each on disk before the next step starts."""
+    """Appends records to a run's files, each on disk before the next step is shown."""
+
+    def __init__(self, directory: Path) -> None:
+        self._steps = _JsonLines(directory / METRICS_FILE)
+        self._heads = _JsonLines(directory / MAX_LOGITS_FILE)
+
+    def write(self, record: StepRecord) -> None:
+        """Append ``record``; the first call drops what an earlier run wrote past it."""
+        self._steps.append(asdict(record))
+
+    def write_max_logits(self, iteration: int, max_logits: list[list[float]]) -> None:
+        """Append every head's largest logit, [layer][head], to five digits."""
+        rounded = [[float(f"{value:.5g}") for value in row] for row in max_logits]
+        self._heads.append({"iteration": iteration, "max_logits": rounded})
+
+
+class _JsonLines:
+    """A file of objects with an ``iteration``, in order, without those past a resume."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._is_trimmed = False
 
-    def write(self, record: StepRecord) -> None:
-        """Append ``record``; the first call drops what an earlier run wrote past it."""
+    def append(self, fields: dict[str, Any]) -> None:
         if not self._is_trimmed:
-            self._drop_from(record.iteration)
+            self._drop_from(fields["iteration"])
             self._is_trimmed = True
         with self._path.open("a") as file:
-            _write_line(file, record)
+            file.write(json.dumps(fields) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def _drop_from(self, iteration: int) -> None:
-        kept = [r for r in read_records(self._path) if r.iteration < iteration]
+        kept = [fields for fields in _read_lines(self._path) if fields["iteration"] < iteration]
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            for record in kept:
-                _write_line(file, record)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
-
-
-def _write_line(file: object, record: StepRecord) -> None:
-    print(json.dumps(asdict(record)), file=file)  # type: ignore[call-overload]
+        text = "".join(json.dumps(fields) + "\n" for fields in kept)
+        write_atomically(self._path, text.encode())

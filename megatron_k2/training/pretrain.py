@@ -92,7 +92,7 @@ def _pretrain(terminal: TextIO | None) -> None:
 
     from megatron_k2.model.build import model_config_from_args
     from megatron_k2.training.hooks import TrainingHooks, training_hooks
-    from megatron_k2.training.metrics import METRICS_FILE, MetricsWriter
+    from megatron_k2.training.metrics import MetricsWriter
     from megatron_k2.training.providers import datasets_provider, forward_step
     from megatron_k2.training.report import finish
 
@@ -101,7 +101,7 @@ def _pretrain(terminal: TextIO | None) -> None:
     if args.muonclip and not args.use_distributed_optimizer:
         args.optimizer = "muonclip"  # Megatron's closed list of choices is behind us
     config = pretrain_cfg_container_from_args(args, model_config_from_args(args))
-    writer = MetricsWriter(Path(args.save) / METRICS_FILE) if args.save else None
+    writer = MetricsWriter(Path(args.save)) if args.save else None
     with training_hooks(TrainingHooks(args, terminal, writer)):
         pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
     if terminal is not None and args.rank == args.world_size - 1:

@@ -6,7 +6,13 @@ from dataclasses import replace
 import pytest
 
 from megatron_k2.errors import UserError
-from megatron_k2.training.metrics import MetricsWriter, StepRecord, read_records
+from megatron_k2.training.metrics import (
+    MAX_LOGITS_FILE,
+    MetricsWriter,
+    StepRecord,
+    read_max_logits,
+    read_records,
+)
 
 RECORD = StepRecord(
     iteration=1,
@@ -20,12 +26,14 @@ RECORD = StepRecord(
     tokens_per_second=1e5 / 7,
     max_logit_per_layer=(1 / 3, 19.999999999999996),
     num_clipped_heads=2,
+    num_nonfinite_heads=0,
+    smallest_clip_factor=0.1,
     load_max_over_mean_per_layer=(1.25,),
 )
 
 
 def _write(path, iterations, **changes):
-    writer = MetricsWriter(path)
+    writer = MetricsWriter(path.parent)
     for iteration in iterations:
         writer.write(replace(RECORD, iteration=iteration, **changes))
 
@@ -36,13 +44,15 @@ def _iterations(path):
 
 def test_every_float_reads_back_bit_for_bit(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    MetricsWriter(path).write(RECORD)
+    MetricsWriter(path.parent).write(RECORD)
     assert read_records(path) == [RECORD]
 
 
 def test_infinite_and_missing_values_read_back(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    MetricsWriter(path).write(replace(RECORD, loss=math.nan, max_logit_per_layer=(-math.inf,)))
+    MetricsWriter(path.parent).write(
+        replace(RECORD, loss=math.nan, max_logit_per_layer=(-math.inf,))
+    )
     (found,) = read_records(path)
     assert math.isnan(found.loss)
     assert found.max_logit == -math.inf
@@ -94,3 +104,13 @@ def test_maxima_are_over_layers_and_defined_without_any():
     empty = replace(RECORD, max_logit_per_layer=(), load_max_over_mean_per_layer=())
     assert empty.max_logit == -math.inf
     assert empty.load_max_over_mean == 1.0
+
+
+def test_every_heads_maximum_is_kept_a_log_interval_and_trimmed_with_the_records(tmp_path):
+    for start in (1, 2):  # the second run resumed from a checkpoint after iteration 1
+        writer = MetricsWriter(tmp_path)
+        for iteration in range(start, 4):
+            writer.write_max_logits(iteration, [[1.0 * start, 2.123456], [-math.inf, 4.0]])
+    found = read_max_logits(tmp_path / MAX_LOGITS_FILE)
+    assert [iteration for iteration, _ in found] == [1, 2, 3]
+    assert [table[0] for _, table in found] == [[1.0, 2.1235], [2.0, 2.1235], [2.0, 2.1235]]

@@ -37,13 +37,15 @@ def _record(iteration, **changes):
         "tokens_per_second": 1000.0 * iteration,
         "max_logit_per_layer": (1.0, 2.0 * iteration),
         "num_clipped_heads": iteration,
+        "num_nonfinite_heads": 0,
+        "smallest_clip_factor": 1.0,
         "load_max_over_mean_per_layer": (1.5,),
     }
     return StepRecord(**(fields | changes))
 
 
 def _write(directory, records, run_record=None):
-    writer = MetricsWriter(directory / METRICS_FILE)
+    writer = MetricsWriter(directory)
     for record in records:
         writer.write(record)
     if run_record is not None:

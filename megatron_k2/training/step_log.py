@@ -1,0 +1,146 @@
+"""What a step's record is made of, gathered without holding the next step up.
+
+Maximum logits lie with the rank that holds the head and the layer, loads with the stage that holds
+the router. After a step each rank fills its part of one table and an asynchronous MAX all-reduce
+over the world joins them; values are read when the next step ends. ``flush`` reads them at once:
+before a checkpoint, so that no line is missing after a resume, and at the end.
+"""
+
+import math
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_k2.model.moe import routers
+from megatron_k2.optimizer.max_logits import MaxLogits
+from megatron_k2.training.metrics import StepRecord
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step whose values are still under way."""
+
+    iteration: int
+    consumed_samples: int
+    loss: Any
+    learning_rate: float
+    grad_norm: float
+    is_skipped: bool
+    seconds: float
+    table: Tensor
+    work: dist.Work | None
+
+
+class StepLog:
+    """Turns steps into records, one step late.
+
+    Args:
+        args: Megatron's.
+        model: this rank's chunks.
+        max_logits: of this rank, reduced over data and context parallel by the step itself.
+        show: takes each record, in order, with the per-head maxima [layers, heads]; on every rank.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        model: list[torch.nn.Module],
+        max_logits: MaxLogits,
+        show: Callable[[StepRecord, Tensor], None],
+    ) -> None:
+        self._args, self._model, self._max_logits, self._show = args, model, max_logits, show
+        self._pending: _Pending | None = None
+        self._last_time = time.perf_counter()
+
+    def step(
+        self, loss_dict: Any, learning_rate: Any, iteration: int, is_skipped: Any, grad_norm: Any
+    ) -> None:
+        """Start gathering this step's values; finish and show the previous step's."""
+        from megatron.core import parallel_state
+
+        now = time.perf_counter()
+        seconds, self._last_time = now - self._last_time, now
+        if is_skipped or not self._args.muonclip:  # otherwise the step itself took them
+            self._max_logits.take(
+                parallel_state.get_data_parallel_group(with_context_parallel=True)
+            )
+        table = self._fill_table()
+        work = dist.all_reduce(table, op=dist.ReduceOp.MAX, async_op=True)
+        self.flush()
+        self._pending = _Pending(
+            iteration=iteration,
+            consumed_samples=self._args.consumed_train_samples,
+            loss=loss_dict.get("lm loss"),
+            learning_rate=float(learning_rate or 0.0),
+            grad_norm=float(grad_norm or 0.0),
+            is_skipped=bool(is_skipped),
+            seconds=seconds,
+            table=table,
+            work=work,
+        )
+
+    def flush(self) -> None:
+        """Finish and show the step that is under way, if there is one."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        if pending.work is not None:
+            pending.work.wait()
+        logits, loads = pending.table[:, :-1], pending.table[:, -1]
+        tokens = self._args.global_batch_size * self._args.seq_length
+        is_clipping = self._args.muonclip and not pending.is_skipped
+        threshold = self._args.qk_clip_threshold if is_clipping else math.inf
+        record = StepRecord(
+            iteration=pending.iteration,
+            consumed_samples=pending.consumed_samples,
+            consumed_tokens=pending.consumed_samples * self._args.seq_length,
+            loss=math.nan if pending.loss is None else float(pending.loss),
+            learning_rate=pending.learning_rate,
+            grad_norm=pending.grad_norm,
+            is_skipped=pending.is_skipped,
+            seconds=pending.seconds,
+            tokens_per_second=tokens / pending.seconds,
+            max_logit_per_layer=tuple(logits.amax(-1).tolist()),
+            num_clipped_heads=int(((logits > threshold) & logits.isfinite()).sum()),
+            num_nonfinite_heads=int((logits.isnan() | (logits == math.inf)).sum()),
+            smallest_clip_factor=_smallest_factor(logits, threshold),
+            load_max_over_mean_per_layer=tuple(x for x in loads.tolist() if x > 0),
+        )
+        self._show(record, logits)
+
+    def _fill_table(self) -> Tensor:
+        """[layers, heads + 1]: this rank's maximum logits and, last, load max/mean; else -inf."""
+        from megatron.core import parallel_state
+        from megatron.core.utils import get_model_config
+
+        config = get_model_config(self._model[0])
+        latest = self._max_logits.latest
+        num_rows = config.num_layers + (config.mtp_num_layers or 0)
+        table = latest.new_full((num_rows, config.num_attention_heads + 1), -math.inf)
+        first_head = parallel_state.get_tensor_model_parallel_rank() * latest.shape[1]
+        for attention, row in zip(self._max_logits.attentions, latest, strict=True):
+            at = _row(attention, config)
+            table[at, first_head : first_head + latest.shape[1]] = row
+        loads = config.finalize_model_grads_func.loads
+        for router, load in zip(routers(self._model), loads, strict=True):
+            table[_row(router, config), -1] = load.max() / load.mean()
+        return table
+
+
+def _row(module: Any, config: Any) -> int:
+    """Decoder layers first, then multi-token prediction's, which are numbered from 1 again."""
+    is_mtp = bool(getattr(module, "is_mtp_layer", False))
+    return int(module.layer_number) - 1 + (config.num_layers if is_mtp else 0)
+
+
+def _smallest_factor(logits: Tensor, threshold: float) -> float:
+    """Smallest γ of the step, 1 if nothing was clipped."""
+    finite = logits[logits.isfinite()]
+    largest = float(finite.max()) if finite.numel() else -math.inf
+    return threshold / largest if largest > threshold else 1.0

@@ -1,0 +1,129 @@
+"""Wrong input is refused on flags alone, before torch or Megatron is imported or a rank started."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from megatron_k2.errors import UserError
+from megatron_k2.training.flags import expand
+from megatron_k2.training.preflight import (
+    RUN_RECORD,
+    TRACKER,
+    check_run,
+    drop_damaged_index_cache,
+    repair_tracker,
+    write_run_record,
+)
+
+TINY = ["--preset", "k2-tiny", "--mock-data"]
+
+
+def check(*flags, world_size=1):
+    check_run(expand([*TINY, *flags], cuda=False), world_size)
+
+
+def test_a_sound_request_passes():
+    check("--global-batch-size", "16", world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "said"),
+    [
+        (["--tensor-model-parallel-size", "2"], 3, "world size 3"),
+        (["--pipeline-model-parallel-size", "4"], 2, "world size 2"),
+        (["--expert-model-parallel-size", "3"], 3, "num_moe_experts=32"),
+        (["--tensor-model-parallel-size", "8"], 8, "num_attention_heads=4"),
+        (["--context-parallel-size", "2", "--seq-length", "258"], 2, "seq_length=258"),
+        (["--global-batch-size", "12"], 1, "global_batch_size=12"),
+        (["--num-layers", "seven"], 1, "whole number"),
+        (["--fp4-format", "e2m1"], 1, "fp4"),
+        (
+            [
+                *("--pipeline-model-parallel-size", "2"),
+                *("--num-virtual-stages-per-pipeline-rank", "2"),
+                "--no-overlap-p2p-communication",
+            ],
+            2,
+            "wrong tensors",
+        ),
+    ],
+)
+def test_a_layout_that_cannot_run_names_the_value(flags, world_size, said):
+    with pytest.raises(UserError, match=said):
+        check(*flags, world_size=world_size)
+
+
+def test_a_size_that_is_missing_is_asked_for():
+    with pytest.raises(UserError, match=r"--num-layers.*or --preset"):
+        check_run(["--seq-length", "64"], 1)
+
+
+def test_a_checkpoint_of_another_preset_is_refused_with_the_fields_that_differ(tmp_path):
+    save = ["--save", str(tmp_path)]
+    write_run_record(expand([*TINY, *save], cuda=False), 1)
+    check(*save)  # the same model goes on
+    with pytest.raises(UserError, match=r"preset k2-tiny.*hidden_size 128 there, 256 here"):
+        check(*save, "--hidden-size", "256")
+
+
+def test_finetuning_from_another_directory_is_not_a_resume(tmp_path):
+    write_run_record(expand([*TINY, "--save", str(tmp_path)], cuda=False), 1)
+    check("--load", str(tmp_path), "--finetune", "--hidden-size", "256")
+
+
+def test_the_run_record_names_versions_and_flags(tmp_path):
+    flags = expand([*TINY, "--save", str(tmp_path)], cuda=False)
+    write_run_record(flags, 2)
+    record = json.loads((tmp_path / RUN_RECORD).read_text())
+    assert record["flags"] == flags
+    assert record["versions"]["megatron-core"]
+    assert record["world_size"] == 2
+
+
+def test_a_tracker_that_a_kill_left_empty_points_to_the_last_whole_checkpoint(tmp_path):
+    for iteration, is_whole in ((3, True), (6, True), (9, False)):
+        folder = tmp_path / f"iter_{iteration:07d}"
+        folder.mkdir()
+        if is_whole:
+            (folder / "metadata.json").write_text("{}")
+    (tmp_path / TRACKER).write_text("")
+    repair_tracker(tmp_path)
+    assert (tmp_path / TRACKER).read_text() == "6"
+
+
+def test_a_whole_tracker_is_left_alone(tmp_path):
+    (tmp_path / TRACKER).write_text("3\n")
+    repair_tracker(tmp_path)
+    assert (tmp_path / TRACKER).read_text() == "3\n"
+
+
+def test_an_empty_tracker_without_any_whole_checkpoint_is_removed(tmp_path):
+    (tmp_path / TRACKER).write_text("")
+    repair_tracker(tmp_path)
+    assert not (tmp_path / TRACKER).exists()
+
+
+def test_sample_indices_cut_short_are_dropped_and_whole_ones_kept(tmp_path):
+    cache = tmp_path / "cache" / "GPTDataset_indices"
+    cache.mkdir(parents=True)
+    np.save(cache / "whole.npy", np.arange(1000))
+    data = (cache / "whole.npy").read_bytes()
+    (cache / "short.npy").write_bytes(data[:-100])
+    (cache / "empty.npy").write_bytes(b"")
+    drop_damaged_index_cache(tmp_path)
+    assert [path.name for path in cache.iterdir()] == ["whole.npy"]
+
+
+def test_a_refusal_on_the_command_line_is_one_line_exit_code_two_and_no_torch():
+    code = (
+        "import sys; from megatron_k2.cli.main import main; "
+        "code = main(['pretrain', '--preset', 'k2-tiny', '--mock-data', '--nproc', '3']); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("megatron-k2 pretrain: global_batch_size=16")
+    assert result.stderr.count("\n") == 1
