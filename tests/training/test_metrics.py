@@ -8,6 +8,7 @@ import pytest
 from megatron_k2.errors import UserError
 from megatron_k2.training.metrics import (
     MAX_LOGITS_FILE,
+    METRICS_FILE,
     MetricsWriter,
     StepRecord,
     read_max_logits,
@@ -67,7 +68,7 @@ def test_a_resumed_run_drops_what_was_written_past_its_checkpoint(tmp_path):
 
 
 def test_a_killed_and_resumed_run_has_the_bytes_of_one_that_was_not(tmp_path):
-    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    whole, killed = (tmp_path / name / METRICS_FILE for name in ("whole", "killed"))
     _write(whole, range(1, 9))
     _write(killed, range(1, 7))
     killed.write_bytes(killed.read_bytes()[:-40])
