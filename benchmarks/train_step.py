@@ -5,8 +5,8 @@ optimizer object of its factory with MuonClip registered; gradient clipping, bal
 QK-Clip included. The peer is transformers' ``DeepseekV3ForCausalLM`` from the same weights in a
 plain loop with a textbook Muon and AdamW (``plain_torch_peer.py``), in the fastest of the
 implementations that transformers offers, and outside the CPU host's redirections. Same tokens,
-fp32, one thread, subnormal numbers flushed for both. Times are medians over interleaved rounds; the ratios are of
-process CPU time, which other work on the machine disturbs least.
+fp32, one thread, subnormal numbers flushed for both. Times are medians over interleaved rounds; the
+ratios are of process CPU time, which other work on the machine disturbs least.
 
     python benchmarks/train_step.py --batch 8 --seq 256
 """

@@ -141,7 +141,7 @@ class MatrixExchange:
                 if self._sends(index, rank):
                     length = self._length(index, rank)
                     shards[self._domain.coordinates(rank)[1]].append(received[rank](length))
-            flat = [torch.cat(shards[tensor_rank]) for tensor_rank in sorted(shards)]
+            flat = [_joined(shards[tensor_rank]) for tensor_rank in sorted(shards)]
             spec, shape = self._specs[index], self._shapes[index]
             whole[index] = spec.assemble([shard.view(shape) for shard in flat])
         return self._newton_schulz(whole)
@@ -173,7 +173,7 @@ class MatrixExchange:
         peaks = self._peaks[where]
         factor = idle_factor(frobenius_norm(batch), peaks)
         self._peaks[where] = peaks
-        return update * factor[:, None, None].to(update.dtype)
+        return update.mul_(factor[:, None, None].to(update.dtype))
 
     def _send_back(self, members: list[int], results: dict[int, list[Tensor]]) -> _Transfer:
         tensor_ranks = self._domain.tensor_ranks
@@ -214,6 +214,11 @@ class MatrixExchange:
             received, send, sizes, send_sizes, group=self.group, async_op=True
         )
         return _Transfer(received, sizes, work, send)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """``torch.cat``, without the copy where there is one part."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def reader(flat: Tensor) -> Callable[[int], Tensor]:

@@ -27,7 +27,7 @@ from megatron_k2.optimizer.clip_step import row_scales
 from megatron_k2.optimizer.distributed import DistributedMuonClip
 from megatron_k2.optimizer.domain import MatrixParameter, MuonClipSettings, MuonDomain
 from megatron_k2.optimizer.max_logits import MaxLogits
-from megatron_k2.optimizer.muon import apply_update, rms_match_scale, update_momentum
+from megatron_k2.optimizer.muon import apply_updates, rms_match_scale, update_momenta
 from megatron_k2.optimizer.param_groups import muon_matrices
 
 
@@ -77,26 +77,34 @@ class MuonClip(torch.optim.Optimizer):
         if self._has_attention:
             self._max_logits.start(self._data_cp_group)
         settings = self._settings
-        groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        directions = {}
-        for matrix in self._domain.matrices:
-            main = _main(matrix.param)
-            direction = update_momentum(
-                self._momentum_of(main), main.grad, settings.momentum, settings.nesterov
-            )
-            directions[matrix.param] = direction.flatten()
-        for param, update in self._domain.run(directions).items():
-            main = _main(param)
-            group = groups[id(main)]
-            rows, cols = self._domain.block_shape(param)
-            scale = rms_match_scale(rows, cols, settings.scale_factor)
-            update = update.view(main.shape).to(main.dtype)
-            apply_update(main, update, group["lr"], group["weight_decay"], scale)
+        params = [matrix.param for matrix in self._domain.matrices]
+        mains = [_main(param) for param in params]
+        momenta = [self._momentum_of(main) for main in mains]
+        gradients = [main.grad for main in mains]
+        directions = update_momenta(momenta, gradients, settings.momentum, settings.nesterov)
+        flat = [direction.flatten() for direction in directions]
+        self._apply(self._domain.run(dict(zip(params, flat, strict=True))))
         if self._has_attention:
             self._max_logits.finish()
             # On the fp32 weights, before Megatron casts them to the model's dtype.
             for param, factors in row_scales(self._max_logits, settings):
                 _main(param).mul_(factors[:, None])
+
+    def _apply(self, updates: dict[torch.nn.Parameter, Tensor]) -> None:
+        """Weights of one parameter group and one RMS scale together."""
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        alike: dict[tuple[float, float, float], tuple[list[Tensor], list[Tensor]]] = {}
+        for param, update in updates.items():
+            main = _main(param)
+            group = groups[id(main)]
+            rows, cols = self._domain.block_shape(param)
+            scale = rms_match_scale(rows, cols, self._settings.scale_factor)
+            key = (group["lr"], group["weight_decay"], scale)
+            weights, values = alike.setdefault(key, ([], []))
+            weights.append(main)
+            values.append(update.view(main.shape).to(main.dtype))
+        for (lr, weight_decay, scale), (weights, values) in alike.items():
+            apply_updates(weights, values, lr, weight_decay, scale)
 
     def init_state(self) -> None:
         """Zero momentum for every parameter, as a checkpoint load expects."""

@@ -35,6 +35,8 @@ class MatrixSpec:
 
         A column-parallel fused weight holds [gate_r; up_r] on rank r.
         """
+        if len(shards) == 1:
+            return list(shards[0].chunk(self.num_blocks))
         dim = max(self.partition_dim, 0)
         blocks = zip(*(shard.chunk(self.num_blocks) for shard in shards), strict=True)
         return [torch.cat(parts, dim=dim) for parts in blocks]
@@ -42,7 +44,7 @@ class MatrixSpec:
     def own_part(self, matrices: list[Tensor], rank: int, size: int) -> Tensor:
         """Inverse of ``assemble`` for the shard of ``rank``."""
         if self.partition_dim < 0 or size == 1:
-            return torch.cat(matrices)
+            return torch.cat(matrices) if len(matrices) > 1 else matrices[0]
         return torch.cat([m.chunk(size, dim=self.partition_dim)[rank] for m in matrices])
 
 
