@@ -151,10 +151,11 @@ class DistributedMuonClip(DistributedOptimizer):
 
     def _qk_clip(self, max_logits: MaxLogits) -> None:
         for param, scale in row_scales(max_logits, self._settings):
-            if param in self._main_of:
+            if param in self.model_param_group_index_map:
                 piece = self._get_model_param_range_map(param)["param"]
-                main, _ = self._main_of[param]
-                scale_rows_(main, scale, param.shape[1], piece.start, piece.end)
+                main, _ = self._shard(param)
+                row_length = param.shape[1] if param.ndim == 2 else 1
+                scale_rows_(main, scale, row_length, piece.start, piece.end)
 
     def parameter_space_state(self, entries: dict[torch.nn.Parameter, Any]) -> dict[str, Any]:
         """Every tensor of this optimizer's state, described by parameter.

@@ -14,6 +14,7 @@ from megatron_k2.optimizer.exchange import MatrixExchange
 from megatron_k2.optimizer.newton_schulz import orthogonalize
 from megatron_k2.optimizer.param_groups import MatrixSpec
 from megatron_k2.optimizer.plan import Domain, Placement, Plan, make_plan
+from megatron_k2.optimizer.qk_clip import GroupedQueryMode
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class MuonClipSettings:
     """τ."""
     qk_clip_alpha: float
     """α: the query's share of γ where both sides are the head's own."""
+    grouped_query_mode: GroupedQueryMode
+    """Which heads grouped-query attention scales, see ``qk_clip.gqa_row_scale``."""
     has_idle_floor: bool
     """Whether a matrix without gradients fades out (``muon.idle_factor``)."""
 
@@ -53,6 +56,7 @@ def settings_from(args: Any, transformer: Any) -> MuonClipSettings:
         dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[args.muonclip_dtype],
         qk_clip_threshold=transformer.qk_clip_threshold,
         qk_clip_alpha=transformer.qk_clip_alpha,
+        grouped_query_mode=args.qk_clip_grouped_query,
         has_idle_floor=not args.no_muon_idle_floor,
     )
 

@@ -6,11 +6,14 @@ only ranks that hold a part of the same head's maximum are the data- and context
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_k2.model.attention import RecomputedMaxLogits
 
 
 def attention_modules(model_chunks: list[torch.nn.Module]) -> list[Any]:
@@ -26,6 +29,13 @@ def attention_modules(model_chunks: list[torch.nn.Module]) -> list[Any]:
 class MaxLogits:
     """One persistent fp32 tensor that all local attention modules write into.
 
+    Sources, by what their core attention does with ``current_max_attn_logits``:
+
+    - ours (``MLACoreAttention``, ``RecomputedMaxLogits``) take the running maximum in place, in
+      training mode only; the attribute is a row of ``running``;
+    - Transformer Engine's ``return_max_logit`` assigns a new tensor, rounded to bf16, in evaluation
+      as well; it is collected after each training forward and dropped after the others.
+
     Attributes:
         attentions: the modules, in the order of the rows.
         running: [attention modules, heads on this rank], maxima since the last ``finish``; this
@@ -35,7 +45,7 @@ class MaxLogits:
 
     def __init__(self, model_chunks: list[torch.nn.Module]) -> None:
         self.attentions = attention_modules(model_chunks)
-        heads = {m.core_attention.current_max_attn_logits.numel() for m in self.attentions}
+        heads = {m.num_attention_heads_per_partition for m in self.attentions}
         if len(heads) > 1:
             raise ValueError(f"attention modules with different numbers of heads: {sorted(heads)}")
         shape = (len(self.attentions), heads.pop() if heads else 0)
@@ -43,8 +53,13 @@ class MaxLogits:
         self.running = torch.full(shape, -math.inf, dtype=torch.float32, device=device)
         self.latest = self.running.clone()
         self._work: dist.Work | None = None
+        self._num_steps = 0
         for row, attention in zip(self.running, self.attentions, strict=True):
-            attention.core_attention.current_max_attn_logits = row
+            core = attention.core_attention
+            if core.current_max_attn_logits is None:
+                core.register_forward_hook(_collect_into(row))
+            else:
+                core.current_max_attn_logits = row
 
     def start(self, group: dist.ProcessGroup) -> None:
         """Begin the reduction over ``group`` (data x context parallel): one MAX all-reduce."""
@@ -65,9 +80,24 @@ class MaxLogits:
             self._work = None
         self.latest = self.running.clone()
         self.running.fill_(-math.inf)
+        self._num_steps += 1
+        for attention in self.attentions:
+            if isinstance(attention.core_attention, RecomputedMaxLogits):
+                attention.core_attention.announce_step(self._num_steps)
         return self.latest
 
     def take(self, group: dist.ProcessGroup) -> Tensor:
         """``start`` and ``finish`` at once."""
         self.start(group)
         return self.finish()
+
+
+def _collect_into(row: Tensor) -> Callable[[Any, Any, Any], None]:
+    """Forward hook for cores that assign their maximum, also in evaluation."""
+
+    def hook(core: Any, _inputs: Any, _output: Any) -> None:
+        recorded, core.current_max_attn_logits = core.current_max_attn_logits, None
+        if recorded is not None and core.training:
+            torch.maximum(row, recorded.to(row.dtype), out=row)
+
+    return hook

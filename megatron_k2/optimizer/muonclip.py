@@ -88,7 +88,7 @@ class MuonClip(torch.optim.Optimizer):
             self._max_logits.finish()
             # On the fp32 weights, before Megatron casts them to the model's dtype.
             for param, factors in row_scales(self._max_logits, settings):
-                _main(param).mul_(factors[:, None])
+                _main(param).mul_(factors.view(-1, *[1] * (param.ndim - 1)))
 
     def _apply(self, updates: dict[torch.nn.Parameter, Tensor]) -> None:
         """Weights of one parameter group and one RMS scale together."""

@@ -44,6 +44,12 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         help="dtype of the Newton-Schulz iteration (Moonlight: bf16)",
     )
     group.add_argument(
+        "--qk-clip-grouped-query",
+        choices=["query", "group"],
+        default="query",
+        help="grouped-query attention: scale the hot query heads alone, or their whole group",
+    )
+    group.add_argument(
         "--no-muon-idle-floor",
         action="store_true",
         help="keep stepping at full length in a stale direction where a matrix has no gradient",

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_k2.optimizer.clip_step import check_clippable
 from megatron_k2.optimizer.domain import settings_from
 from megatron_k2.optimizer.max_logits import MaxLogits
 from megatron_k2.optimizer.muonclip import adopt_distributed, register
@@ -46,6 +47,7 @@ class TrainingHooks:
         # Megatron exempts norms and biases from weight decay; Moonlight (App. D) calls decay on
         # RMSNorm gains crucial. No overrides means everything decays.
         kwargs["config_overrides"] = {}
+        check_clippable(self.max_logits)
         settings = settings_from(self.args, model[0].config)
         register(self.max_logits, settings)
         optimizer = original(config, model, **kwargs)

@@ -271,6 +271,9 @@ def test_one_packed_tensor_receives_every_layers_maxima():
         def __init__(self):
             super().__init__()
             self.core_attention = _core()
+            self.num_attention_heads_per_partition = (
+                self.core_attention.current_max_attn_logits.numel()
+            )
             self.weight = torch.nn.Parameter(torch.zeros(1))
 
     model = torch.nn.ModuleList([Attention() for _ in range(3)]).train()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_k2.optimizer.newton_schulz import orthogonalize
+from megatron_k2.training.step_log import StepLog
 from tests.single_rank import SMALL, arguments, build, one_rank, randomise
 
 LR, DECAY, MU, THRESHOLD = 0.02, 0.1, 0.95, 20.0
@@ -245,7 +246,13 @@ def test_what_a_skipped_step_saw_is_recorded_and_not_carried_into_the_next():
     ddp.module.config.finalize_model_grads_func([ddp])
     _set_maxima(hooks.max_logits, 0)
     hooks.max_logits.running[0, 0] = math.inf
-    record = hooks._record({}, LR, 1, True, None)
+    shown = []
+    log = StepLog(hooks.args, [ddp], hooks.max_logits, lambda record, table: shown.append(record))
+    log.step({}, LR, 1, True, None)
+    assert not shown, "a record is shown a step late"
+    log.flush()
+    (record,) = shown
+    assert record.num_nonfinite_heads == 1
     assert record.max_logit == math.inf
     assert record.num_clipped_heads == 0
     assert (hooks.max_logits.running == -math.inf).all()
