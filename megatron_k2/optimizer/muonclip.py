@@ -19,6 +19,7 @@ from megatron.core.optimizer.emerging_optimizers import (
     _EMERGING_OPTIMIZERS,
     EmergingOptimizerEntry,
 )
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from megatron_k2.optimizer.distributed import DistributedMuonClip
 from megatron_k2.optimizer.domain import MatrixParameter, MuonClipSettings, MuonDomain
 from megatron_k2.optimizer.max_logits import MaxLogits
 from megatron_k2.optimizer.muon import apply_update, rms_match_scale, update_momentum
-from megatron_k2.optimizer.param_groups import muon_matrices
+from megatron_k2.optimizer.param_groups import MatrixSpec, muon_matrices
 
 
 class MuonClip(torch.optim.Optimizer):
@@ -43,6 +44,7 @@ class MuonClip(torch.optim.Optimizer):
         params: Any,
         *,
         model_chunks: list[torch.nn.Module],
+        specs: dict[torch.nn.Parameter, MatrixSpec],
         pg_collection: ProcessGroupCollection,
         max_logits: MaxLogits,
         settings: MuonClipSettings,
@@ -51,7 +53,6 @@ class MuonClip(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": 0.0})
         self._settings, self._max_logits = settings, max_logits
         self._data_cp_group = pg_collection.dp_cp
-        specs = muon_matrices(model_chunks)
         names = {p: n for chunk in model_chunks for n, p in chunk.named_parameters()}
         # Until Megatron swaps in fp32 masters, these are the model's own parameters.
         own = [p for group in self.param_groups for p in group["params"]]
@@ -116,14 +117,22 @@ def _main(param: Tensor) -> Any:
     return getattr(param, "main_param", param)
 
 
-def register(max_logits: MaxLogits, settings: MuonClipSettings) -> None:
-    """Make ``muonclip`` known to Megatron's optimizer factory, for the model of ``max_logits``."""
+def register(
+    model_chunks: list[torch.nn.Module], max_logits: MaxLogits, settings: MuonClipSettings
+) -> None:
+    """Make ``muonclip`` known to Megatron's optimizer factory, for this one model.
+
+    Megatron's own rule sends every parameter that is not two-dimensional to AdamW, experts stored
+    as [e, rows, cols] among them; the override here goes by ``muon_matrices``.
+    """
+    specs = muon_matrices(model_chunks, settings.matrices)
 
     def kwargs(
         config: Any, model_chunks: list[Any], pg_collection: ProcessGroupCollection
     ) -> dict[str, Any]:
         return {
             "model_chunks": model_chunks,
+            "specs": specs,
             "pg_collection": pg_collection,
             "max_logits": max_logits,
             "settings": settings,
@@ -134,6 +143,11 @@ def register(max_logits: MaxLogits, settings: MuonClipSettings) -> None:
         optimizer_cls=MuonClip,
         init_state_fn=lambda optimizer, config=None: optimizer.init_state(),
         config_to_kwargs=kwargs,
+        default_param_overrides={
+            ParamKey(
+                predicate=ParamPredicate(name="not_a_muon_matrix", fn=lambda p: p not in specs)
+            ): {"optimizer": "adam"}
+        },
     )
 
 
@@ -148,7 +162,7 @@ def adopt_distributed(
     Experts first: their load decides how many dense matrices a rank is given.
     """
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    specs = muon_matrices(model_chunks)
+    specs = muon_matrices(model_chunks, settings.matrices)
     parts = [o for o in optimizer.chained_optimizers if isinstance(o, DistributedOptimizer)]
 
     def is_expert(part: DistributedOptimizer) -> bool:

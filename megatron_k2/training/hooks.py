@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_k2.optimizer.classification import classification_table
 from megatron_k2.optimizer.domain import settings_from
 from megatron_k2.optimizer.max_logits import MaxLogits
 from megatron_k2.optimizer.muonclip import adopt_distributed, register
@@ -46,7 +47,9 @@ class TrainingHooks:
         # RMSNorm gains crucial. No overrides means everything decays.
         kwargs["config_overrides"] = {}
         settings = settings_from(self.args, model[0].config)
-        register(self.max_logits, settings)
+        if dist.get_rank() == 0:
+            print(classification_table(model, settings.matrices))
+        register(model, self.max_logits, settings)
         optimizer = original(config, model, **kwargs)
         if config.use_distributed_optimizer:
             adopt_distributed(optimizer, model, self.max_logits, settings)

@@ -47,6 +47,8 @@ ADAM = "--optimizer adam".split()
 ZERO = "--use-distributed-optimizer".split()
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 20000".split()
 
+PER_HEAD = ["--muon-per-head"]
+
 LAYOUTS = {
     2: {
         "TP2+SP": TP2,
@@ -72,6 +74,7 @@ LAYOUTS = {
         "PP2xEP2": [*PP2, *EP2],
         "ZeRO TP2xDP2": [*ZERO, *TP2],
         "ZeRO EP2xDP2": [*ZERO, *EP2, *OVERLAP],
+        "ZeRO TP2xDP2 per head": [*ZERO, *TP2, *PER_HEAD],
     },
 }
 ALL = [name for layouts in LAYOUTS.values() for name in layouts]
@@ -94,6 +97,8 @@ def runs(request, tmp_path_factory) -> Path:
         _case(root, "one rank", start, [], True),
         _case(root, "one rank AdamW", start, ADAM, False),
         _case(root, "one rank AdamW", start, ADAM, True),
+        _case(root, "one rank per head", start, PER_HEAD, False),
+        _case(root, "one rank per head", start, PER_HEAD, True),
     ]
     run_ranks("tests.parallel.worker", 1, [base, *references], root / "logs1", request.param)
     for world_size, layouts in LAYOUTS.items():
@@ -112,6 +117,8 @@ def _directory(root: Path, name: str, kind: str) -> Path:
 
 
 def _reference(name: str) -> str:
+    if "per head" in name:
+        return "one rank per head"
     return "one rank AdamW" if "AdamW" in name else "one rank"
 
 
