@@ -162,6 +162,10 @@ class DistributedMuonClip(DistributedOptimizer):
                 main, _ = self._main_of[param]
                 scale_rows_(main, scale, param.shape[1], piece.start, piece.end)
 
+    def muon_shards(self) -> list[Tensor]:
+        """This rank's flat fp32 shards of Muon's matrices."""
+        return [main for main, _ in self._main_of.values()]
+
     def parameter_space_state(self, entries: dict[torch.nn.Parameter, Any]) -> dict[str, Any]:
         """Every tensor of this optimizer's state, described by parameter.
 

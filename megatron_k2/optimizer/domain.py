@@ -38,6 +38,8 @@ class MuonClipSettings:
     """Whether a matrix without gradients fades out (``muon.idle_factor``)."""
     matrices: MatrixOptions = K2_OPTIONS
     """What counts as one matrix."""
+    clip_grad_scope: str = "all"
+    """See ``grad_scope``."""
 
 
 MEGATRON_COEFFICIENTS = {"simple": "jordan", "quintic": "quintic", "polar_express": "polar_express"}
@@ -57,6 +59,7 @@ def settings_from(args: Any, transformer: Any) -> MuonClipSettings:
         qk_clip_alpha=transformer.qk_clip_alpha,
         has_idle_floor=not args.no_muon_idle_floor,
         matrices=MatrixOptions(args.muon_per_head, args.muon_router == "muon"),
+        clip_grad_scope=args.clip_grad_scope,
     )
 
 

@@ -1,17 +1,14 @@
-"""MuonClip without ZeRO, and the door through which Megatron builds either form.
+"""The door through which Megatron builds MuonClip, in either form.
 
 Kimi K2 report (arXiv:2507.20534), Algorithm 1: a Muon step on every matrix, then QK-Clip on the
 heads whose largest logit exceeded τ. AdamW takes the rest.
 
 - With ``--use-distributed-optimizer``: ``distributed.DistributedMuonClip`` adopts the optimizers
   that Megatron's factory built in ``adam`` mode.
-- Without: every data-parallel rank holds whole shards and all of the state; ``MuonClip`` below is
-  registered in Megatron's optimizer registry. Each matrix is still orthogonalised only once, at
-  its home, which sends the result to the other ranks.
+- Without: ``plain.MuonClip``, registered in Megatron's optimizer registry.
 """
 
-from collections.abc import Callable
-from typing import Any, override
+from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -21,100 +18,14 @@ from megatron.core.optimizer.emerging_optimizers import (
 )
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
 
 from megatron_k2.optimizer.chain import MuonClipChain
-from megatron_k2.optimizer.clip_step import row_scales
 from megatron_k2.optimizer.distributed import DistributedMuonClip
-from megatron_k2.optimizer.domain import MatrixParameter, MuonClipSettings, MuonDomain
+from megatron_k2.optimizer.domain import MuonClipSettings
 from megatron_k2.optimizer.max_logits import MaxLogits
-from megatron_k2.optimizer.muon import apply_update, rms_match_scale, update_momentum
-from megatron_k2.optimizer.param_groups import MatrixSpec, muon_matrices
-
-
-class MuonClip(torch.optim.Optimizer):
-    """Muon on the matrices it is given, then QK-Clip if they include the attention's.
-
-    Megatron chains one instance for dense parameters and, under expert parallelism, one for
-    experts. State: ``momentum_buffer`` of each parameter, its shape, fp32.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        *,
-        model_chunks: list[torch.nn.Module],
-        specs: dict[torch.nn.Parameter, MatrixSpec],
-        pg_collection: ProcessGroupCollection,
-        max_logits: MaxLogits,
-        settings: MuonClipSettings,
-        lr: float,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
-        self._settings, self._max_logits = settings, max_logits
-        self._data_cp_group = pg_collection.dp_cp
-        names = {p: n for chunk in model_chunks for n, p in chunk.named_parameters()}
-        # Until Megatron swaps in fp32 masters, these are the model's own parameters.
-        own = [p for group in self.param_groups for p in group["params"]]
-        is_expert = any(not getattr(p, "allreduce", True) for p in own)
-        data_group = pg_collection.expt_dp if is_expert else pg_collection.dp_cp
-        self._domain = MuonDomain(
-            [
-                MatrixParameter(names[p], p, specs[p], ((0, p.numel()),) * data_group.size(), 0)
-                for p in own
-            ],
-            data_group,
-            pg_collection.expt_tp if is_expert else pg_collection.tp,
-            settings,
-            is_data_replicated=True,
-        )
-        attention = {m.linear_kv_up_proj.weight for m in max_logits.attentions}
-        self._has_attention = any(p in attention for p in own)
-
-    @override
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step on this rank's fp32 parameters; collective over tensor and data parallel."""
-        if self._has_attention:
-            self._max_logits.start(self._data_cp_group)
-        settings = self._settings
-        groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        directions = {}
-        for matrix in self._domain.matrices:
-            main = _main(matrix.param)
-            direction = update_momentum(
-                self._momentum_of(main), main.grad, settings.momentum, settings.nesterov
-            )
-            directions[matrix.param] = direction.flatten()
-        for param, update in self._domain.run(directions).items():
-            main = _main(param)
-            group = groups[id(main)]
-            rows, cols = self._domain.block_shape(param)
-            scale = rms_match_scale(rows, cols, settings.scale_factor)
-            update = update.view(main.shape).to(main.dtype)
-            apply_update(main, update, group["lr"], group["weight_decay"], scale)
-        if self._has_attention:
-            self._max_logits.finish()
-            # On the fp32 weights, before Megatron casts them to the model's dtype.
-            for param, factors in row_scales(self._max_logits, settings):
-                _main(param).mul_(factors[:, None])
-
-    def init_state(self) -> None:
-        """Zero momentum for every parameter, as a checkpoint load expects."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                self._momentum_of(param)
-
-    def _momentum_of(self, main: Tensor) -> Tensor:
-        state = self.state[main]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(main)
-        return state["momentum_buffer"]
-
-
-def _main(param: Tensor) -> Any:
-    """The fp32 master of a bf16 parameter, or the fp32 parameter itself."""
-    return getattr(param, "main_param", param)
+from megatron_k2.optimizer.param_groups import muon_matrices
+from megatron_k2.optimizer.plain import MuonClip
+from megatron_k2.optimizer.plain_chain import PlainMuonClipChain
 
 
 def register(
@@ -151,12 +62,19 @@ def register(
     )
 
 
+def adopt_plain(optimizer: Any, settings: MuonClipSettings) -> PlainMuonClipChain:
+    """Turn the chain that the registry's ``muonclip`` gave into ours."""
+    adopted = PlainMuonClipChain.adopt(optimizer)
+    adopted.limit_clipping(settings.clip_grad_scope)
+    return adopted
+
+
 def adopt_distributed(
     optimizer: Any,
     model_chunks: list[torch.nn.Module],
     max_logits: MaxLogits,
     settings: MuonClipSettings,
-) -> None:
+) -> MuonClipChain:
     """Turn every ``DistributedOptimizer`` in ``optimizer`` into a ``DistributedMuonClip``.
 
     Experts first: their load decides how many dense matrices a rank is given.
@@ -168,7 +86,7 @@ def adopt_distributed(
     def is_expert(part: DistributedOptimizer) -> bool:
         return any(not getattr(b.params[0], "allreduce", True) for b in part.buffers if b.params)
 
-    MuonClipChain.adopt(optimizer)
+    chain = MuonClipChain.adopt(optimizer)
     expert_load = 0
     for part in sorted(parts, key=is_expert, reverse=True):
         if part.is_stub_optimizer:
@@ -193,6 +111,8 @@ def adopt_distributed(
                 data_cp_group=groups.dp_cp,
                 seed_loads=_gather(expert_load, part.data_parallel_group, groups.tp),
             )
+    chain.limit_clipping(settings.clip_grad_scope)
+    return chain
 
 
 def _gather(load: int, data_group: Any, tensor_group: Any) -> list[int]:

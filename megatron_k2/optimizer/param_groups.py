@@ -109,13 +109,14 @@ def _gate_ups(modules: list[torch.nn.Module]) -> set[int]:
     """Ids of the weights that hold a gate above an up projection."""
     fused: set[int] = set()
     for module in modules:
-        config = getattr(module, "config", None)
-        if not hasattr(module, "linear_fc1") or not getattr(config, "gated_linear_unit", False):
+        config: Any = getattr(module, "config", None)
+        up: Any = getattr(module, "linear_fc1", None)
+        if up is None or not getattr(config, "gated_linear_unit", False):
             continue
         for name in ("moe_mlp_glu_interleave_size", "moe_shared_expert_glu_interleave_size"):
             if getattr(config, name, None):
                 raise ValueError(f"MuonClip needs the gate above the up projection; unset {name}")
-        fused.update(id(p) for p in _weights(module.linear_fc1))
+        fused.update(id(p) for p in _weights(up))
     return fused
 
 

@@ -61,6 +61,13 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         help="optimizer of the router's weight (not stated for K2)",
     )
     group.add_argument(
+        "--clip-grad-scope",
+        choices=["all", "adam"],
+        default="all",
+        help="gradients that --clip-grad scales: all (Megatron's rule; not stated for K2), or "
+        "AdamW's alone; the norm is over all either way",
+    )
+    group.add_argument(
         "--yarn-mla-beta-fast",
         type=float,
         default=32.0,

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from megatron_k2.optimizer.classification import classification_table
 from megatron_k2.optimizer.domain import settings_from
+from megatron_k2.optimizer.grad_scope import GradScopeChain
 from megatron_k2.optimizer.max_logits import MaxLogits
-from megatron_k2.optimizer.muonclip import adopt_distributed, register
+from megatron_k2.optimizer.muonclip import adopt_distributed, adopt_plain, register
 from megatron_k2.training.console import step_line
 from megatron_k2.training.metrics import MetricsWriter, StepRecord
 
@@ -34,6 +35,7 @@ class TrainingHooks:
         self.writer = writer
         self.model: list[torch.nn.Module] = []
         self.max_logits: MaxLogits | None = None
+        self.chain: GradScopeChain | None = None
         self._last_time = time.perf_counter()
         self._seconds_per_step: float | None = None
 
@@ -52,7 +54,9 @@ class TrainingHooks:
         register(model, self.max_logits, settings)
         optimizer = original(config, model, **kwargs)
         if config.use_distributed_optimizer:
-            adopt_distributed(optimizer, model, self.max_logits, settings)
+            self.chain = adopt_distributed(optimizer, model, self.max_logits, settings)
+        else:
+            self.chain = adopt_plain(optimizer, settings)
         self._last_time = time.perf_counter()
         return optimizer
 
@@ -81,6 +85,7 @@ class TrainingHooks:
         logits, loads = self._tables()
         tokens = args.global_batch_size * args.seq_length
         loss = loss_dict.get("lm loss")
+        adamw_norm = self.chain.adamw_grad_norm() if self.chain and not is_skipped else None
         return StepRecord(
             iteration=iteration,
             consumed_samples=args.consumed_train_samples,
@@ -94,6 +99,7 @@ class TrainingHooks:
             max_logit_per_layer=tuple(logits.amax(-1).tolist()),
             num_clipped_heads=0 if is_skipped else int((logits > self._threshold()).sum()),
             load_max_over_mean_per_layer=tuple(x for x in loads.tolist() if x > 0),
+            adamw_grad_norm=adamw_norm,
         )
 
     def _threshold(self) -> float:

@@ -172,6 +172,19 @@ def test_five_steps_equal_one_rank(runs, layout):
     assert differences[worst] < 1e-6, f"{layout}: {worst} differs by {differences[worst]:.1e}"
 
 
+@pytest.mark.parametrize("layout", [name for name in ALL if "AdamW" not in name])
+def test_both_gradient_norms_equal_one_rank(runs, layout):
+    """Each element counted once, whatever is replicated over whom."""
+    records = [
+        read_records(_directory(runs, name, "real") / METRICS_FILE)
+        for name in (layout, _reference(layout))
+    ]
+    for found, expected in zip(*records, strict=True):
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+        assert found.adamw_grad_norm == pytest.approx(expected.adamw_grad_norm, rel=1e-5)
+        assert 0 < expected.adamw_grad_norm < expected.grad_norm
+
+
 def test_no_route_is_close_enough_to_flip_on_rounding(runs):
     margin = json.loads((_directory(runs, "one rank", "real") / "margin.json").read_text())
     assert margin > 1e-6, f"smallest gap between chosen and rejected scores: {margin:.1e}"
