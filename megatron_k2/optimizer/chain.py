@@ -3,15 +3,17 @@
 from typing import Any, override
 
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
-from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from torch import Tensor
 
 from megatron_k2.errors import UserError
 from megatron_k2.optimizer.distributed import DistributedMuonClip
+from megatron_k2.optimizer.grad_scope import GradScopeChain
 
 FORMAT = "megatron_k2/parameter-space/1"
 
 
-class MuonClipChain(ChainedOptimizer):
+class MuonClipChain(GradScopeChain):
     """Megatron's chain with ``param_space`` as its checkpoint format; made by ``adopt``."""
 
     @classmethod
@@ -23,6 +25,14 @@ class MuonClipChain(ChainedOptimizer):
 
     def _live(self) -> list[DistributedMuonClip]:
         return [o for o in self.chained_optimizers if isinstance(o, DistributedMuonClip)]
+
+    @override
+    def adamw_parameters(self, optimizer: MegatronOptimizer) -> list[Tensor]:
+        shards: list[Tensor] = optimizer.get_parameters()
+        if not isinstance(optimizer, DistributedMuonClip):
+            return shards
+        muons = {id(main) for main in optimizer.muon_shards()}
+        return [shard for shard in shards if id(shard) not in muons]
 
     @override
     def sharded_state_dict(

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megatron_k2.errors import UserError
 from megatron_k2.optimizer.clip_step import row_scales
 from megatron_k2.optimizer.domain import MatrixParameter, MuonClipSettings, MuonDomain
 from megatron_k2.optimizer.max_logits import MaxLogits
@@ -65,6 +66,11 @@ class DistributedMuonClip(DistributedOptimizer):
         if optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
             raise ValueError(
                 "MuonClip keeps its own fp32 master shards; drop --use-precision-aware-optimizer"
+            )
+        if any(param.ndim > 2 for param in specs):
+            raise UserError(
+                "experts stored as one [e, rows, cols] parameter cannot be saved from ZeRO shards; "
+                "drop --moe-single-grouped-weight, or --use-distributed-optimizer"
             )
         optimizer.__class__ = cls
         adopted: DistributedMuonClip = optimizer
@@ -156,6 +162,10 @@ class DistributedMuonClip(DistributedOptimizer):
                 main, _ = self._shard(param)
                 row_length = param.shape[1] if param.ndim == 2 else 1
                 scale_rows_(main, scale, row_length, piece.start, piece.end)
+
+    def muon_shards(self) -> list[Tensor]:
+        """This rank's flat fp32 shards of Muon's matrices."""
+        return [main for main, _ in self._main_of.values()]
 
     def parameter_space_state(self, entries: dict[torch.nn.Parameter, Any]) -> dict[str, Any]:
         """Every tensor of this optimizer's state, described by parameter.

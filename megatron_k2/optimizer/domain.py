@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_k2.optimizer.exchange import MatrixExchange
 from megatron_k2.optimizer.newton_schulz import orthogonalize
-from megatron_k2.optimizer.param_groups import MatrixSpec
+from megatron_k2.optimizer.param_groups import K2_OPTIONS, MatrixOptions, MatrixSpec, as_matrix
 from megatron_k2.optimizer.plan import Domain, Placement, Plan, make_plan
 from megatron_k2.optimizer.qk_clip import GroupedQueryMode
 
@@ -39,6 +39,10 @@ class MuonClipSettings:
     """Which heads grouped-query attention scales, see ``qk_clip.gqa_row_scale``."""
     has_idle_floor: bool
     """Whether a matrix without gradients fades out (``muon.idle_factor``)."""
+    matrices: MatrixOptions = K2_OPTIONS
+    """What counts as one matrix."""
+    clip_grad_scope: str = "all"
+    """See ``grad_scope``."""
 
 
 MEGATRON_COEFFICIENTS = {"simple": "jordan", "quintic": "quintic", "polar_express": "polar_express"}
@@ -58,6 +62,8 @@ def settings_from(args: Any, transformer: Any) -> MuonClipSettings:
         qk_clip_alpha=transformer.qk_clip_alpha,
         grouped_query_mode=args.qk_clip_grouped_query,
         has_idle_floor=not args.no_muon_idle_floor,
+        matrices=MatrixOptions(args.muon_per_head, args.muon_router == "muon"),
+        clip_grad_scope=args.clip_grad_scope,
     )
 
 
@@ -112,7 +118,7 @@ class MuonDomain:
         self.exchange = MatrixExchange(
             placements,
             [m.spec for m in self.matrices],
-            [_two_dimensional(m.param) for m in self.matrices],
+            [as_matrix(m.param.shape) for m in self.matrices],
             self.plan,
             domain,
             _joint_group(data_group, tensor_group, domain),
@@ -134,7 +140,7 @@ class MuonDomain:
         return {self.matrices[index].param: part for index, part in results.items()}
 
     def block_shape(self, param: torch.nn.Parameter) -> tuple[int, int]:
-        """[rows, cols] of each whole matrix in ``param`` (gate and up have the same)."""
+        """[rows, cols] of each whole matrix in ``param`` (gate and up, or heads, have the same)."""
         return self._blocks[param][0]
 
     def pieces(self, param: torch.nn.Parameter) -> tuple[tuple[int, int], ...]:
@@ -158,26 +164,13 @@ class MuonDomain:
             dist.all_reduce(self.peaks, op=dist.ReduceOp.MAX, group=self.exchange.group)
 
 
-def _two_dimensional(param: torch.nn.Parameter) -> tuple[int, int]:
-    rows, cols = param.shape
-    return rows, cols
-
-
 def _placement(m: MatrixParameter, domain: Domain, is_data_replicated: bool) -> Placement:
-    is_split = m.spec.partition_dim >= 0 and domain.tensor_ranks > 1
-    rows, cols = _two_dimensional(m.param)
-    rows //= m.spec.num_blocks
-    if is_split:
-        rows, cols = (
-            (rows * domain.tensor_ranks, cols)
-            if m.spec.partition_dim == 0
-            else (rows, cols * domain.tensor_ranks)
-        )
+    shape = m.spec.whole_shape(as_matrix(m.param.shape), domain.tensor_ranks)
     return Placement(
         name=m.name,
-        block_shapes=((rows, cols),) * m.spec.num_blocks,
+        block_shapes=(shape,) * m.spec.whole_blocks(domain.tensor_ranks),
         pieces=m.pieces,
-        is_tensor_parallel=is_split,
+        is_tensor_parallel=m.spec.partition_dim >= 0 and domain.tensor_ranks > 1,
         bucket=m.bucket,
         is_data_replicated=is_data_replicated,
     )

@@ -3,80 +3,192 @@
 Muon (Moonlight, arXiv:2502.16982, section 2.2; the K2 report adds nothing): every matrix of a
 hidden layer: attention projections, dense, shared and routed experts, the router. AdamW: input
 embedding, output head, everything of fewer than two dimensions. A fused gate/up weight is two
-matrices; each expert is its own. q_up and kv_up are orthogonalised whole (not stated for K2).
+matrices; each expert is its own, also where experts are stored together as [e, rows, cols].
+
+Where the report is silent there is a switch (``MatrixOptions``). The defaults, q_up and kv_up
+orthogonalised whole and the router by Muon, are our reading of it and not stated.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.router import Router
+from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 from torch import Tensor
 
 from megatron_k2.model.linear import ReplicatedLinear
 
 MATRIX_MODULES = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear, Router)
+TE_MATRIX_MODULES = frozenset({"TELinear", "TELayerNormColumnParallelLinear"})
+"""Transformer Engine's, by class name of any base: they exist only where it is installed."""
+TE_GROUPED_MODULE = "TEGroupedLinear"
+"""Experts of a layer in one module: ``weight0`` to ``weightN``, or one [e, rows, cols]."""
+
+
+@dataclass(frozen=True)
+class MatrixOptions:
+    """What neither report settles."""
+
+    is_per_head: bool = False
+    """Orthogonalise each head's rows of q_up and kv_up on their own (GLM-5, Kimi K3)."""
+    is_router_muon: bool = True
+
+
+K2_OPTIONS = MatrixOptions()
+"""What we take Kimi K2 to have done."""
 
 
 @dataclass(frozen=True)
 class MatrixSpec:
-    """How a 2-D parameter is laid out on this rank."""
+    """How a parameter is laid out on this rank; [e, rows, cols] counts as [e * rows, cols]."""
 
     num_blocks: int
-    """Matrices stacked along the rows: 2 for a fused gate/up weight, else 1."""
+    """Matrices, or parts of them, stacked along the rows: 2 for a fused gate/up weight."""
     partition_dim: int
-    """Dimension split over the tensor-parallel group, or -1 if whole."""
+    """Dimension of a matrix split over the tensor-parallel group, or -1 if whole."""
     is_expert: bool
     """Split over the expert-tensor-parallel group instead."""
+    is_listed: bool = False
+    """A block is a whole matrix (a head), and the ranks' blocks follow one another; otherwise the
+    same block of every rank makes up one matrix."""
+
+    def whole_blocks(self, size: int) -> int:
+        """Matrices in the parameter, over ``size`` tensor-parallel ranks together."""
+        is_spread = self.is_listed and self.partition_dim >= 0
+        return self.num_blocks * size if is_spread else self.num_blocks
+
+    def whole_shape(self, shard: tuple[int, int], size: int) -> tuple[int, int]:
+        """[rows, cols] of each whole matrix, given the shard's [rows, cols]."""
+        rows, cols = shard[0] // self.num_blocks, shard[1]
+        if self.partition_dim < 0 or self.is_listed:
+            return rows, cols
+        return (rows * size, cols) if self.partition_dim == 0 else (rows, cols * size)
 
     def assemble(self, shards: list[Tensor]) -> list[Tensor]:
         """Tensor-parallel shards [rows, cols] -> the whole matrices.
 
-        A column-parallel fused weight holds [gate_r; up_r] on rank r.
+        A column-parallel fused weight holds [gate_r; up_r] on rank r; one split by heads holds
+        whole heads.
         """
         if len(shards) == 1:
             return list(shards[0].chunk(self.num_blocks))
+        blocks = [shard.chunk(self.num_blocks) for shard in shards]
+        if self.is_listed:
+            return [block for of_rank in blocks for block in of_rank]
         dim = max(self.partition_dim, 0)
-        blocks = zip(*(shard.chunk(self.num_blocks) for shard in shards), strict=True)
-        return [torch.cat(parts, dim=dim) for parts in blocks]
+        return [torch.cat(parts, dim=dim) for parts in zip(*blocks, strict=True)]
 
     def own_part(self, matrices: list[Tensor], rank: int, size: int) -> Tensor:
         """Inverse of ``assemble`` for the shard of ``rank``."""
         if self.partition_dim < 0 or size == 1:
             return torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+        if self.is_listed:
+            return torch.cat(matrices[rank * self.num_blocks : (rank + 1) * self.num_blocks])
         return torch.cat([m.chunk(size, dim=self.partition_dim)[rank] for m in matrices])
 
 
+def as_matrix(shape: torch.Size) -> tuple[int, int]:
+    """[rows, cols] of a parameter, the experts of [e, rows, cols] stacked along the rows."""
+    return shape[:-1].numel(), shape[-1]
+
+
+def _bases(module: torch.nn.Module) -> set[str]:
+    return {base.__name__ for base in type(module).__mro__}
+
+
 def _weights(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [p for p in module.parameters(recurse=False) if p.ndim == 2]
+    return [
+        p
+        for p in module.parameters(recurse=False)
+        if p.ndim >= 2 and not getattr(p, "is_embedding_or_output_parameter", False)
+    ]
 
 
-def muon_matrices(model_chunks: list[torch.nn.Module]) -> dict[torch.nn.Parameter, MatrixSpec]:
+def _gate_ups(modules: list[torch.nn.Module]) -> set[int]:
+    """Ids of the weights that hold a gate above an up projection."""
+    fused: set[int] = set()
+    for module in modules:
+        config: Any = getattr(module, "config", None)
+        up: Any = getattr(module, "linear_fc1", None)
+        if up is None or not getattr(config, "gated_linear_unit", False):
+            continue
+        for name in ("moe_mlp_glu_interleave_size", "moe_shared_expert_glu_interleave_size"):
+            if getattr(config, name, None):
+                raise ValueError(f"MuonClip needs the gate above the up projection; unset {name}")
+        fused.update(id(p) for p in _weights(up))
+    return fused
+
+
+def _head_rows(modules: list[torch.nn.Module]) -> dict[int, int]:
+    """Id of each weight whose rows are heads -> rows of one head."""
+    rows: dict[int, int] = {}
+    for module in modules:
+        if isinstance(module, MultiLatentAttention):
+            config: Any = module.config
+            has_latent = config.q_lora_rank is not None
+            query = module.linear_q_up_proj if has_latent else module.linear_q_proj
+            rows[id(query.weight)] = config.qk_head_dim + config.qk_pos_emb_head_dim
+            key_value = module.linear_kv_up_proj.weight
+            rows[id(key_value)] = config.qk_head_dim + config.v_head_dim
+    return rows
+
+
+def _check_known(name: str, module: torch.nn.Module, param: torch.nn.Parameter) -> None:
+    bases = _bases(module)
+    is_grouped = TE_GROUPED_MODULE in bases
+    is_known = isinstance(module, MATRIX_MODULES) or bool(bases & TE_MATRIX_MODULES)
+    if not (is_grouped or (is_known and param.ndim == 2)) or param.ndim > 3:
+        raise ValueError(
+            f"{name}: a {tuple(param.shape)} matrix in {type(module).__name__}, which "
+            "MuonClip does not know; add its layout to optimizer/param_groups.py"
+        )
+
+
+def _classified(
+    chunk: torch.nn.Module, options: MatrixOptions
+) -> Iterator[tuple[str, torch.nn.Module, torch.nn.Parameter, MatrixSpec]]:
+    """(module's name, module, Muon parameter, its layout)."""
+    modules = list(chunk.modules())
+    fused = _gate_ups(modules)
+    head_rows = _head_rows(modules) if options.is_per_head else {}
+    for name, module in chunk.named_modules():
+        if isinstance(module, Router) and not options.is_router_muon:
+            continue
+        is_grouped = TE_GROUPED_MODULE in _bases(module)
+        for param in _weights(module):
+            _check_known(name, module, param)
+            num_blocks = 2 if id(param) in fused else 1
+            if param.ndim == 3:
+                num_blocks *= param.shape[0]
+            if id(param) in head_rows:
+                num_blocks = param.shape[0] // head_rows[id(param)]
+            is_split = getattr(param, "tensor_model_parallel", False)
+            # Upstream's partition_dim is that of one expert's matrix, also for [e, rows, cols]
+            # (extensions/transformer_engine.py:_set_expert_parameter_attributes).
+            yield (
+                name,
+                module,
+                param,
+                MatrixSpec(
+                    num_blocks=num_blocks,
+                    partition_dim=getattr(param, "partition_dim", -1) if is_split else -1,
+                    is_expert=is_grouped or bool(getattr(module, "is_expert", False)),
+                    is_listed=id(param) in head_rows,
+                ),
+            )
+
+
+def muon_matrices(
+    model_chunks: list[torch.nn.Module], options: MatrixOptions = K2_OPTIONS
+) -> dict[torch.nn.Parameter, MatrixSpec]:
     """Every Muon parameter of this rank.
 
     Raises:
         ValueError: for a matrix in a module whose layout is not known here.
     """
-    fused: set[int] = set()
-    known: dict[torch.nn.Parameter, MatrixSpec] = {}
-    for chunk in model_chunks:
-        for module in chunk.modules():
-            if isinstance(module, MLP) and module.config.gated_linear_unit:
-                fused.update(id(p) for p in _weights(module.linear_fc1))
-        for name, module in chunk.named_modules():
-            for param in _weights(module):
-                if getattr(param, "is_embedding_or_output_parameter", False):
-                    continue
-                if not isinstance(module, MATRIX_MODULES):
-                    raise ValueError(
-                        f"{name}: a {tuple(param.shape)} matrix in {type(module).__name__}, which "
-                        "MuonClip does not know; add its layout to optimizer/param_groups.py"
-                    )
-                is_split = getattr(param, "tensor_model_parallel", False)
-                known[param] = MatrixSpec(
-                    num_blocks=2 if id(param) in fused else 1,
-                    partition_dim=getattr(param, "partition_dim", -1) if is_split else -1,
-                    is_expert=bool(getattr(module, "is_expert", False)),
-                )
-    return known
+    return {
+        param: spec for chunk in model_chunks for _, _, param, spec in _classified(chunk, options)
+    }

@@ -55,6 +55,25 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         help="keep stepping at full length in a stale direction where a matrix has no gradient",
     )
     group.add_argument(
+        "--muon-per-head",
+        action="store_true",
+        help="orthogonalise each head's rows of MLA's query and key-value up-projections on their "
+        "own (not stated for K2; default: whole)",
+    )
+    group.add_argument(
+        "--muon-router",
+        choices=["muon", "adamw"],
+        default="muon",
+        help="optimizer of the router's weight (not stated for K2)",
+    )
+    group.add_argument(
+        "--clip-grad-scope",
+        choices=["all", "adam"],
+        default="all",
+        help="gradients that --clip-grad scales: all (Megatron's rule; not stated for K2), or "
+        "AdamW's alone; the norm is over all either way",
+    )
+    group.add_argument(
         "--yarn-mla-beta-fast",
         type=float,
         default=32.0,

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_k2.optimizer.classification import classification_table
 from megatron_k2.optimizer.clip_step import check_clippable
 from megatron_k2.optimizer.domain import settings_from
 from megatron_k2.optimizer.max_logits import MaxLogits
-from megatron_k2.optimizer.muonclip import adopt_distributed, register
+from megatron_k2.optimizer.muonclip import adopt_distributed, adopt_plain, register
 from megatron_k2.training.console import step_line
 from megatron_k2.training.metrics import MetricsWriter, StepRecord
 from megatron_k2.training.step_log import StepLog
@@ -49,10 +50,15 @@ class TrainingHooks:
         kwargs["config_overrides"] = {}
         check_clippable(self.max_logits)
         settings = settings_from(self.args, model[0].config)
-        register(self.max_logits, settings)
+        if dist.get_rank() == 0:
+            print(classification_table(model, settings.matrices))
+        register(model, self.max_logits, settings)
         optimizer = original(config, model, **kwargs)
         if config.use_distributed_optimizer:
-            adopt_distributed(optimizer, model, self.max_logits, settings)
+            chain = adopt_distributed(optimizer, model, self.max_logits, settings)
+        else:
+            chain = adopt_plain(optimizer, settings)
+        self.step_log.chain = chain
         return optimizer
 
     def log_step(self, original: Any, *positional: Any, **kwargs: Any) -> Any:

@@ -44,6 +44,8 @@ class StepRecord:
     """Smallest γ = τ / S_max of the step, 1 if nothing was clipped."""
     load_max_over_mean_per_layer: tuple[float, ...]
     """Busiest expert's tokens over the mean, a layer with experts each."""
+    adamw_grad_norm: float | None = None
+    """Of AdamW's gradients alone, before clipping; none without MuonClip or in a skipped step."""
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_k2.model.moe import routers
+from megatron_k2.optimizer.grad_scope import GradScopeChain
 from megatron_k2.optimizer.max_logits import MaxLogits
 from megatron_k2.training.metrics import StepRecord
 
@@ -34,7 +35,8 @@ class _Pending:
     is_skipped: bool
     seconds: float
     table: Tensor
-    work: dist.Work | None
+    adamw_square_sum: Tensor | None
+    works: tuple[dist.Work | None, ...]
 
 
 class StepLog:
@@ -45,6 +47,9 @@ class StepLog:
         model: this rank's chunks.
         max_logits: of this rank, reduced over data and context parallel by the step itself.
         show: takes each record, in order, with the per-head maxima [layers, heads]; on every rank.
+
+    Attributes:
+        chain: MuonClip's chain of optimizers, which knows AdamW's gradient norm; None without it.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class StepLog:
         show: Callable[[StepRecord, Tensor], None],
     ) -> None:
         self._args, self._model, self._max_logits, self._show = args, model, max_logits, show
+        self.chain: GradScopeChain | None = None
         self._pending: _Pending | None = None
         self._last_time = time.perf_counter()
 
@@ -71,7 +77,13 @@ class StepLog:
                 parallel_state.get_data_parallel_group(with_context_parallel=True)
             )
         table = self._fill_table()
-        work = dist.all_reduce(table, op=dist.ReduceOp.MAX, async_op=True)
+        works: list[dist.Work | None] = [
+            dist.all_reduce(table, op=dist.ReduceOp.MAX, async_op=True)
+        ]
+        square_sum = None
+        if self.chain is not None and not is_skipped:
+            square_sum, work = self.chain.reduce_adamw_square_sum()
+            works.append(work)
         self.flush()
         self._pending = _Pending(
             iteration=iteration,
@@ -82,7 +94,8 @@ class StepLog:
             is_skipped=bool(is_skipped),
             seconds=seconds,
             table=table,
-            work=work,
+            adamw_square_sum=square_sum,
+            works=tuple(works),
         )
 
     def flush(self) -> None:
@@ -90,9 +103,11 @@ class StepLog:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        if pending.work is not None:
-            pending.work.wait()
+        for work in pending.works:
+            if work is not None:
+                work.wait()
         logits, loads = pending.table[:, :-1], pending.table[:, -1]
+        square_sum = pending.adamw_square_sum
         tokens = self._args.global_batch_size * self._args.seq_length
         is_clipping = self._args.muonclip and not pending.is_skipped
         threshold = self._args.qk_clip_threshold if is_clipping else math.inf
@@ -111,6 +126,7 @@ class StepLog:
             num_nonfinite_heads=int((logits.isnan() | (logits == math.inf)).sum()),
             smallest_clip_factor=_smallest_factor(logits, threshold),
             load_max_over_mean_per_layer=tuple(x for x in loads.tolist() if x > 0),
+            adamw_grad_norm=None if square_sum is None else math.sqrt(float(square_sum)),
         )
         self._show(record, logits)
 

@@ -30,17 +30,18 @@ def _rank():
         yield
 
 
-def _built(is_sharded=False):
+def _built(is_sharded=False, extra=()):
     """(model in its gradient buffer, its optimizer, the maxima it reads)."""
-    ddp, optimizer, hooks = _built_with_hooks(is_sharded)
+    ddp, optimizer, hooks = _built_with_hooks(is_sharded, extra)
     return ddp, optimizer, hooks.max_logits
 
 
-def _built_with_hooks(is_sharded=False):
+def _built_with_hooks(is_sharded=False, extra=()):
     """Model, optimizer and hooks as a training run builds them.
 
     Args:
         is_sharded: over Megatron's ``DistributedOptimizer``.
+        extra: further flags.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import get_megatron_optimizer
@@ -49,7 +50,7 @@ def _built_with_hooks(is_sharded=False):
     from megatron_k2.training.hooks import TrainingHooks
 
     host = ["--optimizer", "adam", "--use-distributed-optimizer"] if is_sharded else []
-    args = arguments(SMALL, *FLAGS, *host)
+    args = arguments(SMALL, *FLAGS, *host, *extra)
     args.optimizer = "adam" if is_sharded else "muonclip"
     model = build(SMALL, *FLAGS).train()
     randomise(model)
@@ -89,17 +90,26 @@ def _is_matrix(name, param):
 class HandLoop:
     """MuonClip on named tensors, one at a time."""
 
-    def __init__(self, weights, is_fused_split=True, are_norms_decayed=True):
+    def __init__(
+        self,
+        weights,
+        is_fused_split=True,
+        are_norms_decayed=True,
+        is_per_head=False,
+        is_router_muon=True,
+    ):
         self.weights = {name: w.detach().clone() for name, w in weights}
         self.state = {}
         self.steps = 0
         self.is_fused_split = is_fused_split
         self.are_norms_decayed = are_norms_decayed
+        self.is_per_head = is_per_head
+        self.is_router_muon = is_router_muon
 
     def step(self, gradients, maxima):
         self.steps += 1
         for name, weight in self.weights.items():
-            if _is_matrix(name, weight):
+            if _is_matrix(name, weight) and (self.is_router_muon or "router" not in name):
                 self._muon(name, weight, gradients[name])
             else:
                 self._adam(name, weight, gradients[name])
@@ -113,6 +123,8 @@ class HandLoop:
         self.state[name] = momentum
         direction = grad + MU * momentum
         num = 2 if "linear_fc1" in name and self.is_fused_split else 1
+        if self.is_per_head and ("q_up" in name or "kv_up" in name):
+            num = SMALL.num_attention_heads
         for part, target in zip(direction.chunk(num), weight.chunk(num), strict=True):
             update = orthogonalize(part, coefficients="jordan", steps=5, dtype=torch.float32)
             target.mul_(1 - LR * DECAY)
@@ -139,10 +151,10 @@ class HandLoop:
         key[first : first + nope] *= gamma**0.5
 
 
-def _after_steps(num_steps=3, is_sharded=False, **wrong):
+def _after_steps(num_steps=3, is_sharded=False, extra=(), **twins):
     """Largest difference of each parameter between optimizer and hand loop."""
-    ddp, optimizer, maxima = _built(is_sharded)
-    twin = HandLoop(ddp.named_parameters(), **wrong)
+    ddp, optimizer, maxima = _built(is_sharded, extra)
+    twin = HandLoop(ddp.named_parameters(), **twins)
     for step in range(num_steps):
         _set_gradients(ddp, step)
         gradients = {name: p.main_grad.clone() for name, p in ddp.named_parameters()}
@@ -160,6 +172,25 @@ def test_three_steps_equal_the_hand_loop_on_every_parameter(is_sharded):
     differences = _after_steps(is_sharded=is_sharded)
     worst = max(differences, key=lambda name: differences[name])
     assert differences[worst] < 2e-6, f"{worst}: {differences[worst]:.1e}"
+
+
+OPTIONS = "--muon-per-head --muon-router adamw".split()
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["plain", "over DistributedOptimizer"])
+def test_heads_of_their_own_and_a_router_by_adamw_equal_the_hand_loop_told_so(is_sharded):
+    differences = _after_steps(
+        is_sharded=is_sharded, extra=OPTIONS, is_per_head=True, is_router_muon=False
+    )
+    worst = max(differences, key=lambda name: differences[name])
+    assert differences[worst] < 2e-6, f"{worst}: {differences[worst]:.1e}"
+
+
+def test_the_two_options_change_the_weights_they_name_and_no_other():
+    differences = _after_steps(1, extra=OPTIONS)
+    wrong = {name for name, difference in differences.items() if difference > 1e-4}
+    named = ("linear_q_up_proj", "linear_kv_up_proj", "router")
+    assert wrong == {name for name in differences if any(part in name for part in named)}
 
 
 def test_a_fused_weight_taken_for_one_matrix_is_seen_in_those_weights_only():

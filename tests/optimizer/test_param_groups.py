@@ -5,7 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_k2.optimizer.param_groups import MatrixSpec, muon_matrices
+from megatron_k2.optimizer.classification import classification_table
+from megatron_k2.optimizer.muon import muon_step
+from megatron_k2.optimizer.newton_schulz import orthogonalize
+from megatron_k2.optimizer.param_groups import (
+    MatrixOptions,
+    MatrixSpec,
+    as_matrix,
+    muon_matrices,
+)
 from tests.single_rank import SMALL, build, one_rank
 
 
@@ -15,8 +23,8 @@ def _rank():
         yield
 
 
-def _by_name(model):
-    known = muon_matrices([model])
+def _by_name(model, **options):
+    known = muon_matrices([model], MatrixOptions(**options))
     return {name: known.get(param) for name, param in model.named_parameters()}
 
 
@@ -110,3 +118,174 @@ def test_a_replicated_matrix_is_whole_on_every_rank(rank):
     matrix = torch.randn(4, 3)
     spec = MatrixSpec(1, -1, is_expert=False)
     assert torch.equal(spec.own_part(spec.assemble([matrix]), rank, 3), matrix)
+
+
+HEADS = 6
+HEAD_ROWS = 4
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_shards_of_heads_list_whole_heads_and_are_cut_back(size):
+    heads = [torch.randn(HEAD_ROWS, 5) for _ in range(HEADS)]
+    local = HEADS // size
+    shards = [torch.cat(heads[r * local : (r + 1) * local]) for r in range(size)]
+    spec = MatrixSpec(local, 0, is_expert=False, is_listed=True)
+    joined = spec.assemble(shards)
+    assert len(joined) == HEADS == spec.whole_blocks(size)
+    assert all(torch.equal(a, b) for a, b in zip(joined, heads, strict=True))
+    assert spec.whole_shape(as_matrix(shards[0].shape), size) == (HEAD_ROWS, 5)
+    for rank, shard in enumerate(shards):
+        assert torch.equal(spec.own_part(joined, rank, size), shard)
+
+
+def test_heads_joined_as_if_each_rank_held_a_part_of_every_head_are_other_matrices():
+    heads = [torch.full((HEAD_ROWS, 5), float(i)) for i in range(4)]
+    shards = [torch.cat(heads[:2]), torch.cat(heads[2:])]
+    wrong = MatrixSpec(2, 0, is_expert=False).assemble(shards)
+    assert len(wrong) == 2
+    assert not torch.equal(wrong[0][:HEAD_ROWS], wrong[0][HEAD_ROWS:])  # two heads in one matrix
+
+
+def test_per_head_splits_the_up_projections_of_mla_and_nothing_else():
+    model = build(SMALL)
+    whole, split = _by_name(model), _by_name(model, is_per_head=True)
+    changed = {name: split[name] for name in whole if whole[name] != split[name]}
+    assert {name.split("self_attention.")[-1] for name in changed} == {
+        "linear_q_up_proj.weight",
+        "linear_kv_up_proj.weight",
+    }
+    assert {s.num_blocks for s in changed.values()} == {SMALL.num_attention_heads}
+    params = dict(model.named_parameters())
+    rows = {
+        name.split(".")[-2]: s.whole_shape(as_matrix(params[name].shape), 1)[0]
+        for name, s in changed.items()
+    }
+    assert rows == {
+        "linear_q_up_proj": SMALL.qk_head_dim + SMALL.qk_pos_emb_head_dim,
+        "linear_kv_up_proj": SMALL.qk_head_dim + SMALL.v_head_dim,
+    }
+
+
+def test_without_a_query_latent_the_query_projection_is_the_one_split_by_heads():
+    specs = _by_name(build(replace(SMALL, q_lora_rank=None)), is_per_head=True)
+    found = {name.split(".")[-2] for name, s in specs.items() if s and s.is_listed}
+    assert found == {"linear_q_proj", "linear_kv_up_proj"}
+
+
+def test_the_router_can_be_left_to_adamw():
+    model = build(SMALL)
+    by_muon, by_adamw = _by_name(model), _by_name(model, is_router_muon=False)
+    moved = {name for name in by_muon if by_muon[name] and not by_adamw[name]}
+    assert len(moved) == SMALL.num_layers - SMALL.num_dense_layers
+    assert all("router" in name for name in moved)
+
+
+class TEGroupedLinear(torch.nn.Module):
+    """Stands in for Transformer Engine's: the name is all that is looked at."""
+
+    is_expert = False
+
+    def __init__(self, experts, rows, cols, is_single):
+        super().__init__()
+        if is_single:
+            self.weight = torch.nn.Parameter(torch.randn(experts, rows, cols))
+        else:
+            for expert in range(experts):
+                setattr(self, f"weight{expert}", torch.nn.Parameter(torch.randn(rows, cols)))
+
+
+class TEColumnParallelGroupedLinear(TEGroupedLinear):
+    """A subclass, as upstream's are."""
+
+
+class GroupedExperts(torch.nn.Module):
+    """The part of upstream's TEGroupedMLP that matters."""
+
+    def __init__(self, config, is_single):
+        super().__init__()
+        self.config = config
+        self.linear_fc1 = TEColumnParallelGroupedLinear(3, 8, 5, is_single)
+        self.linear_fc2 = TEGroupedLinear(3, 5, 4, is_single)
+
+
+def _grouped(is_single):
+    model = build(SMALL)
+    model.decoder.layers[1].mlp.experts = GroupedExperts(model.config, is_single)
+    return model, model.decoder.layers[1].mlp.experts
+
+
+def test_grouped_experts_are_a_matrix_each_and_two_where_gate_and_up_are_fused():
+    model, experts = _grouped(is_single=False)
+    specs = muon_matrices([model])
+    for module, blocks in ((experts.linear_fc1, 2), (experts.linear_fc2, 1)):
+        found = [specs[param] for param in module.parameters()]
+        assert found == [MatrixSpec(blocks, -1, is_expert=True)] * 3
+
+
+def test_experts_in_one_three_dimensional_weight_are_never_left_to_adamw():
+    model, experts = _grouped(is_single=True)
+    specs = muon_matrices([model])
+    assert specs[experts.linear_fc1.weight].num_blocks == 6
+    assert specs[experts.linear_fc2.weight].num_blocks == 3
+
+
+def test_a_step_on_a_three_dimensional_weight_is_one_on_each_of_its_matrices():
+    """[e, gate over up, cols] through the spec, against one matrix at a time by indexing."""
+    _, experts = _grouped(is_single=True)
+    weight = experts.linear_fc1.weight.detach()
+    spec = MatrixSpec(6, -1, is_expert=True)
+    parts = spec.assemble([weight.reshape(as_matrix(weight.shape))])
+    updates = [orthogonalize(part, dtype=torch.float32) for part in parts]
+    found = spec.own_part(updates, 0, 1).view(weight.shape)
+    for expert in range(3):
+        for rows in (slice(0, 4), slice(4, 8)):
+            matrix, after = weight[expert, rows], torch.zeros(4, 5)
+            muon_step(after, matrix, torch.zeros(4, 5), lr=1.0, weight_decay=0, dtype=torch.float32)
+            torch.testing.assert_close(
+                after, -0.2 * 5**0.5 * found[expert, rows], atol=1e-6, rtol=1e-5
+            )
+    taken_for_three = MatrixSpec(3, -1, is_expert=True)
+    fused = taken_for_three.assemble([weight.reshape(as_matrix(weight.shape))])
+    wrong = torch.cat([orthogonalize(part, dtype=torch.float32) for part in fused])
+    assert (wrong.view(weight.shape) - found).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_shards_of_a_three_dimensional_weight_join_expert_by_expert(dim):
+    whole = torch.randn(3, 8, 6)
+    shards = list(whole.chunk(2, dim=dim + 1))
+    spec = MatrixSpec(3, dim, is_expert=True)
+    joined = spec.assemble([shard.reshape(as_matrix(shard.shape)) for shard in shards])
+    assert all(torch.equal(a, b) for a, b in zip(joined, whole, strict=True))
+    for rank, shard in enumerate(shards):
+        assert torch.equal(spec.own_part(joined, rank, 2).view(shard.shape), shard)
+
+
+def test_interleaved_gate_and_up_are_refused():
+    model = build(SMALL)
+    model.config.moe_mlp_glu_interleave_size = 32
+    try:
+        with pytest.raises(ValueError, match="unset moe_mlp_glu_interleave_size"):
+            muon_matrices([model])
+    finally:
+        model.config.moe_mlp_glu_interleave_size = None
+
+
+def test_the_table_names_every_parameter_once_and_counts_the_matrices():
+    model = build(SMALL)
+    lines = classification_table([model]).splitlines()
+    rows = [line.split() for line in lines[1:-1]]
+    assert sum(int(row[3]) for row in rows) == len(list(model.parameters()))
+    matrices = sum(spec.num_blocks for spec in muon_matrices([model]).values())
+    assert lines[-1].startswith(f"Muon: {matrices} matrices")
+    (fc1,) = [row for row in rows if "local_experts.linear_fc1" in row[1]]
+    moe_layers = SMALL.num_layers - SMALL.num_dense_layers
+    count = moe_layers * SMALL.num_moe_experts
+    assert fc1[:4] == [
+        "Muon",
+        "decoder.layers.mlp.experts.local_experts.linear_fc1.weight",
+        "ColumnParallelLinear",
+        str(count),
+    ]
+    assert fc1[7:] == [str(2 * count), "20", "x", "48"]
+    assert [row[0] for row in rows] == sorted((row[0] for row in rows), reverse=True)

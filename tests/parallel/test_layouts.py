@@ -47,6 +47,8 @@ ADAM = "--optimizer adam".split()
 ZERO = "--use-distributed-optimizer".split()
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 20000".split()
 
+PER_HEAD = ["--muon-per-head"]
+
 LAYOUTS = {
     2: {
         "TP2+SP": TP2,
@@ -72,6 +74,7 @@ LAYOUTS = {
         "PP2xEP2": [*PP2, *EP2],
         "ZeRO TP2xDP2": [*ZERO, *TP2],
         "ZeRO EP2xDP2": [*ZERO, *EP2, *OVERLAP],
+        "ZeRO TP2xDP2 per head": [*ZERO, *TP2, *PER_HEAD],
     },
 }
 ALL = [name for layouts in LAYOUTS.values() for name in layouts]
@@ -94,6 +97,8 @@ def runs(request, tmp_path_factory) -> Path:
         _case(root, "one rank", start, [], True),
         _case(root, "one rank AdamW", start, ADAM, False),
         _case(root, "one rank AdamW", start, ADAM, True),
+        _case(root, "one rank per head", start, PER_HEAD, False),
+        _case(root, "one rank per head", start, PER_HEAD, True),
     ]
     run_ranks("tests.parallel.worker", 1, [base, *references], root / "logs1", request.param)
     for world_size, layouts in LAYOUTS.items():
@@ -112,6 +117,8 @@ def _directory(root: Path, name: str, kind: str) -> Path:
 
 
 def _reference(name: str) -> str:
+    if "per head" in name:
+        return "one rank per head"
     return "one rank AdamW" if "AdamW" in name else "one rank"
 
 
@@ -163,6 +170,19 @@ def test_five_steps_equal_one_rank(runs, layout):
     }
     worst = max(differences, key=lambda key: differences[key])
     assert differences[worst] < 1e-6, f"{layout}: {worst} differs by {differences[worst]:.1e}"
+
+
+@pytest.mark.parametrize("layout", [name for name in ALL if "AdamW" not in name])
+def test_both_gradient_norms_equal_one_rank(runs, layout):
+    """Each element counted once, whatever is replicated over whom."""
+    records = [
+        read_records(_directory(runs, name, "real") / METRICS_FILE)
+        for name in (layout, _reference(layout))
+    ]
+    for found, expected in zip(*records, strict=True):
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+        assert found.adamw_grad_norm == pytest.approx(expected.adamw_grad_norm, rel=1e-5)
+        assert 0 < expected.adamw_grad_norm < expected.grad_norm
 
 
 def test_no_route_is_close_enough_to_flip_on_rounding(runs):

@@ -1,0 +1,94 @@
+"""Whose gradients are clipped, and the norm of AdamW's beside the global one.
+
+Megatron scales every gradient by min(1, ``clip_grad`` / ‖all‖). Muon's update forgets the length of
+what it orthogonalises, but its momentum does not: a clipped step weighs less in it. The K2 report
+states neither; ``all`` is Megatron's behaviour, ``adam`` scales AdamW's gradients alone, by the
+same factor.
+
+The seam is two public methods of the chain: ``get_grad_norm`` runs when the gradients are unscaled
+and not yet clipped, ``step_with_ready_grads`` when they are about to be used. In between, Megatron
+clips the optimizers whose configuration asks for it; with ``adam`` none does.
+"""
+
+import copy
+from typing import Any, override
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from torch import Tensor
+
+SCOPES = ("all", "adam")
+
+
+def square_sum(grads: list[Tensor], device: torch.device) -> Tensor:
+    """Σ g² of all elements, a scalar in fp32; 0 for no gradients."""
+    if not grads:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(grads)).float().square().sum()
+
+
+class GradScopeChain(ChainedOptimizer):
+    """Megatron's chain, knowing which parameters are AdamW's; made of a finished one.
+
+    Attributes:
+        adamw_square_sum: this rank's share of Σ g² over AdamW's gradients in the last step that
+            was not skipped, before clipping; the shares of all ranks of the world add up to it.
+    """
+
+    adamw_square_sum: Tensor
+    _clip_grad: float
+    _scope: str
+
+    def limit_clipping(self, scope: str) -> None:
+        """Begin to keep AdamW's norm; clip only what ``scope`` names.
+
+        Args:
+            scope: ``all`` or ``adam``.
+        """
+        self._scope, self._clip_grad = scope, 0.0
+        device = torch.device("cpu") if not torch.cuda.is_available() else torch.device("cuda")
+        self.adamw_square_sum = torch.zeros((), device=device)
+        if scope == "all":
+            return
+        self._clip_grad = self.config.clip_grad
+        for optimizer in self.chained_optimizers:
+            optimizer.config = copy.copy(optimizer.config)
+            optimizer.config.clip_grad = 0.0
+
+    def adamw_parameters(self, optimizer: MegatronOptimizer) -> list[Tensor]:
+        """The parameters of ``optimizer`` (fp32 masters or shards) that AdamW updates."""
+        raise NotImplementedError
+
+    @override
+    @torch.no_grad()
+    def get_grad_norm(self) -> Any:
+        self._grad_norm = super().get_grad_norm()
+        total = torch.zeros_like(self.adamw_square_sum)
+        for optimizer in self._with_parameters():
+            grads = optimizer._filter_grads_for_norm(self.adamw_parameters(optimizer))
+            # Its grad-statistics group holds each element once: all ranks under ZeRO, else the
+            # model-parallel ones, beside as many copies as there are such groups.
+            num_copies = dist.get_world_size() / optimizer.get_grad_stats_parallel_group().size()
+            total += square_sum(grads, total.device) / num_copies
+        self.adamw_square_sum = total
+        return self._grad_norm
+
+    @override
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> bool:
+        if self._clip_grad > 0:
+            for optimizer in self._with_parameters():
+                clip_grad_by_total_norm_fp32(
+                    self.adamw_parameters(optimizer), self._clip_grad, self._grad_norm
+                )
+        return super().step_with_ready_grads()
+
+    def _with_parameters(self) -> list[MegatronOptimizer]:
+        return [o for o in self.chained_optimizers if not getattr(o, "is_stub_optimizer", False)]
+
+    def reduce_adamw_square_sum(self) -> tuple[Tensor, dist.Work | None]:
+        """Begin to add up Σ g² of AdamW's gradients over the world, for the log, after the step."""
+        total = self.adamw_square_sum.clone()
+        return total, dist.all_reduce(total, async_op=True)
