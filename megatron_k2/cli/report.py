@@ -24,12 +24,19 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
 
     from megatron_k2.errors import UserError
-    from megatron_k2.training.report import REPORT_FILE, read_run, summarise, write_report
+    from megatron_k2.training.report import (
+        REPORT_FILE,
+        read_run,
+        summarise,
+        write_heads,
+        write_report,
+    )
 
     output = arguments.output or arguments.run_dir / REPORT_FILE
     if output.suffix != ".png":
         raise UserError(f"--output {output}: expected a name that ends in .png")
     run = read_run(arguments.run_dir, arguments.threshold)
     write_report(run, output)
-    print(f"{summarise(run)}\nreport     {output}")
+    heads = write_heads(run)
+    print(f"{summarise(run)}\nreport     {output}{f', {heads}' if heads else ''}")
     return 0

@@ -15,10 +15,17 @@ from typing import Any
 
 from megatron_k2.errors import UserError
 from megatron_k2.training.console import duration
-from megatron_k2.training.metrics import METRICS_FILE, StepRecord, read_records
+from megatron_k2.training.metrics import (
+    MAX_LOGITS_FILE,
+    METRICS_FILE,
+    StepRecord,
+    read_max_logits,
+    read_records,
+)
 from megatron_k2.training.preflight import RUN_RECORD
 
 REPORT_FILE = "report.png"
+HEADS_FILE = "max_logits.png"
 
 
 @dataclass(frozen=True)
@@ -141,10 +148,26 @@ def write_report(run: Run, path: Path) -> None:
     write_atomically(path, draw(run))
 
 
+def write_heads(run: Run) -> Path | None:
+    """Draw every head's largest logit into the run's directory; None if none were recorded."""
+    from megatron_k2.data.storage import write_atomically
+    from megatron_k2.training.report_heads import draw_heads
+
+    recorded = read_max_logits(run.directory / MAX_LOGITS_FILE)
+    if not recorded:
+        return None
+    steps, tables = zip(*recorded, strict=True)
+    path = run.directory / HEADS_FILE
+    write_atomically(path, draw_heads(list(steps), list(tables), run.threshold))
+    return path
+
+
 def finish(run_dir: Path) -> str:
-    """Draw ``report.png`` in ``run_dir``; the summary, the picture's path and what to do next."""
+    """Draw both pictures in ``run_dir``; the summary, their paths and what to do next."""
     run = read_run(run_dir)
     path = run_dir / REPORT_FILE
     write_report(run, path)
+    heads = write_heads(run)
+    also = f", {heads}" if heads else ""
     following = "\n".join(f"  {command}" for command in next_commands(run))
-    return f"{summarise(run)}\nreport     {path}\n\nnext:\n{following}"
+    return f"{summarise(run)}\nreport     {path}{also}\n\nnext:\n{following}"

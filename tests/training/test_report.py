@@ -17,6 +17,7 @@ from megatron_k2.training.report import (
     read_run,
     summarise,
     summary,
+    write_heads,
     write_report,
 )
 from megatron_k2.training.report_figure import smoothed
@@ -185,3 +186,14 @@ def test_the_verb_writes_where_it_is_told(run_dir, capsys):
 def test_another_ending_than_png_is_refused(run_dir, capsys):
     assert cli.main(["report", str(run_dir), "--output", "x.jpg"]) == 2
     assert "ends in .png" in capsys.readouterr().err
+
+
+def test_every_heads_picture_is_drawn_from_its_own_file(tmp_path):
+    _write(tmp_path, [_record(1), _record(2)])
+    assert write_heads(read_run(tmp_path)) is None, "nothing recorded yet"
+    writer = MetricsWriter(tmp_path)
+    for step in (1, 2):
+        writer.write_max_logits(step, [[1.0 * step, 2.0], [-math.inf, 3.0]])
+    path = write_heads(read_run(tmp_path, threshold=2.0))
+    assert path.read_bytes().startswith(PNG)
+    assert write_heads(read_run(tmp_path)).read_bytes() != b"", "also without a threshold"
