@@ -16,14 +16,19 @@ $(STAMP): setup.py
 demo: venv
 	bash examples/demo/run.sh
 
+# Fast tests share the cores by file; what starts ranks or takes long runs alone.
+FAST := -m "not slow and not dist and not gpu" --numprocesses 2 --dist loadfile
+ALONE := -m "(slow or dist) and not gpu"
+
 check: venv
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pytest -q -m "not slow and not gpu"
+	$(PY) -m pytest -q --no-showlocals $(FAST)
 
 test: venv
-	$(PY) -m pytest -q -m "not gpu"
+	$(PY) -m pytest -q $(FAST)
+	$(PY) -m pytest -q $(ALONE)
 
 bench: venv
 	@for script in benchmarks/*.py; do $(PY) $$script || exit 1; done

@@ -16,7 +16,7 @@ EXTRAS = {
     # Tokenizers, and transformers as reader of what we export.
     "data": ["tokenizers>=0.21", "tiktoken>=0.9", "transformers>=5,<6"],
     "rl": [],
-    "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.15"],
+    "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.9", "mypy>=1.15"],
 }
 
 setup(
