@@ -16,6 +16,7 @@ import contextlib
 import io
 import logging
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -253,6 +254,17 @@ def report(clock: Clock, preset: ModelPreset, peer: Peer, batch: int, seq: int) 
 
     def total(name: str) -> float:
         return parts[f"{name} fb"].cpu_seconds + parts[f"{name} optimizer"].cpu_seconds
+
+    def steps(name: str) -> list[float]:
+        both = zip(clock.samples[f"{name} fb"], clock.samples[f"{name} optimizer"], strict=True)
+        return [forward_backward[1] + step[1] for forward_backward, step in both]
+
+    pairs = [mine / other for mine, other in zip(steps("ours"), steps("peer"), strict=True)]
+    print(
+        f"rounds: ratio of each, median {statistics.median(pairs):.3f}, from {min(pairs):.3f} to "
+        f"{max(pairs):.3f}; fastest steps {min(steps('ours')) * 1e3:.0f} and "
+        f"{min(steps('peer')) * 1e3:.0f} ms, ratio {min(steps('ours')) / min(steps('peer')):.3f}"
+    )
 
     print_result(
         forward_backward_ratio=parts["ours fb"].cpu_seconds / parts["peer fb"].cpu_seconds,

@@ -93,6 +93,8 @@ class MatrixExchange:
         Returns:
             For the same placements the same part of U Vᵀ, flat, in the exchange's dtype.
         """
+        if self._domain.size == 1:
+            return self._run_alone(directions)
         outward = {
             bucket: self._send_outward(members, directions)
             for bucket, members in self._buckets.items()
@@ -105,6 +107,17 @@ class MatrixExchange:
             index: part
             for bucket, members in self._buckets.items()
             for index, part in self._unpack(members, homeward.pop(bucket)).items()
+        }
+
+    def _run_alone(self, directions: dict[int, Tensor]) -> dict[int, Tensor]:
+        """``run`` in a domain of one rank: every matrix lies whole at its home, nothing moves."""
+        whole = {
+            index: self._specs[index].assemble([part.to(self._dtype).view(self._shapes[index])])
+            for index, part in directions.items()
+        }
+        return {
+            index: self._specs[index].own_part(matrices, 0, 1).flatten()
+            for index, matrices in self._newton_schulz(whole).items()
         }
 
     def _piece(self, index: int, rank: int) -> tuple[int, int]:
@@ -206,8 +219,6 @@ class MatrixExchange:
         flat = [part for to_rank in parts for part in to_rank]
         empty = torch.empty(0, dtype=self._dtype, device=self._device)
         send = torch.cat(flat) if flat else empty
-        if self._domain.size == 1:
-            return _Transfer(send, sizes, None, send)
         received = torch.empty(sum(sizes), dtype=self._dtype, device=self._device)
         send_sizes = [sum(part.numel() for part in to_rank) for to_rank in parts]
         work = dist.all_to_all_single(
