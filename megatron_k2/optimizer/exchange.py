@@ -1,5 +1,7 @@
 """Flat shards to whole matrices at their homes, and back: two all-to-alls a bucket.
 
+None where every matrix of the bucket lies whole at home already (``expert_layout``).
+
 Outward, every rank sends each home the pieces of its matrices; the home puts them together,
 orthogonalises matrices of one shape in one batch, and sends each rank its part of the result. All
 buckets' outward exchanges are started at once and finished in order, so that while one bucket is
@@ -18,7 +20,7 @@ from torch import Tensor
 from megatron_k2.optimizer.muon import idle_factor
 from megatron_k2.optimizer.newton_schulz import frobenius_norm
 from megatron_k2.optimizer.param_groups import MatrixSpec
-from megatron_k2.optimizer.plan import Domain, Placement, Plan, sends
+from megatron_k2.optimizer.plan import Domain, Placement, Plan, lies_whole_on, sends
 
 Orthogonalize = Callable[[Tensor], Tensor]
 
@@ -80,6 +82,11 @@ class MatrixExchange:
         self._buckets: dict[int, list[int]] = defaultdict(list)
         for index, placement in enumerate(placements):
             self._buckets[placement.bucket].append(index)
+        self._local_buckets = {
+            bucket
+            for bucket, members in self._buckets.items()
+            if all(lies_whole_on(placements[i], domain) == plan.homes[i] for i in members)
+        }
         self.num_orthogonalized = 0
         """Matrices this rank has orthogonalised, over all steps."""
 
@@ -136,7 +143,7 @@ class MatrixExchange:
             sum(self._length(index, rank) for index in mine if self._sends(index, rank))
             for rank in range(self._domain.size)
         ]
-        return self._start(parts, sizes)
+        return self._start(members, parts, sizes)
 
     def _length(self, index: int, rank: int) -> int:
         start, end = self._piece(index, rank)
@@ -205,7 +212,7 @@ class MatrixExchange:
         sizes = [0] * self._domain.size
         for index in members:
             sizes[self._homes[index]] += self._length(index, self.rank)
-        return self._start(parts, sizes)
+        return self._start(members, parts, sizes)
 
     def _unpack(self, members: list[int], transfer: _Transfer) -> dict[int, Tensor]:
         received = [reader(chunk) for chunk in transfer.wait()]
@@ -215,10 +222,12 @@ class MatrixExchange:
             if (length := self._length(index, self.rank))
         }
 
-    def _start(self, parts: list[list[Tensor]], sizes: list[int]) -> _Transfer:
+    def _start(self, members: list[int], parts: list[list[Tensor]], sizes: list[int]) -> _Transfer:
         flat = [part for to_rank in parts for part in to_rank]
         empty = torch.empty(0, dtype=self._dtype, device=self._device)
         send = torch.cat(flat) if flat else empty
+        if self._placements[members[0]].bucket in self._local_buckets:
+            return _Transfer(send, sizes, None, send)
         received = torch.empty(sum(sizes), dtype=self._dtype, device=self._device)
         send_sizes = [sum(part.numel() for part in to_rank) for to_rank in parts]
         work = dist.all_to_all_single(

@@ -89,7 +89,7 @@ def holders(placement: Placement, domain: Domain) -> list[int]:
     ]
 
 
-def _lies_whole_on(placement: Placement, domain: Domain) -> int | None:
+def lies_whole_on(placement: Placement, domain: Domain) -> int | None:
     """The rank that needs nothing from anybody and whose result nobody else needs."""
     here = holders(placement, domain)
     return here[0] if len(here) == 1 else None
@@ -128,7 +128,7 @@ def make_plan(
     homes = [-1] * len(placements)
     moving = []
     for index, placement in enumerate(placements):
-        owner = _lies_whole_on(placement, domain)
+        owner = lies_whole_on(placement, domain)
         if owner is not None and loads[owner] + costs[index] <= BALANCE_SLACK * mean:
             homes[index] = owner
             loads[owner] += costs[index]

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_k2.optimizer.classification import classification_table
 from megatron_k2.optimizer.clip_step import check_clippable
 from megatron_k2.optimizer.domain import settings_from
+from megatron_k2.optimizer.expert_layout import expert_layout
 from megatron_k2.optimizer.max_logits import MaxLogits
 from megatron_k2.optimizer.muonclip import adopt_distributed, adopt_plain, register
 from megatron_k2.training.console import step_line
@@ -112,7 +113,10 @@ def _write_tensorboard(record: StepRecord) -> None:
 
 @contextlib.contextmanager
 def training_hooks(hooks: TrainingHooks) -> Iterator[None]:
-    """Route the optimizer factory and the step log of ``megatron.training`` through ``hooks``."""
+    """Route the optimizer factory and the step log of ``megatron.training`` through ``hooks``.
+
+    With MuonClip over ZeRO, expert buffers are laid out by ``expert_layout`` meanwhile.
+    """
     import megatron.training.training as training
 
     replaced = {
@@ -122,8 +126,10 @@ def training_hooks(hooks: TrainingHooks) -> Iterator[None]:
     ours = (hooks.get_optimizer, hooks.log_step, hooks.save)
     for (name, original), hook in zip(replaced.items(), ours, strict=True):
         setattr(training, name, functools.partial(hook, original))
+    is_zero = hooks.args.muonclip and hooks.args.use_distributed_optimizer
     try:
-        yield
+        with expert_layout() if is_zero else contextlib.nullcontext():
+            yield
         hooks.flush()
     finally:
         for name, original in replaced.items():

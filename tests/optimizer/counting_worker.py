@@ -88,6 +88,13 @@ def _report(hooks, optimizer, watches) -> dict:
         "reads": [dict(w.reads.found) for w in watches],
         "orthogonalized": sum(o.domain.exchange.num_orthogonalized for o in parts),
         "buckets": [len({m.bucket for m in o.domain.matrices}) for o in parts],
+        "are_experts": [all(m.spec.is_expert for m in o.domain.matrices) for o in parts],
+        "num_cut_experts": sum(
+            sum(end > start for start, end in m.pieces) > 1
+            for o in parts
+            for m in o.domain.matrices
+            if m.spec.is_expert
+        ),
         "domain_sizes": [o.domain.exchange.group.size() for o in parts],
         "imbalance": [o.domain.plan.imbalance for o in parts],
         "state_elements": sum(

@@ -20,6 +20,7 @@ UPSTREAM_READS = {
     "core/optimizer/clip_grads.py:138": "the global gradient norm",
     "megatron/core/utils.py:1332": "the norm of this rank's gradients, over bf16 or fp32 lists",
     "core/optimizer/optimizer.py:786": "torch's AdamW on CPU reads each parameter's step counter",
+    "core/optimizer/optimizer.py:319": "once: whether any parameter has a norm of its own",
 }
 """What Megatron-Core 0.19.2 reads back inside the step; none may be added by us."""
 
@@ -37,18 +38,23 @@ def _ours(step):
     return {name: number for name, number in step.items() if OURS in name}
 
 
-def test_one_max_all_reduce_and_two_exchanges_a_bucket(counts):
+def test_one_max_all_reduce_and_two_exchanges_a_bucket_of_dense_matrices(counts):
+    """Experts are cut between matrices where their count divides, and are not exchanged at all."""
     for rank in counts:
-        expected = 2 * sum(
-            buckets
-            for buckets, size in zip(rank["buckets"], rank["domain_sizes"], strict=True)
-            if size > 1
-        )
+        parts = zip(rank["buckets"], rank["domain_sizes"], rank["are_experts"], strict=True)
+        expected = 2 * sum(n for n, size, is_expert in parts if size > 1 and not is_expert)
+        assert expected > 0
         for step in rank["collectives"]:
             ours = _ours(step)
             assert ours.pop(f"all_reduce MAX from {OURS}/max_logits.py") == 1
             assert ours.pop(f"all_to_all_single from {OURS}/exchange.py") == expected
             assert not ours, f"unexpected collectives: {ours}"
+
+
+def test_no_expert_matrix_is_cut(counts):
+    """Eight experts over expert-DP 4 under TP2, four over 2 under EP2."""
+    assert all(any(rank["are_experts"]) for rank in counts)
+    assert [rank["num_cut_experts"] for rank in counts] == [0] * 4
 
 
 def test_nothing_is_read_back_to_the_host_by_our_modules(counts):
@@ -61,9 +67,11 @@ def test_nothing_is_read_back_to_the_host_by_our_modules(counts):
 def test_upstreams_reads_are_exactly_the_known_ones(counts):
     """Else the test above could not fail: the watch does see reads."""
     for rank in counts:
-        for step in rank["reads"]:
-            clip, norm, adamw = UPSTREAM_READS
-            assert step == {clip: 1, norm: 1, adamw: rank["adamw_shards"]}
+        clip, norm, adamw, own_norm = UPSTREAM_READS
+        every_step = {clip: 1, norm: 1, adamw: rank["adamw_shards"]}
+        first, *others = rank["reads"]
+        assert first == every_step | {own_norm: len(rank["buckets"])}
+        assert others == [every_step] * (STEPS - 1)
 
 
 def test_every_matrix_is_orthogonalized_exactly_once_in_the_world(request, counts):
