@@ -176,8 +176,8 @@ def _slots(pair: Pair, dtype: torch.dtype) -> list[TensorSlot]:
 
 def _tensors(source: MegatronSource, pairs: list[Pair]) -> Iterator[Tensor]:
     for pair in pairs:
-        num_rows = pair.megatron_shape[0] if pair.rule.is_vocabulary else None
-        yield from pair.rule.operation.split(source.read(pair.megatron, num_rows))
+        rows = slice(0, pair.megatron_shape[0])
+        yield from pair.rule.operation.split(source.read(pair.megatron, rows))
 
 
 def _write_shards(

@@ -8,7 +8,6 @@ cache, which cost no anonymous memory and are dropped by the kernel under pressu
 import functools
 import json
 import math
-import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_k2.checkpoint.fp8 import E4M3, SCALE_SUFFIX
+from megatron_k2.checkpoint.mapped_files import MappedFiles
 from megatron_k2.checkpoint.mapping import IGNORED_HF_SUFFIXES
 from megatron_k2.errors import UserError
 
@@ -66,7 +66,7 @@ class HfSource:
                 )
             wanted = header.keys() if names is None else names
             self.stored |= {name: header[name] for name in wanted}
-        self._maps: dict[str, mmap.mmap] = {}
+        self._files = MappedFiles()
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -87,20 +87,15 @@ class HfSource:
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Rows of a tensor as it is stored: a view of the mapped file; do not write to it."""
         tensor = self.stored[name]
+        begin, end, _ = rows.indices(tensor.shape[0])
+        row = tensor.shape[1:]
         flat = torch.frombuffer(
-            self._map(tensor.file),
+            self._files.map(self.directory / tensor.file),
             dtype=tensor.dtype,
-            count=math.prod(tensor.shape),
-            offset=tensor.offset,
+            count=(end - begin) * math.prod(row),
+            offset=tensor.offset + begin * math.prod(row) * tensor.dtype.itemsize,
         )
-        return flat.view(tensor.shape)[rows]
-
-    def _map(self, file: str) -> mmap.mmap:
-        if file not in self._maps:
-            with (self.directory / file).open("rb") as stream:
-                # Private and writable only because torch warns of read-only buffers; nobody writes.
-                self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self._maps[file]
+        return flat.view(end - begin, *row)
 
     @override
     def __repr__(self) -> str:
