@@ -138,18 +138,15 @@ def requantize(weight: Tensor, source_scales: Tensor | None) -> tuple[Tensor, Te
     for i, top in enumerate(range(0, m, BLOCK)):
         rows = slice(top, top + BLOCK)
         strip = weight[rows]
-        if source_scales is not None:
-            codes[rows], same = _encode_as(strip, source_scales[i])
-            scales[i] = source_scales[i]
-            num_kept += int(same.sum())
-            if same.all():
-                continue
         amax = _block_amax(strip)
-        fresh = torch.where(amax > 0, amax / E4M3_MAX, torch.ones(()))
+        scales[i] = torch.where(amax > 0, amax / E4M3_MAX, torch.ones(()))
         if source_scales is not None:
-            fresh = torch.where(same, source_scales[i], fresh)
-        scales[i] = fresh
-        codes[rows] = _encode(strip, fresh)
+            codes[rows], is_same = _encode_as(strip, source_scales[i])
+            num_kept += int(is_same.sum())
+            scales[i] = torch.where(is_same, source_scales[i], scales[i])
+            if is_same.all():
+                continue
+        codes[rows] = _encode(strip, scales[i])
     return codes, scales, num_kept
 
 
@@ -186,8 +183,10 @@ def classify_scales(codes: Tensor, scales: Tensor) -> Counter[ScaleClass]:
 def _code_amax(codes: Tensor) -> Tensor:
     """Largest magnitude among each block's codes, [mb, nb] fp32, from the codes' order as bytes."""
     m, n = codes.shape
-    magnitude = codes.view(torch.uint8) & 0x7F  # sign off: bytes now order as their values do
-    padded = torch.nn.functional.pad(magnitude, (0, -n % BLOCK, 0, -m % BLOCK))
-    mb, nb = scale_shape((m, n))
-    largest = padded.view(mb, BLOCK, nb, BLOCK).amax((1, 3))
+    largest = torch.empty(scale_shape((m, n)), dtype=torch.uint8)
+    for i, top in enumerate(range(0, m, BLOCK)):
+        strip = codes.view(torch.uint8)[top : top + BLOCK]
+        columns = (strip & 0x7F).amax(0)  # sign off: bytes now order as their values do
+        padded = torch.nn.functional.pad(columns, (0, -n % BLOCK))
+        largest[i] = padded.view(-1, BLOCK).amax(1)
     return torch.from_numpy(_VALUES[largest.numpy()])

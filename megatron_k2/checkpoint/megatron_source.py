@@ -18,7 +18,6 @@ Common state (``args``, ``iteration``) is an object inside the checkpoint from 0
 """
 
 import functools
-import io
 import itertools
 import math
 import pickle
@@ -202,14 +201,13 @@ class MegatronSource:
         path = self.directory / info.relative_path
         try:
             with path.open("rb") as stream:
-                stream.seek(info.offset)
-                archive = io.BytesIO(stream.read(info.length)) if info.length < 65536 else None
-                opened = archive or self._reader._slice_file(stream, info)
+                opened = self._reader._slice_file(stream, info)
                 layout = torch.load(opened, map_location="meta", weights_only=True)
                 opened.seek(0)
                 if not layout.is_contiguous() or layout.untyped_storage().nbytes() != layout.nbytes:
                     return torch.load(opened, map_location="cpu", weights_only=True)
-                offset = torch._C.PyTorchFileReader(opened).get_record_offset("data/0")
+                archive: Any = torch._C.PyTorchFileReader(opened)  # its stub is incomplete
+                offset = archive.get_record_offset("data/0")
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise UserError(
                 f"{path}: '{location.key}' cannot be read ({error}); the shard is "
