@@ -93,9 +93,9 @@ def write_chunk(file: IO[bytes], placement: Placement, first_row: int, rows: Ten
         first_row: of the rows in it.
         rows: contiguous and alone in its storage, of the placement's dtype.
     """
-    begin = file.tell()
-    torch.save(rows, file)
     ones, zeros = (1,) * len(placement.leading), (0,) * (rows.dim() - 1)
+    begin = file.tell()
+    torch.save(rows.view(*ones, *rows.shape), file)
     return Chunk(
         placement.key,
         placement.size,
