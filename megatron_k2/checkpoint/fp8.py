@@ -1,13 +1,13 @@
 """Block FP8 as Kimi K2 and DeepSeek-V3 release it: e4m3 codes, one fp32 scale a 128x128 block.
 
-``w = code x weight_scale_inv`` of its block (the tensor multiplies despite its name), for a weight
+``w = code x weight_scale_inv`` of its block (the tensor multiplies despite its name). For a weight
 [m, n] scales are [ceil(m / 128), ceil(n / 128)]; blocks at the lower and right edge may be smaller.
 Quantising takes ``scale = amax / 448`` (448 is e4m3's largest number), so that each block's largest
 weight lands on the largest code.
 
-What a quantised weight can be rebuilt from, given only its dequantised bf16 values (``ScaleClass``):
+What can be rebuilt of a quantised weight from its dequantised bf16 values alone (``ScaleClass``):
 
-- scale = bf16 amax / 448: the block's largest value comes back exactly, hence scale and codes too;
+- scale = bf16 amax / 448: the block's largest value comes back exactly, so scale and codes do;
 - scale = fp32 amax / 448: the largest value was rounded to bf16, so the scale comes back off by up
   to 2^-9 relative, the codes exactly (half a code's spacing is 2^-5 relative or more);
 - any other scale (powers of two, a block whose largest code is below 448): neither.
@@ -30,9 +30,10 @@ BLOCK = 128
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 
-QUANTIZED_SUFFIXES = tuple(
-    f"{name}_proj.weight" for name in ("gate", "up", "down", "q_a", "q_b", "q", "kv_b", "o")
-) + ("kv_a_proj_with_mqa.weight",)
+QUANTIZED_SUFFIXES = (
+    *(f"{name}_proj.weight" for name in ("gate", "up", "down", "q_a", "q_b", "q", "kv_b", "o")),
+    "kv_a_proj_with_mqa.weight",
+)
 """What a release quantises: every linear of attention and FFN; not router, norms, vocabulary."""
 
 SCALE_SUFFIX = "_scale_inv"

@@ -52,12 +52,18 @@ class StoredTensor:
 class HfSource:
     """An opened directory of safetensors files."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, files: Iterable[str] | None = None) -> None:
+        """Open a directory.
+
+        Args:
+            directory: of the checkpoint.
+            files: read these alone, whatever the index says.
+        """
         self.directory = directory
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; expected a Hugging Face checkpoint")
         self.stored: dict[str, StoredTensor] = {}
-        listed = _listed_files(directory)
+        listed = _listed_files(directory) if files is None else dict.fromkeys(files)
         for file, names in listed.items():
             header = read_header(directory / file)
             if names is not None and (absent := names - header.keys()):

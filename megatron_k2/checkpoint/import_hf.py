@@ -41,6 +41,7 @@ from megatron_k2.checkpoint.megatron_target import (
     write_common,
     write_metadata,
 )
+from megatron_k2.checkpoint.origin import SCALES_FILE, SOURCE_DIR
 from megatron_k2.checkpoint.safetensors_stream import (
     TensorSlot,
     flush,
@@ -64,9 +65,6 @@ from megatron_k2.errors import UserError
 from megatron_k2.presets import ModelPreset
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-SOURCE_DIR = "hf_source"
-SCALES_FILE = "scales.safetensors"
 
 UNIT_BYTES = 4 * 2**30
 

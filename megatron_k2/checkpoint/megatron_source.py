@@ -142,6 +142,15 @@ class MegatronSource:
         """Name -> shape of every model tensor, vocabulary padding included."""
         return {name: location.shape for name, location in self.locations.items()}
 
+    @property
+    def num_other_bytes(self) -> int:
+        """Of the tensors that are no weights: the optimizer's."""
+        return sum(
+            math.prod(stored.size) * stored.properties.dtype.itemsize
+            for key, stored in self._metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata) and NOT_WEIGHTS.search(key)
+        )
+
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Rows of one tensor: a view of the mapped file where one chunk holds them, else a copy.
 

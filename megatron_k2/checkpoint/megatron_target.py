@@ -109,7 +109,7 @@ def write_chunk(file: IO[bytes], placement: Placement, first_row: int, rows: Ten
 
 @contextlib.contextmanager
 def without_crc() -> Iterator[None]:
-    """torch writes checksums that no reader of it checks; they are half of the time."""
+    """Torch writes checksums that no reader of it checks; they are half of the time."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -172,7 +172,7 @@ def write_metadata(
                 properties, torch.Size(chunk.size), by_key[chunk.key]
             )
     (common_key, *common_at), (_, *extra_at) = common
-    objects = {key: extra_at for key in _extra_state_keys(tensors)} | {common_key: common_at}
+    objects = dict.fromkeys(_extra_state_keys(tensors), extra_at) | {common_key: common_at}
     for key, (offset, length) in objects.items():
         storage[MetadataIndex(key)] = _StorageInfo(common_file, offset, length)
     stored = tensors | {key: BytesStorageMetadata() for key in objects}

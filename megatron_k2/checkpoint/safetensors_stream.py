@@ -69,9 +69,13 @@ def write_safetensors(path: Path, slots: Sequence[TensorSlot], tensors: Iterable
         ValueError: if a tensor does not have the announced shape, or there are too few or many.
     """
     with path.open("wb") as file:
-        file.write(_header(slots))
+        write_header(file, slots)
         for slot, tensor in zip(slots, tensors, strict=True):
-            _write_tensor(file, slot, tensor)
+            if tuple(tensor.shape) != slot.shape:
+                raise ValueError(
+                    f"{slot.name}: got {list(tensor.shape)}, announced {list(slot.shape)}"
+                )
+            write_rows(file, tensor.detach().to(slot.dtype))
         flush(file)
     return sum(slot.num_bytes for slot in slots)
 
@@ -82,7 +86,8 @@ def flush(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def _header(slots: Sequence[TensorSlot]) -> bytes:
+def write_header(file: IO[bytes], slots: Sequence[TensorSlot]) -> None:
+    """Everything before the data."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for slot in slots:
@@ -95,11 +100,9 @@ def _header(slots: Sequence[TensorSlot]) -> bytes:
         begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    file.write(len(text).to_bytes(8, "little") + text)
 
 
-def _write_tensor(file: IO[bytes], slot: TensorSlot, tensor: Tensor) -> None:
-    if tuple(tensor.shape) != slot.shape:
-        raise ValueError(f"{slot.name}: got {list(tensor.shape)}, announced {list(slot.shape)}")
-    data = tensor.detach().to(slot.dtype).contiguous()
-    file.write(data.view(-1).view(torch.uint8).numpy().data)
+def write_rows(file: IO[bytes], rows: Tensor) -> None:
+    """A tensor's bytes, row-major."""
+    file.write(rows.contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -8,6 +8,7 @@ from typing import override
 from megatron_k2.checkpoint.mapping import Pair
 from megatron_k2.errors import UserError
 
+_INDEX = {kind: re.compile(rf"\.{kind}\.(\d+)\.") for kind in ("layers", "experts")}
 _PART = re.compile(r"(layers|experts)\.(\d+)(?:-(\d+))?")
 
 
@@ -53,6 +54,14 @@ class Selection:
         is_routed = pair.expert is not None
         return in_layer and not (
             is_routed and self.experts is not None and pair.expert not in self.experts
+        )
+
+    def has_name(self, hf_name: str) -> bool:
+        """``has`` from a Hugging Face name alone; a name without a layer belongs to all."""
+        layer, expert = (_INDEX[kind].search(hf_name) for kind in ("layers", "experts"))
+        in_layer = self.layers is None or layer is None or int(layer[1]) in self.layers
+        return in_layer and (
+            self.experts is None or expert is None or int(expert[1]) in self.experts
         )
 
     def take(self, pairs: Iterable[Pair]) -> Iterator[Pair]:

@@ -59,7 +59,9 @@ def write_directory(directory, preset, weights, *, leftovers=False, **config):
     shards = {}
     for name, tensor in weights.items():
         layer = int(name.split(".")[2]) if name.startswith("model.layers.") else 0
-        shards.setdefault(f"model-{layer + 1}-of-{preset.num_layers}.safetensors", {})[name] = tensor
+        shards.setdefault(f"model-{layer + 1}-of-{preset.num_layers}.safetensors", {})[name] = (
+            tensor
+        )
     if leftovers:
         name = "model.layers.0.self_attn.rotary_emb.inv_freq"
         shards[f"model-1-of-{preset.num_layers}.safetensors"][name] = torch.ones(7).bfloat16()
