@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import override
 
 from megatron_k2.checkpoint.mapping import RULES, Pair, Rule, Shape, expand
+from megatron_k2.checkpoint.selection import Selection
 from megatron_k2.errors import UserError
 from megatron_k2.presets import ModelPreset
 
@@ -83,7 +84,10 @@ def _swiglu_shapes(prefix: str, width: int, hidden_size: int) -> dict[str, Shape
 
 
 def audit(
-    source: Mapping[str, Shape], preset: ModelPreset, rules: Sequence[Rule] = RULES
+    source: Mapping[str, Shape],
+    preset: ModelPreset,
+    rules: Sequence[Rule] = RULES,
+    only: Selection | None = None,
 ) -> list[Finding]:
     """Everything that does not add up on the way from Megatron to Hugging Face.
 
@@ -92,24 +96,31 @@ def audit(
             may have padding rows.
         preset: the shape the result shall have.
         rules: the table to replay.
+        only: part of the model that is taken; the rest may be missing or left over.
 
     Returns:
         Findings, the source's first; empty if every source key is consumed exactly once, every
         target key produced exactly once, and all shapes agree.
     """
     pairs = list(expand(preset, rules))
+    if only is not None and not only.is_all:
+        taken = list(only.take(pairs))
+        return _pair_findings(source, taken)
     return [*_source_findings(source, pairs), *_target_findings(released_shapes(preset), pairs)]
 
 
 def require_clean(
-    source: Mapping[str, Shape], preset: ModelPreset, rules: Sequence[Rule] = RULES
+    source: Mapping[str, Shape],
+    preset: ModelPreset,
+    rules: Sequence[Rule] = RULES,
+    only: Selection | None = None,
 ) -> None:
     """``audit``, raising.
 
     Raises:
         UserError: naming the first keys and how many more there are.
     """
-    findings = audit(source, preset, rules)
+    findings = audit(source, preset, rules, only)
     if findings:
         shown = "; ".join(str(finding) for finding in findings[:5])
         more = f"; and {len(findings) - 5} more" if len(findings) > 5 else ""
@@ -126,6 +137,11 @@ def _source_findings(source: Mapping[str, Shape], pairs: Sequence[Pair]) -> list
         if key not in consumed
     ]
     findings += [Finding(k, f"consumed by {n} rules") for k, n in consumed.items() if n > 1]
+    return findings + _pair_findings(source, pairs)
+
+
+def _pair_findings(source: Mapping[str, Shape], pairs: Sequence[Pair]) -> list[Finding]:
+    findings: list[Finding] = []
     for pair in pairs:
         found = source.get(pair.megatron)
         if found is None:

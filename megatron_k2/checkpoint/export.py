@@ -1,58 +1,60 @@
 """Megatron checkpoint -> Hugging Face directory, streaming, whole or not at all.
 
-Order of work: open the checkpoint, settle the shape, audit every key, then write shard after shard
-into ``<directory>.partial`` beside the target, and rename when everything is on the disk. A killed
-export leaves no target; its partial directory is removed by the next attempt.
+Order of work: open the checkpoint, settle the shape, audit every key, look at the disk; then write
+shard after shard into ``<directory>.partial`` beside the target (``units``), and rename when
+everything is on the disk. Killed at any moment and started again, it goes on with the shards that
+are missing.
 
 One layer is one shard, ``model-{i}-of-{n}.safetensors``, i from 1 without padding, as in K2's
-release: embedding with layer 0, norm and head with the last.
+release: embedding with layer 0, norm and head with the last. ``max_shard_bytes`` cuts by size
+instead.
+
+What the checkpoint does not know (other fields of ``config.json``, tokenizer, FP8 scales) is taken
+from the directory its weights were imported from, if one is found (``origin``).
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
-import logging
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from itertools import groupby
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_k2 import __version__
 from megatron_k2.checkpoint.audit import require_clean
+from megatron_k2.checkpoint.export_shards import DTYPES, ShardJob, plan_shards, write_shard
+from megatron_k2.checkpoint.fp8 import QUANTIZATION_CONFIG
 from megatron_k2.checkpoint.hf_config import (
+    TOKENIZER_FILES,
     generation_config,
     hf_config,
     preset_from_args,
     without_yarn,
 )
-from megatron_k2.checkpoint.mapping import Pair, expand
+from megatron_k2.checkpoint.hf_preset import config_like
+from megatron_k2.checkpoint.hf_source import INDEX, read_json
+from megatron_k2.checkpoint.mapping import expand
 from megatron_k2.checkpoint.megatron_source import MegatronSource, find_iteration
 from megatron_k2.checkpoint.model_card import model_card
-from megatron_k2.checkpoint.safetensors_stream import TensorSlot, write_safetensors
+from megatron_k2.checkpoint.origin import SCALES_FILE, find_origin
+from megatron_k2.checkpoint.selection import Selection
+from megatron_k2.checkpoint.units import (
+    Progress,
+    Receipt,
+    Unit,
+    Workplace,
+    naming_a_full_disk,
+    require_free,
+    require_space,
+    run_units,
+)
+from megatron_k2.data.storage import write_atomically
 from megatron_k2.errors import UserError
 from megatron_k2.presets import ModelPreset, get_preset
-
-logger = logging.getLogger(__name__)
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tiktoken.model",
-    "tokenization_kimi.py",
-)
-
-Progress = Callable[[int, int], None]
-"""Called after every shard with (shards written, shards in all)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +64,20 @@ class ExportOptions:
     preset: str | None = None
     iteration: int | None = None
     dtype: str = "bf16"
-    model_type: str = "kimi_k2"
+    """``bf16``, ``fp32``, or ``fp8``: block FP8 for what a release holds so, else bf16."""
+    model_type: str | None = None
+    """None: the origin's, else ``kimi_k2``."""
     use_yarn: bool | None = None
     tokenizer: Path | None = None
+    origin: Path | None = None
+    """Hugging Face directory whose other fields, files and FP8 scales are taken; None: found by
+    the checkpoint's own trail."""
+    max_shard_bytes: int | None = None
+    """None: one layer a shard."""
+    only: Selection = dataclasses.field(default_factory=Selection)
+    num_workers: int = 1
+    check_finite: bool = False
+    """Refuse NaN and infinite weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +89,10 @@ class ExportResult:
     num_tensors: int
     num_shards: int
     total_size_bytes: int
+    origin: Path | None
+    """Where other fields and FP8 scales came from."""
+    blocks: dict[str, int]
+    """FP8 blocks by ``kept`` (source's scale and codes) and ``fresh``; empty without FP8."""
 
 
 def settle_preset(saved: Any, name: str | None, use_yarn: bool | None) -> ModelPreset:
@@ -129,84 +146,117 @@ def export(
     """
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype '{options.dtype}' is not one of: {', '.join(DTYPES)}")
-    _require_free(hf_dir)
-    tokenizer_files = _tokenizer_files(options.tokenizer)
+    require_free(hf_dir)
     source = MegatronSource(find_iteration(megatron_dir, options.iteration))
+    origin = find_origin(megatron_dir, source, options.origin)
+    files = _files_along(options.tokenizer, origin)
     preset = settle_preset(source.args, options.preset, options.use_yarn)
-    config = hf_config(preset, model_type=options.model_type, dtype=options.dtype)
-    require_clean(source.shapes, preset)
+    config = _config(source, preset, options, origin)
+    require_clean(source.shapes, preset, only=options.only)
+    units = plan_shards(
+        options.only.take(expand(preset)), preset.num_layers, options.dtype, options.max_shard_bytes
+    )
+    require_space(hf_dir, sum(unit.num_bytes for unit in units))
 
-    partial = hf_dir.with_name(f"{hf_dir.name}.partial")
-    if partial.exists():
-        logger.warning("removing %s, left by an export that did not finish", partial)
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    weight_map, total_bytes = _write_shards(partial, source, preset, options.dtype, progress)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    _write_json(partial / "model.safetensors.index.json", index)
-    _write_json(partial / "config.json", config)
-    _write_json(partial / "generation_config.json", generation_config(preset))
-    _write_text(partial / "README.md", _card(source, preset, options))
-    for path in tokenizer_files:
-        shutil.copy2(path, partial / path.name)
-    _publish(partial, hf_dir)
-    return ExportResult(hf_dir, preset, len(weight_map), preset.num_layers, total_bytes)
+    workplace = Workplace(hf_dir, _job_record(source, options, config))
+    scales = origin / SCALES_FILE if origin and options.dtype == "fp8" else None
+    job = ShardJob(source.directory, options.check_finite, scales, workplace.fingerprint)
+    receipts = run_units(
+        workplace, units, functools.partial(write_shard, job), options.num_workers, progress
+    )
+    with naming_a_full_disk(hf_dir):
+        total_bytes, num_tensors = _write_index(workplace.directory, units, receipts)
+        _write_json(workplace.directory / "config.json", config)
+        if "generation_config.json" not in {path.name for path in files}:
+            _write_json(workplace.directory / "generation_config.json", generation_config(preset))
+        card = _card(source, preset, options, config["model_type"])
+        write_atomically(workplace.directory / "README.md", card.encode())
+        for path in files:
+            shutil.copyfile(path, workplace.directory / path.name)
+        workplace.publish()
+    blocks: Counter[str] = Counter()
+    for receipt in receipts:
+        blocks.update(receipt["blocks"])
+    return ExportResult(hf_dir, preset, num_tensors, len(units), total_bytes, origin, dict(blocks))
 
 
-def _require_free(hf_dir: Path) -> None:
-    if hf_dir.exists() and (not hf_dir.is_dir() or any(hf_dir.iterdir())):
-        raise UserError(f"{hf_dir} exists already; remove it or choose another directory")
+def _config(
+    source: MegatronSource, preset: ModelPreset, options: ExportOptions, origin: Path | None
+) -> dict[str, Any]:
+    dtype = "fp32" if options.dtype == "fp32" else "bf16"
+    if origin is not None:
+        template = read_json(origin / "config.json")
+        config = config_like(template, preset, model_type=options.model_type, dtype=dtype)
+    else:
+        config = hf_config(preset, model_type=options.model_type or "kimi_k2", dtype=dtype)
+        config |= _expert_groups(source.args)
+    if options.dtype == "fp8":
+        config["quantization_config"] = QUANTIZATION_CONFIG
+    return config
 
 
-def _tokenizer_files(tokenizer: Path | None) -> list[Path]:
-    if tokenizer is None:
-        return []
-    found = [tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
-    if not found:
+def _expert_groups(saved: Any) -> dict[str, int]:
+    """DeepSeek-V3's two-stage choice, which the preset has no field for."""
+    groups = getattr(saved, "moe_router_num_groups", None)
+    chosen = getattr(saved, "moe_router_group_topk", None)
+    return {"n_group": groups, "topk_group": chosen} if groups and chosen else {}
+
+
+def _job_record(
+    source: MegatronSource, options: ExportOptions, config: dict[str, Any]
+) -> dict[str, Any]:
+    """What makes one export the same as another."""
+    metadata = (source.directory / ".metadata").stat()
+    return {
+        "directory": str(source.directory.resolve()),
+        "metadata": [metadata.st_size, metadata.st_mtime_ns],
+        "config": config,
+        "options": [options.dtype, str(options.only), options.check_finite, str(options.origin)],
+        "max_shard_bytes": options.max_shard_bytes,
+        "schema_version": 1,
+    }
+
+
+def _files_along(tokenizer: Path | None, origin: Path | None) -> list[Path]:
+    """Tokenizer files of ``--tokenizer``, else of the origin; its generation config either way."""
+    found = [] if origin is None else [origin / "generation_config.json"]
+    directory = tokenizer or origin
+    if directory is not None:
+        found += [directory / name for name in TOKENIZER_FILES]
+    found = [path for path in found if path.is_file()]
+    if tokenizer is not None and not any(path.parent == tokenizer for path in found):
         raise UserError(f"--tokenizer {tokenizer} has none of: {', '.join(TOKENIZER_FILES)}")
     return found
 
 
-def _slots(pair: Pair, dtype: torch.dtype) -> list[TensorSlot]:
-    kept = torch.float32 if pair.rule.is_fp32 else dtype
-    return [
-        TensorSlot(name, shape, kept) for name, shape in zip(pair.hf, pair.hf_shapes, strict=True)
-    ]
+def _write_index(directory: Path, units: list[Unit], receipts: list[Receipt]) -> tuple[int, int]:
+    """The index file; ``total_size`` in bytes and the number of tensors."""
+    weight_map = {
+        name: unit.file
+        for unit, receipt in zip(units, receipts, strict=True)
+        for name in receipt["names"]
+    }
+    total_bytes = sum(receipt["tensor_bytes"] for receipt in receipts)
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    _write_json(directory / INDEX, index)
+    return total_bytes, len(weight_map)
 
 
-def _tensors(source: MegatronSource, pairs: list[Pair]) -> Iterator[Tensor]:
-    for pair in pairs:
-        num_rows = pair.megatron_shape[0] if pair.rule.is_vocabulary else None
-        yield from pair.rule.operation.split(source.read(pair.megatron, num_rows))
-
-
-def _write_shards(
-    directory: Path, source: MegatronSource, preset: ModelPreset, dtype: str, progress: Progress
-) -> tuple[dict[str, str], int]:
-    """All shards; returns the index's ``weight_map`` and ``total_size`` in bytes."""
-    weight_map: dict[str, str] = {}
-    total_bytes = 0
-    for layer, group in groupby(expand(preset), key=lambda pair: pair.layer):
-        # fp32 first, so that every tensor is aligned to its element size
-        pairs = sorted(group, key=lambda pair: not pair.rule.is_fp32)
-        slots = [slot for pair in pairs for slot in _slots(pair, DTYPES[dtype])]
-        name = f"model-{layer + 1}-of-{preset.num_layers}.safetensors"
-        total_bytes += write_safetensors(directory / name, slots, _tensors(source, pairs))
-        weight_map |= {slot.name: name for slot in slots}
-        progress(layer + 1, preset.num_layers)
-    return dict(sorted(weight_map.items())), total_bytes
-
-
-def _card(source: MegatronSource, preset: ModelPreset, options: ExportOptions) -> str:
+def _card(
+    source: MegatronSource, preset: ModelPreset, options: ExportOptions, model_type: str
+) -> str:
     samples = getattr(source.args, "consumed_train_samples", None)
     seq_length = getattr(source.args, "seq_length", None)
     return model_card(
         preset,
         checkpoint=source.directory.name,
-        iteration=source.common.get("iteration"),
-        num_tokens=samples * seq_length if samples is not None and seq_length else None,
+        iteration=source.common.get("iteration") or None,
+        num_tokens=samples * seq_length if samples and seq_length else None,
         dtype=options.dtype,
-        model_type=options.model_type,
+        model_type=model_type,
         versions={
             "megatron-k2": __version__,
             "megatron-core": importlib.metadata.version("megatron-core"),
@@ -216,21 +266,5 @@ def _card(source: MegatronSource, preset: ModelPreset, options: ExportOptions) -
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _publish(partial: Path, target: Path) -> None:
-    """Rename; an empty target is replaced, which ``rename`` does on POSIX."""
-    partial.rename(target)
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, text.encode())

@@ -22,6 +22,7 @@ Facts the operations rest on:
   (``--make-vocab-size-divisible-by``); the padding never reaches Hugging Face.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -223,6 +224,24 @@ class Pair:
     megatron_shape: Shape
     """Without vocabulary padding."""
     hf_shapes: tuple[Shape, ...]
+    expert: int | None = None
+    """From 0; None for a tensor that belongs to no routed expert."""
+
+    @property
+    def num_elements(self) -> int:
+        """Of the Megatron tensor, without vocabulary padding."""
+        return math.prod(self.megatron_shape)
+
+    def parts(self) -> Iterator[tuple[str, Shape, int]]:
+        """Name and shape of each Hugging Face tensor, and its first row in the Megatron tensor.
+
+        Every operation of the table stacks rows, so a part's rows are a run of the whole's; that
+        is what lets both directions stream row chunks.
+        """
+        begin = 0
+        for name, shape in zip(self.hf, self.hf_shapes, strict=True):
+            yield name, shape, begin
+            begin += shape[0]
 
 
 def dimensions(preset: ModelPreset) -> dict[str, int]:
@@ -275,7 +294,8 @@ def expand(preset: ModelPreset, rules: Sequence[Rule] = RULES) -> Iterator[Pair]
             for expert in experts:
                 hf = tuple(name.format(layer=layer, expert=expert) for name in rule.hf)
                 megatron = rule.megatron.format(layer=layer, expert=expert)
-                yield Pair(rule, layer, megatron, hf, joined, shapes)
+                at = expert if rule.scope == "expert" else None
+                yield Pair(rule, layer, megatron, hf, joined, shapes, at)
 
 
 def _take(state: Mapping[str, Tensor], name: str, side: str) -> Tensor:

@@ -18,10 +18,13 @@ Common state (``args``, ``iteration``) is an object inside the checkpoint from 0
 """
 
 import functools
+import itertools
+import math
 import pickle
 import re
 import warnings
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +36,18 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_k2.checkpoint.mapped_files import MappedFiles
 from megatron_k2.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
+
+RELEASE = "release"
+"""Megatron's name for weights without a history: tracker text and directory; it loads them as
+iteration 0, without optimizer, scheduler and random state, with or without ``--finetune``."""
 
 NOT_WEIGHTS = re.compile(
     r"^(optimizer\.|chained_\d+\.|rng_state|common_state|rerun_state|opt_param_scheduler)"
@@ -64,21 +71,32 @@ class Location:
     dtype: torch.dtype
 
 
-class _BoxPlanner:
-    """The little of torch's ``LoadPlanner`` that a reader calls: where each piece goes."""
+@dataclass(frozen=True)
+class _Overlap:
+    """The part of a chunk that falls into a box, as indices on either side."""
 
-    def __init__(self, destination: Tensor) -> None:
-        self.destination = destination
+    source: tuple[int | slice, ...]
+    target: tuple[slice, ...]
 
-    def resolve_tensor(self, item: ReadItem) -> Tensor:
-        """The part of the destination that this piece fills."""
-        part = self.destination
-        for dim, (offset, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
-            part = part.narrow(dim, offset, length)
-        return part
 
-    def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None:
-        """Nothing to do: the piece was copied in place."""
+def _overlap(
+    chunk: ChunkStorageMetadata,
+    leading: tuple[int, ...],
+    first: tuple[int, ...],
+    shape: tuple[int, ...],
+) -> _Overlap | None:
+    """Of a chunk and the box [first, first + shape) at the stacked indices ``leading``."""
+    at, size = list(chunk.offsets), list(chunk.sizes)
+    num = len(leading)
+    source: list[int | slice] = [i - o for i, o in zip(leading, at[:num], strict=True)]
+    target: list[slice] = []
+    for o, s, f, n in zip(at[num:], size[num:], first, shape, strict=True):
+        begin, end = max(o, f), min(o + s, f + n)
+        if begin >= end:
+            return None
+        source.append(slice(begin - o, end - o))
+        target.append(slice(begin - f, end - f))
+    return _Overlap(tuple(source), tuple(target))
 
 
 class MegatronSource:
@@ -97,6 +115,8 @@ class MegatronSource:
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         _require_whole_files(directory, self._metadata)
         self.locations: dict[str, Location] = dict(_locate_all(self._metadata))
+        self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
+        self._files = MappedFiles()
 
     @functools.cached_property
     def common(self) -> dict[str, Any]:
@@ -122,38 +142,93 @@ class MegatronSource:
         """Name -> shape of every model tensor, vocabulary padding included."""
         return {name: location.shape for name, location in self.locations.items()}
 
-    def read(self, name: str, num_rows: int | None = None) -> Tensor:
-        """One tensor into fresh CPU memory.
+    @property
+    def num_other_bytes(self) -> int:
+        """Of the tensors that are no weights: the optimizer's."""
+        return sum(
+            math.prod(stored.size) * stored.properties.dtype.itemsize
+            for key, stored in self._metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata) and NOT_WEIGHTS.search(key)
+        )
+
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Rows of one tensor: a view of the mapped file where one chunk holds them, else a copy.
 
         Args:
             name: as in ``GPTModel.state_dict()``.
-            num_rows: read only that many leading rows; cuts vocabulary padding before it is read.
+            rows: which; the step must be 1. Leaves out vocabulary padding before it is read.
 
         Returns:
-            The tensor, in the dtype it was saved in.
+            The rows, in the dtype they were saved in; do not write to them.
 
         Raises:
             UserError: if a chunk is missing or cannot be decoded.
         """
         location = self.locations[name]
-        shape = location.shape if num_rows is None else (num_rows, *location.shape[1:])
-        offsets = torch.Size((*location.leading, *(0 for _ in shape)))
-        sizes = torch.Size((*(1 for _ in location.leading), *shape))
-        stored = self._metadata.state_dict_metadata[location.key]
-        assert isinstance(stored, TensorStorageMetadata)  # only those have a location
-        box = ChunkStorageMetadata(offsets, sizes)
-        items = create_read_items_for_chunk_list(location.key, stored, [box])
-        if sum(item.lengths.numel() for item in items) != sizes.numel():
-            raise UserError(f"{self.directory}: chunks of '{location.key}' do not cover it")
-        destination = torch.empty(sizes, dtype=location.dtype)
+        begin, end, _ = rows.indices(location.shape[0])
+        shape = (end - begin, *location.shape[1:])
+        first = (begin, *(0 for _ in shape[1:]))
+        destination: Tensor | None = None
+        num_covered = 0
+        for chunk in self._chunks_at(location):
+            overlap = _overlap(chunk, location.leading, first, shape)
+            if overlap is None:
+                continue
+            stored = self._mapped(location, chunk)[overlap.source]
+            if stored.numel() == math.prod(shape) and stored.is_contiguous():
+                return stored.view(shape)
+            if destination is None:
+                destination = torch.empty(shape, dtype=location.dtype)
+            destination[overlap.target] = stored
+            num_covered += stored.numel()
+        if destination is None or num_covered != destination.numel():
+            raise UserError(f"{self.directory}: chunks of '{location.key}' do not cover '{name}'")
+        return destination
+
+    def _chunks_at(self, location: Location) -> list[ChunkStorageMetadata]:
+        """Chunks that hold a part of this layer or expert; a layer of K2 has 768 in one key."""
+        if location.key not in self._chunks:
+            stored = self._metadata.state_dict_metadata[location.key]
+            assert isinstance(stored, TensorStorageMetadata)  # only those have a location
+            by_leading: dict[tuple[int, ...], list[ChunkStorageMetadata]] = defaultdict(list)
+            for chunk in stored.chunks:
+                num = len(location.leading)
+                stacked = zip(chunk.offsets[:num], chunk.sizes[:num], strict=True)
+                for leading in itertools.product(*(range(o, o + s) for o, s in stacked)):
+                    by_leading[leading].append(chunk)
+            self._chunks[location.key] = by_leading
+        return self._chunks[location.key].get(location.leading, [])
+
+    def _mapped(self, location: Location, chunk: ChunkStorageMetadata) -> Tensor:
+        """A whole chunk as a view of its file.
+
+        A chunk is a ``torch.save`` archive; its one storage record lies there uncompressed. The
+        pickled layout is looked at first (on the meta device, no data): a chunk that is a view of
+        more than itself is decoded by torch instead.
+        """
+        info = self._metadata.storage_data[MetadataIndex(location.key, chunk.offsets)]
+        path = self.directory / info.relative_path
         try:
-            self._reader.read_data(LoadPlan(items), _BoxPlanner(destination))  # type: ignore[arg-type]
+            with path.open("rb") as stream:
+                opened = self._reader._slice_file(stream, info)
+                layout = torch.load(opened, map_location="meta", weights_only=True)
+                opened.seek(0)
+                if not layout.is_contiguous() or layout.untyped_storage().nbytes() != layout.nbytes:
+                    return torch.load(opened, map_location="cpu", weights_only=True)
+                archive: Any = torch._C.PyTorchFileReader(opened)  # its stub is incomplete
+                offset = archive.get_record_offset("data/0")
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise UserError(
-                f"{self.directory}: '{location.key}' cannot be read ({error}); the shard is "
+                f"{path}: '{location.key}' cannot be read ({error}); the shard is "
                 "damaged: choose an earlier checkpoint with --iteration"
             ) from error
-        return destination.view(shape)
+        flat = torch.frombuffer(
+            self._files.map(path),
+            dtype=layout.dtype,
+            count=layout.numel(),
+            offset=info.offset + offset,
+        )
+        return flat.view(layout.shape)
 
     @override
     def __repr__(self) -> str:
@@ -178,12 +253,20 @@ def find_iteration(checkpoint_dir: Path, iteration: int | None = None) -> Path:
         return checkpoint_dir
     present = sorted(int(p.name[5:]) for p in checkpoint_dir.glob("iter_[0-9]*") if p.is_dir())
     if iteration is None:
+        if _is_release(checkpoint_dir):
+            return checkpoint_dir / RELEASE
         iteration = _tracked_iteration(checkpoint_dir, present)
     found = checkpoint_dir / f"iter_{iteration:07d}"
     if not found.is_dir():
         have = ", ".join(map(str, present)) or "none"
         raise UserError(f"{checkpoint_dir} has no iteration {iteration}; saved are: {have}")
     return found
+
+
+def _is_release(checkpoint_dir: Path) -> bool:
+    """Whether the tracker names weights without a training history, as an import writes them."""
+    tracker = checkpoint_dir / TRACKER
+    return tracker.exists() and tracker.read_text().strip() == RELEASE
 
 
 def _tracked_iteration(checkpoint_dir: Path, present: list[int]) -> int:

@@ -11,7 +11,7 @@ spaces to a multiple of 8, then the tensors' bytes without gaps, row-major.
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -19,7 +19,25 @@ from typing import IO
 import torch
 from torch import Tensor
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+from megatron_k2.checkpoint.fp8 import BLOCK, E4M3
+
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    E4M3: "F8_E4M3",
+}
+
+CHUNK_BYTES = 64 * 2**20
+"""What a tensor is cut into on its way, in bytes of the side with the wider dtype."""
+
+
+def row_chunks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
+    """First and end row of the pieces a tensor [m, ...] is moved in; whole FP8 blocks of rows."""
+    row_bytes = math.prod(shape[1:]) * itemsize
+    step = max(BLOCK, CHUNK_BYTES // row_bytes // BLOCK * BLOCK)
+    for top in range(0, shape[0], step):
+        yield top, min(top + step, shape[0])
 
 
 @dataclass(frozen=True)
@@ -51,32 +69,40 @@ def write_safetensors(path: Path, slots: Sequence[TensorSlot], tensors: Iterable
         ValueError: if a tensor does not have the announced shape, or there are too few or many.
     """
     with path.open("wb") as file:
-        file.write(_header(slots))
+        write_header(file, slots)
         for slot, tensor in zip(slots, tensors, strict=True):
-            _write_tensor(file, slot, tensor)
-        file.flush()
-        os.fsync(file.fileno())
+            if tuple(tensor.shape) != slot.shape:
+                raise ValueError(
+                    f"{slot.name}: got {list(tensor.shape)}, announced {list(slot.shape)}"
+                )
+            write_rows(file, tensor.detach().to(slot.dtype))
+        flush(file)
     return sum(slot.num_bytes for slot in slots)
 
 
-def _header(slots: Sequence[TensorSlot]) -> bytes:
+def flush(file: IO[bytes]) -> None:
+    """Onto the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_header(file: IO[bytes], slots: Sequence[TensorSlot]) -> None:
+    """Everything before the data."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for slot in slots:
         end = begin + slot.num_bytes
         entries[slot.name] = {
-            "dtype": _DTYPE_NAMES[slot.dtype],
+            "dtype": DTYPE_NAMES[slot.dtype],
             "shape": list(slot.shape),
             "data_offsets": [begin, end],
         }
         begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    file.write(len(text).to_bytes(8, "little") + text)
 
 
-def _write_tensor(file: IO[bytes], slot: TensorSlot, tensor: Tensor) -> None:
-    if tuple(tensor.shape) != slot.shape:
-        raise ValueError(f"{slot.name}: got {list(tensor.shape)}, announced {list(slot.shape)}")
-    data = tensor.detach().to(slot.dtype).contiguous()
-    file.write(data.view(-1).view(torch.uint8).numpy().data)
+def write_rows(file: IO[bytes], rows: Tensor) -> None:
+    """A tensor's bytes, row-major."""
+    file.write(rows.contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -6,6 +6,7 @@ dumped by whoever trained the model. Both sides run in fp32, so the export under
 """
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,10 +78,20 @@ def verify_logits(hf_dir: Path, reference: Path) -> LogitComparison:
             f"--reference {reference} has {expected.shape[-1]} columns, the model's vocabulary "
             f"is {logits.shape[-1]}: not logits of this model"
         )
-    return _compare(logits, expected[..., : logits.shape[-1]], info)
+    return compare_outputs(logits, expected[..., : logits.shape[-1]], info)
 
 
-def _compare(logits: Tensor, expected: Tensor, info: dict[str, list[str]]) -> LogitComparison:
+def compare_outputs(
+    logits: Tensor, expected: Tensor, loading: Mapping[str, Iterable[str]] | None = None
+) -> LogitComparison:
+    """Two models' logits on the same tokens.
+
+    Args:
+        logits: under test, [b, s, V] fp32.
+        expected: reference, the same shape.
+        loading: transformers' loading info, if it loaded the one under test.
+    """
+    info = loading or {}
     difference = (logits - expected).abs()
     agreement = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
     return LogitComparison(
@@ -88,6 +99,6 @@ def _compare(logits: Tensor, expected: Tensor, info: dict[str, list[str]]) -> Lo
         mean_abs_difference=difference.mean().item(),
         max_abs_reference=expected.abs().max().item(),
         argmax_agreement=agreement.item(),
-        missing_keys=tuple(sorted(info["missing_keys"])),
-        unexpected_keys=tuple(sorted(info["unexpected_keys"])),
+        missing_keys=tuple(sorted(info.get("missing_keys", ()))),
+        unexpected_keys=tuple(sorted(info.get("unexpected_keys", ()))),
     )

@@ -1,54 +1,101 @@
-"""``megatron-k2 convert export`` and ``convert verify-logits``."""
+"""``megatron-k2 convert``: checkpoints between Hugging Face and Megatron, and looks at either."""
 
 import argparse
 import logging
-from pathlib import Path
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from megatron_k2.presets import PRESETS
+from megatron_k2.cli.convert_arguments import parser
+from megatron_k2.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_k2.checkpoint.compare import Comparison
+    from megatron_k2.checkpoint.source_audit import SourceAudit
+    from megatron_k2.checkpoint.units import Progress
+    from megatron_k2.checkpoint.verify import LogitComparison
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron-k2 convert", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+def _with_bar(run: "Callable[[Progress], None]") -> float:
+    """Run with a bar of bytes and time left on a terminal; seconds it took."""
+    import time
 
-    out = commands.add_parser("export", help="Megatron checkpoint -> Hugging Face directory")
-    out.add_argument(
-        "megatron_dir", type=Path, help="Megatron's --save directory, or an iter_* in it"
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        *Progress.get_default_columns()[:2],
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
     )
-    out.add_argument("hf_dir", type=Path, help="directory to create")
-    out.add_argument("--preset", choices=PRESETS, help="default: what the checkpoint's args say")
-    out.add_argument("--iteration", type=int, help="default: the latest, by the tracker file")
-    out.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights")
-    out.add_argument(
-        "--model-type",
-        choices=("kimi_k2", "deepseek_v3"),
-        default="kimi_k2",
-        help="kimi_k2 as released; deepseek_v3 loads in transformers without remote code",
-    )
-    out.add_argument("--tokenizer", type=Path, help="directory whose tokenizer files are copied")
-    out.add_argument(
-        "--yarn",
-        action=argparse.BooleanOptionalAction,
-        help="position encoding is YaRN's; default: what the checkpoint's args say",
+    started = time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("written")
+        run(lambda done, total: bar.update(task, completed=done, total=total))
+    return time.monotonic() - started
+
+
+def _project(name: str | None, num_bytes: int, seconds: float, bytes_per_element: float) -> None:
+    """What the same would take for a whole preset, at the rate just measured."""
+    if name is None:
+        return
+    from megatron_k2.planning.params import count_parameters
+    from megatron_k2.presets import get_preset
+
+    projected = count_parameters(get_preset(name)).total * bytes_per_element
+    hours = projected / (num_bytes / seconds) / 3600
+    print(
+        f"{name} at this rate ({num_bytes / seconds / 1e9:.2f} GB/s written): "
+        f"{hours:.1f} h, {projected / 1e12:.2f} TB of disk"
     )
 
-    check = commands.add_parser("verify-logits", help="compare an export with reference logits")
-    check.add_argument("hf_dir", type=Path)
-    check.add_argument(
-        "--reference",
-        type=Path,
-        required=True,
-        help="torch.save of {'tokens': int64 [b,s], 'logits': fp32 [b,s,V]}",
+
+def _import(args: argparse.Namespace) -> int:
+    from megatron_k2.checkpoint.import_hf import ImportOptions, ImportResult, import_hf
+    from megatron_k2.checkpoint.selection import Selection
+
+    options = ImportOptions(
+        preset=args.preset,
+        dtype=args.dtype,
+        only=Selection.parse(args.only),
+        num_workers=args.workers,
+        check_finite=args.check_finite,
     )
-    check.add_argument("--tolerance", type=float, default=1e-4, help="largest |difference| allowed")
-    return parser
+    done: list[ImportResult] = []
+    seconds = _with_bar(
+        lambda bar: done.append(import_hf(args.hf_dir, args.megatron_dir, options, bar))
+    )
+    (result,) = done
+    print(
+        f"{result.directory}: {result.audit.num_targets} tensors of {result.preset.name}'s kind, "
+        f"{result.num_files} files, {result.total_size_bytes / 1e9:.3f} GB, {seconds:.1f} s"
+    )
+    print(_accounted(result.audit))
+    if result.scale_classes:
+        print(f"FP8 scales by block: {_listed(result.scale_classes)}; kept in hf_source/")
+    _project(args.project, result.total_size_bytes, seconds, 2.0)
+    return 0
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{number:,} {kind}" for kind, number in counts.items())
+
+
+def _accounted(found: "SourceAudit") -> str:
+    text = (
+        f"{found.num_tensors:,} source tensors: {found.num_weights:,} weights, "
+        f"{found.num_scales:,} FP8 scales"
+    )
+    if found.ignored:
+        kind = found.ignored[0].rpartition("self_attn.")[2]
+        text += f", {len(found.ignored):,} leftover buffers ignored on purpose ({kind})"
+    return text
 
 
 def _export(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-
-    from megatron_k2.checkpoint.export import ExportOptions, export
+    from megatron_k2.checkpoint.export import ExportOptions, ExportResult, export
+    from megatron_k2.checkpoint.selection import Selection
 
     options = ExportOptions(
         preset=args.preset,
@@ -57,43 +104,131 @@ def _export(args: argparse.Namespace) -> int:
         model_type=args.model_type,
         use_yarn=args.yarn,
         tokenizer=args.tokenizer,
+        origin=args.source,
+        max_shard_bytes=None if args.max_shard_gb is None else int(args.max_shard_gb * 1e9),
+        only=Selection.parse(args.only),
+        num_workers=args.workers,
+        check_finite=args.check_finite,
     )
-    console = Console(stderr=True)
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("shards")
-        result = export(
-            args.megatron_dir,
-            args.hf_dir,
-            options,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    gigabytes = result.total_size_bytes / 1e9
+    done: list[ExportResult] = []
+    seconds = _with_bar(
+        lambda bar: done.append(export(args.megatron_dir, args.hf_dir, options, bar))
+    )
+    (result,) = done
     print(
         f"{result.directory}: {result.num_tensors} tensors, {result.num_shards} shards, "
-        f"{gigabytes:.3f} GB"
+        f"{result.total_size_bytes / 1e9:.3f} GB, {seconds:.1f} s"
     )
+    if result.blocks:
+        kept, fresh = result.blocks.get("kept", 0), result.blocks.get("fresh", 0)
+        print(
+            f"FP8 blocks: {kept:,} untouched, with their source's scale and codes; {fresh:,} "
+            "quantised anew (scale = amax / 448)"
+        )
+    _project(args.project, result.total_size_bytes, seconds, 1.0 if args.dtype == "fp8" else 2.0)
     return 0
 
 
-def _verify(args: argparse.Namespace) -> int:
-    from megatron_k2.checkpoint.verify import verify_logits
+def _audit(args: argparse.Namespace) -> int:
+    from megatron_k2.checkpoint.hf_preset import preset_from_hf
+    from megatron_k2.checkpoint.hf_source import HfSource
+    from megatron_k2.checkpoint.source_audit import audit_source, released_tensors
+    from megatron_k2.presets import get_preset
 
-    found = verify_logits(args.hf_dir, args.reference)
+    if (args.hf_dir is None) == (args.preset is None):
+        raise UserError("convert audit takes either a Hugging Face directory or --preset NAME")
+    if args.preset is not None:
+        preset = get_preset(args.preset)
+        found = audit_source(released_tensors(preset), preset)
+    else:
+        source = HfSource(args.hf_dir)
+        found = audit_source(source.stored, preset_from_hf(source.config))
+    print(f"{_accounted(found)} -> {found.num_targets:,} Megatron tensors")
+    for finding in found.findings[:20]:
+        print(f"  {finding}")
+    print(f"{len(found.findings) or 'none'} left over")
+    return 1 if found.findings else 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from megatron_k2.checkpoint.compare import compare, open_weights
+    from megatron_k2.checkpoint.selection import Selection
+
+    weights = [open_weights(directory, args.preset) for directory in (args.a, args.b)]
+    found = compare(weights[0], weights[1], Selection.parse(args.only))
+    is_same = _print_comparison(found, args.rows, args.tolerance)
+    if args.logits:
+        from megatron_k2.checkpoint.verify_pair import compare_logits
+
+        is_same &= _print_logits(compare_logits(args.a, args.b), args.logit_tolerance)
+    return 0 if is_same else 1
+
+
+def _print_comparison(found: "Comparison", num_rows: int, tolerance: float) -> bool:
+    for side, names in (("A", found.only_in_a), ("B", found.only_in_b)):
+        if names:
+            print(f"{len(names)} tensors only in {side}: {', '.join(names[:3])}")
+    differing = [difference for difference in found.differences if not difference.is_equal]
+    if differing:
+        print("| tensor | relative difference | max abs |")
+        print("|---|---|---|")
+    for difference in differing[:num_rows]:
+        print(f"| {difference.name} | {difference.relative:.3e} | {difference.max_abs:.3e} |")
+    print(f"{found.num_equal} of {len(found.differences)} tensors equal, element for element")
+    within = all(difference.relative <= tolerance for difference in differing)
+    return within and not found.only_in_a and not found.only_in_b
+
+
+def _print_logits(found: "LogitComparison", tolerance: float) -> bool:
     for kind, keys in (("missing", found.missing_keys), ("unexpected", found.unexpected_keys)):
         if keys:
             print(f"{len(keys)} {kind} keys: {', '.join(keys[:3])}")
     print(
-        f"max |difference| {found.max_abs_difference:.3e} (tolerance {args.tolerance:.0e}), "
+        f"max |difference| {found.max_abs_difference:.3e} (tolerance {tolerance:.0e}), "
         f"mean {found.mean_abs_difference:.3e}, max |logit| {found.max_abs_reference:.3f}, "
         f"same argmax {found.argmax_agreement:.2%}"
     )
-    is_same = found.max_abs_difference <= args.tolerance
-    return 0 if is_same and not found.missing_keys and not found.unexpected_keys else 1
+    is_same = found.max_abs_difference <= tolerance
+    return is_same and not found.missing_keys and not found.unexpected_keys
+
+
+def _verify_logits(args: argparse.Namespace) -> int:
+    from megatron_k2.checkpoint.verify import verify_logits
+
+    found = verify_logits(args.hf_dir, args.reference)
+    return 0 if _print_logits(found, args.tolerance) else 1
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from megatron_k2.checkpoint.inspect import inspect_checkpoint
+
+    found = inspect_checkpoint(args.directory, args.iteration)
+    for name, value in found.facts.items():
+        print(f"{name:<13} {value}")
+    print("| tensors | count | shape | dtype | MB |")
+    print("|---|---|---|---|---|")
+    for group in found.groups:
+        shapes = " ".join(str(list(shape)) for shape in group.shapes)
+        print(
+            f"| {group.pattern} | {group.count:,} | {shapes} | {' '.join(group.dtypes)} "
+            f"| {group.num_bytes / 1e6:,.3f} |"
+        )
+    print(f"{found.num_tensors:,} tensors, {found.num_bytes / 1e9:,.3f} GB")
+    return 0
+
+
+_COMMANDS = {
+    "import": _import,
+    "export": _export,
+    "audit": _audit,
+    "verify": _verify,
+    "verify-logits": _verify_logits,
+    "inspect": _inspect,
+}
 
 
 def main(argv: list[str]) -> int:
-    """Run ``convert``; 1 from ``verify-logits`` means: loaded, but not the same model."""
+    """Run ``convert``; 1 from a comparison or an audit means: it ran, and found differences."""
     logging.basicConfig(format="%(message)s")
-    args = _parser().parse_args(argv)
-    return _export(args) if args.command == "export" else _verify(args)
+    args = parser().parse_args(argv)
+    return _COMMANDS[args.command](args)

@@ -2,6 +2,7 @@ import filecmp
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 
 import pytest
@@ -117,9 +118,11 @@ def test_tokenizer_files_come_along(checkpoints, tmp_path):
 
 
 def export_until_killed(source, target):
-    export(
-        source, target, ExportOptions(), lambda done, total: os.kill(os.getpid(), signal.SIGKILL)
-    )
+    def kill_after_the_first_shard(done, total):
+        if done:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    export(source, target, ExportOptions(), kill_after_the_first_shard)
 
 
 def test_a_killed_export_leaves_no_directory_and_the_next_one_succeeds(checkpoints, tmp_path):
@@ -133,7 +136,13 @@ def test_a_killed_export_leaves_no_directory_and_the_next_one_succeeds(checkpoin
     assert process.exitcode == -signal.SIGKILL
     assert not target.exists()
     assert (tmp_path / "hf.partial" / "model-1-of-3.safetensors").exists()
+    before = (tmp_path / "hf.partial" / "model-1-of-3.safetensors").stat().st_ino
     export(checkpoints / "replicated", target, ExportOptions())
+    assert (target / "model-1-of-3.safetensors").stat().st_ino == before  # not written again
+    export(checkpoints / "replicated", tmp_path / "at_once", ExportOptions())
+    for path in target.iterdir():
+        assert path.read_bytes() == (tmp_path / "at_once" / path.name).read_bytes()
+    shutil.rmtree(tmp_path / "at_once")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 

@@ -1,0 +1,205 @@
+"""Shards of an export: what goes into which file, and writing one, row chunk by row chunk.
+
+Memory of a worker is a few chunks: weights are views of the mapped checkpoint until they are
+converted, and a safetensors header is written before its data, from names and shapes alone. Only
+the scales of a shard's FP8 weights are held until their turn; they are 1/4096 of the codes.
+"""
+
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from megatron_k2.checkpoint.fp8 import (
+    BLOCK,
+    E4M3,
+    SCALE_SUFFIX,
+    is_quantized,
+    requantize,
+    scale_shape,
+)
+from megatron_k2.checkpoint.hf_source import HfSource, StoredTensor, read_header
+from megatron_k2.checkpoint.mapping import Pair
+from megatron_k2.checkpoint.megatron_source import MegatronSource
+from megatron_k2.checkpoint.safetensors_stream import (
+    TensorSlot,
+    flush,
+    row_chunks,
+    write_header,
+    write_rows,
+)
+from megatron_k2.checkpoint.units import Receipt, Unit, naming_a_full_disk
+from megatron_k2.errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
+"""``--dtype`` -> dtype of what is not FP8."""
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """What every worker is told."""
+
+    checkpoint: Path
+    check_finite: bool
+    scales: Path | None
+    """Of the origin, to give untouched blocks their codes back; may be absent."""
+    fingerprint: str
+    """Of the job, so that a cached source is never another's."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One Hugging Face tensor: a run of rows of a Megatron tensor."""
+
+    slot: TensorSlot
+    megatron: str
+    first_row: int
+
+
+def pieces_of(pair: Pair, dtype: str) -> Iterator[Piece]:
+    """The Hugging Face tensors of a Megatron tensor."""
+    for name, shape, begin in pair.parts():
+        kept = torch.float32 if pair.rule.is_fp32 else DTYPES[dtype]
+        stored = E4M3 if dtype == "fp8" and is_quantized(name) else kept
+        yield Piece(TensorSlot(name, shape, stored), pair.megatron, begin)
+
+
+def plan_shards(
+    pairs: Iterable[Pair], num_layers: int, dtype: str, max_shard_bytes: int | None
+) -> list[Unit]:
+    """Files and what is in each.
+
+    Args:
+        pairs: in layer order.
+        num_layers: of the model; n in ``model-i-of-n``, also where ``--only`` leaves layers out.
+        dtype: ``bf16``, ``fp32`` or ``fp8``.
+        max_shard_bytes: None for one layer a shard; else files are filled up to this, and named
+            ``model-00001-of-000NN`` as transformers does.
+    """
+    if max_shard_bytes is None:
+        return [
+            _unit(
+                f"model-{layer + 1}-of-{num_layers}.safetensors",
+                [piece for pair in group for piece in pieces_of(pair, dtype)],
+            )
+            for layer, group in itertools.groupby(pairs, key=lambda pair: pair.layer)
+        ]
+    groups: list[list[Piece]] = [[]]
+    num_bytes = 0
+    for piece in (piece for pair in pairs for piece in pieces_of(pair, dtype)):
+        size = _size(piece)
+        if groups[-1] and num_bytes + size > max_shard_bytes:
+            groups.append([])
+            num_bytes = 0
+        groups[-1].append(piece)
+        num_bytes += size
+    return [
+        _unit(f"model-{i:05}-of-{len(groups):05}.safetensors", group)
+        for i, group in enumerate(groups, start=1)
+    ]
+
+
+def _size(piece: Piece) -> int:
+    scales = scale_slot(piece.slot)
+    return piece.slot.num_bytes + (scales.num_bytes if scales else 0)
+
+
+def _unit(file: str, pieces: list[Piece]) -> Unit:
+    # fp32 first and FP8 last, so that every tensor is aligned to its element size
+    order = sorted(pieces, key=lambda piece: -piece.slot.dtype.itemsize)
+    return Unit(file, sum(map(_size, pieces)), tuple(order))
+
+
+def scale_slot(slot: TensorSlot) -> TensorSlot | None:
+    """The scales that go with an FP8 weight."""
+    if slot.dtype != E4M3:
+        return None
+    return TensorSlot(slot.name + SCALE_SUFFIX, scale_shape(slot.shape), torch.float32)
+
+
+class _Scales:
+    """The origin's scales, if it was FP8."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._stored: dict[str, StoredTensor] = {}
+        if path is not None and path.is_file():
+            self._source = HfSource(path.parent, files=[path.name])
+            self._stored = read_header(path)
+
+    def rows(self, name: str, shape: tuple[int, ...], blocks: slice) -> Tensor | None:
+        """Scales of a weight's rows of blocks; None if the origin's weight was none of this."""
+        stored = self._stored.get(name + SCALE_SUFFIX)
+        if stored is None or stored.shape != scale_shape(shape):
+            return None
+        return self._source.read(name + SCALE_SUFFIX, blocks)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(job: ShardJob) -> tuple[MegatronSource, _Scales]:
+    """Once in a worker's life."""
+    return MegatronSource(job.checkpoint), _Scales(job.scales)
+
+
+def write_shard(job: ShardJob, path: Path, unit: Unit) -> Receipt:
+    """Write one safetensors file; its receipt has the names for the index."""
+    source, scales = _opened(job)
+    slots = [piece.slot for piece in unit.payload]
+    scale_slots = [slot for weight in slots if (slot := scale_slot(weight))]
+    every = [*scale_slots, *slots]
+    blocks: Counter[str] = Counter()
+    with path.open("wb") as file:
+        write_header(file, every)
+        scales_at = file.tell()
+        file.seek(sum(slot.num_bytes for slot in scale_slots), 1)  # filled in as codes are made
+        new_scales: list[Tensor] = []
+        for piece in unit.payload:
+            with naming_a_full_disk(path, piece.slot.name):
+                new_scales += _write_piece(file, job, source, scales, piece, blocks)
+        file.seek(scales_at)
+        for tensor in new_scales:
+            write_rows(file, tensor)
+        flush(file)
+    return {
+        "names": [slot.name for slot in every],
+        "tensor_bytes": sum(slot.num_bytes for slot in every),
+        "blocks": dict(blocks),
+    }
+
+
+def _write_piece(
+    file: IO[bytes],
+    job: ShardJob,
+    source: MegatronSource,
+    scales: _Scales,
+    piece: Piece,
+    blocks: Counter[str],
+) -> list[Tensor]:
+    """One tensor's rows; returns its scales, none if it is not FP8."""
+    slot, made = piece.slot, []
+    for top, end in row_chunks(slot.shape, 4):
+        rows = source.read(piece.megatron, slice(piece.first_row + top, piece.first_row + end))
+        if job.check_finite:
+            _require_finite(source, piece, top, rows)
+        if slot.dtype == E4M3:
+            at = slice(top // BLOCK, -(-end // BLOCK))
+            kept = scales.rows(slot.name, slot.shape, at)
+            rows, fresh, num_kept = requantize(rows, kept)
+            blocks.update(kept=num_kept, fresh=fresh.numel() - num_kept)
+            made.append(fresh)
+        write_rows(file, rows.to(slot.dtype))
+    return made
+
+
+def _require_finite(source: MegatronSource, piece: Piece, top: int, rows: Tensor) -> None:
+    is_finite = torch.isfinite(rows)
+    if not is_finite.all():
+        row = piece.first_row + top + int((~is_finite.view(len(rows), -1)).any(1).nonzero()[0])
+        raise UserError(
+            f"{source.directory}: '{piece.megatron}' has a NaN or an infinity in row {row}"
+        )

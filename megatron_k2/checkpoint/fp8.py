@@ -1,0 +1,193 @@
+"""Block FP8 as Kimi K2 and DeepSeek-V3 release it: e4m3 codes, one fp32 scale a 128x128 block.
+
+``w = code x weight_scale_inv`` of its block (the tensor multiplies despite its name). For a weight
+[m, n] scales are [ceil(m / 128), ceil(n / 128)]; blocks at the lower and right edge may be smaller.
+Quantising takes ``scale = amax / 448`` (448 is e4m3's largest number), so that each block's largest
+weight lands on the largest code.
+
+What can be rebuilt of a quantised weight from its dequantised bf16 values alone (``ScaleClass``):
+
+- scale = bf16 amax / 448: the block's largest value comes back exactly, so scale and codes do;
+- scale = fp32 amax / 448: the largest value was rounded to bf16, so the scale comes back off by up
+  to 2^-9 relative, the codes exactly (half a code's spacing is 2^-5 relative or more);
+- any other scale (powers of two, a block whose largest code is below 448): neither.
+
+That is why an import keeps the source's scales: ``requantize`` takes the source's scale for every
+block whose values are still those the source had, and a fresh one for the rest.
+
+CPU only, and made for streaming: strips of 128 rows keep temporaries in the cache. torch's own
+``float8_e4m3fn -> float32`` takes 5 ns an element on a CPU, a table look-up 1.5 (measured).
+"""
+
+import enum
+from collections import Counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK = 128
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+
+QUANTIZED_SUFFIXES = (
+    *(f"{name}_proj.weight" for name in ("gate", "up", "down", "q_a", "q_b", "q", "kv_b", "o")),
+    "kv_a_proj_with_mqa.weight",
+)
+"""What a release quantises: every linear of attention and FFN; not router, norms, vocabulary."""
+
+SCALE_SUFFIX = "_scale_inv"
+
+QUANTIZATION_CONFIG = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [BLOCK, BLOCK],
+}
+"""``quantization_config`` of the released ``config.json``."""
+
+_VALUES = torch.arange(256, dtype=torch.uint8).view(E4M3).to(torch.float32).numpy()
+
+
+class ScaleClass(enum.StrEnum):
+    """How a block's scale was made, which decides what can be rebuilt without it."""
+
+    ZERO = "zero block"
+    """All codes are 0, so any scale says the same; quantising gives 1."""
+    BF16_AMAX = "bf16 amax / 448"
+    FP32_AMAX = "fp32 amax / 448"
+    OTHER = "other"
+
+
+def is_quantized(hf_name: str) -> bool:
+    """Whether a release holds this Hugging Face tensor as FP8."""
+    return hf_name.endswith(QUANTIZED_SUFFIXES)
+
+
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Blocks of a weight [m, n], ceil-divided: kv_a_proj_with_mqa's 576 rows have 5."""
+    m, n = shape
+    return -(-m // BLOCK), -(-n // BLOCK)
+
+
+def _columns(per_block: Tensor, n: int) -> Tensor:
+    """[nb] -> [n]: each block's number over its columns."""
+    return per_block.repeat_interleave(BLOCK)[:n]
+
+
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """``code x scale`` in fp32, rounded once to ``dtype``.
+
+    Args:
+        codes: [m, n] e4m3; a row chunk must start at a multiple of 128 of its weight.
+        scales: [ceil(m / 128), ceil(n / 128)] fp32.
+        dtype: of the result.
+    """
+    m, n = codes.shape
+    if tuple(scales.shape) != scale_shape((m, n)):
+        raise ValueError(f"scales {list(scales.shape)}, expected {list(scale_shape((m, n)))}")
+    result = torch.empty(m, n, dtype=dtype)
+    raw = codes.view(torch.uint8).numpy()
+    strip = np.empty((min(m, BLOCK), n), np.float32)
+    for i, top in enumerate(range(0, m, BLOCK)):
+        values = strip[: min(BLOCK, m - top)]
+        np.take(_VALUES, raw[top : top + BLOCK], out=values, mode="clip")
+        result[top : top + BLOCK] = torch.from_numpy(values).mul_(_columns(scales[i], n))
+    return result
+
+
+def _block_amax(strip: Tensor) -> Tensor:
+    """Largest magnitude of each block of a strip [<= 128, n], [nb] fp32."""
+    columns = strip.abs().amax(0).float()
+    padded = torch.nn.functional.pad(columns, (0, -len(columns) % BLOCK))
+    return padded.view(-1, BLOCK).amax(1)
+
+
+def _encode(strip: Tensor, scales: Tensor) -> Tensor:
+    """Codes of a strip, [<= 128, n]: fp32 division, saturated, rounded to nearest even."""
+    scaled = strip.float() / _columns(scales, strip.shape[1])
+    # NaN stays NaN through clamp; without it a quotient of 448 (1 + 2^-24) is still 448
+    return scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [m, n] e4m3 and scales fp32 of a weight [m, n] (bf16 or fp32), amax / 448 a block.
+
+    A block of zeros gets scale 1: amax / 448 would divide 0 by 0.
+    """
+    codes, scales, _ = requantize(weight, None)
+    return codes, scales
+
+
+def requantize(weight: Tensor, source_scales: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """``quantize``, but blocks that still hold a source's values get the source's scale and codes.
+
+    Per block: quantise by the source's scale, dequantise, compare bit for bit (NaN counts as
+    different); equal means training did not touch it.
+
+    Args:
+        weight: [m, n] bf16 or fp32, the dtype it was dequantised to.
+        source_scales: of the release it came from, or None.
+
+    Returns:
+        Codes, scales, and how many blocks took the source's scale.
+    """
+    m, n = weight.shape
+    codes = torch.empty(m, n, dtype=E4M3)
+    scales = torch.empty(scale_shape((m, n)), dtype=torch.float32)
+    num_kept = 0
+    for i, top in enumerate(range(0, m, BLOCK)):
+        rows = slice(top, top + BLOCK)
+        strip = weight[rows]
+        amax = _block_amax(strip)
+        scales[i] = torch.where(amax > 0, amax / E4M3_MAX, torch.ones(()))
+        if source_scales is not None:
+            codes[rows], is_same = _encode_as(strip, source_scales[i])
+            num_kept += int(is_same.sum())
+            scales[i] = torch.where(is_same, source_scales[i], scales[i])
+            if is_same.all():
+                continue
+        codes[rows] = _encode(strip, scales[i])
+    return codes, scales, num_kept
+
+
+def _encode_as(strip: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes by given scales, and for each block whether they give ``strip`` back, [nb] bool."""
+    codes = _encode(strip, scales)
+    back = dequantize(codes, scales[None], strip.dtype)
+    differs = (back != strip).any(0)
+    padded = torch.nn.functional.pad(differs, (0, -len(differs) % BLOCK))
+    return codes, ~padded.view(-1, BLOCK).any(1)
+
+
+def classify_scales(codes: Tensor, scales: Tensor) -> Counter[ScaleClass]:
+    """Blocks by how their scale was made; what an import reports and an export can expect.
+
+    A block is amax-derived if its largest code is 448; then the bf16 class is the one whose scale
+    is that of its own amax rounded to bf16.
+    """
+    amax = _code_amax(codes)
+    rounded = (scales * E4M3_MAX).to(torch.bfloat16).float() / E4M3_MAX
+    is_zero, is_top = amax == 0, amax == E4M3_MAX
+    is_bf16 = is_top & (rounded == scales)
+    counts = Counter(
+        {
+            ScaleClass.ZERO: int(is_zero.sum()),
+            ScaleClass.BF16_AMAX: int(is_bf16.sum()),
+            ScaleClass.FP32_AMAX: int((is_top & ~is_bf16).sum()),
+            ScaleClass.OTHER: int((~is_zero & ~is_top).sum()),
+        }
+    )
+    return +counts
+
+
+def _code_amax(codes: Tensor) -> Tensor:
+    """Largest magnitude among each block's codes, [mb, nb] fp32, from the codes' order as bytes."""
+    m, n = codes.shape
+    largest = torch.empty(scale_shape((m, n)), dtype=torch.uint8)
+    for i, top in enumerate(range(0, m, BLOCK)):
+        strip = codes.view(torch.uint8)[top : top + BLOCK]
+        columns = (strip & 0x7F).amax(0)  # sign off: bytes now order as their values do
+        padded = torch.nn.functional.pad(columns, (0, -n % BLOCK))
+        largest[i] = padded.view(-1, BLOCK).amax(1)
+    return torch.from_numpy(_VALUES[largest.numpy()])

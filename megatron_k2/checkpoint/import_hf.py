@@ -1,0 +1,300 @@
+"""Hugging Face directory -> Megatron ``torch_dist`` checkpoint, streaming, whole or not at all.
+
+Order of work: open and check the source, settle the shape from its ``config.json``, audit every
+tensor, make Megatron's arguments, look at the disk; only then write. Weights pass as row chunks
+from mapped files to ``.distcp`` files: no model is built, and a worker's memory is a few chunks.
+
+The result is a ``--save`` directory whose tracker says ``release``: weights without a history.
+
+    OUT/latest_checkpointed_iteration.txt
+    OUT/release/      .metadata, *.distcp, arguments
+    OUT/hf_source/    config.json, tokenizer files, scales.safetensors: what an export needs to give
+                      back the source's fields and, where training left them alone, its FP8 bytes
+"""
+
+import dataclasses
+import functools
+import shutil
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_k2.checkpoint.fp8 import BLOCK, E4M3, SCALE_SUFFIX, classify_scales, dequantize
+from megatron_k2.checkpoint.hf_config import TOKENIZER_FILES
+from megatron_k2.checkpoint.hf_preset import preset_from_hf
+from megatron_k2.checkpoint.hf_source import HfSource
+from megatron_k2.checkpoint.mapping import Pair, expand
+from megatron_k2.checkpoint.megatron_source import RELEASE, TRACKER
+from megatron_k2.checkpoint.megatron_target import (
+    Chunk,
+    Placement,
+    chunk_from,
+    place,
+    without_crc,
+    write_chunk,
+    write_common,
+    write_metadata,
+)
+from megatron_k2.checkpoint.origin import SCALES_FILE, SOURCE_DIR
+from megatron_k2.checkpoint.safetensors_stream import (
+    TensorSlot,
+    flush,
+    row_chunks,
+    write_safetensors,
+)
+from megatron_k2.checkpoint.selection import Selection
+from megatron_k2.checkpoint.source_audit import SourceAudit, audit_source, require_clean_source
+from megatron_k2.checkpoint.units import (
+    Progress,
+    Receipt,
+    Unit,
+    Workplace,
+    naming_a_full_disk,
+    require_free,
+    require_space,
+    run_units,
+)
+from megatron_k2.data.storage import write_atomically
+from megatron_k2.errors import UserError
+from megatron_k2.presets import ModelPreset
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+UNIT_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What a person may choose."""
+
+    preset: str | None = None
+    """Name saved with the checkpoint; None: the preset of the same shape, else kimi-k2."""
+    dtype: str | None = None
+    """``bf16`` or ``fp32``; None keeps each tensor's, and makes FP8 bf16."""
+    only: Selection = dataclasses.field(default_factory=Selection)
+    num_workers: int = 1
+    check_finite: bool = False
+    """Refuse NaN and infinite weights."""
+
+
+@dataclass(frozen=True)
+class ImportResult:
+    """What was written."""
+
+    directory: Path
+    preset: ModelPreset
+    audit: SourceAudit
+    num_files: int
+    total_size_bytes: int
+    scale_classes: dict[str, int]
+    """Blocks of the source by ``fp8.ScaleClass``; empty if nothing was FP8."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every worker is told."""
+
+    hf_dir: Path
+    check_finite: bool
+    fingerprint: str
+    """Of the job, so that a cached source is never another's."""
+
+
+def import_hf(
+    hf_dir: Path,
+    megatron_dir: Path,
+    options: ImportOptions,
+    progress: Progress = lambda done, total: None,
+) -> ImportResult:
+    """Write ``megatron_dir`` from the Hugging Face directory ``hf_dir``.
+
+    Args:
+        hf_dir: safetensors files with ``config.json``; bf16, fp32 or block FP8.
+        megatron_dir: must not exist yet, or be empty; what is given to Megatron's ``--load``.
+        options: choices.
+        progress: told after every file.
+
+    Raises:
+        UserError: before anything is written, for every wrong input that can be seen then; and for
+            a full disk or a NaN afterwards.
+    """
+    if options.dtype not in (None, *DTYPES):
+        raise UserError(f"--dtype '{options.dtype}' is not one of: {', '.join(DTYPES)}")
+    if options.num_workers < 1:
+        raise UserError(f"--workers {options.num_workers}: expected 1 or more")
+    require_free(megatron_dir)
+    source = HfSource(hf_dir)
+    preset = preset_from_hf(source.config, options.preset)
+    audit = audit_source(source.stored, preset, options.only)
+    require_clean_source(audit, hf_dir)
+    placements = _placements(source, preset, options)
+    args = imported_args_of(preset, source.config, placements)
+    units = list(_units(placements))
+    require_space(megatron_dir, sum(unit.num_bytes for unit in units))
+
+    workplace = Workplace(megatron_dir, _job_record(source, options))
+    release = workplace.directory / RELEASE
+    release.mkdir(exist_ok=True)
+    work = functools.partial(
+        _import_unit, _Job(hf_dir, options.check_finite, workplace.fingerprint)
+    )
+    receipts = run_units(workplace, units, work, options.num_workers, progress)
+    with naming_a_full_disk(workplace.directory):
+        _finish(release, units, receipts, args)
+        _keep_source(workplace.directory / SOURCE_DIR, source, options.only)
+        write_atomically(workplace.directory / TRACKER, RELEASE.encode())
+        workplace.publish()
+    classes: Counter[str] = Counter()
+    for receipt in receipts:
+        classes.update(receipt["scale_classes"])
+    size = sum(receipt["num_bytes"] for receipt in receipts)
+    return ImportResult(megatron_dir, preset, audit, len(units), size, dict(classes))
+
+
+def imported_args_of(
+    preset: ModelPreset, config: dict[str, Any], placements: list[Placement]
+) -> Namespace:
+    """Megatron's arguments; bf16 if most of the weights are."""
+    from megatron_k2.checkpoint.imported_args import imported_args
+
+    dtypes = Counter(placement.dtype for placement in placements)
+    return imported_args(preset, config, is_bf16=dtypes.most_common(1)[0][0] == torch.bfloat16)
+
+
+def _job_record(source: HfSource, options: ImportOptions) -> dict[str, Any]:
+    """What makes one import the same as another: the source's files and the choices."""
+    files = sorted({tensor.file for tensor in source.stored.values()})
+    stats = [(source.directory / file).stat() for file in files]
+    return {
+        "files": [[f, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats, strict=True)],
+        "directory": str(source.directory.resolve()),
+        "config": source.config,
+        "options": [options.preset, options.dtype, str(options.only), options.check_finite],
+        "schema_version": 1,
+    }
+
+
+def _placements(source: HfSource, preset: ModelPreset, options: ImportOptions) -> list[Placement]:
+    """Every Megatron tensor with its place; one dtype for all experts of a stored key."""
+    pairs = list(options.only.take(expand(preset)))
+    placed = [
+        place(pair, preset.num_moe_experts, _dtype_of(source, pair, options)) for pair in pairs
+    ]
+    widest: dict[str, torch.dtype] = {}
+    for placement in placed:
+        before = widest.get(placement.key, placement.dtype)
+        widest[placement.key] = torch.promote_types(before, placement.dtype)
+    return [dataclasses.replace(p, dtype=widest[p.key]) for p in placed]
+
+
+def _dtype_of(source: HfSource, pair: Pair, options: ImportOptions) -> torch.dtype:
+    if pair.rule.is_fp32:
+        return torch.float32
+    if options.dtype is not None:
+        return DTYPES[options.dtype]
+    stored = [source.stored[name].dtype for name in pair.hf]
+    kept = [torch.bfloat16 if dtype == E4M3 else dtype for dtype in stored]
+    return functools.reduce(torch.promote_types, kept)
+
+
+def _units(placements: list[Placement]) -> Iterator[Unit]:
+    """Files of at most ``UNIT_BYTES`` that never cross a layer."""
+    group: list[Placement] = []
+    num_bytes, num_files = 0, 0
+    for placement in placements:
+        size = placement.pair.num_elements * placement.dtype.itemsize
+        crosses = bool(group) and group[-1].pair.layer != placement.pair.layer
+        if group and (crosses or num_bytes + size > UNIT_BYTES):
+            yield Unit(f"{RELEASE}/__{num_files}_0.distcp", num_bytes, tuple(group))
+            group, num_bytes, num_files = [], 0, num_files + 1
+        group.append(placement)
+        num_bytes += size
+    yield Unit(f"{RELEASE}/__{num_files}_0.distcp", num_bytes, tuple(group))
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(job: _Job) -> HfSource:
+    """Once in a worker's life: K2's headers are 20 MB of JSON."""
+    return HfSource(job.hf_dir)
+
+
+def _import_unit(job: _Job, path: Path, unit: Unit) -> Receipt:
+    """Write one ``.distcp`` file; its receipt lists the chunks."""
+    source = _opened(job)
+    chunks: list[Chunk] = []
+    classes: Counter[str] = Counter()
+    with path.open("wb") as file, without_crc():
+        for placement in unit.payload:
+            for name, shape, begin in placement.pair.parts():
+                with naming_a_full_disk(path, name):
+                    for top, rows in _rows(source, name, shape, placement.dtype, classes):
+                        if job.check_finite:
+                            _require_finite(source, name, top, rows)
+                        chunks.append(write_chunk(file, placement, begin + top, rows))
+        flush(file)
+    return {
+        "chunks": [dataclasses.astuple(chunk) for chunk in chunks],
+        "scale_classes": {str(kind): number for kind, number in classes.items()},
+    }
+
+
+def _rows(
+    source: HfSource,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    classes: Counter[str],
+) -> Iterator[tuple[int, Tensor]]:
+    """Row chunks of a source tensor in ``dtype``, FP8 dequantised; first row and rows.
+
+    Rows in their own dtype are views of the mapped file: they go to disk without a copy.
+    """
+    is_fp8 = source.stored[name].dtype == E4M3
+    for top, end in row_chunks(shape, dtype.itemsize):
+        rows = source.read(name, slice(top, end))
+        if is_fp8:
+            blocks = slice(top // BLOCK, -(-end // BLOCK))
+            scales = source.read(name + SCALE_SUFFIX, blocks)
+            classes.update(classify_scales(rows, scales))
+            rows = dequantize(rows, scales, dtype)
+        yield top, rows.to(dtype)
+
+
+def _require_finite(source: HfSource, name: str, top: int, rows: Tensor) -> None:
+    is_finite = torch.isfinite(rows)
+    if is_finite.all():
+        return
+    row = top + int((~is_finite.view(len(rows), -1)).any(1).nonzero()[0])
+    file = source.directory / source.stored[name].file
+    raise UserError(f"{file}: '{name}' has a NaN or an infinity in row {row}")
+
+
+def _finish(release: Path, units: list[Unit], receipts: list[Receipt], args: Namespace) -> None:
+    """What makes the files a checkpoint."""
+    chunks = (
+        (Path(unit.file).name, chunk_from(entry))
+        for unit, receipt in zip(units, receipts, strict=True)
+        for entry in receipt["chunks"]
+    )
+    common_file = f"__{len(units)}_0.distcp"
+    common = write_common(release, common_file, args)
+    write_metadata(release, chunks, common_file, common)
+
+
+def _keep_source(directory: Path, source: HfSource, only: Selection) -> None:
+    """The source's own files, and the scales of its FP8 weights."""
+    directory.mkdir(exist_ok=True)
+    for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
+        if (source.directory / name).is_file():
+            shutil.copyfile(source.directory / name, directory / name)
+    names = sorted(name for name in source.stored if name.endswith(SCALE_SUFFIX))
+    if not names or not only.is_all:
+        return
+    slots = [TensorSlot(name, source.stored[name].shape, torch.float32) for name in names]
+    write_safetensors(directory / SCALES_FILE, slots, (source.read(name) for name in names))

@@ -1,0 +1,209 @@
+"""A conversion as units of work: one output file each, done once, by any number of processes.
+
+Crash safety: a unit's file is written under a temporary name, flushed and renamed, then its receipt
+(what the file holds) is written the same way. A unit whose receipt and file are there is done, so a
+conversion killed at any moment and started again redoes only what was under way. The job's
+fingerprint (inputs and options) lies beside the receipts: of another job's leftovers nothing is
+taken.
+
+Workers are started anew (spawn), import torch and this package only, and end with their parent.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_k2.data.storage import sha256_of_json, sync_directory, write_atomically
+from megatron_k2.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Receipt = dict[str, Any]
+"""JSON-able; ``num_bytes`` is the length of the unit's file."""
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all), after every unit."""
+
+_WORK = ".work"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One output file."""
+
+    file: str
+    num_bytes: int
+    """About how many it takes; for progress and for the order of work."""
+    payload: Any
+    """What the work function needs to know; must be picklable."""
+
+
+Work = Callable[[Path, Unit], Receipt]
+"""Writes ``unit`` to the path given (a temporary name) and says what it wrote."""
+
+
+class Workplace:
+    """The directory a conversion writes in before its result gets its final name."""
+
+    def __init__(self, target: Path, job: dict[str, Any]) -> None:
+        """Prepare ``target``'s neighbour ``<target>.partial``.
+
+        Args:
+            target: final directory; must be absent or empty.
+            job: inputs and options, JSON-able; leftovers of another job are removed.
+        """
+        require_free(target)
+        self.target = target
+        self.directory = target.with_name(f"{target.name}.partial")
+        self._receipts = self.directory / _WORK
+        self.fingerprint = sha256_of_json(job)
+        record = self._receipts / "job"
+        if self.directory.exists() and not (
+            record.is_file() and record.read_text() == self.fingerprint
+        ):
+            logger.warning("removing %s, left by another conversion", self.directory)
+            shutil.rmtree(self.directory)
+        self._receipts.mkdir(parents=True, exist_ok=True)
+        write_atomically(record, self.fingerprint.encode())
+
+    def receipt(self, unit: Unit) -> Receipt | None:
+        """Of a finished unit; None if it is yet to be done."""
+        path = _receipt_path(self.directory, unit)
+        written = self.directory / unit.file
+        if not path.is_file() or not written.is_file():
+            return None
+        receipt: Receipt = json.loads(path.read_text())
+        return receipt if written.stat().st_size == receipt["num_bytes"] else None
+
+    def publish(self) -> None:
+        """Drop the receipts and give the directory its final name."""
+        shutil.rmtree(self._receipts)
+        sync_directory(self.directory)
+        self.directory.rename(self.target)  # an empty target is replaced, as POSIX says
+        sync_directory(self.target.parent)
+
+
+def _receipt_path(directory: Path, unit: Unit) -> Path:
+    return directory / _WORK / f"{Path(unit.file).name}.json"
+
+
+def require_free(target: Path) -> None:
+    """Refuse to write into a directory that has something in it."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists already; remove it or choose another directory")
+
+
+def require_space(target: Path, num_bytes: int) -> None:
+    """Refuse what cannot fit, before anything is written.
+
+    Args:
+        target: what will be written; need not exist.
+        num_bytes: it will take.
+    """
+    parent = target.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        raise UserError(
+            f"{target} needs {num_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; "
+            "choose another disk"
+        )
+
+
+def run_units(
+    place: Workplace, units: Sequence[Unit], work: Work, num_workers: int, progress: Progress
+) -> list[Receipt]:
+    """Do what is not done yet; receipts in the order of ``units``."""
+    receipts = {unit.file: receipt for unit in units if (receipt := place.receipt(unit))}
+    total = sum(unit.num_bytes for unit in units)
+    done = sum(unit.num_bytes for unit in units if unit.file in receipts)
+    if receipts:
+        logger.warning("%d of %d files are there already", len(receipts), len(units))
+    progress(done, total)
+    for unit, receipt in _results(
+        place.directory, [unit for unit in units if unit.file not in receipts], work, num_workers
+    ):
+        receipts[unit.file] = receipt
+        done += unit.num_bytes
+        progress(done, total)
+    return [receipts[unit.file] for unit in units]
+
+
+def _results(
+    directory: Path, units: Sequence[Unit], work: Work, num_workers: int
+) -> Iterator[tuple[Unit, Receipt]]:
+    if num_workers == 1 or len(units) < 2:
+        for unit in units:
+            yield unit, do_unit(directory, unit, work)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        min(num_workers, len(units)), context, initializer=_start_worker, initargs=(os.getpid(),)
+    ) as pool:
+        largest_first = sorted(units, key=lambda unit: -unit.num_bytes)
+        running = {pool.submit(do_unit, directory, unit, work): unit for unit in largest_first}
+        try:
+            for future in as_completed(running):
+                yield running[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _start_worker(parent: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # the processes are the parallelism
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def do_unit(directory: Path, unit: Unit, work: Work) -> Receipt:
+    """One unit: temporary name, flush, rename, receipt.
+
+    Raises:
+        UserError: naming the file, if the disk is full.
+    """
+    final = directory / unit.file
+    temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
+    for leftover in final.parent.glob(f"{final.name}.*.tmp"):
+        leftover.unlink()
+    with naming_a_full_disk(final):
+        receipt = work(temporary, unit)
+        receipt["num_bytes"] = temporary.stat().st_size
+        temporary.replace(final)
+        sync_directory(final.parent)
+        content = json.dumps(receipt, separators=(",", ":")).encode()
+        write_atomically(_receipt_path(directory, unit), content)
+    return receipt
+
+
+@contextlib.contextmanager
+def naming_a_full_disk(path: Path, tensor: str | None = None) -> Iterator[None]:
+    """Turn "no space left" into a sentence that names the file, and the tensor being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{path}: the disk is full{f' at {tensor!r}' if tensor else ''}; make room and run the "
+            "same command again, finished files are kept"
+        ) from error

@@ -1,0 +1,126 @@
+"""The command line of ``megatron-k2 convert``."""
+
+import argparse
+from pathlib import Path
+
+from megatron_k2.presets import PRESETS
+
+
+def parser() -> argparse.ArgumentParser:
+    """One sub-command a direction, and the looks."""
+    whole = argparse.ArgumentParser(
+        prog="megatron-k2 convert",
+        description="checkpoints between Hugging Face and Megatron, and looks at either",
+    )
+    commands = whole.add_subparsers(dest="command", required=True)
+    _add_import(commands.add_parser("import", help="Hugging Face directory -> Megatron"))
+    _add_export(commands.add_parser("export", help="Megatron checkpoint -> Hugging Face directory"))
+    _add_audit(commands.add_parser("audit", help="account for every tensor; nothing is written"))
+    _add_verify(commands.add_parser("verify", help="compare two checkpoints of either kind"))
+    _add_verify_logits(
+        commands.add_parser("verify-logits", help="compare an export with reference logits")
+    )
+    _add_inspect(commands.add_parser("inspect", help="what a checkpoint of either kind holds"))
+    return whole
+
+
+def _add_conversion(command: argparse.ArgumentParser) -> None:
+    """What both directions have."""
+    command.add_argument("--workers", type=int, default=1, help="processes (default 1)")
+    _add_only(command)
+    command.add_argument(
+        "--check-finite", action="store_true", help="refuse NaN and infinite weights"
+    )
+    command.add_argument(
+        "--project", choices=PRESETS, help="print what this preset would take at the rate measured"
+    )
+
+
+def _add_only(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--only", help="a part: 'layers.0-3', 'experts.0-7', or both with a comma")
+
+
+def _add_import(command: argparse.ArgumentParser) -> None:
+    command.add_argument("hf_dir", type=Path, help="safetensors and config.json; bf16, fp32 or FP8")
+    command.add_argument("megatron_dir", type=Path, help="directory to create, for Megatron's load")
+    command.add_argument(
+        "--preset", choices=PRESETS, help="name to save with it; default: the one of this shape"
+    )
+    command.add_argument(
+        "--dtype", choices=("bf16", "fp32"), help="default: as stored, FP8 becomes bf16"
+    )
+    _add_conversion(command)
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "megatron_dir", type=Path, help="Megatron's --save directory, or an iter_* in it"
+    )
+    command.add_argument("hf_dir", type=Path, help="directory to create")
+    command.add_argument(
+        "--preset", choices=PRESETS, help="default: what the checkpoint's args say"
+    )
+    command.add_argument("--iteration", type=int, help="default: the latest, by the tracker file")
+    command.add_argument("--dtype", choices=("bf16", "fp32", "fp8"), default="bf16")
+    command.add_argument(
+        "--model-type",
+        choices=("kimi_k2", "deepseek_v3"),
+        help="default: the source's, else kimi_k2 as released; deepseek_v3 loads in transformers "
+        "without remote code",
+    )
+    command.add_argument(
+        "--source",
+        type=Path,
+        help="where config fields, tokenizer and FP8 scales come from; default: the directory the "
+        "run's weights were imported from",
+    )
+    command.add_argument(
+        "--tokenizer", type=Path, help="directory whose tokenizer files are copied"
+    )
+    command.add_argument(
+        "--yarn",
+        action=argparse.BooleanOptionalAction,
+        help="position encoding is YaRN's; default: what the checkpoint's args say",
+    )
+    command.add_argument(
+        "--max-shard-gb", type=float, help="cut shards by size; default: one layer a shard"
+    )
+    _add_conversion(command)
+
+
+def _add_audit(command: argparse.ArgumentParser) -> None:
+    command.add_argument("hf_dir", type=Path, nargs="?", help="Hugging Face directory")
+    command.add_argument("--preset", choices=PRESETS, help="the release's layout, generated")
+
+
+def _add_verify(command: argparse.ArgumentParser) -> None:
+    command.add_argument("a", type=Path, metavar="A")
+    command.add_argument("b", type=Path, metavar="B")
+    command.add_argument("--preset", choices=PRESETS, help="where a checkpoint saved no arguments")
+    command.add_argument("--rows", type=int, default=10, help="of the table of differences")
+    command.add_argument(
+        "--tolerance", type=float, default=0.0, help="largest relative difference that is no error"
+    )
+    command.add_argument(
+        "--logits", action="store_true", help="also run both models on the same tokens, in fp32"
+    )
+    command.add_argument("--logit-tolerance", type=float, default=1e-4, help="largest |difference|")
+    _add_only(command)
+
+
+def _add_verify_logits(command: argparse.ArgumentParser) -> None:
+    command.add_argument("hf_dir", type=Path)
+    command.add_argument(
+        "--reference",
+        type=Path,
+        required=True,
+        help="torch.save of {'tokens': int64 [b,s], 'logits': fp32 [b,s,V]}",
+    )
+    command.add_argument(
+        "--tolerance", type=float, default=1e-4, help="largest |difference| allowed"
+    )
+
+
+def _add_inspect(command: argparse.ArgumentParser) -> None:
+    command.add_argument("directory", type=Path)
+    command.add_argument("--iteration", type=int, help="of a Megatron checkpoint")
