@@ -6,11 +6,14 @@ global name and position, so that any layout's optimizer sees the same numbers.
 """
 
 import json
+import os
 import sys
 import zlib
 from pathlib import Path
 
 import torch
+
+from tests.distributed import free_port
 
 
 def _box(sharded, key_suffix: str) -> torch.Tensor:
@@ -121,7 +124,7 @@ def run_case(case: dict) -> None:
 
 
 def reset_megatron() -> None:
-    """Forget the last run, keep the process group."""
+    """Forget the last run and its process groups: gloo keeps threads for each of them."""
     import megatron.training.training as training
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
@@ -133,6 +136,10 @@ def reset_megatron() -> None:
     destroy_rerun_state_machine()
     destroy_moe_metrics_tracker()
     parallel_state.destroy_model_parallel()
+    port = [free_port()]
+    torch.distributed.broadcast_object_list(port, src=0)
+    torch.distributed.destroy_process_group()
+    os.environ["MASTER_PORT"] = str(port[0])
 
 
 def main() -> None:
