@@ -69,6 +69,7 @@ def hf_config(
     if model_type not in MODEL_TYPES:
         raise UserError(f"--model-type '{model_type}' is not one of: {', '.join(MODEL_TYPES)}")
     p = preset
+    require_normalised_choice(p.moe_router_topk)
     config = _FIXED | {
         "aux_loss_alpha": p.moe_aux_loss_coeff,
         "bos_token_id": p.bos_token_id,
@@ -103,6 +104,19 @@ def hf_config(
     if p.yarn is not None:
         config["rope_scaling"] = _rope_scaling(p.yarn)
     return dict(sorted(config.items()))
+
+
+def require_normalised_choice(topk: int) -> None:
+    """Refuse one expert per token.
+
+    Hugging Face's ``norm_topk_prob`` makes the one weight 1; Megatron 0.19.2 normalises above one
+    expert only (``moe_utils.py:868``), so the same weights would compute something else.
+    """
+    if topk < 2:
+        raise UserError(
+            f"num_experts_per_tok={topk}: Megatron does not normalise the weight of a single "
+            "expert, Hugging Face does; models with 2 or more can be converted"
+        )
 
 
 def _rope_scaling(yarn: YarnScaling) -> dict[str, Any]:

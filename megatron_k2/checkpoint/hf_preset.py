@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from megatron_k2.checkpoint.fp8 import BLOCK
-from megatron_k2.checkpoint.hf_config import hf_config
+from megatron_k2.checkpoint.hf_config import hf_config, require_normalised_choice
 from megatron_k2.errors import UserError
 from megatron_k2.presets import PRESETS, ModelPreset, YarnScaling, get_preset
 
@@ -78,6 +78,12 @@ def preset_from_hf(config: dict[str, Any], base_name: str | None = None) -> Mode
         if config.get(key, known[0]) not in known:
             expected = " or ".join(repr(value) for value in known)
             raise UserError(f"config.json: {key}={config[key]!r}, supported is {expected}")
+    require_normalised_choice(config["num_experts_per_tok"])
+    if config["hidden_size"] % config["num_attention_heads"]:
+        raise UserError(
+            f"config.json: hidden_size={config['hidden_size']} does not divide by "
+            f"num_attention_heads={config['num_attention_heads']}, which Megatron demands"
+        )
     _check_quantization(config.get("quantization_config"))
     fields: dict[str, Any] = {field: config[key] for key, field in _FIELDS.items()}
     fields |= {f: config[k] for k, f in _OPTIONAL.items() if isinstance(config.get(k), int | float)}

@@ -1,4 +1,4 @@
-"""Two checkpoints of either kind by their logits: each run by its own side's code, in fp32.
+"""Two checkpoints of either kind by their logits: each run by its own side's code.
 
 A Megatron checkpoint runs in Megatron (one rank, ``megatron_k2.inference``), a Hugging Face
 directory in transformers. Weights are what lies on the disk, widened; FP8 is dequantised to bf16
@@ -20,15 +20,24 @@ from megatron_k2.checkpoint.megatron_source import MegatronSource, find_iteratio
 from megatron_k2.checkpoint.verify import LogitComparison, compare_outputs
 from megatron_k2.errors import UserError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 def compare_logits(
-    a: Path, b: Path, *, num_sequences: int = 2, seq_length: int = 32, seed: int = 0
+    a: Path,
+    b: Path,
+    *,
+    dtype: str = "fp32",
+    num_sequences: int = 2,
+    seq_length: int = 32,
+    seed: int = 0,
 ) -> LogitComparison:
     """Logits of A against those of B on random tokens.
 
     Args:
         a: Hugging Face directory or Megatron ``--save`` directory.
         b: the same; its logits are the reference.
+        dtype: to compute in, ``fp32`` or ``bf16``.
         num_sequences: to run.
         seq_length: tokens of each.
         seed: of the tokens.
@@ -41,7 +50,7 @@ def compare_logits(
         raise UserError(f"--logits: A has {sizes[0]} ids, B has {sizes[1]}; not the same model")
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, sizes[0], (num_sequences, seq_length), generator=generator)
-    return compare_outputs(logits_of(a, tokens), logits_of(b, tokens))
+    return compare_outputs(logits_of(a, tokens, dtype), logits_of(b, tokens, dtype))
 
 
 def _vocabulary(directory: Path) -> int:
@@ -53,14 +62,14 @@ def _vocabulary(directory: Path) -> int:
     return int(saved.vocab_size)
 
 
-def logits_of(directory: Path, tokens: Tensor) -> Tensor:
-    """fp32 logits [b, s, V] of tokens [b, s], by the code of the checkpoint's own side."""
+def logits_of(directory: Path, tokens: Tensor, dtype: str = "fp32") -> Tensor:
+    """Logits [b, s, V] fp32 of tokens [b, s], by the code of the checkpoint's own side."""
     if is_hf_directory(directory):
-        return _transformers_logits(HfSource(directory), tokens)
-    return _megatron_logits(directory, tokens)
+        return _transformers_logits(HfSource(directory), tokens, DTYPES[dtype])
+    return _megatron_logits(directory, tokens, DTYPES[dtype])
 
 
-def _transformers_logits(source: HfSource, tokens: Tensor) -> Tensor:
+def _transformers_logits(source: HfSource, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     preset = preset_from_hf(source.config)
@@ -69,14 +78,13 @@ def _transformers_logits(source: HfSource, tokens: Tensor) -> Tensor:
     settings.pop("quantization_config", None)
     config = DeepseekV3Config.from_dict(settings)
     config._attn_implementation = "eager"
-    with torch.device("meta"):
-        model = DeepseekV3ForCausalLM(config)
-    model.to_empty(device="cpu")
-    state = dict(_fused_state(HfWeights(source), list(model.state_dict())))
-    model.load_state_dict(state)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # buffers, not in the state
+    model = DeepseekV3ForCausalLM(config).eval()
+    model.load_state_dict(dict(_fused_state(HfWeights(source), list(model.state_dict()))))
+    if dtype != torch.float32:
+        for parameter in model.parameters():  # buffers (router bias, rotary) stay fp32, as trained
+            parameter.data = parameter.data.to(dtype)
     with torch.inference_mode():
-        return model.float().eval()(tokens).logits.float()
+        return model(tokens).logits.float()
 
 
 def _fused_state(weights: HfWeights, names: list[str]) -> list[tuple[str, Tensor]]:
@@ -106,14 +114,13 @@ def _fused_state(weights: HfWeights, names: list[str]) -> list[tuple[str, Tensor
     return state
 
 
-def _megatron_logits(directory: Path, tokens: Tensor) -> Tensor:
+def _megatron_logits(directory: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     from megatron_k2.inference.options import Layout
     from megatron_k2.inference.ranks import opened_model, process_group
     from megatron_k2.inference.saved_args import read_saved_args
 
     iteration, saved = read_saved_args(directory, None)
     args = copy.copy(saved)
-    args.bf16 = args.fp16 = False
-    args.params_dtype = torch.float32
+    args.bf16, args.fp16, args.params_dtype = dtype == torch.bfloat16, False, dtype
     with process_group() as device, opened_model(iteration, args, Layout()) as model:
         return model.whole_logits(tokens.to(device)).cpu()

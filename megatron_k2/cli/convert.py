@@ -160,7 +160,8 @@ def _verify(args: argparse.Namespace) -> int:
     if args.logits:
         from megatron_k2.checkpoint.verify_pair import compare_logits
 
-        is_same &= _print_logits(compare_logits(args.a, args.b), args.logit_tolerance)
+        logits = compare_logits(args.a, args.b, dtype=args.logits_dtype)
+        is_same &= _print_logits(logits, args.logit_tolerance)
     return 0 if is_same else 1
 
 

@@ -102,7 +102,10 @@ def _add_verify(command: argparse.ArgumentParser) -> None:
         "--tolerance", type=float, default=0.0, help="largest relative difference that is no error"
     )
     command.add_argument(
-        "--logits", action="store_true", help="also run both models on the same tokens, in fp32"
+        "--logits", action="store_true", help="also run both models on the same tokens"
+    )
+    command.add_argument(
+        "--logits-dtype", choices=("fp32", "bf16"), default="fp32", help="to compute in"
     )
     command.add_argument("--logit-tolerance", type=float, default=1e-4, help="largest |difference|")
     _add_only(command)

@@ -1,0 +1,73 @@
+"""What was imported computes what transformers computes, at configurations drawn at random."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from megatron_k2.checkpoint.import_hf import ImportOptions, import_hf
+from megatron_k2.checkpoint.verify_pair import compare_logits
+from megatron_k2.presets import YarnScaling
+from tests.checkpoint.build_checkpoints import TINY
+from tests.checkpoint.hf_directories import random_weights, write_directory
+
+
+def random_preset(seed):
+    """Of K2's architecture, every size drawn; half of them without q_lora, half with YaRN."""
+    draw = random.Random(seed)
+    num_experts = draw.choice([3, 4, 6, 8])
+    num_heads = draw.choice([1, 2, 3, 4])
+    has_yarn = seed % 2 == 0
+    return dataclasses.replace(
+        TINY,
+        num_layers=draw.choice([2, 3]),
+        num_dense_layers=draw.choice([0, 1]),
+        hidden_size=4 * num_heads * draw.randint(2, 9),
+        ffn_hidden_size=4 * draw.randint(3, 20),
+        num_attention_heads=num_heads,
+        q_lora_rank=draw.randint(5, 40) if seed % 4 < 2 else None,
+        kv_lora_rank=draw.randint(5, 40),
+        qk_head_dim=draw.randint(4, 20),
+        qk_pos_emb_head_dim=2 * draw.randint(2, 8),
+        v_head_dim=draw.randint(4, 20),
+        num_moe_experts=num_experts,
+        moe_router_topk=draw.randint(2, num_experts - 1),
+        moe_ffn_hidden_size=4 * draw.randint(2, 10),
+        num_shared_experts=draw.choice([1, 2]),
+        vocab_size=draw.randint(30, 200),
+        rotary_base=float(draw.choice([10000, 50000])),
+        norm_epsilon=draw.choice([1e-5, 1e-6]),
+        yarn=YarnScaling(4.0, 64, 2.0, 1.0, 1.0, 1.0) if has_yarn else None,
+        max_position_embeddings=256,
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_imported_weights_compute_transformers_logits(tmp_path, seed):
+    preset = random_preset(seed)
+    weights = random_weights(preset, torch.float32, seed)
+    release = write_directory(tmp_path / "hf", preset, weights)
+    import_hf(release, tmp_path / "megatron", ImportOptions())
+    found = compare_logits(tmp_path / "megatron", release)
+    assert found.max_abs_reference > 0.5
+    assert found.max_abs_difference < 1e-5 * found.max_abs_reference
+    assert found.argmax_agreement == 1
+
+
+def test_bf16_agrees_on_the_likeliest_token(tmp_path):
+    preset = random_preset(0)
+    release = write_directory(tmp_path / "hf", preset, random_weights(preset))
+    import_hf(release, tmp_path / "megatron", ImportOptions())
+    found = compare_logits(tmp_path / "megatron", release, dtype="bf16")
+    # two orders of rounding: a near tie of two tokens, or of two experts, may go either way
+    assert found.argmax_agreement > 0.9
+    assert found.mean_abs_difference < 0.01 * found.max_abs_reference
+
+
+def test_another_models_weights_are_seen(tmp_path):
+    preset = random_preset(1)
+    release = write_directory(tmp_path / "hf", preset, random_weights(preset, seed=1))
+    other = write_directory(tmp_path / "other", preset, random_weights(preset, seed=2))
+    import_hf(release, tmp_path / "megatron", ImportOptions())
+    assert compare_logits(tmp_path / "megatron", other).max_abs_difference > 0.1
