@@ -1,16 +1,20 @@
 """Megatron's chain of MuonClip and AdamW without ZeRO."""
 
-from typing import override
+from typing import Any, override
 
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor
 
 from megatron_k2.optimizer.grad_scope import GradScopeChain
 from megatron_k2.optimizer.plain import MuonClip
+from megatron_k2.optimizer.saved_state import inner, parts, take_over, upstream_momentum
 
 
 class PlainMuonClipChain(GradScopeChain):
-    """The registry's chain; made of a finished one by ``adopt``."""
+    """The registry's chain; made of a finished one by ``adopt``.
+
+    Its checkpoint format is Megatron's; what Megatron's own ``muon`` wrote loads (``saved_state``).
+    """
 
     @classmethod
     def adopt(cls, chain: ChainedOptimizer) -> "PlainMuonClipChain":
@@ -22,3 +26,21 @@ class PlainMuonClipChain(GradScopeChain):
     @override
     def adamw_parameters(self, optimizer: MegatronOptimizer) -> list[Tensor]:
         return [] if isinstance(optimizer.optimizer, MuonClip) else optimizer.get_parameters()
+
+    @override
+    def sharded_state_dict(
+        self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any
+    ) -> Any:
+        described = super().sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+        if is_loading:  # the file's groups need not be as many as ours
+            for part in parts(described):
+                del inner(part)["param_groups"]
+        return described
+
+    @override
+    def load_state_dict(self, state_dict: Any) -> None:
+        mu = upstream_momentum(state_dict)
+        if mu is not None:
+            own_groups = [o.optimizer.state_dict()["param_groups"] for o in self.chained_optimizers]
+            take_over(state_dict, mu, own_groups)
+        super().load_state_dict(state_dict)

@@ -14,12 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_k2.optimizer.chain import FORMAT
 from megatron_k2.optimizer.classification import classification_table
 from megatron_k2.optimizer.clip_step import check_clippable
 from megatron_k2.optimizer.domain import settings_from
 from megatron_k2.optimizer.expert_layout import expert_layout
 from megatron_k2.optimizer.max_logits import MaxLogits
 from megatron_k2.optimizer.muonclip import adopt_distributed, adopt_plain, register
+from megatron_k2.optimizer.saved_state import check_optimizer_state
 from megatron_k2.training.console import step_line
 from megatron_k2.training.metrics import MetricsWriter, StepRecord
 from megatron_k2.training.step_log import StepLog
@@ -50,6 +52,7 @@ class TrainingHooks:
         # RMSNorm gains crucial. No overrides means everything decays.
         kwargs["config_overrides"] = {}
         check_clippable(self.max_logits)
+        check_optimizer_state(self.args, FORMAT)
         settings = settings_from(self.args, model[0].config)
         if dist.get_rank() == 0:
             print(classification_table(model, settings.matrices))
