@@ -193,6 +193,21 @@ def _split_sizes_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bo
     return tensor.detach().numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+def _l2_norm(_chunk: int, _overflow: Any, lists: list[list[Any]], *_flags: Any) -> tuple[Any, None]:
+    """Norm over all tensors. Upstream's fallback for a missing kernel reads each tensor's norm."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(lists[0]))).view(1), None
+
+
+def _scale(_chunk: int, _overflow: Any, lists: list[list[Any]], factor: float) -> None:
+    """``destination = source * factor``. Upstream's fallback makes a copy of each tensor."""
+    sources, destinations = lists
+    if not destinations:
+        return
+    if sources is not destinations:
+        torch._foreach_copy_(destinations, sources)
+    torch._foreach_mul_(destinations, factor)
+
+
 def _initialize_believing_in_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
     """``initialize_megatron`` asks for CUDA by assertion and gates its groups on device_count.
 
@@ -227,6 +242,16 @@ def _megatron_redirections() -> list[Redirection]:
             "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
             _split_sizes_as_numpy,
             "core/transformer/moe/token_dispatcher.py:927",
+        ),
+        Redirection(
+            "megatron.core.optimizer.clip_grads.l2_norm_impl",
+            _l2_norm,
+            "core/optimizer/clip_grads.py:117",
+        ),
+        Redirection(
+            "megatron.core.optimizer.clip_grads.multi_tensor_scale_impl",
+            _scale,
+            "core/optimizer/clip_grads.py:191",
         ),
         Redirection(
             "megatron.training.training.initialize_megatron",
