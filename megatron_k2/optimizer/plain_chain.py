@@ -7,7 +7,13 @@ from torch import Tensor
 
 from megatron_k2.optimizer.grad_scope import GradScopeChain
 from megatron_k2.optimizer.plain import MuonClip
-from megatron_k2.optimizer.saved_state import inner, parts, take_over, upstream_momentum
+from megatron_k2.optimizer.saved_state import (
+    inner,
+    parts,
+    restore_numbering,
+    take_over,
+    upstream_momentum,
+)
 
 
 class PlainMuonClipChain(GradScopeChain):
@@ -40,7 +46,9 @@ class PlainMuonClipChain(GradScopeChain):
     @override
     def load_state_dict(self, state_dict: Any) -> None:
         mu = upstream_momentum(state_dict)
-        if mu is not None:
-            own_groups = [o.optimizer.state_dict()["param_groups"] for o in self.chained_optimizers]
+        own_groups = [o.optimizer.state_dict()["param_groups"] for o in self.chained_optimizers]
+        if mu is None:
+            restore_numbering(state_dict, own_groups)
+        else:
             take_over(state_dict, mu, own_groups)
         super().load_state_dict(state_dict)

@@ -64,6 +64,23 @@ def upstream_momentum(state: Any) -> float | None:
     return mus.pop()
 
 
+def restore_numbering(state: Any, own_groups: list[list[dict[str, Any]]]) -> None:
+    """Give our own loaded groups their parameters' numbers, which a checkpoint does not keep.
+
+    Raises:
+        UserError: if the checkpoint has other groups.
+    """
+    found = [inner(part)["param_groups"] for part in parts(state)]
+    if [len(groups) for groups in found] != [len(groups) for groups in own_groups]:
+        raise UserError(
+            f"the checkpoint has {[len(groups) for groups in found]} parameter groups in each "
+            f"optimizer, this run {[len(groups) for groups in own_groups]}; {WAY_OUT}"
+        )
+    for groups, own in zip(found, own_groups, strict=True):
+        for group, own_group in zip(groups, own, strict=True):
+            group["params"] = own_group["params"]
+
+
 def take_over(state: Any, mu: float, own_groups: list[list[dict[str, Any]]]) -> None:
     """Turn a loaded state of Megatron's ``muon`` into ours, in place.
 

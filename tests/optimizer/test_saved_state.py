@@ -11,7 +11,7 @@ import torch
 from megatron_k2.errors import UserError
 from megatron_k2.optimizer.chain import FORMAT
 from megatron_k2.optimizer.muon import update_momentum
-from megatron_k2.optimizer.saved_state import take_over, upstream_momentum
+from megatron_k2.optimizer.saved_state import restore_numbering, take_over, upstream_momentum
 from tests.distributed import run_ranks
 from tests.parallel.test_layouts import MODEL, ZERO, _load
 
@@ -64,6 +64,14 @@ def test_groups_are_ours_and_adamws_step_count_is_kept():
     assert upstream_momentum(state) is None, "saved again, it is ours"
 
 
+def test_our_own_groups_get_their_numbers_back_and_keep_the_rest():
+    saved = {i: {"state": {}, "param_groups": [{"lr": 0.1 + i}]} for i in (0, 1)}
+    restore_numbering(saved, OWN)
+    assert saved[1]["param_groups"] == [{"lr": 1.1, "params": [0, 1]}]
+    with pytest.raises(UserError, match=r"has \[1, 1\] parameter groups.* this run \[2, 1\]"):
+        restore_numbering(saved, [OWN[0] * 2, OWN[1]])
+
+
 def test_a_chain_in_the_other_order_keeps_the_step_count_too():
     state = _state(torch.ones(2, 2))
     state[0]["param_groups"], state[1]["param_groups"] = (
@@ -101,14 +109,15 @@ TWO_STEPS = "--train-samples 24 --save-interval".split()
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """(checkpoint by Megatron's muon, the same loaded and saved by MuonClip without a step)."""
+    """(checkpoint by Megatron's muon, loaded and saved by MuonClip without a step, again)."""
     root = tmp_path_factory.mktemp("import")
     theirs, ours = root / "theirs", root / "ours"
     write = [*MODEL, *TWO_STEPS, "2", "--optimizer", "muon", "--save", str(theirs)]
     read = [*MODEL, *TWO_STEPS, "5", "--load", str(theirs), "--save", str(ours)]
-    cases = [{"flags": write}, {"flags": read}]
+    again = [*MODEL, *TWO_STEPS, "5", "--load", str(ours), "--save", str(root / "again")]
+    cases = [{"flags": write}, {"flags": read}, {"flags": again}]
     run_ranks("tests.parallel.worker", 1, cases, root / "logs")
-    return theirs, ours
+    return theirs, ours, root / "again"
 
 
 def _everything(directory):
@@ -128,7 +137,7 @@ def _everything(directory):
 @pytest.mark.dist
 @pytest.mark.slow
 def test_a_checkpoint_of_megatrons_muon_loads_with_momentum_weights_and_moments_exact(loaded):
-    theirs, ours = (_everything(directory) for directory in loaded)
+    theirs, ours, _ = (_everything(directory) for directory in loaded)
     assert theirs.keys() == ours.keys()
     momenta = [key for key in theirs if ".momentum_buffer." in key]
     assert len(momenta) > 20
@@ -138,6 +147,14 @@ def test_a_checkpoint_of_megatrons_muon_loads_with_momentum_weights_and_moments_
             assert expected.abs().max() > 0
             expected = expected / (1 - MU)
         assert torch.equal(found, expected), key
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_once_taken_over_it_is_ours_and_loads_as_it_is(loaded):
+    _, ours, again = (_everything(directory) for directory in loaded)
+    assert ours.keys() == again.keys()
+    assert all(torch.equal(ours[key], again[key]) for key in ours)
 
 
 @pytest.mark.dist
