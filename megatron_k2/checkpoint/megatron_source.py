@@ -117,6 +117,8 @@ class MegatronSource:
         self.locations: dict[str, Location] = dict(_locate_all(self._metadata))
         self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
         self._files = MappedFiles()
+        self._layouts: dict[bytes, Tensor] = {}
+        """Pickled layout -> tensor without data; tensors of one shape have one."""
 
     @functools.cached_property
     def common(self) -> dict[str, Any]:
@@ -211,11 +213,16 @@ class MegatronSource:
         try:
             with path.open("rb") as stream:
                 opened = self._reader._slice_file(stream, info)
-                layout = torch.load(opened, map_location="meta", weights_only=True)
-                opened.seek(0)
-                if not layout.is_contiguous() or layout.untyped_storage().nbytes() != layout.nbytes:
-                    return torch.load(opened, map_location="cpu", weights_only=True)
                 archive: Any = torch._C.PyTorchFileReader(opened)  # its stub is incomplete
+                pickled = archive.get_record("data.pkl")
+                if pickled not in self._layouts:
+                    opened.seek(0)
+                    layout = torch.load(opened, map_location="meta", weights_only=True)
+                    self._layouts[pickled] = layout
+                layout = self._layouts[pickled]
+                if not layout.is_contiguous() or layout.untyped_storage().nbytes() != layout.nbytes:
+                    opened.seek(0)
+                    return torch.load(opened, map_location="cpu", weights_only=True)
                 offset = archive.get_record_offset("data/0")
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise UserError(
