@@ -31,7 +31,8 @@ FLAGS = f"""
     --moe-layer-freq ([0]*1+[1]*2) --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 32
     --moe-shared-expert-intermediate-size 32 --vocab-size 127 --seq-length 64
     --max-position-embeddings 64 --micro-batch-size 1 --global-batch-size 2
-    --train-samples {2 * STEPS} --optimizer sgd --lr 1e-1 --min-lr 1e-2 --lr-warmup-samples 0 --lr-decay-samples {2 * STEPS}
+    --train-samples {2 * STEPS} --optimizer sgd --lr 1e-1 --min-lr 1e-2
+    --lr-warmup-samples 0 --lr-decay-samples {2 * STEPS}
     --lr-wsd-decay-samples 2 --eval-iters 0 --save-interval {STEPS}
 """.split()
 SPREAD = """--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2
