@@ -17,7 +17,7 @@ VERBS = {
     "doctor": "what this machine has, and which features that turns on or off",
     "data": "prepare: turn text, JSONL or directories into Megatron indexed datasets",
     "pretrain": "train a preset on Megatron's own loop (any Megatron flag may follow)",
-    "convert": "export a Megatron checkpoint to a Hugging Face directory",
+    "convert": "checkpoints between Hugging Face and Megatron, both ways",
     "evaluate": "loss and perplexity of a Megatron checkpoint on a dataset",
     "generate": "sample text from a Megatron checkpoint",
     "report": "draw a run's metrics.jsonl as a PNG",
