@@ -71,3 +71,14 @@ def test_another_models_weights_are_seen(tmp_path):
     other = write_directory(tmp_path / "other", preset, random_weights(preset, seed=2))
     import_hf(release, tmp_path / "megatron", ImportOptions())
     assert compare_logits(tmp_path / "megatron", other).max_abs_difference > 0.1
+
+
+def test_deepseek_v3s_choice_among_groups_comes_along(tmp_path):
+    preset = dataclasses.replace(random_preset(0), num_moe_experts=6, moe_router_topk=4)
+    weights = random_weights(preset, torch.float32)
+    release = write_directory(tmp_path / "hf", preset, weights, n_group=3, topk_group=2)
+    import_hf(release, tmp_path / "megatron", ImportOptions())
+    found = compare_logits(tmp_path / "megatron", release)
+    assert found.max_abs_difference < 1e-5 * found.max_abs_reference
+    one_group = write_directory(tmp_path / "one_group", preset, weights)
+    assert compare_logits(tmp_path / "megatron", one_group).max_abs_difference > 1e-2
