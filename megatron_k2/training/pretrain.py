@@ -27,6 +27,7 @@ PROGRAM_START = time.time()
 
 def _single_process_environment() -> None:
     """What torchrun would have set, for one process started by hand."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if "RANK" in os.environ:
         return
     with socket.socket() as probe:
