@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 def test_vanilla_muon_passes_three_thresholds_where_muonclip_stays_at_one(tmp_path):
-    script = "examples/muonclip_stability/train.py"
+    script = "examples/muonclip_stability/run.py"
     arguments = "--steps 80 --seeds 0 --threshold 12 --optimizers muon muonclip --plot".split()
     done = subprocess.run(
         [sys.executable, script, *arguments, tmp_path / "plot.png"],

@@ -5,7 +5,7 @@ and Muon with QK-Clip. It shows the mechanism of Figure 2 of the Kimi K2 report 
 at a hidden size of 128, not its numbers. Optimizer arithmetic is the package's; the model is plain
 torch.
 
-    python examples/muonclip_stability/train.py --steps 300 --seeds 0 1
+    python examples/muonclip_stability/run.py --steps 300 --seeds 0 1
 """
 
 import argparse
