@@ -1,0 +1,166 @@
+"""``megatron-k2 plan optimizer``: who orthogonalises what at any world size, and what it costs."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_k2.optimizer.full_plan import Layout
+
+ASSUMPTIONS = (
+    "Layers are split evenly over the stages, the longer stages last (our choice). Buffers are in "
+    "Megatron's default buckets; data-parallel ranks include context-parallel ones. FLOPs are "
+    "those Newton-Schulz executes, a multiply-add counted as two. /item: the largest load over the "
+    "larger of the mean and the largest item, where an item is what has one home: a parameter, "
+    "gate and up together; /matrix: the same with the largest single matrix. Bytes are a rank's and a step's: out and back in bf16, mean "
+    "and largest (sent or received); ZeRO-1's are fp32 gradients scattered and bf16 parameters "
+    "gathered over the same ranks, AdamW's included."
+)
+
+HEADINGS = (
+    "domain",
+    "matrices",
+    "TFLOP total",
+    "mean",
+    "max",
+    "max/mean",
+    "/item",
+    "/matrix",
+    "padding",
+    "MB out mean",
+    "max",
+    "back mean",
+    "max",
+    "ZeRO-1 MB",
+)
+
+
+def facts(preset_name: str, layout: "Layout", tflops: float | None) -> dict[str, Any]:
+    """Everything printed.
+
+    Args:
+        preset_name: a model's.
+        layout: ranks.
+        tflops: assumed rate of a rank, TFLOP/s; ``None``: no seconds.
+    """
+    from megatron_k2.optimizer.full_plan import plan_model
+    from megatron_k2.presets import get_preset
+
+    preset = get_preset(preset_name)
+    plans = plan_model(preset, layout)
+    stages = [plan.summary() for plan in plans]
+    if tflops is not None:
+        for stage in stages:
+            stage["seconds"] = stage["flops_max"] / (tflops * 1e12)
+    return {
+        "preset": preset.name,
+        "world_size": layout.world_size,
+        "tensor_parallel": layout.tp,
+        "pipeline_parallel": layout.pp,
+        "expert_parallel": layout.ep,
+        "matrices": sum(plan.num_matrices * len(plan.stages) for plan in plans),
+        "tflops": tflops,
+        "stages": stages,
+    }
+
+
+def _row(domain: dict[str, Any]) -> list[str]:
+    tera, mega = 1e12, 1e6
+    ranks = f"{domain['tensor_ranks']}x{domain['data_ranks']}"
+    copies = f"{domain['domains']} x " if domain["domains"] > 1 else ""
+    return [
+        f"{copies}{domain['kind']} {ranks}",
+        f"{domain['matrices']}",
+        f"{domain['flops_total'] / tera:.1f}",
+        f"{domain['flops_mean'] / tera:.2f}",
+        f"{domain['flops_max'] / tera:.2f}",
+        f"{domain['max_over_mean']:.3f}",
+        f"{domain['max_over_item_bound']:.3f}",
+        f"{domain['max_over_matrix_bound']:.3f}",
+        f"{domain['padding']:.5f}",
+        f"{domain['exchange_out_mean_bytes'] / mega:.1f}",
+        f"{domain['exchange_out_max_bytes'] / mega:.1f}",
+        f"{domain['exchange_back_mean_bytes'] / mega:.1f}",
+        f"{domain['exchange_back_max_bytes'] / mega:.1f}",
+        f"{domain['zero1_bytes'] / mega:.1f}",
+    ]
+
+
+def _title(stage: dict[str, Any]) -> str:
+    first, last = stage["stages"][0], stage["stages"][-1]
+    which = f"stage {first}" if first == last else f"stages {first}-{last}"
+    extras = [name for name in ("embedding", "head") if stage[name]]
+    return ", ".join([f"{which}: {stage['layers']} layers", *extras])
+
+
+def shown(found: dict[str, Any]) -> str:
+    """The table for a terminal."""
+    tables = [[_row(domain) for domain in stage["domains"]] for stage in found["stages"]]
+    rows = [list(HEADINGS), *(row for table in tables for row in table)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
+
+    def line(row: list[str]) -> str:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        return "  " + "  ".join([row[0].ljust(widths[0]), *cells[1:]])
+
+    lines = [
+        f"MuonClip's plan: {found['preset']}, {found['world_size']} ranks, TP "
+        f"{found['tensor_parallel']}, PP {found['pipeline_parallel']}, EP "
+        f"{found['expert_parallel']}; {found['matrices']:,} matrices, each with one home",
+        "",
+        line(list(HEADINGS)),
+    ]
+    for stage, table in zip(found["stages"], tables, strict=True):
+        both = (
+            f"both domains a rank: mean {stage['flops_mean'] / 1e12:.2f}, max "
+            f"{stage['flops_max'] / 1e12:.2f} TFLOP, max/mean {stage['max_over_mean']:.3f}, "
+            f"/item {stage['max_over_item_bound']:.3f}"
+        )
+        if "seconds" in stage:
+            both += f"; {stage['seconds']:.3f} s at {found['tflops']:g} TFLOP/s"
+        lines += [_title(stage), *map(line, table), "  " + both]
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-k2 plan", description="Plans, before a run.")
+    verbs = parser.add_subparsers(dest="what", required=True)
+    optimizer = verbs.add_parser(
+        "optimizer",
+        help="MuonClip at any world size: homes, balance and bytes exchanged",
+        description="MuonClip's plan for a whole model, on this CPU. " + ASSUMPTIONS,
+    )
+    optimizer.add_argument("--preset", required=True, help="see: megatron-k2 presets")
+    optimizer.add_argument("--world-size", type=int, required=True, help="ranks")
+    optimizer.add_argument("--tp", type=int, default=1, help="tensor parallel (default 1)")
+    optimizer.add_argument("--pp", type=int, default=1, help="pipeline parallel (default 1)")
+    optimizer.add_argument("--ep", type=int, default=1, help="expert parallel (default 1)")
+    optimizer.add_argument(
+        "--etp", type=int, default=1, help="expert tensor parallel: only 1 is planned"
+    )
+    optimizer.add_argument("--tflops", type=float, help="assumed rate of a rank: prints seconds")
+    optimizer.add_argument("--json", action="store_true", help="machine-readable")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Print the plan."""
+    arguments = _parser().parse_args(argv)
+    from megatron_k2.errors import UserError
+
+    if arguments.etp != 1:
+        raise UserError(
+            f"--etp {arguments.etp}: expert tensor parallelism is not planned; use --etp 1"
+        )
+    if arguments.tflops is not None and arguments.tflops <= 0:
+        raise UserError(f"--tflops {arguments.tflops:g}: a rate above 0 is expected")
+    from megatron_k2.optimizer.full_plan import Layout
+
+    layout = Layout(arguments.world_size, arguments.tp, arguments.pp, arguments.ep)
+    found = facts(arguments.preset, layout, arguments.tflops)
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print(shown(found))
+        print("\n" + ASSUMPTIONS)
+    return 0

@@ -1,0 +1,234 @@
+"""MuonClip's plan for a whole model at any world size, on one CPU and without a process group.
+
+What a run plans on its ranks (``distributed.py``, ``domain.py``) is repeated here for each distinct
+pipeline stage from shapes alone: Megatron's layout of ZeRO-1 buffers with our expert layout in it,
+the cut of every matrix, the homes (``plan.make_plan``), and from them FLOPs and bytes of each rank.
+
+Assumed, and our choice: layers are split evenly over the stages with the longer stages last, since
+the first also holds the embedding. For K2 over 16 stages that is 3, 3, 3 and 13 times 4; the report
+says 16 stages and not which layers. Buffers are cut into Megatron's default buckets, as with
+``--overlap-grad-reduce``; context parallelism is part of data parallelism.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_k2.errors import UserError
+from megatron_k2.optimizer.expert_layout import expert_layout
+from megatron_k2.optimizer.padding import default_bucket_size
+from megatron_k2.optimizer.plan import Domain, Placement, make_plan
+from megatron_k2.optimizer.stage_plan import DomainPlan, StagePlan
+from megatron_k2.planning.shapes import Weight, rank_weights, stage_layers
+from megatron_k2.presets import ModelPreset
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks of a run; expert tensor parallelism is 1."""
+
+    world_size: int
+    tp: int
+    pp: int
+    ep: int
+
+    @property
+    def data_ranks(self) -> int:
+        """Data x context parallel."""
+        return self.world_size // (self.tp * self.pp)
+
+    @property
+    def expert_data_ranks(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.world_size // (self.pp * self.ep)
+
+
+@dataclass(frozen=True)
+class Role:
+    """What Muon makes of a weight; the same as ``param_groups`` finds in a built model (tested)."""
+
+    num_blocks: int = 1
+    """Matrices stacked along the rows: 2 for a fused gate/up weight. 0: AdamW's."""
+    partition_dim: int = -1
+    """Dimension split over tensor-parallel ranks, -1 if whole."""
+
+
+def check_layout(p: ModelPreset, layout: Layout) -> None:
+    """Refuse what cannot be laid out.
+
+    Raises:
+        UserError: naming the value and what it must be.
+    """
+    if min(layout.world_size, layout.tp, layout.pp, layout.ep) < 1:
+        raise UserError(f"{layout}: every size is at least 1")
+    if layout.pp > p.num_layers:
+        raise UserError(f"--pp {layout.pp}: {p.name} has {p.num_layers} layers; at most that many")
+    if layout.ep == 1 and layout.tp > 1:
+        raise UserError(f"--ep 1 with --tp {layout.tp}: experts would be split; use --tp 1")
+    per_stage = layout.pp * layout.tp, layout.pp * layout.ep
+    for number, what, divisor, flag in (
+        (layout.world_size, "--world-size", per_stage[0], "--tp x --pp"),
+        (layout.world_size, "--world-size", per_stage[1], "--ep x --pp"),
+        (p.num_moe_experts, "experts", layout.ep, "--ep"),
+        (p.num_attention_heads, "attention heads", layout.tp, "--tp"),
+        (p.moe_shared_expert_intermediate_size, "shared experts' width", layout.tp, "--tp"),
+        (p.ffn_hidden_size, "dense layers' width", layout.tp, "--tp"),
+        (p.vocab_size, "vocabulary", layout.tp, "--tp"),
+    ):
+        if number % divisor:
+            raise UserError(f"{what} {number} does not divide by {flag} = {divisor}; change {flag}")
+
+
+def split_layers(num_layers: int, num_stages: int) -> list[range]:
+    """Consecutive layers of each stage, as even as can be, the longer stages last."""
+    sizes = [len(layers) for layers in stage_layers(num_layers, num_stages)][::-1]
+    ends = itertools.accumulate(sizes)
+    return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def weight_roles(
+    p: ModelPreset, layers: range, *, ep: int, has_embedding: bool, has_head: bool
+) -> list[Role]:
+    """Role of every weight of a rank, in the order of ``rank_weights``."""
+    adamw, whole, column, row = Role(0), Role(), Role(1, 0), Role(1, 1)
+    swiglu = [Role(2, 0), row]
+    query = [column] if p.q_lora_rank is None else [whole, column]
+    latent_norms = [adamw] if p.q_lora_rank is None else [adamw, adamw]
+    attention = [adamw, row, *query, whole, column, *latent_norms, adamw]
+    found = [adamw] if has_embedding else []
+    for layer in layers:
+        found += attention
+        if layer < p.num_dense_layers:
+            found += swiglu
+        else:
+            found += [whole, *swiglu * (p.num_moe_experts // ep), *swiglu]
+    return [*found, adamw, adamw] if has_head else found
+
+
+def shard_pieces(
+    start: int, end: int, bucket: tuple[int, int], num_ranks: int
+) -> tuple[tuple[int, int], ...]:
+    """[from, to) of a parameter at buffer positions [start, end) in each rank's equal shard."""
+    first, last = bucket
+    shard = (last - first) // num_ranks
+    cuts = [min(max(first + i * shard, start), end) - start for i in range(num_ranks + 1)]
+    return tuple((a, b) if b > a else (0, 0) for a, b in itertools.pairwise(cuts))
+
+
+def _placement(
+    weight: Weight, role: Role, pieces: Any, bucket: int, tensor_ranks: int
+) -> Placement:
+    rows, cols = weight.shape[0] // role.num_blocks, weight.shape[1]
+    if role.partition_dim == 0:
+        rows *= tensor_ranks
+    elif role.partition_dim == 1:
+        cols *= tensor_ranks
+    is_split = role.partition_dim >= 0 and tensor_ranks > 1
+    return Placement("", ((rows, cols),) * role.num_blocks, pieces, is_split, bucket)
+
+
+def _buffer_layouts(weights: Sequence[Weight], layout: Layout) -> tuple[dict[Any, int], Any]:
+    """(number of each ``meta`` parameter in ``weights``, Megatron's layout of its buffers)."""
+    numbers: dict[Any, int] = {}
+    for number, weight in enumerate(weights):
+        param = torch.nn.Parameter(torch.empty(weight.shape, device="meta", dtype=torch.bfloat16))
+        param.allreduce = not (weight.is_expert and layout.ep > 1)  # type: ignore[attr-defined]
+        numbers[param] = number
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    with expert_layout():
+        full = DistributedOptimizer.compute_full_param_layout(
+            list(numbers),
+            default_bucket_size(layout.data_ranks),
+            layout.data_ranks,
+            ddp,
+            expert_data_parallel_world_size=layout.expert_data_ranks,
+        )
+    return numbers, full.layouts
+
+
+def _plan_domain(
+    buffer: Any,
+    layout: Layout,
+    members: list[tuple[Weight, Role]],
+    seed: tuple[int, ...],
+    *,
+    is_expert: bool,
+    steps: int,
+) -> DomainPlan:
+    """Cut, place and cost one buffer; ``members`` in its order, ``seed`` FLOPs a domain rank."""
+    data_ranks = layout.expert_data_ranks if is_expert else layout.data_ranks
+    domain = Domain(tensor_ranks=1 if is_expert else layout.tp, data_ranks=data_ranks)
+    placements = tuple(
+        _placement(
+            weight,
+            role,
+            shard_pieces(start, end, buffer.bucket_indices[bucket], data_ranks),
+            bucket,
+            domain.tensor_ranks,
+        )
+        for (weight, role), (start, end, bucket) in zip(
+            members, buffer.param_index_map.values(), strict=True
+        )
+        if role.num_blocks
+    )
+    return DomainPlan(
+        kind="expert" if is_expert else "dense",
+        domain=domain,
+        num_copies=layout.ep if is_expert else 1,
+        placements=placements,
+        plan=make_plan(placements, domain, steps, seed),
+        seed=seed,
+        steps=steps,
+        parameters=sum(param.numel() for param in buffer.param_index_map),
+        padded=buffer.bucket_indices[-1][1],
+    )
+
+
+def _plan_stage(
+    p: ModelPreset, layout: Layout, stages: tuple[int, ...], layers: range
+) -> StagePlan:
+    """Experts first; the dense plan starts from their loads, as ``muonclip`` does it."""
+    ends = {"has_embedding": 0 in stages, "has_head": layout.pp - 1 in stages}
+    weights = rank_weights(p, layers, tp=layout.tp, ep=layout.ep, **ends)
+    roles = weight_roles(p, layers, ep=layout.ep, **ends)
+    numbers, buffers = _buffer_layouts(weights, layout)
+    num_ranks = layout.tp * layout.data_ranks
+    loads = (0,) * num_ranks
+    domains = []
+    for key in sorted(buffers, key=lambda key: not key.is_expert_parallel):
+        is_expert = key.is_expert_parallel
+        order = [numbers[param] for param in buffers[key].param_index_map]
+        found = _plan_domain(
+            buffers[key],
+            layout,
+            [(weights[number], roles[number]) for number in order],
+            (0,) * layout.expert_data_ranks if is_expert else loads,
+            is_expert=is_expert,
+            steps=p.training.muon_ns_steps,
+        )
+        domains.append(found)
+        loads = found.plan.loads
+        if is_expert:  # Megatron's order is tensor, expert, data: EP neighbours share a data rank
+            loads = tuple(loads[rank // layout.ep] for rank in range(num_ranks))
+    return StagePlan(stages, len(layers), **ends, domains=tuple(domains), loads=loads)
+
+
+def plan_model(p: ModelPreset, layout: Layout) -> list[StagePlan]:
+    """The plan of every rank, stages alike together.
+
+    Raises:
+        UserError: if the model cannot be laid out so.
+    """
+    check_layout(p, layout)
+    alike: dict[tuple[int, int, bool, bool], list[int]] = {}
+    split = split_layers(p.num_layers, layout.pp)
+    for stage, layers in enumerate(split):
+        num_dense = sum(layer < p.num_dense_layers for layer in layers)
+        key = (len(layers), num_dense, stage == 0, stage == layout.pp - 1)
+        alike.setdefault(key, []).append(stage)
+    return [_plan_stage(p, layout, tuple(same), split[same[0]]) for same in alike.values()]
