@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,9 +13,9 @@ ASSUMPTIONS = (
     "Megatron's default buckets; data-parallel ranks include context-parallel ones. FLOPs are "
     "those Newton-Schulz executes, a multiply-add counted as two. /item: the largest load over the "
     "larger of the mean and the largest item, where an item is what has one home: a parameter, "
-    "gate and up together; /matrix: the same with the largest single matrix. Bytes are a rank's and a step's: out and back in bf16, mean "
-    "and largest (sent or received); ZeRO-1's are fp32 gradients scattered and bf16 parameters "
-    "gathered over the same ranks, AdamW's included."
+    "gate and up together; /matrix: the same with the largest single matrix. Bytes are a rank's "
+    "and a step's: out and back in bf16, mean and largest (sent or received); ZeRO-1's are fp32 "
+    "gradients scattered and bf16 parameters gathered over the same ranks, AdamW's included."
 )
 
 HEADINGS = (
@@ -162,5 +163,5 @@ def main(argv: list[str]) -> int:
         print(json.dumps(found, indent=2))
     else:
         print(shown(found))
-        print("\n" + ASSUMPTIONS)
+        print("\n" + textwrap.fill(ASSUMPTIONS, 100))
     return 0
