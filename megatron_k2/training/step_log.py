@@ -60,6 +60,12 @@ class StepLog:
         show: Callable[[StepRecord, Tensor], None],
     ) -> None:
         self._args, self._model, self._max_logits, self._show = args, model, max_logits, show
+        self._in_mtp = {
+            id(module)
+            for chunk in model
+            for name, module in chunk.named_modules()
+            if "mtp" in name.split(".")
+        }
         self.chain: GradScopeChain | None = None
         self._pending: _Pending | None = None
         self._last_time = time.perf_counter()
@@ -141,18 +147,16 @@ class StepLog:
         table = latest.new_full((num_rows, config.num_attention_heads + 1), -math.inf)
         first_head = parallel_state.get_tensor_model_parallel_rank() * latest.shape[1]
         for attention, row in zip(self._max_logits.attentions, latest, strict=True):
-            at = _row(attention, config)
+            at = self._row(attention, config)
             table[at, first_head : first_head + latest.shape[1]] = row
         loads = config.finalize_model_grads_func.loads
         for router, load in zip(routers(self._model), loads, strict=True):
-            table[_row(router, config), -1] = load.max() / load.mean()
+            table[self._row(router, config), -1] = load.max() / load.mean()
         return table
 
-
-def _row(module: Any, config: Any) -> int:
-    """Decoder layers first, then multi-token prediction's, which are numbered from 1 again."""
-    is_mtp = bool(getattr(module, "is_mtp_layer", False))
-    return int(module.layer_number) - 1 + (config.num_layers if is_mtp else 0)
+    def _row(self, module: Any, config: Any) -> int:
+        """Decoder layers first, then multi-token prediction's, which are numbered from 1 again."""
+        return int(module.layer_number) - 1 + (config.num_layers * (id(module) in self._in_mtp))
 
 
 def _smallest_factor(logits: Tensor, threshold: float) -> float:

@@ -2,7 +2,10 @@
 
 Gradients and maximum logits are injected (``worker.py``), so every layout must leave fp32 masters,
 momentum and weights bit-equal to one rank's, and every bf16 weight must be its master rounded: the
-clip acts on the master before the cast. Not exercised: fp16, FP8, MTP under pipeline parallelism.
+clip acts on the master before the cast. Newton-Schulz runs in fp32 here: in bf16 the rounding of a
+batched product depends on how many matrices share the batch, so buckets cut otherwise differ in the
+last bit (seen on a CPU: one weight of 224 after five steps). Not exercised: fp16, FP8, MTP under
+pipeline parallelism.
 """
 
 import re
@@ -18,7 +21,7 @@ from tests.parallel.test_reshard import _everything
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-BF16 = ["--bf16", "--muonclip-dtype", "bf16"]
+BF16 = ["--bf16"]
 MTP = "--mtp-num-layers 1".split()
 LAYOUTS = {"DP2 overlap": OVERLAP, "EP2": EP2, "TP2": TP2}
 CASES = [(kind, layout) for kind in ("bf16", "mtp") for layout in LAYOUTS]
