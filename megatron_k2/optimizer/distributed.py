@@ -28,6 +28,7 @@ from megatron_k2.optimizer.max_logits import MaxLogits
 from megatron_k2.optimizer.muon import apply_update, rms_match_scale, update_momentum
 from megatron_k2.optimizer.param_groups import MatrixSpec
 from megatron_k2.optimizer.param_space import sharded_pieces, sharded_scalars
+from megatron_k2.optimizer.plan import shard_pieces
 from megatron_k2.optimizer.qk_clip import scale_rows_
 
 
@@ -98,7 +99,7 @@ class DistributedMuonClip(DistributedOptimizer):
             for param, (start, end, bucket_id) in buffer.param_index_map.items():
                 if param in specs:
                     bucket = buffer.buckets[bucket_id]
-                    pieces = _cuts(start, end, bucket.offset, bucket.grad_data.numel(), size)
+                    pieces = shard_pieces(start, end, bucket.offset, bucket.grad_data.numel(), size)
                     found.append(
                         MatrixParameter(
                             names[param], param, specs[param], pieces, first_bucket + bucket_id
@@ -240,16 +241,3 @@ class DistributedMuonClip(DistributedOptimizer):
                     state[name] = torch.zeros_like(main)
             if is_torch_adam and "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
-
-
-def _cuts(
-    start: int, end: int, bucket_start: int, bucket_numel: int, num_ranks: int
-) -> tuple[tuple[int, int], ...]:
-    """[from, to) of a parameter at buffer positions [start, end) that each rank's shard holds."""
-    shard = bucket_numel // num_ranks
-    cuts = []
-    for rank in range(num_ranks):
-        low = max(start, bucket_start + rank * shard)
-        high = min(end, bucket_start + (rank + 1) * shard)
-        cuts.append((low - start, high - start) if high > low else (0, 0))
-    return tuple(cuts)

@@ -22,7 +22,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron_k2.errors import UserError
 from megatron_k2.optimizer.expert_layout import expert_layout
 from megatron_k2.optimizer.padding import default_bucket_size
-from megatron_k2.optimizer.plan import Domain, Placement, make_plan
+from megatron_k2.optimizer.plan import Domain, Placement, make_plan, shard_pieces
 from megatron_k2.optimizer.stage_plan import DomainPlan, StagePlan
 from megatron_k2.planning.shapes import Weight, rank_weights, stage_layers
 from megatron_k2.presets import ModelPreset
@@ -110,14 +110,10 @@ def weight_roles(
     return [*found, adamw, adamw] if has_head else found
 
 
-def shard_pieces(
-    start: int, end: int, bucket: tuple[int, int], num_ranks: int
-) -> tuple[tuple[int, int], ...]:
-    """[from, to) of a parameter at buffer positions [start, end) in each rank's equal shard."""
-    first, last = bucket
-    shard = (last - first) // num_ranks
-    cuts = [min(max(first + i * shard, start), end) - start for i in range(num_ranks + 1)]
-    return tuple((a, b) if b > a else (0, 0) for a, b in itertools.pairwise(cuts))
+def _first_and_numel(buffer: Any, bucket: int) -> tuple[int, int]:
+    """Where a bucket begins in its buffer, and its elements, padding included."""
+    first, last = buffer.bucket_indices[bucket]
+    return first, last - first
 
 
 def _placement(
@@ -167,7 +163,7 @@ def _plan_domain(
         _placement(
             weight,
             role,
-            shard_pieces(start, end, buffer.bucket_indices[bucket], data_ranks),
+            shard_pieces(start, end, *_first_and_numel(buffer, bucket), data_ranks),
             bucket,
             domain.tensor_ranks,
         )

@@ -74,6 +74,19 @@ class Plan:
         return max(self.loads) / mean if mean else 1.0
 
 
+def shard_pieces(
+    start: int, end: int, bucket_start: int, bucket_numel: int, num_ranks: int
+) -> tuple[tuple[int, int], ...]:
+    """[from, to) of a parameter at buffer positions [start, end) that each rank's shard holds."""
+    shard = bucket_numel // num_ranks
+    pieces = []
+    for rank in range(num_ranks):
+        low = max(start, bucket_start + rank * shard)
+        high = min(end, bucket_start + (rank + 1) * shard)
+        pieces.append((low - start, high - start) if high > low else (0, 0))
+    return tuple(pieces)
+
+
 def cost(placement: Placement, steps: int) -> int:
     """FLOPs of orthogonalising all of ``placement``'s matrices, in the form that is cheaper."""
     return sum(newton_schulz_flops(rows, cols, steps) for rows, cols in placement.block_shapes)

@@ -11,17 +11,15 @@ from collections import Counter
 import pytest
 
 from megatron_k2.cli import main as cli
-from megatron_k2.optimizer.distributed import _cuts
 from megatron_k2.optimizer.full_plan import (
     Layout,
     plan_model,
-    shard_pieces,
     split_layers,
     weight_roles,
 )
 from megatron_k2.optimizer.newton_schulz import newton_schulz_flops
 from megatron_k2.optimizer.param_groups import muon_matrices
-from megatron_k2.optimizer.plan import Domain, Placement, cost
+from megatron_k2.optimizer.plan import Domain, Placement, cost, shard_pieces
 from megatron_k2.optimizer.stage_plan import exchange_traffic
 from megatron_k2.presets import K2_TINY, KIMI_K2
 from tests.single_rank import SMALL, build, one_rank
@@ -81,9 +79,12 @@ def test_layers_over_sixteen_stages_are_the_stated_choice():
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 40), (10, 25), (16, 32), (39, 40), (3, 5)])
-def test_cuts_are_the_distributed_optimizers(start, end):
-    pieces = shard_pieces(start + 80, end + 80, (80, 120), 5)
-    assert pieces == _cuts(start + 80, end + 80, 80, 40, 5)
+def test_every_element_of_a_parameter_is_in_the_shard_that_holds_its_position(start, end):
+    """A bucket at 80 of 40 elements over five ranks, against a loop over positions."""
+    pieces = shard_pieces(start + 80, end + 80, 80, 40, 5)
+    for rank, (low, high) in enumerate(pieces):
+        held = [i - start for i in range(start, end) if i // 8 == rank]
+        assert list(range(low, high)) == held
 
 
 TINY = {
