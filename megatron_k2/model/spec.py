@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_k2.errors import UserError
 from megatron_k2.model.attention import MLACoreAttention
+from megatron_k2.model.experts import GroupedExperts
 from megatron_k2.model.mla import K2SelfAttention
 from megatron_k2.model.norm import RMSNorm
 
@@ -32,7 +33,7 @@ DEFAULT_LATENT_NORM_EPSILON = 1e-6
 
 
 class LocalBackend(LocalSpecProvider):
-    """Megatron's own modules, with the three that MLA on this path needs from us."""
+    """Megatron's own modules, with those that K2 on this path needs from us."""
 
     @override
     def layer_norm(
@@ -44,6 +45,11 @@ class LocalBackend(LocalSpecProvider):
     @override
     def core_attention(self) -> type:
         return MLACoreAttention
+
+    @override
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
+        del moe_use_grouped_gemm
+        return GroupedExperts
 
 
 def _backend(config: MLATransformerConfig) -> LocalBackend:
