@@ -7,17 +7,23 @@ and the efficiencies are assumptions of ours, printed beside every result and op
 from dataclasses import dataclass
 
 from megatron_k2.planning import traffic
+from megatron_k2.planning.activations import layer_bytes
+from megatron_k2.planning.chunks import Chunk
 from megatron_k2.planning.flops import (
     Flops,
+    attention_forward,
     head_forward,
-    layer_backward,
-    layer_forward,
+    input_gradients,
+    mlp_forward,
     model_flops_per_token,
     orthogonalisation,
+    up_projections,
+    weight_gradients,
 )
 from megatron_k2.planning.memory import RESERVED_GB, Memory, rank_memory
-from megatron_k2.planning.pipeline import Shape, makespan, simulate
+from megatron_k2.planning.pipeline import Shape
 from megatron_k2.planning.request import RunRequest
+from megatron_k2.planning.timeline import ChunkCost, exposed, simulate_tasks, span
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Estimate:
     """All-to-all of the busiest rank, hidden or not."""
     exposed_expert_seconds: float
     bubble_seconds: float
-    """Idle time of the mean rank: fill, drain, unequal stages, sends."""
+    """Idle time of the mean rank but for exposed all-to-all: fill, drain, unequal stages, sends."""
     optimizer_seconds: float
     """Gradient and weight collectives (taken as not hidden), exchange, Newton-Schulz."""
     newton_schulz_seconds: float
@@ -85,43 +91,59 @@ def _seconds(flops: Flops, r: RunRequest, a: Assumptions) -> float:
     return products / peak / r.tp * (1 + a.elementwise)
 
 
-@dataclass(frozen=True)
-class ChunkTimes:
-    """Seconds of one micro-batch on one chunk."""
-
-    forward: float
-    backward: float
-    expert: float
-    """All-to-all of the forward: dispatch and combine of its MoE layers; as much in backward."""
-
-
-def chunk_times(r: RunRequest, a: Assumptions) -> list[ChunkTimes]:
+def chunk_costs(r: RunRequest, a: Assumptions) -> list[ChunkCost]:
     """Of every chunk, in the forward's order; tensor and context parallel traffic is not hidden."""
+    kinds = {is_moe: _layer_cost(r, a, is_moe=is_moe) for is_moe in (False, True)}
+    return [_chunk_cost(chunk, kinds, r, a) for chunk in r.chunks()]
+
+
+def _layer_cost(r: RunRequest, a: Assumptions, *, is_moe: bool) -> ChunkCost:
     p, tokens = r.preset, r.tokens_per_microbatch
-    dispatch = 2 * traffic.expert_dispatch(r) + traffic.expert_probabilities(r)
-    expert = traffic.expert_seconds(r, dispatch, a.network)
     split = traffic.network_seconds(r, traffic.tensor_parallel(r), r.tp, a.network)
     split += traffic.network_seconds(r, traffic.context_parallel(r), r.tp * r.cp, a.network)
-    layers: dict[bool, tuple[float, float]] = {
-        is_moe: (
-            _seconds(layer_forward(p, r.seq_length, is_moe=is_moe) * tokens, r, a) + split,
-            _seconds(layer_backward(p, r.seq_length, r.recompute, is_moe=is_moe) * tokens, r, a)
-            + 2 * split,
-        )
-        for is_moe in (False, True)
-    }
-    head = _seconds(head_forward(p) * tokens, r, a)
-    found = []
-    for chunk in r.chunks():
-        kinds = [layer >= p.num_dense_layers for layer in chunk.layers]
-        found.append(
-            ChunkTimes(
-                forward=sum(layers[kind][0] for kind in kinds) + head * chunk.has_head,
-                backward=sum(layers[kind][1] for kind in kinds) + 2 * head * chunk.has_head,
-                expert=expert * sum(kinds),
-            )
-        )
-    return found
+    attention, mlp = attention_forward(p, r.seq_length), mlp_forward(p, is_moe=is_moe)
+    again = Flops(up_projections(p) if "mla_up" in r.recompute else 0.0)
+    kept = layer_bytes(p, r.tp, is_moe=is_moe, recompute=r.recompute, fp8_storage=r.fp8_storage)
+    to_host = kept * tokens * r.activation_offload / (r.gpu.pcie_gb_per_s * 1e9 * a.network)
+
+    def seconds(flops: Flops) -> float:
+        return _seconds(flops * tokens, r, a)
+
+    return ChunkCost(
+        attention_forward=seconds(attention) + split,
+        mlp_forward=seconds(mlp),
+        attention_backward=seconds(input_gradients(attention) + again) + 2 * split,
+        mlp_backward=seconds(input_gradients(mlp)),
+        weight_gradients=seconds(weight_gradients(attention) + weight_gradients(mlp)),
+        dispatch=_dispatch_seconds(r, a) if is_moe else 0.0,
+        send=0.0,
+        offload=to_host,
+    )
+
+
+def _dispatch_seconds(r: RunRequest, a: Assumptions) -> float:
+    """Dispatch or combine of one MoE layer; probabilities go along once, so half of them each."""
+    payload = traffic.expert_dispatch(r) + traffic.expert_probabilities(r) / 2
+    return traffic.expert_seconds(r, payload, a.network)
+
+
+def _chunk_cost(
+    chunk: Chunk, kinds: dict[bool, ChunkCost], r: RunRequest, a: Assumptions
+) -> ChunkCost:
+    layers = [kinds[layer >= r.preset.num_dense_layers] for layer in chunk.layers]
+    head = head_forward(r.preset) * r.tokens_per_microbatch
+    head_seconds = _seconds(head, r, a) if chunk.has_head else 0.0
+    send = traffic.network_seconds(r, traffic.pipeline_send(r), r.world_size, a.network)
+    return ChunkCost(
+        attention_forward=sum(c.attention_forward for c in layers),
+        mlp_forward=sum(c.mlp_forward for c in layers) + head_seconds,
+        attention_backward=sum(c.attention_backward for c in layers),
+        mlp_backward=sum(c.mlp_backward for c in layers) + head_seconds,
+        weight_gradients=sum(c.weight_gradients for c in layers) + head_seconds,
+        dispatch=sum(c.dispatch for c in layers),
+        send=send,
+        offload=sum(c.offload for c in layers),
+    )
 
 
 def _optimizer(r: RunRequest, memory: tuple[Memory, ...], a: Assumptions) -> tuple[float, float]:
@@ -135,6 +157,30 @@ def _optimizer(r: RunRequest, memory: tuple[Memory, ...], a: Assumptions) -> tup
     return traffic.network_seconds(r, moved, group, a.network) + orthogonal + host, orthogonal
 
 
+def schedule_shape(r: RunRequest, num_microbatches: int | None = None) -> Shape:
+    """The pipeline's schedule, of ``num_microbatches`` in place of the run's own."""
+    count = r.num_microbatches if num_microbatches is None else num_microbatches
+    return Shape(r.pp, r.vpp, count, r.has_overlap and r.vpp > 1)
+
+
+def _pipeline(r: RunRequest, costs: list[ChunkCost]) -> tuple[float, float]:
+    """(length, exposed all-to-all a rank), in seconds.
+
+    A long schedule repeats, so it is simulated short, twice, and continued in a straight line.
+    """
+
+    def simulated(num_microbatches: int) -> tuple[float, float]:
+        tasks = simulate_tasks(schedule_shape(r, num_microbatches), costs)
+        return span(tasks), exposed(tasks, "all-to-all") / r.pp
+
+    few = 2 * max(r.pp, 4)
+    if r.num_microbatches <= 2 * few:
+        return simulated(r.num_microbatches)
+    short, long = simulated(few), simulated(2 * few)
+    rest = (r.num_microbatches - few) / few
+    return short[0] + (long[0] - short[0]) * rest, short[1] + (long[1] - short[1]) * rest
+
+
 def estimate(r: RunRequest, a: Assumptions | None = None) -> Estimate:
     """Memory and time of one step.
 
@@ -144,22 +190,10 @@ def estimate(r: RunRequest, a: Assumptions | None = None) -> Estimate:
     a = a or Assumptions()
     r.check()
     memory = tuple(rank_memory(r, rank, a.reserved_gb) for rank in range(r.pp))
-    times = chunk_times(r, a)
-    has_extra = r.has_overlap and r.vpp > 1
-    # Hidden: one micro-batch's all-to-all under the arithmetic of the other of its pair.
-    exposed = [
-        max(0.0, 2 * t.expert - (t.forward + t.backward)) / 2 if has_extra else t.expert
-        for t in times
-    ]
-    forward = [t.forward + e for t, e in zip(times, exposed, strict=True)]
-    backward = [t.backward + e for t, e in zip(times, exposed, strict=True)]
-    send = traffic.network_seconds(r, traffic.pipeline_send(r), r.world_size, a.network)
-    pipeline = _pipeline_seconds(r, forward, backward, send if r.pp > 1 else 0.0)
-    busy = r.num_microbatches * (sum(forward) + sum(backward)) / r.pp
-    by_rank = [
-        sum(times[v * r.pp + rank].expert for v in range(r.vpp)) * 2 * r.num_microbatches
-        for rank in range(r.pp)
-    ]
+    costs = chunk_costs(r, a)
+    pipeline, exposed_expert = _pipeline(r, costs)
+    arithmetic = r.num_microbatches / r.pp * sum(map(arithmetic_seconds, costs))
+    by_rank = [sum(costs[v * r.pp + rank].dispatch for v in range(r.vpp)) for rank in range(r.pp)]
     optimizer, orthogonal = _optimizer(r, memory, a)
     step = pipeline + optimizer
     useful = model_flops_per_token(r.preset, r.seq_length) * r.tokens_per_step
@@ -167,27 +201,17 @@ def estimate(r: RunRequest, a: Assumptions | None = None) -> Estimate:
         request=r,
         memory=memory,
         step_seconds=step,
-        arithmetic_seconds=r.num_microbatches * sum(t.forward + t.backward for t in times) / r.pp,
-        expert_seconds=max(by_rank),
-        exposed_expert_seconds=2 * r.num_microbatches * sum(exposed) / r.pp,
-        bubble_seconds=pipeline - busy,
+        arithmetic_seconds=arithmetic,
+        expert_seconds=4 * r.num_microbatches * max(by_rank),
+        exposed_expert_seconds=exposed_expert,
+        bubble_seconds=pipeline - arithmetic - exposed_expert,
         optimizer_seconds=optimizer,
         newton_schulz_seconds=orthogonal,
         mfu=useful / (step * r.world_size * r.gpu.bf16_tflops * 1e12),
     )
 
 
-def _pipeline_seconds(
-    r: RunRequest, forward: list[float], backward: list[float], send: float
-) -> float:
-    """Of the whole schedule; a long one repeats, so it is simulated short and continued."""
-    few = 3 * r.pp
-    if r.num_microbatches <= 2 * few:
-        return makespan(simulate(_shape(r, r.num_microbatches), forward, backward, send))
-    short = makespan(simulate(_shape(r, few), forward, backward, send))
-    longer = makespan(simulate(_shape(r, 2 * few), forward, backward, send))
-    return short + (longer - short) * (r.num_microbatches - few) / few
-
-
-def _shape(r: RunRequest, num_microbatches: int) -> Shape:
-    return Shape(r.pp, r.vpp, num_microbatches, r.has_overlap and r.vpp > 1)
+def arithmetic_seconds(cost: ChunkCost) -> float:
+    """One micro-batch, forward and backward, on one chunk."""
+    forward = cost.attention_forward + cost.mlp_forward
+    return forward + cost.attention_backward + cost.mlp_backward + cost.weight_gradients

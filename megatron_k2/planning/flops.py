@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from megatron_k2.planning.activations import Recompute
 from megatron_k2.presets import ModelPreset
 
 FLASH_BACKWARD = 2.5
@@ -32,41 +31,44 @@ class Flops:
         return Flops(self.gemm * factor, self.grouped * factor, self.attention * factor)
 
 
-def _up_projections(p: ModelPreset) -> float:
+def up_projections(p: ModelPreset) -> float:
+    """One token from the latents to queries, keys and values: what ``mla_up`` computes again."""
     heads = p.num_attention_heads
     query = heads * (p.qk_head_dim + p.qk_pos_emb_head_dim) * (p.q_lora_rank or 0)
     return 2.0 * (query + heads * (p.qk_head_dim + p.v_head_dim) * p.kv_lora_rank)
 
 
-def layer_forward(p: ModelPreset, seq_length: int, *, is_moe: bool) -> Flops:
-    """One token through one layer; causal attention over half of ``seq_length`` on average."""
+def attention_forward(p: ModelPreset, seq_length: int) -> Flops:
+    """One token through MLA; causal attention over half of ``seq_length`` on average."""
     heads = p.num_attention_heads
     qk = p.qk_head_dim + p.qk_pos_emb_head_dim
-    if p.q_lora_rank is None:
-        down = p.hidden_size * heads * qk
-    else:
-        down = p.hidden_size * p.q_lora_rank
+    down = p.hidden_size * (heads * qk if p.q_lora_rank is None else p.q_lora_rank)
     down += p.hidden_size * (p.kv_lora_rank + p.qk_pos_emb_head_dim)
-    gemm = 2.0 * (down + heads * p.v_head_dim * p.hidden_size) + _up_projections(p)
-    attention = 2.0 * heads * (qk + p.v_head_dim) * (seq_length + 1) / 2
+    return Flops(
+        gemm=2.0 * (down + heads * p.v_head_dim * p.hidden_size) + up_projections(p),
+        attention=2.0 * heads * (qk + p.v_head_dim) * (seq_length + 1) / 2,
+    )
+
+
+def mlp_forward(p: ModelPreset, *, is_moe: bool) -> Flops:
+    """One token through the dense FFN, or router, shared expert and its chosen experts."""
     if not is_moe:
-        return Flops(gemm + 6.0 * p.hidden_size * p.ffn_hidden_size, 0.0, attention)
+        return Flops(gemm=6.0 * p.hidden_size * p.ffn_hidden_size)
     shared = 6.0 * p.hidden_size * p.moe_shared_expert_intermediate_size
-    router = 2.0 * p.hidden_size * p.num_moe_experts
-    experts = 6.0 * p.hidden_size * p.moe_ffn_hidden_size * p.moe_router_topk
-    return Flops(gemm + shared + router, experts, attention)
+    return Flops(
+        gemm=shared + 2.0 * p.hidden_size * p.num_moe_experts,
+        grouped=6.0 * p.hidden_size * p.moe_ffn_hidden_size * p.moe_router_topk,
+    )
 
 
-def layer_backward(
-    p: ModelPreset, seq_length: int, recompute: frozenset[Recompute], *, is_moe: bool
-) -> Flops:
-    """One token's backward: two products for each of the forward, and what is recomputed.
+def input_gradients(forward: Flops) -> Flops:
+    """One product for each of the forward; norms and SwiGLU count as elementwise work."""
+    return Flops(forward.gemm, forward.grouped, FLASH_BACKWARD * forward.attention)
 
-    Norms and SwiGLU are recomputed without products; they count as elementwise work.
-    """
-    forward = layer_forward(p, seq_length, is_moe=is_moe)
-    again = _up_projections(p) if "mla_up" in recompute else 0.0
-    return Flops(2 * forward.gemm + again, 2 * forward.grouped, FLASH_BACKWARD * forward.attention)
+
+def weight_gradients(forward: Flops) -> Flops:
+    """Likewise; attention itself has no weights."""
+    return Flops(forward.gemm, forward.grouped)
 
 
 def head_forward(p: ModelPreset) -> Flops:
@@ -78,7 +80,8 @@ def model_flops_per_token(p: ModelPreset, seq_length: int) -> float:
     """What MFU counts: forward and twice that, nothing recomputed."""
     total = head_forward(p)
     for layer in range(p.num_layers):
-        total += layer_forward(p, seq_length, is_moe=layer >= p.num_dense_layers)
+        total += attention_forward(p, seq_length)
+        total += mlp_forward(p, is_moe=layer >= p.num_dense_layers)
     return 3 * total.total
 
 

@@ -13,9 +13,15 @@ from typing import get_args
 from megatron_k2.errors import UserError
 from megatron_k2.planning.activations import Recompute, head_rows, kept_bytes, layer_bytes
 from megatron_k2.planning.chunks import split_into_chunks
-from megatron_k2.planning.estimate import Assumptions, Estimate, chunk_times, estimate
+from megatron_k2.planning.estimate import (
+    Assumptions,
+    Estimate,
+    arithmetic_seconds,
+    chunk_costs,
+    estimate,
+)
 from megatron_k2.planning.fit import MOST_ACTIVATIONS
-from megatron_k2.planning.gpus import GPUS_PER_NODE
+from megatron_k2.planning.gpus import GPUS, GPUS_PER_NODE
 from megatron_k2.planning.memory import (
     GRADIENT_BYTES,
     WEIGHT_BYTES,
@@ -102,8 +108,6 @@ def _layer_bytes(
 @functools.cache
 def _parameters(p: ModelPreset, tp: int, pp: int, vpp: int, ep: int) -> list[Parameters]:
     """Of the ranks that could be fullest: the first two and the last."""
-    from megatron_k2.planning.gpus import GPUS
-
     r = RunRequest(p, next(iter(GPUS.values())), tp * pp * ep, 1, 1, tp=tp, pp=pp, vpp=vpp, ep=ep)
     return [rank_parameters(r, rank) for rank in sorted({0, min(1, pp - 1), pp - 1})]
 
@@ -153,18 +157,17 @@ def _longest_chunk(num_layers: int, pp: int, vpp: int) -> int:
 
 
 def quick_seconds(r: RunRequest, a: Assumptions) -> float:
-    """Of one step, with every chunk as long as the longest."""
-    times = chunk_times(r, a)
-    longest = max(t.forward + t.backward for t in times)
-    expert = max(t.expert for t in times)
-    hidden = r.has_overlap and r.vpp > 1
-    exposed = max(0.0, 2 * expert - longest) if hidden else 2 * expert
-    by_rank = max(
-        sum(times[v * r.pp + rank].forward + times[v * r.pp + rank].backward for v in range(r.vpp))
-        for rank in range(r.pp)
-    )
-    steady = r.num_microbatches * (by_rank + r.vpp * exposed)
-    return steady + (r.pp - 1) * (longest + exposed)
+    """Of one step: the busiest rank's arithmetic, what cannot be hidden, fill and drain."""
+    costs = chunk_costs(r, a)
+    busy = [arithmetic_seconds(cost) for cost in costs]
+    is_hidden = r.has_overlap and r.vpp > 1
+    exposed = [
+        max(0.0, 4 * cost.dispatch - seconds * is_hidden)
+        for cost, seconds in zip(costs, busy, strict=True)
+    ]
+    both = [seconds + wait for seconds, wait in zip(busy, exposed, strict=True)]
+    by_rank = max(sum(both[rank :: r.pp]) for rank in range(r.pp))
+    return r.num_microbatches * by_rank + (r.pp - 1) * max(both)
 
 
 def _fitting(r: RunRequest, a: Assumptions) -> tuple[RunRequest | None, int, float]:
