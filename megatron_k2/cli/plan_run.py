@@ -61,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=float, help="of the whole run (default: the preset's)")
     parser.add_argument("--search", action="store_true", help="rank every layout of these GPUs")
     parser.add_argument("--top", type=int, default=10, help="layouts shown by --search")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build every distinct rank at full size on the meta device; flags after -- go along",
+    )
+    parser.add_argument("--print-args", action="store_true", help="the plan as Megatron's flags")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parser.add_argument("--trace", metavar="FILE", help="Chrome/Perfetto trace of one step")
     parser.add_argument("--png", metavar="FILE", help="the same step drawn, and the memory")
@@ -312,9 +318,45 @@ def _write_figures(e: "Estimate", a: "Assumptions", arguments: argparse.Namespac
     return written
 
 
+def _print_dry_run(r: "RunRequest", extra: list[str]) -> None:
+    """A line a distinct rank as it is built."""
+    from megatron_k2.planning.dry_run import SUBSTITUTES, dry_run
+
+    print("\ndry run: every distinct pipeline rank, built by Megatron on the meta device")
+    for theirs, ours in SUBSTITUTES:
+        print(f"  {theirs} -> {ours}")
+    total = 0
+    for built in dry_run(r, extra):
+        which = f"{built.ranks[0]}-{built.ranks[-1]}" if len(built.ranks) > 1 else built.ranks[0]
+        layers = "+".join(map(str, built.layers))
+        print(
+            f"  rank {which}: {layers} layers, {built.num_modules:,} modules, "
+            f"{built.parameters.total:,} parameters as planned, {built.num_matrices:,} matrices "
+            f"for Muon, {built.parameters.adamw:,} parameters for AdamW ({built.seconds:.1f} s)",
+            flush=True,
+        )
+        experts = r.ep * built.parameters.expert_muon
+        total += len(built.ranks) * (
+            built.parameters.total - built.parameters.expert_muon + experts
+        )
+    if r.tp == 1:
+        _check_total(r, total)
+
+
+def _check_total(r: "RunRequest", total: int) -> None:
+    from megatron_k2.errors import UserError
+    from megatron_k2.planning.params import count_parameters
+
+    expected = count_parameters(r.preset).trainable
+    if total != expected:
+        raise UserError(f"all ranks together hold {total:,} parameters, the model {expected:,}")
+    print(f"  all ranks together: {total:,} parameters, the model's own number")
+
+
 def main(argv: list[str]) -> int:
     """Print the plan, or the ranking."""
-    arguments = _parser().parse_args(argv)
+    extra = argv[argv.index("--") + 1 :] if "--" in argv else []
+    arguments = _parser().parse_args(argv[: len(argv) - len(extra)] if extra else argv)
     from rich.console import Console
 
     from megatron_k2.planning.estimate import estimate
@@ -340,6 +382,11 @@ def main(argv: list[str]) -> int:
     else:
         r = _fitted(r, arguments, a)
     e = estimate(r, a)
+    if arguments.print_args:
+        from megatron_k2.planning.run_flags import megatron_flags
+
+        print(" ".join(megatron_flags(r)))
+        return 0
     if arguments.json:
         print(json.dumps(facts(e, tokens), indent=2))
         return 0
@@ -348,5 +395,7 @@ def main(argv: list[str]) -> int:
     console.print(summary(e, a, tokens))
     for line in _write_figures(e, a, arguments):
         console.print(f"wrote {line}")
+    if arguments.dry_run:
+        _print_dry_run(r, extra)
     print("\n" + textwrap.fill(NOTE, 110))
     return 0
