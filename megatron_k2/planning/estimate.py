@@ -99,8 +99,8 @@ def chunk_costs(r: RunRequest, a: Assumptions) -> list[ChunkCost]:
 
 def _layer_cost(r: RunRequest, a: Assumptions, *, is_moe: bool) -> ChunkCost:
     p, tokens = r.preset, r.tokens_per_microbatch
-    split = traffic.network_seconds(r, traffic.tensor_parallel(r), r.tp, a.network)
-    split += traffic.network_seconds(r, traffic.context_parallel(r), r.tp * r.cp, a.network)
+    split = traffic.tensor_parallel(r)
+    context = traffic.network_seconds(r, traffic.context_parallel(r), r.tp * r.cp, a.network)
     attention, mlp = attention_forward(p, r.seq_length), mlp_forward(p, is_moe=is_moe)
     again = Flops(up_projections(p) if "mla_up" in r.recompute else 0.0)
     kept = layer_bytes(p, r.tp, is_moe=is_moe, recompute=r.recompute, fp8_storage=r.fp8_storage)
@@ -110,9 +110,13 @@ def _layer_cost(r: RunRequest, a: Assumptions, *, is_moe: bool) -> ChunkCost:
         return _seconds(flops * tokens, r, a)
 
     return ChunkCost(
-        attention_forward=seconds(attention) + split,
+        attention_forward=seconds(attention)
+        + context
+        + traffic.network_seconds(r, split.forward, r.tp, a.network),
         mlp_forward=seconds(mlp),
-        attention_backward=seconds(input_gradients(attention) + again) + 2 * split,
+        attention_backward=seconds(input_gradients(attention) + again)
+        + 2 * context
+        + traffic.network_seconds(r, split.backward, r.tp, a.network),
         mlp_backward=seconds(input_gradients(mlp)),
         weight_gradients=seconds(weight_gradients(attention) + weight_gradients(mlp)),
         dispatch=_dispatch_seconds(r, a) if is_moe else 0.0,

@@ -44,13 +44,30 @@ def pipeline_send(r: RunRequest, element_bytes: float = WEIGHT_BYTES) -> float:
     return r.tokens_per_microbatch / r.tp * r.preset.hidden_size * element_bytes
 
 
-def tensor_parallel(r: RunRequest, element_bytes: float = WEIGHT_BYTES) -> float:
-    """One layer's forward of one micro-batch: gather and scatter around attention and dense FFN.
+@dataclass(frozen=True)
+class TensorParallel:
+    """One micro-batch's gathers and scatters under sequence parallelism, in bytes sent."""
 
-    Experts whole on a rank (expert tensor parallelism 1) add the shared expert's gather only.
+    forward: float
+    """Of one layer: latents and the MLP's input gathered, both outputs scattered."""
+    backward: float
+    """The same turned round, and inputs of column-parallel products gathered again."""
+    ends: float
+    """Embedding and output head, forward and backward."""
+
+
+def tensor_parallel(r: RunRequest, element_bytes: float = WEIGHT_BYTES) -> TensorParallel:
+    """MLA's down-projections are whole on every rank, so that only their latents are gathered.
+
+    Experts are whole on a rank (expert tensor parallelism 1); of an MoE layer the shared expert's
+    input and output move, as much as a dense layer's.
     """
-    hidden = r.tokens_per_microbatch * r.preset.hidden_size * element_bytes
-    return 4 * hidden * _away(r.tp)
+    p = r.preset
+    hidden = r.tokens_per_microbatch * p.hidden_size * element_bytes * _away(r.tp)
+    query = 1.0 if p.q_lora_rank is None else p.q_lora_rank / p.hidden_size
+    again = query + p.kv_lora_rank / p.hidden_size
+    latents = again + p.qk_pos_emb_head_dim / p.hidden_size
+    return TensorParallel((latents + 3) * hidden, (latents + again + 4) * hidden, 5 * hidden)
 
 
 def context_parallel(r: RunRequest, element_bytes: float = WEIGHT_BYTES) -> float:
