@@ -161,7 +161,6 @@ _SAME_NAME = (
     "moe_router_topk",
     "moe_ffn_hidden_size",
     "moe_router_topk_scaling_factor",
-    "norm_epsilon",
     "init_method_std",
     "moe_aux_loss_coeff",
     "rotary_base",
@@ -205,6 +204,8 @@ def preset_from_args(args: Namespace, base: ModelPreset) -> ModelPreset:
         changes["q_lora_rank"] = given["q_lora_rank"]
     if given.get("num_experts"):
         changes["num_moe_experts"] = given["num_experts"]
+    if given.get("layernorm_epsilon") is not None:
+        changes["norm_epsilon"] = given["layernorm_epsilon"]
     for name in ("rotary_base", "moe_router_topk_scaling_factor", "moe_aux_loss_coeff"):
         if name in changes:
             changes[name] = float(changes[name])

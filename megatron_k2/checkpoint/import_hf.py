@@ -29,6 +29,7 @@ from megatron_k2.checkpoint.fp8 import BLOCK, E4M3, SCALE_SUFFIX, classify_scale
 from megatron_k2.checkpoint.hf_config import TOKENIZER_FILES
 from megatron_k2.checkpoint.hf_preset import preset_from_hf
 from megatron_k2.checkpoint.hf_source import HfSource
+from megatron_k2.checkpoint.imported_args import imported_args
 from megatron_k2.checkpoint.mapping import Pair, expand
 from megatron_k2.checkpoint.megatron_source import RELEASE, TRACKER
 from megatron_k2.checkpoint.megatron_target import (
@@ -66,7 +67,8 @@ from megatron_k2.presets import ModelPreset
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-UNIT_BYTES = 4 * 2**30
+UNIT_BYTES = 2**30
+"""Of a file, unless one tensor is larger: what a kill costs, and a step of the progress."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,6 @@ def imported_args_of(
     preset: ModelPreset, config: dict[str, Any], placements: list[Placement]
 ) -> Namespace:
     """Megatron's arguments; bf16 if most of the weights are."""
-    from megatron_k2.checkpoint.imported_args import imported_args
-
     dtypes = Counter(placement.dtype for placement in placements)
     return imported_args(preset, config, is_bf16=dtypes.most_common(1)[0][0] == torch.bfloat16)
 

@@ -18,11 +18,11 @@ Common state (``args``, ``iteration``) is an object inside the checkpoint from 0
 """
 
 import functools
+import io
 import itertools
 import math
 import pickle
 import re
-import warnings
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator
@@ -54,6 +54,8 @@ NOT_WEIGHTS = re.compile(
     r"|\._extra_state"
 )
 """Keys beside the model's tensors: optimizer, random state, common state, Transformer Engine's."""
+
+_COMMON_STATE = "common_state/shard_0_1"
 
 _LAYER_KEY = re.compile(r"^decoder\.layers\.(?:(\d+)\.)?(.+)$")
 _STORED_EXPERTS = "mlp.experts.experts."
@@ -123,16 +125,16 @@ class MegatronSource:
     @functools.cached_property
     def common(self) -> dict[str, Any]:
         """What was saved beside tensors: ``args``, ``iteration``; empty if nothing was."""
-        from megatron.core.dist_checkpointing.serialization import load_common_state_dict
-        from megatron.core.safe_globals import register_safe_globals
-
-        is_object = any(k.startswith("common_state") for k in self._metadata.state_dict_metadata)
-        if not is_object and not (self.directory / "common.pt").exists():
+        legacy = self.directory / "common.pt"
+        if legacy.exists():
+            return dict(_unpickle(legacy.read_bytes()))
+        info = self._metadata.storage_data.get(MetadataIndex(_COMMON_STATE))
+        if info is None:
             return {}
-        register_safe_globals()  # args hold enums and dtypes that torch.load otherwise refuses
-        with warnings.catch_warnings():  # that torch.distributed is off is the point
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            return dict(load_common_state_dict(str(self.directory)))
+        with (self.directory / info.relative_path).open("rb") as stream:
+            stream.seek(info.offset)
+            (state,) = _unpickle(stream.read(info.length))
+        return dict(state)
 
     @property
     def args(self) -> Namespace | None:
@@ -240,6 +242,23 @@ class MegatronSource:
     @override
     def __repr__(self) -> str:
         return f"MegatronSource({self.directory}, {len(self.locations)} tensors)"
+
+
+def _unpickle(archive: bytes) -> Any:
+    """A ``torch.save`` archive without tensors, by classes known to be harmless.
+
+    Megatron, seconds to import, is asked for its own classes only where an archive has them.
+    """
+    with torch.serialization.safe_globals([Namespace]):
+        try:
+            return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            pass
+    from megatron.core.safe_globals import SAFE_GLOBALS
+
+    with torch.serialization.safe_globals(SAFE_GLOBALS):
+        found = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    return _unpickle(found.getvalue()) if isinstance(found, io.BytesIO) else found
 
 
 def find_iteration(checkpoint_dir: Path, iteration: int | None = None) -> Path:

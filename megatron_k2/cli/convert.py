@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,12 @@ if TYPE_CHECKING:
     from megatron_k2.checkpoint.verify import LogitComparison
 
 
-def _with_bar(run: "Callable[[Progress], None]") -> float:
-    """Run with a bar of bytes and time left on a terminal; seconds it took."""
+def _with_progress[Result](run: "Callable[[Progress], Result]") -> tuple[Result, float]:
+    """Run with bytes and time left on stderr: a bar on a terminal, else a line now and then.
+
+    Returns:
+        What ``run`` returns, and seconds it took.
+    """
     import time
 
     from rich.console import Console
@@ -30,10 +35,38 @@ def _with_bar(run: "Callable[[Progress], None]") -> float:
         TimeRemainingColumn(),
     )
     started = time.monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:
+        result = run(_lines(started))
+        return result, time.monotonic() - started
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("written")
-        run(lambda done, total: bar.update(task, completed=done, total=total))
-    return time.monotonic() - started
+        result = run(lambda done, total: bar.update(task, completed=done, total=total))
+    return result, time.monotonic() - started
+
+
+def _lines(started: float, every_seconds: float = 5.0) -> "Progress":
+    """Progress for a log file."""
+    import time
+
+    said_at, done_before = started, 0
+
+    def say(done: int, total: int) -> None:
+        nonlocal said_at, done_before
+        now = time.monotonic()
+        if done_before == 0:
+            done_before = done  # found finished: says nothing about speed
+        if now - said_at < every_seconds or done <= done_before:
+            return
+        said_at = now
+        rate = (done - done_before) / (now - started)
+        print(
+            f"{done / 1e9:,.1f} of {total / 1e9:,.1f} GB written, {rate / 1e9:.2f} GB/s, "
+            f"{(total - done) / rate:,.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return say
 
 
 def _project(name: str | None, num_bytes: int, seconds: float, bytes_per_element: float) -> None:
@@ -52,7 +85,7 @@ def _project(name: str | None, num_bytes: int, seconds: float, bytes_per_element
 
 
 def _import(args: argparse.Namespace) -> int:
-    from megatron_k2.checkpoint.import_hf import ImportOptions, ImportResult, import_hf
+    from megatron_k2.checkpoint.import_hf import ImportOptions, import_hf
     from megatron_k2.checkpoint.selection import Selection
 
     options = ImportOptions(
@@ -62,11 +95,9 @@ def _import(args: argparse.Namespace) -> int:
         num_workers=args.workers,
         check_finite=args.check_finite,
     )
-    done: list[ImportResult] = []
-    seconds = _with_bar(
-        lambda bar: done.append(import_hf(args.hf_dir, args.megatron_dir, options, bar))
+    result, seconds = _with_progress(
+        lambda progress: import_hf(args.hf_dir, args.megatron_dir, options, progress)
     )
-    (result,) = done
     print(
         f"{result.directory}: {result.audit.num_targets} tensors of {result.preset.name}'s kind, "
         f"{result.num_files} files, {result.total_size_bytes / 1e9:.3f} GB, {seconds:.1f} s"
@@ -94,7 +125,7 @@ def _accounted(found: "SourceAudit") -> str:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from megatron_k2.checkpoint.export import ExportOptions, ExportResult, export
+    from megatron_k2.checkpoint.export import ExportOptions, export
     from megatron_k2.checkpoint.selection import Selection
 
     options = ExportOptions(
@@ -110,11 +141,9 @@ def _export(args: argparse.Namespace) -> int:
         num_workers=args.workers,
         check_finite=args.check_finite,
     )
-    done: list[ExportResult] = []
-    seconds = _with_bar(
-        lambda bar: done.append(export(args.megatron_dir, args.hf_dir, options, bar))
+    result, seconds = _with_progress(
+        lambda progress: export(args.megatron_dir, args.hf_dir, options, progress)
     )
-    (result,) = done
     print(
         f"{result.directory}: {result.num_tensors} tensors, {result.num_shards} shards, "
         f"{result.total_size_bytes / 1e9:.3f} GB, {seconds:.1f} s"
