@@ -51,6 +51,7 @@ from megatron_k2.checkpoint.safetensors_stream import (
 )
 from megatron_k2.checkpoint.selection import Selection
 from megatron_k2.checkpoint.source_audit import SourceAudit, audit_source, require_clean_source
+from megatron_k2.checkpoint.stored_names import Modules
 from megatron_k2.checkpoint.units import (
     Progress,
     Receipt,
@@ -83,6 +84,8 @@ class ImportOptions:
     num_workers: int = 1
     check_finite: bool = False
     """Refuse NaN and infinite weights."""
+    modules: Modules = "local"
+    """Whose modules the model that loads it is built of; they name and store norms differently."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ def import_hf(
     preset = preset_from_hf(source.config, options.preset)
     audit = audit_source(source.stored, preset, options.only)
     require_clean_source(audit, hf_dir)
+    _require_true_copies(source, preset, options)
     placements = _placements(source, preset, options)
     args = imported_args_of(preset, source.config, placements)
     units = list(_units(placements))
@@ -148,7 +152,7 @@ def import_hf(
     )
     receipts = run_units(workplace, units, work, options.num_workers, progress)
     with naming_a_full_disk(workplace.directory):
-        _finish(release, units, receipts, args)
+        _finish(release, units, receipts, args, options.modules)
         _keep_source(workplace.directory / SOURCE_DIR, source, options.only)
         write_atomically(workplace.directory / TRACKER, RELEASE.encode())
         workplace.publish()
@@ -176,21 +180,40 @@ def _job_record(source: HfSource, options: ImportOptions) -> dict[str, Any]:
         "directory": str(source.directory.resolve()),
         "config": source.config,
         "options": [options.preset, options.dtype, str(options.only), options.check_finite],
-        "schema_version": 1,
+        "modules": options.modules,
+        "schema_version": 2,
     }
 
 
 def _placements(source: HfSource, preset: ModelPreset, options: ImportOptions) -> list[Placement]:
     """Every Megatron tensor with its place; one dtype for all experts of a stored key."""
-    pairs = list(options.only.take(expand(preset)))
+    pairs = (pair for pair in options.only.take(expand(preset)) if not pair.rule.is_copy)
     placed = [
-        place(pair, preset.num_moe_experts, _dtype_of(source, pair, options)) for pair in pairs
+        place(pair, preset.num_moe_experts, _dtype_of(source, pair, options), options.modules)
+        for pair in pairs
     ]
     widest: dict[str, torch.dtype] = {}
     for placement in placed:
         before = widest.get(placement.key, placement.dtype)
         widest[placement.key] = torch.promote_types(before, placement.dtype)
     return [dataclasses.replace(p, dtype=widest[p.key]) for p in placed]
+
+
+def _require_true_copies(source: HfSource, preset: ModelPreset, options: ImportOptions) -> None:
+    """A prediction layer's embedding and head must be the model's: Megatron has no others."""
+    pairs = list(options.only.take(expand(preset)))
+    originals = {pair.megatron: pair.hf[0] for pair in pairs if not pair.rule.is_copy}
+    for pair in pairs:
+        if not pair.rule.is_copy or pair.megatron not in originals:
+            continue
+        (name,), original = pair.hf, originals[pair.megatron]
+        for top, end in row_chunks(pair.megatron_shape, 2):
+            rows = slice(top, end)
+            if not torch.equal(source.read(name, rows), source.read(original, rows)):
+                raise UserError(
+                    f"{source.directory}: '{name}' differs from '{original}' in rows {top} to "
+                    f"{end}; Megatron's prediction layers share the model's"
+                )
 
 
 def _dtype_of(source: HfSource, pair: Pair, options: ImportOptions) -> torch.dtype:
@@ -275,7 +298,13 @@ def _require_finite(source: HfSource, name: str, top: int, rows: Tensor) -> None
     raise UserError(f"{file}: '{name}' has a NaN or an infinity in row {row}")
 
 
-def _finish(release: Path, units: list[Unit], receipts: list[Receipt], args: Namespace) -> None:
+def _finish(
+    release: Path,
+    units: list[Unit],
+    receipts: list[Receipt],
+    args: Namespace,
+    modules: Modules,
+) -> None:
     """What makes the files a checkpoint."""
     chunks = (
         (Path(unit.file).name, chunk_from(entry))
@@ -284,7 +313,7 @@ def _finish(release: Path, units: list[Unit], receipts: list[Receipt], args: Nam
     )
     common_file = f"__{len(units)}_0.distcp"
     common = write_common(release, common_file, args)
-    write_metadata(release, chunks, common_file, common)
+    write_metadata(release, chunks, common_file, common, modules)
 
 
 def _keep_source(directory: Path, source: HfSource, only: Selection) -> None:

@@ -37,7 +37,7 @@ def imported_args(preset: ModelPreset, config: dict[str, Any], *, is_bf16: bool)
     """
     p, context = preset, preset.max_position_embeddings
     flags = [*model_flags(p, yarn=p.yarn is not None), *_group_flags(config)]
-    args = {"q_lora_rank": None} | _by_name(flags)
+    args = {"q_lora_rank": None, "mtp_num_layers": None} | _by_name(flags)
     args[_LAYER_PATTERN] = [0] * p.num_dense_layers + [1] * p.num_moe_layers
     return Namespace(
         **args,

@@ -5,13 +5,9 @@ Megatron saves with ``megatron.core.dist_checkpointing`` on top of torch's distr
 they were written. Reading asks for a box of a global tensor; the optimizer's tensors lie in the
 same files and are never touched.
 
-Names are those of ``GPTModel.state_dict()`` at TP1/EP1/PP1; storage differs in two ways, undone
-here (observed on 0.19.2):
-
-- experts of a layer are one tensor ``...mlp.experts.experts.linear_fc1.weight`` [e, 2F, H], one
-  chunk (two for gate and up) per expert, so reading one expert reads no other;
-- with an integer ``moe_layer_freq`` the layers are stacked too, ``decoder.layers.<rest>`` [L, ...];
-  with a list, as every preset here has, each layer has its own key.
+Names are those of ``GPTModel.state_dict()`` at TP1/EP1/PP1 with the local spec; ``stored_names``
+undoes where storage differs. Experts are stored one chunk (two for gate and up) each, so reading
+one reads no other.
 
 Common state (``args``, ``iteration``) is an object inside the checkpoint from 0.19 on and
 ``common.pt`` before; Megatron's own loader reads both.
@@ -41,6 +37,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_k2.checkpoint.mapped_files import MappedFiles
+from megatron_k2.checkpoint.stored_names import Location, locate
 from megatron_k2.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -56,21 +53,6 @@ NOT_WEIGHTS = re.compile(
 """Keys beside the model's tensors: optimizer, random state, common state, Transformer Engine's."""
 
 _COMMON_STATE = "common_state/shard_0_1"
-
-_LAYER_KEY = re.compile(r"^decoder\.layers\.(?:(\d+)\.)?(.+)$")
-_STORED_EXPERTS = "mlp.experts.experts."
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where one tensor lies: a key, and indices into its stacked leading dimensions."""
-
-    key: str
-    leading: tuple[int, ...]
-    """Layer and/or expert index, where the stored tensor stacks them."""
-    shape: tuple[int, ...]
-    """Of the tensor itself, vocabulary padding included."""
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -329,24 +311,4 @@ def _require_whole_files(directory: Path, metadata: Metadata) -> None:
 def _locate_all(metadata: Metadata) -> Iterator[tuple[str, Location]]:
     for key, stored in metadata.state_dict_metadata.items():
         if isinstance(stored, TensorStorageMetadata) and not NOT_WEIGHTS.search(key):
-            yield from _locate(key, tuple(stored.size), stored.properties.dtype)
-
-
-def _locate(key: str, size: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, Location]]:
-    """The tensors one stored key holds, by unstacking layers and experts."""
-    match = _LAYER_KEY.match(key)
-    if match is None:
-        yield key, Location(key, (), size, dtype)
-        return
-    layer, rest = match[1], match[2]
-    layers = [(int(layer), ())] if layer is not None else [(i, (i,)) for i in range(size[0])]
-    inner = size if layer is not None else size[1:]
-    for index, at_layer in layers:
-        prefix = f"decoder.layers.{index}."
-        if not rest.startswith(_STORED_EXPERTS):
-            yield f"{prefix}{rest}", Location(key, at_layer, inner, dtype)
-            continue
-        matrix = rest.removeprefix(_STORED_EXPERTS)
-        for expert in range(inner[0]):
-            name = f"{prefix}mlp.experts.local_experts.{expert}.{matrix}"
-            yield name, Location(key, (*at_layer, expert), inner[1:], dtype)
+            yield from locate(key, tuple(stored.size), stored.properties.dtype)

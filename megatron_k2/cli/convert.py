@@ -91,6 +91,7 @@ def _import(args: argparse.Namespace) -> int:
     options = ImportOptions(
         preset=args.preset,
         dtype=args.dtype,
+        modules=args.modules,
         only=Selection.parse(args.only),
         num_workers=args.workers,
         check_finite=args.check_finite,

@@ -58,6 +58,13 @@ def _add_import(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", choices=("bf16", "fp32"), help="default: as stored, FP8 becomes bf16"
     )
+    command.add_argument(
+        "--modules",
+        choices=("local", "te"),
+        default="local",
+        help="whose modules the loading model is built of (--transformer-impl): Megatron's own or "
+        "Transformer Engine's, which store some norms under other names",
+    )
     _add_conversion(command)
 
 
