@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from megatron_k2.checkpoint.hf_source import HfSource, StoredTensor, read_header
 from megatron_k2.checkpoint.mapping import Pair
 from megatron_k2.checkpoint.megatron_source import MegatronSource
 from megatron_k2.checkpoint.safetensors_stream import (
+    EarlyWriteback,
     TensorSlot,
     flush,
     row_chunks,
@@ -51,6 +52,19 @@ class ShardJob:
     """Of the origin, to give untouched blocks their codes back; may be absent."""
     fingerprint: str
     """Of the job, so that a cached source is never another's."""
+
+
+class RowSource(Protocol):
+    """Where a shard's rows come from: a ``MegatronSource``.
+
+    The seam for adapters: a source that wraps another and adds an adapter's product to the rows of
+    the tensors it changes needs nothing else here; names, audit and files stay as they are.
+    """
+
+    directory: Path
+
+    def read(self, name: str, rows: slice) -> Tensor:
+        """Rows of one tensor, by its name in ``rules``; not to be written to."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +172,11 @@ def write_shard(job: ShardJob, path: Path, unit: Unit) -> Receipt:
         scales_at = file.tell()
         file.seek(sum(slot.num_bytes for slot in scale_slots), 1)  # filled in as codes are made
         new_scales: list[Tensor] = []
+        writeback = EarlyWriteback(file)
         for piece in unit.payload:
             with naming_a_full_disk(path, piece.slot.name):
                 new_scales += _write_piece(file, job, source, scales, piece, blocks)
+                writeback.step()
         file.seek(scales_at)
         for tensor in new_scales:
             write_rows(file, tensor)
@@ -175,7 +191,7 @@ def write_shard(job: ShardJob, path: Path, unit: Unit) -> Receipt:
 def _write_piece(
     file: IO[bytes],
     job: ShardJob,
-    source: MegatronSource,
+    source: RowSource,
     scales: _Scales,
     piece: Piece,
     blocks: Counter[str],
@@ -196,7 +212,7 @@ def _write_piece(
     return made
 
 
-def _require_finite(source: MegatronSource, piece: Piece, top: int, rows: Tensor) -> None:
+def _require_finite(source: RowSource, piece: Piece, top: int, rows: Tensor) -> None:
     is_finite = torch.isfinite(rows)
     if not is_finite.all():
         row = piece.first_row + top + int((~is_finite.view(len(rows), -1)).any(1).nonzero()[0])

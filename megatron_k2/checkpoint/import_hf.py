@@ -44,6 +44,7 @@ from megatron_k2.checkpoint.megatron_target import (
 )
 from megatron_k2.checkpoint.origin import SCALES_FILE, SOURCE_DIR
 from megatron_k2.checkpoint.safetensors_stream import (
+    EarlyWriteback,
     TensorSlot,
     flush,
     row_chunks,
@@ -253,6 +254,7 @@ def _import_unit(job: _Job, path: Path, unit: Unit) -> Receipt:
     chunks: list[Chunk] = []
     classes: Counter[str] = Counter()
     with path.open("wb") as file, without_crc():
+        writeback = EarlyWriteback(file)
         for placement in unit.payload:
             for name, shape, begin in placement.pair.parts():
                 with naming_a_full_disk(path, name):
@@ -260,6 +262,7 @@ def _import_unit(job: _Job, path: Path, unit: Unit) -> Receipt:
                         if job.check_finite:
                             _require_finite(source, name, top, rows)
                         chunks.append(write_chunk(file, placement, begin + top, rows))
+                        writeback.step()
         flush(file)
     return {
         "chunks": [dataclasses.astuple(chunk) for chunk in chunks],

@@ -218,6 +218,7 @@ def _print_logits(found: "LogitComparison", tolerance: float) -> bool:
         f"max |difference| {found.max_abs_difference:.3e} (tolerance {tolerance:.0e}), "
         f"mean {found.mean_abs_difference:.3e}, max |logit| {found.max_abs_reference:.3f}, "
         f"same argmax {found.argmax_agreement:.2%}"
+        + (f", else apart by {found.largest_lost_margin:.3e}" if found.argmax_agreement < 1 else "")
     )
     is_same = found.max_abs_difference <= tolerance
     return is_same and not found.missing_keys and not found.unexpected_keys
