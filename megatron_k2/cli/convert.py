@@ -24,21 +24,20 @@ def _with_progress[Result](run: "Callable[[Progress], Result]") -> tuple[Result,
     """
     import time
 
+    started = time.monotonic()
+    if not sys.stderr.isatty():
+        result = run(_lines(started))
+        return result, time.monotonic() - started
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    console = Console(stderr=True)
     columns = (
         *Progress.get_default_columns()[:2],
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    started = time.monotonic()
-    if not console.is_terminal:
-        result = run(_lines(started))
-        return result, time.monotonic() - started
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("written")
         result = run(lambda done, total: bar.update(task, completed=done, total=total))
     return result, time.monotonic() - started
@@ -48,14 +47,15 @@ def _lines(started: float, every_seconds: float = 5.0) -> "Progress":
     """Progress for a log file."""
     import time
 
-    said_at, done_before = started, 0
+    said_at = started
+    done_before: int | None = None  # found finished: says nothing about speed
 
     def say(done: int, total: int) -> None:
         nonlocal said_at, done_before
         now = time.monotonic()
-        if done_before == 0:
-            done_before = done  # found finished: says nothing about speed
-        if now - said_at < every_seconds or done <= done_before:
+        if done_before is None:
+            done_before = done
+        if now - said_at < every_seconds or done == done_before:
             return
         said_at = now
         rate = (done - done_before) / (now - started)
