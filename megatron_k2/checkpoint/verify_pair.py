@@ -78,6 +78,7 @@ def _transformers_logits(source: HfSource, tokens: Tensor, dtype: torch.dtype) -
     settings.pop("quantization_config", None)
     config = DeepseekV3Config.from_dict(settings)
     config._attn_implementation = "eager"
+    config._experts_implementation = "eager"  # its grouped product wants rows of whole 16 bytes
     model = DeepseekV3ForCausalLM(config).eval()
     model.load_state_dict(dict(_fused_state(HfWeights(source), list(model.state_dict()))))
     if dtype != torch.float32:
