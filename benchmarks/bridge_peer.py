@@ -159,4 +159,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        raise SystemExit(print(__doc__))  # a part of convert.py
     main()

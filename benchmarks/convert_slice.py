@@ -11,6 +11,7 @@ of the source says what the disk does. With 16 experts: 6.1 GB of source, 20 GB 
 import argparse
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,9 @@ from harness import machine_lock, print_inputs, print_result
 from megatron_k2.presets import KIMI_K2
 
 LIMIT_BYTES = 2 * 2**30
+"""Of anonymous memory, all processes together."""
+
+NEEDED_BYTES = 25 * 10**9
 
 
 def anonymous_bytes(root: int) -> list[tuple[int, int]]:
@@ -80,6 +84,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     preset = dataclasses.replace(KIMI_K2, num_layers=2, num_moe_experts=arguments.experts)
+    if (free := shutil.disk_usage(tempfile.gettempdir()).free) < NEEDED_BYTES:
+        raise SystemExit(print(f"not run: {free / 1e9:.0f} GB of disk free, 25 wanted"))
     with machine_lock(), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print_inputs(**vars(arguments))

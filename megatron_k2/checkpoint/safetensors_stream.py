@@ -28,8 +28,6 @@ DTYPE_NAMES = {
     E4M3: "F8_E4M3",
 }
 
-_NOT_NEEDED = os.POSIX_FADV_DONTNEED
-
 CHUNK_BYTES = 64 * 2**20
 """What a tensor is cut into on its way, in bytes of the side with the wider dtype."""
 
@@ -95,11 +93,12 @@ class EarlyWriteback:
     def step(self) -> None:
         """After a piece was appended."""
         end = self._file.tell()
-        if end - self._begin < self.STEP_BYTES:
+        if end - self._begin < self.STEP_BYTES or not hasattr(os, "posix_fadvise"):
             return
         self._file.flush()
         # Linux starts to write dirty pages that it is told are not needed, and keeps them
-        os.posix_fadvise(self._file.fileno(), self._begin, end - self._begin, _NOT_NEEDED)
+        size = end - self._begin
+        os.posix_fadvise(self._file.fileno(), self._begin, size, os.POSIX_FADV_DONTNEED)
         self._begin = end
 
 
