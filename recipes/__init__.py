@@ -1,1 +1,56 @@
-"""Complete run configurations, one function each. Importable as ``megatron_k2.recipes``."""
+"""Complete run configurations, one function each. Importable as ``megatron_k2.recipes``.
+
+``kimi_k2_<phase>_<N>gpu_<hw>``, ``moonlight_16b_a3b_pretrain_<N>gpu_<hw>`` and, for each phase,
+``kimi_k2_<phase>_cpu`` and ``moonlight_16b_a3b_pretrain_cpu``.
+"""
+
+import difflib
+import functools
+from collections.abc import Callable
+
+from megatron_k2.errors import UserError
+from megatron_k2.launch.recipe import Recipe
+from megatron_k2.recipes import kimi_k2, moonlight
+from megatron_k2.recipes.cpu import cpu_twin, twins
+
+
+def _cpu_twins() -> dict[str, Callable[[], Recipe]]:
+    small = dict(zip(kimi_k2.PHASES, twins(tuple(kimi_k2.PHASES.values())), strict=True))
+    found: dict[str, Callable[[], Recipe]] = {}
+    previous = None
+    for phase, scaled in small.items():
+        name = f"kimi_k2_{phase}_cpu"
+        found[name] = functools.partial(cpu_twin, name, scaled, previous)
+        previous = name
+    name = "moonlight_16b_a3b_pretrain_cpu"
+    return found | {name: functools.partial(cpu_twin, name, twins((moonlight.PRETRAIN,))[0])}
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    **{
+        kimi_k2.name(phase, n, gpu): functools.partial(kimi_k2.kimi_k2_pretrain, n, gpu, phase)
+        for phase in kimi_k2.PHASES
+        for n in kimi_k2.NUM_GPUS
+        for gpu in kimi_k2.HARDWARE
+    },
+    **{
+        moonlight.name(n, gpu): functools.partial(moonlight.moonlight_pretrain, n, gpu)
+        for n in moonlight.NUM_GPUS
+        for gpu in moonlight.HARDWARE
+    },
+    **_cpu_twins(),
+}
+"""Name -> what builds it; building asks the planner, a few tenths of a second."""
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe called ``name``.
+
+    Raises:
+        UserError: if there is none; the message names the nearest.
+    """
+    if name in RECIPES:
+        return RECIPES[name]()
+    near = difflib.get_close_matches(name, RECIPES, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else "list them: megatron-k2 launch --list"
+    raise UserError(f"recipe '{name}' is not known; {hint}")

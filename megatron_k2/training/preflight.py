@@ -151,14 +151,14 @@ def write_run_record(flags: list[str], world_size: int) -> None:
         "world_size": world_size,
         "flags": flags,
         "versions": {name: installed_version(name) for name in packages},
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
     }
     path = Path(values.save) / RUN_RECORD
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Commit of the checkout this package runs from, read without starting git."""
     git = Path(__file__).resolve().parents[2] / ".git"
     head = git / "HEAD"

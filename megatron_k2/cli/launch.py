@@ -1,0 +1,118 @@
+"""``megatron-k2 launch``: a recipe shown, run here, or given to Slurm."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_k2.launch.recipe import Recipe
+    from megatron_k2.launch.slurm import Cluster
+
+CLUSTER_FLAGS = ("account", "partition", "container", "time")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-k2 launch",
+        description="Run a recipe. The same command goes on where the last one stopped.",
+    )
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="see --list")
+    parser.add_argument("--list", action="store_true", help="names of all recipes")
+    parser.add_argument("--executor", choices=["local", "slurm"], default="slurm")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value"
+    )
+    parser.add_argument("--keys", action="store_true", help="every key of --set, value and source")
+    parser.add_argument("--save", metavar="DIR", help="of the run (default: runs/RECIPE)")
+    parser.add_argument(
+        "--start-from", metavar="DIR", help="weights (default: the previous phase's runs/RECIPE)"
+    )
+    parser.add_argument("--force", action="store_true", help="even where it does not fit")
+    parser.add_argument("--dry-run", action="store_true", help="table and script, nothing is run")
+    parser.add_argument("--print-args", action="store_true", help="a pure Megatron command line")
+    cluster = parser.add_argument_group("slurm (over the profile's)")
+    cluster.add_argument("--profile", metavar="FILE.yaml", help="a cluster's account, image, …")
+    cluster.add_argument("--nodes", type=int, help="checked against the recipe's")
+    cluster.add_argument("--account")
+    cluster.add_argument("--partition")
+    cluster.add_argument("--container", metavar="IMAGE", help="for pyxis")
+    cluster.add_argument("--mounts", metavar="FROM:TO,…")
+    cluster.add_argument("--time", metavar="[D-]HH:MM:SS")
+    return parser
+
+
+def _cluster(arguments: argparse.Namespace) -> "Cluster":
+    from dataclasses import replace
+    from pathlib import Path
+
+    from megatron_k2.launch.slurm import Cluster, read_profile
+
+    profile = read_profile(Path(arguments.profile)) if arguments.profile else Cluster()
+    typed = {name: value for name in CLUSTER_FLAGS if (value := getattr(arguments, name))}
+    if arguments.mounts:
+        typed["mounts"] = tuple(arguments.mounts.split(","))
+    return replace(profile, **typed)
+
+
+def _keys(recipe: "Recipe") -> str:
+    from megatron_k2.launch.table import Row, resolved, shown, source_of
+
+    return shown([Row(key, str(v), source_of(recipe, key)) for key, v in resolved(recipe).items()])
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    from megatron_k2.errors import UserError
+    from megatron_k2.launch.recipe import Recipe
+    from megatron_k2.recipes import RECIPES, get_recipe
+
+    if arguments.list:
+        print("\n".join(RECIPES))
+        return 0
+    if arguments.recipe is None:
+        raise UserError("which recipe? --list names them")
+    from megatron_k2.launch.overrides import apply
+
+    recipe: Recipe = apply(get_recipe(arguments.recipe), arguments.set, force=arguments.force)
+    if arguments.keys:
+        print(_keys(recipe))
+        return 0
+    save = arguments.save or f"runs/{recipe.name}"
+    start_from = arguments.start_from
+    if start_from is None and recipe.previous:
+        start_from = f"runs/{recipe.previous}"
+    if arguments.print_args:
+        from megatron_k2.launch.command import render_command
+
+        print(render_command(recipe, save, start_from), end="")
+        return 0
+    return _launch(recipe, save, start_from, arguments)
+
+
+def _launch(
+    recipe: "Recipe", save: str, start_from: str | None, arguments: argparse.Namespace
+) -> int:
+    from megatron_k2.launch.table import rows, shown
+
+    is_slurm = arguments.executor == "slurm"
+    script = ""
+    if is_slurm:
+        from megatron_k2.launch.slurm import render
+
+        script = render(recipe, _cluster(arguments), save, start_from, arguments.nodes)
+    print(f"{recipe.name}\n\n{shown(rows(recipe, arguments.set, save, start_from))}\n", flush=True)
+    if arguments.dry_run:
+        print(script, end="")
+        return 0
+    from megatron_k2.launch.local import run_local, write_record
+
+    if not is_slurm:
+        return run_local(recipe, save, start_from, arguments.set)
+    from megatron_k2.launch.slurm import check_flags, submit
+
+    check_flags(recipe.pretrain_flags(save, start_from))
+    job = submit(script, save)
+    write_record(recipe, save, start_from, arguments.set)
+    print(f"submitted {job}; squeue --job {job}; log {save}/slurm/{job}.log")
+    return 0

@@ -1,0 +1,55 @@
+"""A CPU twin run on this machine, by the same program as ``megatron-k2 pretrain``."""
+
+import json
+from pathlib import Path
+
+from megatron_k2.compat import installed_version
+from megatron_k2.data.storage import write_atomically
+from megatron_k2.errors import UserError
+from megatron_k2.launch.recipe import Recipe
+from megatron_k2.launch.table import resolved
+from megatron_k2.parallel.launch import launch
+from megatron_k2.training.preflight import check_run, git_commit
+
+RECORD = "recipe.json"
+PACKAGES = ("megatron-k2", "megatron-core", "torch", "emerging-optimizers", "numpy")
+
+
+def write_record(recipe: Recipe, save: str, start_from: str | None, changed: list[str]) -> Path:
+    """``recipe.json`` beside the run: every value, the flags, the versions, the commit."""
+    record = {
+        "schema_version": 1,
+        "recipe": recipe.name,
+        "preset": recipe.preset.name,
+        "gpu": recipe.layout.gpu.name,
+        "set": changed,
+        "starts_from": start_from,
+        "values": resolved(recipe),
+        "sources": dict(recipe.sources),
+        "differences": recipe.differences,
+        "flags": recipe.to_megatron_args(save, start_from),
+        "versions": {name: installed_version(name) for name in PACKAGES},
+        "git_commit": git_commit(),
+    }
+    path = Path(save) / RECORD
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+    return path
+
+
+def run_local(recipe: Recipe, save: str, start_from: str | None, changed: list[str]) -> int:
+    """Train ``recipe`` here and wait; returns the exit code.
+
+    Raises:
+        UserError: for a recipe of a cluster, or flags that cannot run.
+    """
+    if not recipe.is_cpu:
+        phase = recipe.phase.name.replace("-", "_")
+        raise UserError(
+            f"{recipe.name} needs {recipe.layout.world_size} GPUs: --executor slurm; its twin "
+            f"for this machine is {recipe.name.split('_' + phase)[0]}_{phase}_cpu"
+        )
+    check_run(recipe.to_megatron_args(save, start_from), recipe.layout.world_size)
+    write_record(recipe, save, start_from, changed)
+    flags = recipe.pretrain_flags(save, start_from)
+    return launch("megatron_k2.training.pretrain", flags, recipe.layout.world_size)

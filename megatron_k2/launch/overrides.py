@@ -1,0 +1,112 @@
+"""``--set a.b=c``: one value of a recipe changed, by the name it has in the dataclass."""
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from megatron_k2.errors import UserError
+from megatron_k2.launch.recipe import Recipe
+from megatron_k2.planning.fit import fit_to_memory
+
+FIXED = {
+    "name",
+    "sources",
+    "differences",
+    "previous",
+    "precision",
+    "layout.preset",
+    "layout.gpu",
+    "layout.seq_length",
+    "layout.sequences_per_step",
+    "phase.name",
+    "phase.source",
+}
+"""Not to be set: what names the recipe, and what follows from the phase."""
+OFFLOADS = {"layout.activation_offload", "layout.optimizer_offload"}
+
+
+def settable(recipe: Recipe) -> dict[str, Any]:
+    """Every key of ``--set`` and its value, dotted."""
+    return {key: value for key, value in _leaves(recipe, "") if key not in FIXED}
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for field in fields(node):
+        key, value = prefix + field.name, getattr(node, field.name)
+        if is_dataclass(value) and key not in FIXED:
+            yield from _leaves(value, key + ".")
+        else:
+            yield key, value
+
+
+def apply(recipe: Recipe, assignments: list[str], *, force: bool = False) -> Recipe:
+    """``recipe`` with every ``a.b=c`` applied, in order.
+
+    Args:
+        recipe: unchanged.
+        assignments: as typed.
+        force: keep a layout that the planner says does not fit.
+
+    Raises:
+        UserError: for an unknown key (naming the nearest), a value of another type, or a layout
+            that does not fit.
+    """
+    known = settable(recipe)
+    changes: dict[str, dict[str, Any]] = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text}: expected KEY=VALUE")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"one of: {', '.join(known)}"
+            raise UserError(f"--set {key}: no such key; {hint}")
+        part, _, name = key.rpartition(".")
+        changes.setdefault(part, {})[name] = _parsed(key, value, known[key])
+    return _rebuilt(recipe, changes, force=force)
+
+
+def _rebuilt(recipe: Recipe, changes: dict[str, dict[str, Any]], *, force: bool) -> Recipe:
+    if not changes:
+        return recipe
+    parts = {
+        part: replace(getattr(recipe, part), **values) for part, values in changes.items() if part
+    }
+    phase = parts.get("phase", recipe.phase)
+    layout = replace(
+        parts.get("layout", recipe.layout),
+        seq_length=phase.seq_length,
+        sequences_per_step=phase.sequences_per_step,
+    )
+    layout.check()
+    if layout != recipe.layout and not recipe.is_cpu and not force:
+        typed = {f"layout.{name}" for name in changes.get("layout", {})} & OFFLOADS
+        layout = fit_to_memory(layout, fixed=frozenset(key.split(".")[1] for key in typed))
+    return recipe.replace(**{**changes.get("", {}), **parts, "layout": layout})
+
+
+def _parsed(key: str, text: str, now: Any) -> Any:
+    """``text`` as a value of ``now``'s type; lists are separated by commas."""
+    try:
+        if isinstance(now, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(now, int):
+            return int(text.replace("_", ""))
+        if isinstance(now, float):
+            return float(text)
+    except (ValueError, KeyError):
+        kind = "true or false" if isinstance(now, bool) else f"a number like {now!r}"
+        raise UserError(f"--set {key}={text}: expected {kind}") from None
+    if isinstance(now, (tuple, frozenset)):
+        words = [word for word in text.split(",") if word]
+        return type(now)(_element(key, word) for word in words)
+    return text
+
+
+def _element(key: str, word: str) -> Any:
+    kind = {"data.weights": float, "loss.iterations_to_skip": int}.get(key, str)
+    try:
+        return kind(word)
+    except ValueError:
+        raise UserError(f"--set {key}: '{word}' is no number") from None

@@ -1,0 +1,162 @@
+"""A whole run as frozen data, and as the flags that Megatron reads.
+
+A recipe decides; this module only writes down. Architecture and optimizer are the preset's
+(``training/flags.py``), layout and memory the planner's (``planning/run_flags.py``), schedule the
+phase's. The last flag of a name wins, so the order of ``pretrain_flags`` matters.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megatron_k2.errors import UserError
+from megatron_k2.planning.phases import Phase
+from megatron_k2.planning.request import RunRequest
+from megatron_k2.planning.run_flags import layout_flags, memory_flags, speed_flags
+from megatron_k2.presets import ModelPreset
+from megatron_k2.training.flags import expand
+
+
+@dataclass(frozen=True)
+class DataBlend:
+    """Indexed datasets under one directory; without parts, Megatron's mock data."""
+
+    root: str
+    weights: tuple[float, ...] = ()
+    prefixes: tuple[str, ...] = ()
+
+    def flags(self, eod_id: int) -> list[str]:
+        """``--train-data-path`` with its weights; ids are ready-made, so no tokenizer is loaded."""
+        if len(self.weights) != len(self.prefixes):
+            raise UserError(
+                f"data: {len(self.weights)} weights for {len(self.prefixes)} prefixes; give one "
+                "each, --set data.weights=… --set data.prefixes=…"
+            )
+        if not self.prefixes:
+            return ["--mock-data"]
+        flags = ["--train-data-path"]
+        for weight, prefix in zip(self.weights, self.prefixes, strict=True):
+            flags += [f"{weight:g}", f"{self.root}/{prefix}"]
+        return [*flags, "--tokenizer-type", "NullTokenizer", "--null-tokenizer-eod-id", str(eod_id)]
+
+
+@dataclass(frozen=True)
+class CheckpointPolicy:
+    """When to save, and what to keep."""
+
+    interval: int
+    """Steps between saves."""
+    retain_interval: int
+    """Steps between checkpoints that stay; the last one always does. A multiple of the interval."""
+    asynchronous: bool
+
+    def flags(self) -> list[str]:
+        """Megatron's."""
+        if self.interval < 1 or self.retain_interval % self.interval:
+            raise UserError(
+                f"checkpoint: retain_interval={self.retain_interval} is no multiple of "
+                f"interval={self.interval}, which Megatron asks for"
+            )
+        flags = ["--save-interval", str(self.interval)]
+        flags += ["--save-retain-interval", str(self.retain_interval)]
+        if self.asynchronous:
+            flags += "--async-save --use-persistent-ckpt-worker --async-strategy mcore".split()
+        return flags
+
+
+@dataclass(frozen=True)
+class LossPolicy:
+    """What a bad loss does to the run."""
+
+    stop_on_nonfinite: bool
+    """Stop with the rank and step named (Megatron's check); otherwise go on."""
+    iterations_to_skip: tuple[int, ...] = ()
+    """Steps whose batch is left out: how a spike is passed after going back to a checkpoint."""
+
+    def flags(self) -> list[str]:
+        """Megatron's."""
+        flags = [] if self.stop_on_nonfinite else ["--no-check-for-nan-in-loss-and-grad"]
+        if self.iterations_to_skip:
+            flags += ["--iterations-to-skip", *map(str, self.iterations_to_skip)]
+        return flags
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run of Megatron: everything that decides it, a source beside every number."""
+
+    name: str
+    layout: RunRequest
+    """Preset, GPUs, parallel degrees, memory; sequence and batch are the phase's."""
+    phase: Phase
+    precision: Literal["bf16", "fp32"]
+    checkpoint: CheckpointPolicy
+    data: DataBlend
+    loss: LossPolicy
+    sources: tuple[tuple[str, str], ...]
+    """(key as ``--set`` spells it, or its first part; where the value is from)."""
+    differences: tuple[str, ...] = ()
+    """What is not as in the report, and why."""
+    previous: str | None = None
+    """The recipe whose last checkpoint this one starts from."""
+    extra_flags: tuple[str, ...] = ()
+    """Megatron's or ours; after all others, so they win."""
+
+    def __post_init__(self) -> None:
+        if (self.layout.seq_length, self.layout.sequences_per_step) != (
+            self.phase.seq_length,
+            self.phase.sequences_per_step,
+        ):
+            raise UserError(
+                f"recipe {self.name}: the layout has {self.layout.sequences_per_step} x "
+                f"{self.layout.seq_length} tokens a step, phase {self.phase.name} "
+                f"{self.phase.sequences_per_step} x {self.phase.seq_length}"
+            )
+
+    @property
+    def preset(self) -> ModelPreset:
+        """The model."""
+        return self.layout.preset
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it runs without GPUs, and without the planner's figures."""
+        return self.layout.gpu.name == "cpu"
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps as Megatron counts them: whole batches within the phase's samples."""
+        return self.phase.tokens // self.phase.seq_length // self.phase.sequences_per_step
+
+    def pretrain_flags(self, save: str, start_from: str | None = None) -> list[str]:
+        """What follows ``megatron-k2 pretrain``: the preset by name, then all that is decided here.
+
+        Args:
+            save: the run's directory; the same command resumes from it.
+            start_from: the previous phase's, read only while ``save`` has no checkpoint. Megatron
+                takes the weights from it and starts optimizer and schedule anew.
+        """
+        start = ["--pretrained-checkpoint", start_from] if start_from else []
+        return [
+            *("--preset", self.preset.name),
+            *(["--yarn"] if self.phase.has_yarn else []),
+            *layout_flags(self.layout),
+            *(speed_flags(self.layout) if self.precision == "bf16" else []),
+            *memory_flags(self.layout),
+            *self.phase.megatron_flags(),
+            *self.data.flags(self.preset.eos_token_id),
+            *self.checkpoint.flags(),
+            *self.loss.flags(),
+            # No split is held out by a recipe; SIGTERM saves and ends the run.
+            *"--eval-iters 0 --exit-signal-handler".split(),
+            *("--save", save),
+            *start,
+            *self.extra_flags,
+        ]
+
+    def to_megatron_args(self, save: str, start_from: str | None = None) -> list[str]:
+        """The exact flag list: Megatron's own and those declared in ``training/flags.py``."""
+        return expand(self.pretrain_flags(save, start_from), cuda=not self.is_cpu)
+
+    def replace(self, **changes: object) -> "Recipe":
+        """A copy with ``changes``."""
+        return replace(self, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,256 @@
+"""A recipe as one plain sbatch script, and its submission.
+
+One task a GPU, started by srun, so that a signal reaches every rank. The script ends in one of
+three ways: the run is done; a rank failed (the job fails with it); or the run ended early and well,
+which is a signal before the time limit or before preemption: it saved, so the job queues itself
+again. Lost nodes are Slurm's to requeue. The same ``--save`` makes every start a resume.
+"""
+
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_k2.errors import UserError
+from megatron_k2.launch.environment import cluster_environment
+from megatron_k2.launch.recipe import Recipe
+from megatron_k2.planning.gpus import GPUS_PER_NODE
+from megatron_k2.training.flags import add_k2_arguments
+
+SECONDS_TO_SAVE = 600
+"""Between the signal and the time limit: one step and one checkpoint. Ours."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a site adds to a recipe; from a YAML profile, from flags, flags last."""
+
+    account: str | None = None
+    partition: str | None = None
+    time: str = "24:00:00"
+    container: str | None = None
+    """Image for pyxis; without one, ``python`` is the node's own."""
+    mounts: tuple[str, ...] = ()
+    """``from:to``, for the container."""
+    python: str = "python"
+    environment: tuple[tuple[str, str], ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"(\d+-)?\d{1,2}:\d{2}:\d{2}", self.time):
+            raise UserError(f"--time {self.time}: expected [days-]hours:minutes:seconds")
+        if self.mounts and not self.container:
+            raise UserError("--mounts without --container: there is nothing to mount into")
+
+
+def read_profile(path: Path) -> Cluster:
+    """A cluster's YAML profile: keys are ``Cluster``'s.
+
+    Raises:
+        UserError: without PyYAML or the file, for another shape, or for an unknown key.
+    """
+    try:
+        import yaml
+    except ImportError:
+        raise UserError("--profile needs PyYAML: pip install pyyaml") from None
+    if not path.is_file():
+        raise UserError(f"--profile {path}: no such file")
+    try:
+        read: Any = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"--profile {path}: no YAML: {' '.join(str(error).split())}") from None
+    known = [f.name for f in fields(Cluster)]
+    if not isinstance(read, dict) or not set(read) <= set(known):
+        unknown = ", ".join(sorted(map(str, set(read) - set(known)))) if read else ""
+        raise UserError(f"--profile {path}: {unknown}: expected keys of {', '.join(known)}")
+    pairs = read.pop("environment", None) or {}
+    mounts = read.pop("mounts", None) or ()
+    if not isinstance(pairs, dict) or not isinstance(mounts, (list, tuple)):
+        raise UserError(f"--profile {path}: environment is a map and mounts a list")
+    environment = tuple((str(name), str(value)) for name, value in pairs.items())
+    return replace(
+        Cluster(**{name: str(value) for name, value in read.items()}),
+        mounts=tuple(map(str, mounts)),
+        environment=environment,
+    )
+
+
+def num_nodes(recipe: Recipe, asked: int | None = None) -> int:
+    """Nodes of eight; ``asked`` must agree.
+
+    Raises:
+        UserError: where it does not, or the recipe has no GPUs.
+    """
+    if recipe.is_cpu:
+        raise UserError(f"{recipe.name} runs on a CPU: --executor local")
+    nodes = -(-recipe.layout.world_size // GPUS_PER_NODE)
+    if asked is not None and asked != nodes:
+        raise UserError(
+            f"--nodes {asked}: {recipe.name} is {recipe.layout.world_size} GPUs on {nodes} nodes; "
+            f"change it by --set layout.world_size={asked * GPUS_PER_NODE}"
+        )
+    return nodes
+
+
+def _header(recipe: Recipe, cluster: Cluster, save: str, nodes: int) -> list[str]:
+    options = {
+        "job-name": recipe.name,
+        "account": cluster.account,
+        "partition": cluster.partition,
+        "nodes": nodes,
+        "ntasks-per-node": min(GPUS_PER_NODE, recipe.layout.world_size),
+        "gpus-per-node": min(GPUS_PER_NODE, recipe.layout.world_size),
+        "exclusive": "",
+        "time": cluster.time,
+        "output": f"{save}/slurm/%j.log",
+        "open-mode": "append",
+        "requeue": "",
+        "signal": f"B:USR1@{SECONDS_TO_SAVE}",
+        "dependency": "singleton",
+    }
+    return [
+        f"#SBATCH --{name}" + (f"={value}" if value != "" else "")
+        for name, value in options.items()
+        if value is not None
+    ]
+
+
+def _exports(recipe: Recipe, cluster: Cluster) -> list[str]:
+    environment = cluster_environment(recipe.layout) | dict(cluster.environment)
+    return [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+
+
+def wrapped(flags: list[str], indent: str = "  ") -> str:
+    """Flags quoted for a shell, one option a line."""
+    lines: list[str] = []
+    for flag in flags:
+        quoted = shlex.quote(flag)
+        if flag.startswith("--") or not lines:
+            lines.append(quoted)
+        else:
+            lines[-1] += f" {quoted}"
+    return f"\n{indent}".join(lines)
+
+
+def render(
+    recipe: Recipe,
+    cluster: Cluster,
+    save: str,
+    start_from: str | None = None,
+    nodes: int | None = None,
+) -> str:
+    """The sbatch script.
+
+    Raises:
+        UserError: see ``num_nodes``.
+    """
+    srun = ["srun", "--kill-on-bad-exit=1"]
+    if cluster.container:
+        srun.append(f"--container-image={cluster.container}")
+    if cluster.mounts:
+        srun.append(f"--container-mounts={','.join(cluster.mounts)}")
+    return TEMPLATE.format(
+        header="\n".join(_header(recipe, cluster, save, num_nodes(recipe, nodes))),
+        exports="\n".join(_exports(recipe, cluster)),
+        save=shlex.quote(save),
+        steps=recipe.steps,
+        flags=wrapped(recipe.pretrain_flags(save, start_from)),
+        srun=shlex.join(srun),
+        python=shlex.quote(cluster.python),
+    )
+
+
+TEMPLATE = """\
+#!/bin/bash
+# Written by megatron-k2 launch. Submit it again for a job that waits for this one (singleton).
+{header}
+set -uo pipefail
+
+save={save}
+last_step={steps}
+mkdir -p "$save"
+
+# megatron_k2/launch/environment.py says why.
+{exports}
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT
+
+flags=(
+  {flags}
+)
+
+step_saved() {{ cat "$save/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }}
+before=$(step_saved)
+
+# Before the time limit: every rank saves and ends (--exit-signal-handler).
+interrupted=0
+trap 'interrupted=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+
+{srun} bash -c '
+  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+  exec "$@"' task {python} -m megatron_k2.training.pretrain "${{flags[@]}}" &
+ranks=$!
+while true; do
+  interrupted=0
+  wait "$ranks"
+  status=$?
+  [ "$interrupted" -eq 1 ] || break  # a signal ends wait, not the ranks
+done
+
+[ "$status" -eq 0 ] || exit "$status"
+saved=$(step_saved)
+if [ "$saved" -ge "$last_step" ]; then
+  echo "done: $last_step steps"
+elif [ "$saved" -gt "$before" ]; then
+  echo "saved at step $saved of $last_step: queued again"
+  exec scontrol requeue "$SLURM_JOB_ID"
+else
+  echo "ended at step $saved of $last_step without a new checkpoint" >&2
+  exit 1
+fi
+"""
+
+
+UNWRITTEN = {
+    "--fp8-activation-storage": "--set layout.fp8_storage=false plans without it",
+    "--optimizer-cpu-offload": "MuonClip keeps its states on the GPU; take a recipe of more GPUs",
+}
+"""Flags that a plan may hold and this version cannot honour, and the way out."""
+
+
+def check_flags(flags: list[str]) -> None:
+    """Refuse to submit what this version would not do as planned.
+
+    Raises:
+        UserError: naming the flag and the way out.
+    """
+    declared = add_k2_arguments(argparse.ArgumentParser())._option_string_actions
+    for flag, way_out in UNWRITTEN.items():
+        if flag in flags and flag not in declared:
+            raise UserError(f"{flag} is planned, and not written in this version; {way_out}")
+
+
+def submit(script: str, save: str) -> str:
+    """Write the script beside the run and give it to sbatch; returns the job's number.
+
+    Raises:
+        UserError: without sbatch, or with its own words where it refuses.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "sbatch is not on PATH: run this on a login node of a Slurm cluster, or take "
+            "--dry-run and submit the script by hand"
+        )
+    path = Path(save) / "slurm" / "job.sbatch"
+    path.parent.mkdir(parents=True, exist_ok=True)  # Slurm opens the log before the script runs
+    path.write_text(script)
+    done = subprocess.run(
+        ["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise UserError(f"sbatch refused {path}: {done.stderr.strip()}")
+    return done.stdout.strip().split(";")[0]

@@ -1,0 +1,159 @@
+"""What a run will be, in one table, before anything is submitted."""
+
+from dataclasses import dataclass
+
+from megatron_k2.launch.overrides import settable
+from megatron_k2.launch.recipe import Recipe
+from megatron_k2.planning.estimate import Estimate, estimate
+
+NEEDS_TE = (
+    "--fp8-activation-storage --overlap-moe-expert-parallel-comm --delay-wgrad-compute "
+    "--fine-grained-activation-offloading"
+).split()
+"""Flags of a plan that only Transformer Engine's modules understand."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line: what, its value, where it is from."""
+
+    label: str
+    value: str
+    source: str = ""
+
+
+def source_of(recipe: Recipe, key: str) -> str:
+    """Where the value of ``key`` is from: its own source, or its part's.
+
+    Raises:
+        KeyError: where a recipe gives none.
+    """
+    sources = dict(recipe.sources)
+    return sources[key] if key in sources else sources[key.split(".")[0]]
+
+
+def rows(recipe: Recipe, changed: list[str], save: str, start_from: str | None) -> list[Row]:
+    """The table.
+
+    Args:
+        recipe: with ``changed`` applied.
+        changed: assignments of ``--set``.
+        save: the run's directory.
+        start_from: as in ``Recipe.pretrain_flags``.
+    """
+    e = None if recipe.is_cpu else estimate(recipe.layout)
+    found = [
+        Row("model", recipe.preset.name, recipe.preset.source),
+        *_layout(recipe),
+        *_schedule(recipe),
+        *(_planned(e, recipe) if e else []),
+        Row(
+            "checkpoints",
+            f"every {recipe.checkpoint.interval:,} steps, kept every "
+            f"{recipe.checkpoint.retain_interval:,}, "
+            + ("asynchronous" if recipe.checkpoint.asynchronous else "synchronous")
+            + f"; {save}",
+            source_of(recipe, "checkpoint.interval"),
+        ),
+        Row("starts from", start_from or "random weights"),
+        Row("data", " ".join(recipe.data.flags(recipe.preset.eos_token_id)[:9])),
+        Row(
+            "bad loss",
+            "not finite: the run stops" if recipe.loss.stop_on_nonfinite else "not checked",
+            source_of(recipe, "loss.stop_on_nonfinite"),
+        ),
+    ]
+    flags = recipe.pretrain_flags(save, start_from)
+    if needed := [flag for flag in NEEDS_TE if flag in flags]:
+        found.append(Row("needs TE", " ".join(needed), "no GPU run of these has been made here"))
+    found += [Row("changed", text, "--set") for text in changed]
+    return found + [Row("not as reported", text) for text in recipe.differences]
+
+
+def _layout(recipe: Recipe) -> list[Row]:
+    r = recipe.layout
+    if recipe.is_cpu:
+        return [Row("layout", "one rank, CPU, fp32", source_of(recipe, "layout"))]
+    return [
+        Row(
+            "GPUs",
+            f"{r.world_size} x {r.gpu.name}, {r.gpu.memory_gb:g} GB",
+            source_of(recipe, "layout.world_size"),
+        ),
+        Row(
+            "layout",
+            f"TP {r.tp}, PP {r.pp}, VPP {r.vpp}, EP {r.ep}, CP {r.cp}, DP {r.data_parallel}; "
+            f"{recipe.precision}, ZeRO-1",
+            source_of(recipe, "layout.pp"),
+        ),
+        Row(
+            "memory",
+            f"recompute {', '.join(sorted(r.recompute)) or 'nothing'}; FP8 storage "
+            f"{'on' if r.fp8_storage else 'off'}; on the host: {r.activation_offload:.0%} of "
+            f"activations, {r.optimizer_offload:.0%} of optimizer states",
+            source_of(recipe, "layout.activation_offload"),
+        ),
+    ]
+
+
+def _schedule(recipe: Recipe) -> list[Row]:
+    phase = recipe.phase
+    rates = " -> ".join(f"{rate:.3g}" for rate in (phase.lr_at(0), phase.lr, phase.min_lr))
+    return [
+        Row(
+            "batch",
+            f"{phase.sequences_per_step:,} x {phase.seq_length:,} = {phase.tokens_per_step:,} "
+            f"tokens a step, {recipe.layout.num_microbatches} micro-batches of "
+            f"{recipe.layout.micro_batch_size}",
+            source_of(recipe, "phase"),
+        ),
+        Row("tokens", f"{phase.tokens:,} in {recipe.steps:,} steps"),
+        Row(
+            "learning rate",
+            f"{rates}, {phase.shape}"
+            + (f", warm-up {phase.warmup_tokens:,} tokens" if phase.warmup_tokens else "")
+            + (f", cosine over the last {phase.decay_tokens:,}" if phase.decay_tokens else "")
+            + ("; YaRN" if phase.has_yarn else ""),
+            phase.source,
+        ),
+    ]
+
+
+def _planned(e: Estimate, recipe: Recipe) -> list[Row]:
+    tokens, fullest = recipe.phase.tokens, e.memory[e.fullest].total / 1e9
+    return [
+        Row(
+            "fullest GPU",
+            f"{fullest:.1f} of {e.request.gpu.memory_gb:g} GB"
+            + ("" if e.fits else ": DOES NOT FIT (forced)"),
+            "planner: megatron-k2 plan",
+        ),
+        Row(
+            "time",
+            f"{e.step_seconds:.1f} s a step, {e.tokens_per_second:,.0f} tokens/s, MFU {e.mfu:.1%}; "
+            f"{e.days(tokens):.1f} days, {e.gpu_hours(tokens):,.0f} GPU-hours",
+            "planner: data sheet times assumed efficiencies, not measured",
+        ),
+    ]
+
+
+def shown(table: list[Row], width: int = 110) -> str:
+    """The table as text, wrapped at ``width`` characters."""
+    import textwrap
+
+    label = max(len(row.label) for row in table) + 2
+    lines = []
+    for row in table:
+        text = row.value + (f"  [{row.source}]" if row.source else "")
+        hanging = textwrap.wrap(text, width - label, break_on_hyphens=False) or [""]
+        lines.append(f"{row.label:<{label}}{hanging[0]}")
+        lines += [" " * label + rest for rest in hanging[1:]]
+    return "\n".join(lines)
+
+
+def resolved(recipe: Recipe) -> dict[str, object]:
+    """Every settable value by its dotted key, as JSON holds it."""
+    return {
+        key: sorted(value) if isinstance(value, frozenset) else value
+        for key, value in settable(recipe).items()
+    }

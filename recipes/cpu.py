@@ -1,0 +1,71 @@
+"""CPU twins: the same schedule, scaled down, on ``k2-tiny`` and one rank. Seconds each."""
+
+from megatron_k2.launch.recipe import CheckpointPolicy, DataBlend, LossPolicy, Recipe
+from megatron_k2.planning.gpus import Gpu
+from megatron_k2.planning.phases import Phase, scaled_down
+from megatron_k2.planning.request import RunRequest
+from megatron_k2.presets import K2_TINY
+
+STEPS = 20
+"""Of the longest phase."""
+SEQ_LENGTH, SEQUENCES_PER_STEP = 64, 32
+"""Of the first phase: the 128k twin is then one sequence of 2,048 a step."""
+CPU = Gpu("cpu", "no data sheet: nothing is planned on it", 0, 0, 0, 0, 0, 0, 0)
+
+SOURCES = (
+    ("layout", "choice: one rank"),
+    ("phase", f"phases.scaled_down to {STEPS} steps of {SEQ_LENGTH} x {SEQUENCES_PER_STEP} tokens"),
+    ("precision", "choice: the CPU path's"),
+    ("checkpoint", "choice: twice a run"),
+    ("data", "choice: Megatron's mock data"),
+    ("loss", "as the large recipe's"),
+    ("extra_flags", "choice: a line a step"),
+)
+
+
+def twins(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+    """``phases`` at the size of ``k2-tiny``."""
+    return scaled_down(
+        phases,
+        steps=STEPS,
+        seq_length=SEQ_LENGTH,
+        sequences_per_step=SEQUENCES_PER_STEP,
+        lr=K2_TINY.training.lr,
+    )
+
+
+def cpu_twin(name: str, phase: Phase, previous: str | None = None) -> Recipe:
+    """The recipe of a phase of ``twins``.
+
+    Args:
+        name: of the recipe.
+        phase: already scaled down.
+        previous: the twin whose checkpoint it starts from.
+    """
+    return Recipe(
+        name=name,
+        layout=RunRequest(
+            preset=K2_TINY,
+            gpu=CPU,
+            world_size=1,
+            seq_length=phase.seq_length,
+            sequences_per_step=phase.sequences_per_step,
+            micro_batch_size=min(8, phase.sequences_per_step),
+            recompute=frozenset(),
+            fp8_storage=False,
+            has_overlap=False,
+        ),
+        phase=phase,
+        precision="fp32",
+        checkpoint=CheckpointPolicy(
+            interval=max(1, phase.steps // 2),
+            retain_interval=max(1, phase.steps // 2),
+            asynchronous=False,
+        ),
+        data=DataBlend("data"),
+        loss=LossPolicy(stop_on_nonfinite=True),
+        sources=SOURCES,
+        differences=("size: a twin for the CPU; nothing of it but the curve's shape is K2's",),
+        previous=previous,
+        extra_flags=("--log-interval", "1"),
+    )

@@ -1,0 +1,114 @@
+"""Kimi K2's pretraining, the report's four phases on clusters of 256 to 2048 GPUs.
+
+Layout PP 16 x EP 16 and ZeRO-1 are the report's (section 2.4.2), chosen there so that the same one
+serves any multiple of 32 nodes. Offload is the planner's: the least that fits.
+"""
+
+from megatron_k2.launch.recipe import CheckpointPolicy, DataBlend, LossPolicy, Recipe
+from megatron_k2.planning.fit import fit_to_memory
+from megatron_k2.planning.gpus import get_gpu
+from megatron_k2.planning.phases import Phase, kimi_k2_phases
+from megatron_k2.planning.request import RunRequest
+from megatron_k2.presets import KIMI_K2
+
+PHASES = {phase.name.replace("-", "_"): phase for phase in kimi_k2_phases()}
+"""As recipes spell them: pretrain, anneal_4k, long_32k, yarn_128k."""
+NUM_GPUS = (256, 512, 1024, 2048)
+"""Report 2.4.2: any multiple of 32 nodes of eight."""
+HARDWARE = ("h800", "h100", "h200")
+
+SOURCES = (
+    ("layout.world_size", "the recipe's name; report 2.4.2: any multiple of 32 nodes"),
+    ("layout.tp", "report 2.4.2 names no tensor parallelism"),
+    ("layout.pp", "report 2.4.2: 16"),
+    ("layout.vpp", "report 2.4.2: virtual stages, number not stated; planner: 1 at 128k on 80 GB"),
+    ("layout.ep", "report 2.4.2: 16"),
+    ("layout.cp", "not stated; planner: 8 keeps a rank at 4k and 16k tokens within one node"),
+    ("layout.micro_batch_size", "not stated; planner: 1"),
+    ("layout.recompute", "report 2.4.4, item 1"),
+    ("layout.fp8_storage", "report 2.4.4, item 2"),
+    ("layout.activation_offload", "planner; report 2.4.4, item 3: all of them"),
+    ("layout.optimizer_offload", "planner; report 2.4.2: on few nodes"),
+    ("layout.has_overlap", "report 2.4.2: interleaved 1F1B with expert parallel overlap"),
+    ("phase", "planning/phases.py: report 2.5, with the choices named there"),
+    ("precision", "report 2.4.2: weights bf16, gradients fp32"),
+    ("checkpoint.interval", "choice: about four hours at 256 GPUs, half an hour at 2048"),
+    ("checkpoint.retain_interval", "choice: every 10,000 steps, 0.67T tokens, for good"),
+    ("checkpoint.asynchronous", "choice: exact resume is tested with synchronous saves only"),
+    ("data.root", "yours"),
+    ("data.weights", "report 2.2 names four domains and no weights: equal, to be replaced"),
+    ("data.prefixes", "report 2.2: web text, code, mathematics, knowledge"),
+    ("loss.stop_on_nonfinite", "choice: a bad step is looked at by a person"),
+    ("loss.iterations_to_skip", "report 2.5: no spike, none to skip"),
+    ("extra_flags", "none"),
+)
+
+
+def kimi_k2_pretrain(num_gpus: int, gpu: str, phase: str) -> Recipe:
+    """One phase of the report's pretraining.
+
+    Args:
+        num_gpus: a multiple of 256.
+        gpu: a name of ``planning/gpus.py``.
+        phase: a key of ``PHASES``.
+
+    Raises:
+        UserError: where it does not fit.
+    """
+    names = list(PHASES)
+    before = names[names.index(phase) - 1] if phase != names[0] else None
+    layout = _layout(num_gpus, gpu, PHASES[phase])
+    return Recipe(
+        name=name(phase, num_gpus, gpu),
+        layout=layout,
+        phase=PHASES[phase],
+        precision="bf16",
+        checkpoint=CheckpointPolicy(interval=100, retain_interval=10_000, asynchronous=False),
+        data=DataBlend("data", (0.25,) * 4, ("web", "code", "mathematics", "knowledge")),
+        loss=LossPolicy(stop_on_nonfinite=True),
+        sources=SOURCES,
+        differences=_differences(layout, PHASES[phase], before),
+        previous=name(before, num_gpus, gpu) if before else None,
+    )
+
+
+def name(phase: str, num_gpus: int, gpu: str) -> str:
+    """``kimi_k2_<phase>_<N>gpu_<hw>``."""
+    return f"kimi_k2_{phase}_{num_gpus}gpu_{gpu}"
+
+
+def _layout(num_gpus: int, gpu: str, phase: Phase) -> RunRequest:
+    is_long = phase.seq_length > 4096
+    is_tight = phase.has_yarn and get_gpu(gpu).memory_gb < 100
+    return fit_to_memory(
+        RunRequest(
+            preset=KIMI_K2,
+            gpu=get_gpu(gpu),
+            world_size=num_gpus,
+            seq_length=phase.seq_length,
+            sequences_per_step=phase.sequences_per_step,
+            pp=16,
+            vpp=1 if is_tight else 2,
+            ep=16,
+            cp=8 if is_long else 1,
+        )
+    )
+
+
+def _differences(layout: RunRequest, phase: Phase, before: str | None) -> tuple[str, ...]:
+    found = ["data: the report gives no weights of its four domains; these are equal"]
+    if layout.activation_offload < 1:
+        found.append(
+            f"offload: {layout.activation_offload:.0%} of activations instead of all; more is not "
+            "needed to fit"
+        )
+    if layout.vpp == 1:
+        found.append("virtual stages: none, two do not fit at this length on 80 GB")
+    if before:
+        found.append(
+            f"start: weights of {before} with empty momentum; Megatron has no flag that keeps the "
+            "optimizer and restarts the schedule"
+        )
+    if phase.name != "pretrain":
+        found.append(f"schedule: {phase.source}")
+    return tuple(found)

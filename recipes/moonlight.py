@@ -1,0 +1,76 @@
+"""Moonlight-16B-A3B's pretraining on 8 to 64 GPUs: K2's algorithm at the size of a laboratory."""
+
+from megatron_k2.launch.recipe import CheckpointPolicy, DataBlend, LossPolicy, Recipe
+from megatron_k2.planning.fit import fit_to_memory
+from megatron_k2.planning.gpus import get_gpu
+from megatron_k2.planning.phases import Phase
+from megatron_k2.planning.request import RunRequest
+from megatron_k2.presets import MOONLIGHT_16B_A3B
+
+NUM_GPUS = (8, 16, 32, 64)
+HARDWARE = ("h800", "h100", "h200")
+
+_T = MOONLIGHT_16B_A3B.training
+
+PRETRAIN = Phase(
+    name="pretrain",
+    source="the preset's: arXiv:2502.16982 section 3.3, 5.7T tokens as one run",
+    tokens=_T.train_samples * _T.seq_length,
+    seq_length=_T.seq_length,
+    tokens_per_step=_T.seq_length * _T.global_batch_size,
+    lr=_T.lr,
+    min_lr=_T.min_lr,
+    shape="wsd",
+    warmup_tokens=_T.lr_warmup_samples * _T.seq_length,
+    decay_tokens=_T.lr_wsd_decay_samples * _T.seq_length,
+)
+
+SOURCES = (
+    ("layout", "planner: no pipeline, EP 8 within a node; not stated for Moonlight"),
+    ("phase", PRETRAIN.source),
+    ("precision", "as K2's"),
+    ("checkpoint", "choice: as K2's"),
+    ("data", "not stated: one prefix, to be replaced"),
+    ("loss", "choice: as K2's"),
+    ("extra_flags", "none"),
+)
+
+
+def moonlight_pretrain(num_gpus: int, gpu: str) -> Recipe:
+    """Moonlight's pretraining.
+
+    Args:
+        num_gpus: a multiple of 8.
+        gpu: a name of ``planning/gpus.py``.
+
+    Raises:
+        UserError: where it does not fit.
+    """
+    return Recipe(
+        name=name(num_gpus, gpu),
+        layout=fit_to_memory(
+            RunRequest(
+                preset=MOONLIGHT_16B_A3B,
+                gpu=get_gpu(gpu),
+                world_size=num_gpus,
+                seq_length=PRETRAIN.seq_length,
+                sequences_per_step=PRETRAIN.sequences_per_step,
+                ep=8,
+            )
+        ),
+        phase=PRETRAIN,
+        precision="bf16",
+        checkpoint=CheckpointPolicy(interval=500, retain_interval=10_000, asynchronous=False),
+        data=DataBlend("data", (1.0,), ("train",)),
+        loss=LossPolicy(stop_on_nonfinite=True),
+        sources=SOURCES,
+        differences=(
+            "schedule: one cosine over the last 5.2T of 5.7T tokens; the paper's stages (cosine "
+            "from 33B to 5.2T, then a last stage of its own) are not written down here",
+        ),
+    )
+
+
+def name(num_gpus: int, gpu: str) -> str:
+    """``moonlight_16b_a3b_pretrain_<N>gpu_<hw>``."""
+    return f"moonlight_16b_a3b_pretrain_{num_gpus}gpu_{gpu}"

@@ -1,0 +1,60 @@
+"""The verb: quick, without torch; and a CPU twin really trained by it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_k2.cli.main import main
+from megatron_k2.launch.local import RECORD
+from megatron_k2.training.metrics import METRICS_FILE, read_records
+
+DRY_RUN = "launch kimi_k2_pretrain_256gpu_h800 --executor slurm --dry-run".split()
+
+
+def test_a_dry_run_imports_neither_torch_nor_nemo_run():
+    code = (
+        "import sys; from megatron_k2.cli.main import main; "
+        f"assert main({DRY_RUN}) == 0; "
+        "print(sorted({'torch', 'megatron', 'nemo_run'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_the_table_says_what_will_run_and_what_differs(capsys):
+    assert main(DRY_RUN) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "16,384 x 4,096 = 67,108,864 tokens a step",
+        "in 230,967 steps",
+        "TP 1, PP 16, VPP 2, EP 16",
+        "planner: data sheet times assumed efficiencies, not measured",
+        "#SBATCH --signal=B:USR1@600",
+    ):
+        assert words in text
+
+
+def test_a_cluster_recipe_is_not_run_here(capsys):
+    assert main("launch kimi_k2_yarn_128k_256gpu_h800 --executor local".split()) == 2
+    assert "twin for this machine is kimi_k2_yarn_128k_cpu" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_twin_trains_and_leaves_its_record(tmp_path):
+    save = tmp_path / "run"
+    steps = ["--set", "phase.tokens=8192"]  # four steps
+    decay = ["--set", "phase.decay_tokens=4096"]
+    argv = ["launch", "kimi_k2_pretrain_cpu", "--executor", "local", "--save", str(save)]
+    assert main([*argv, *steps, *decay]) == 0
+    records = read_records(save / METRICS_FILE)
+    assert [r.iteration for r in records] == [1, 2, 3, 4]
+    assert max(r.learning_rate for r in records) == pytest.approx(4e-3)
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "4"
+    record = json.loads((save / RECORD).read_text())
+    assert record["recipe"] == "kimi_k2_pretrain_cpu"
+    assert record["values"]["phase.tokens"] == 8192
+    assert record["versions"]["megatron-core"].startswith("0.19")
+    assert "git_commit" in record

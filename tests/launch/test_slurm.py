@@ -1,0 +1,146 @@
+"""The sbatch script: as rendered once and kept, as bash reads it, and as it behaves.
+
+Slurm's commands are stubs here: what srun, scancel and scontrol do on a cluster is not exercised.
+"""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_k2.errors import UserError
+from megatron_k2.launch import slurm
+from megatron_k2.launch.command import render_command
+from megatron_k2.launch.slurm import Cluster, check_flags, num_nodes, read_profile, render, submit
+from megatron_k2.recipes import get_recipe
+from tests.distributed import REPOSITORY
+
+GOLDEN = Path(__file__).parent / "golden" / "kimi_k2_long_32k_512gpu_h100.sbatch"
+SITE = Cluster(
+    account="k2",
+    partition="big one",
+    container="/images/k2.sqsh",
+    mounts=("/lustre:/lustre",),
+    environment=(("NCCL_IB_HCA", "mlx5"), ("NCCL_IB_TIMEOUT", "23")),
+)
+
+
+def _long():
+    return render(get_recipe("kimi_k2_long_32k_512gpu_h100"), SITE, "runs/b", "runs/a")
+
+
+def test_the_script_is_the_one_that_was_reviewed():
+    assert _long() == GOLDEN.read_text()
+
+
+@pytest.mark.parametrize("script", [_long, lambda: render_command(get_recipe("kimi_k2_pretrain_cpu"), "r")])
+def test_bash_reads_it(script):
+    done = subprocess.run(["bash", "-n"], input=script(), text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_example_is_the_recipes_own_flags():
+    recipe = get_recipe("kimi_k2_pretrain_256gpu_h800")
+    text = (REPOSITORY / "examples" / "pretrain_k2.sh").read_text()
+    assert text == render_command(recipe, f"runs/{recipe.name}")
+    array = text[text.index("flags=(") : text.index("exec ")]
+    done = subprocess.run(
+        ["bash", "-c", array + 'printf "%s\\n" "${flags[@]}"'], text=True, capture_output=True
+    )
+    assert done.stdout.splitlines() == recipe.to_megatron_args(f"runs/{recipe.name}")
+
+
+STUBS = {
+    "srun": 'trap "echo $AFTER > $SAVE/latest_checkpointed_iteration.txt; exit $CODE" TERM\n'
+    'echo $$ > "$SAVE/pid"\n'
+    'if [ "$WAITS" = 1 ]; then for i in $(seq 200); do sleep 0.05; done; fi\n'
+    'echo $AFTER > "$SAVE/latest_checkpointed_iteration.txt"; exit $CODE',
+    "scancel": 'kill -TERM "$(cat "$SAVE/pid")"',
+    "scontrol": 'echo "$@" >> "$SAVE/scontrol"',
+}
+
+
+def _job(tmp_path, *, before, after, code=0, waits=False):
+    """The script run with stubs; (exit code, what scontrol was asked last)."""
+    save = tmp_path / "run"
+    save.mkdir()
+    for name, body in STUBS.items():
+        stub = tmp_path / name
+        stub.write_text(f"#!/bin/bash\n{body}\n")
+        stub.chmod(0o755)
+    (save / "latest_checkpointed_iteration.txt").write_text(f"{before}\n")
+    script = tmp_path / "job.sh"
+    script.write_text(render(get_recipe("kimi_k2_yarn_128k_512gpu_h200"), Cluster(), str(save)))
+    own = {"SAVE": save, "AFTER": after, "CODE": code, "WAITS": int(waits)}
+    slurm_own = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
+    environment = os.environ | slurm_own | {name: str(v) for name, v in own.items()}
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    job = subprocess.Popen(["bash", str(script)], env=environment, stdout=subprocess.DEVNULL)
+    if waits:
+        deadline = time.monotonic() + 20
+        while not (save / "pid").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        job.send_signal(10)  # USR1, as Slurm before the time limit
+    return job.wait(timeout=30), (save / "scontrol").read_text().splitlines()[-1]
+
+
+def test_a_signal_before_the_limit_saves_and_queues_again(tmp_path):
+    assert _job(tmp_path, before=0, after=100, waits=True) == (0, "requeue 7")
+
+
+def test_a_finished_run_is_not_queued_again(tmp_path):
+    assert _job(tmp_path, before=200, after=300) == (0, "show hostnames n1")
+
+
+def test_a_failed_run_is_not_queued_again(tmp_path):
+    assert _job(tmp_path, before=0, after=100, code=9) == (9, "show hostnames n1")
+
+
+def test_a_run_that_makes_no_progress_is_not_queued_for_ever(tmp_path):
+    assert _job(tmp_path, before=100, after=100) == (1, "show hostnames n1")
+
+
+def test_context_parallel_ranks_without_overlap_get_one_queue():
+    scripts = {
+        gpu: render(get_recipe(f"kimi_k2_yarn_128k_256gpu_{gpu}"), Cluster(), "r")
+        for gpu in ("h800", "h200")
+    }
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=1\n" in scripts["h800"]  # no virtual stages there
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=32\n" in scripts["h200"]
+
+
+def test_a_profile_is_read_and_its_mistakes_are_named(tmp_path):
+    path = tmp_path / "site.yaml"
+    path.write_text("account: k2\ncontainer: i.sqsh\nmounts: ['/a:/b']\nenvironment: {A: 1}\n")
+    assert read_profile(path) == Cluster(
+        account="k2", container="i.sqsh", mounts=("/a:/b",), environment=(("A", "1"),)
+    )
+    path.write_text("acount: k2\n")
+    with pytest.raises(UserError, match="acount: expected keys of account"):
+        read_profile(path)
+    with pytest.raises(UserError, match="no such file"):
+        read_profile(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: Cluster(time="2 days"), "expected .*hours:minutes:seconds"),
+        (lambda: Cluster(mounts=("/a:/a",)), "--mounts without --container"),
+        (lambda: num_nodes(get_recipe("kimi_k2_pretrain_256gpu_h800"), 16), "32 nodes"),
+        (lambda: num_nodes(get_recipe("kimi_k2_pretrain_cpu")), "--executor local"),
+        (lambda: check_flags(["--optimizer-cpu-offload"]), "recipe of more GPUs"),
+    ],
+)
+def test_a_wrong_input_is_refused(call, words):
+    with pytest.raises(UserError, match=words):
+        call()
+
+
+def test_without_sbatch_the_way_out_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="sbatch is not on PATH"):
+        submit("", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

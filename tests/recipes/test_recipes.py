@@ -1,0 +1,193 @@
+"""Recipes against the report's table, written here once more, and against Megatron's parser."""
+
+import itertools
+import sys
+from dataclasses import replace
+
+import pytest
+
+from megatron_k2.errors import UserError
+from megatron_k2.launch.overrides import apply
+from megatron_k2.launch.table import resolved, source_of
+from megatron_k2.planning.dry_run import dry_run
+from megatron_k2.planning.estimate import estimate
+from megatron_k2.planning.phases import kimi_k2_phases
+from megatron_k2.recipes import RECIPES, get_recipe
+from megatron_k2.recipes.cpu import twins
+from megatron_k2.training.flags import add_k2_arguments, last_value
+
+PHASES = ("pretrain", "anneal_4k", "long_32k", "yarn_128k")
+MIDDLE = 2e-5 - (2e-5 - 7e-6) * 400 / 460
+REPORT = {  # phase: sequence, batch, lr at start, highest, at the end, tokens, YaRN
+    "pretrain": (4096, 16384, 0.0, 2e-4, 2e-5, 15_500 * 10**9, False),
+    "anneal_4k": (4096, 16384, 2e-5, 2e-5, MIDDLE, 400 * 10**9, False),
+    "long_32k": (32768, 2048, MIDDLE, MIDDLE, 7e-6, 60 * 10**9, False),
+    "yarn_128k": (131072, 512, 7e-6, 7e-6, 7e-6, 300 * 2**26, True),
+}
+"""Report 2.5: 67M tokens a step throughout. Linear fall and YaRN's 300 steps are our choices."""
+CPU_TWINS = [name for name in RECIPES if name.endswith("_cpu")]
+
+
+def _schedule(recipe):
+    phase = recipe.phase
+    return (
+        phase.seq_length,
+        phase.sequences_per_step,
+        *(pytest.approx(v, rel=1e-12) for v in (phase.lr_at(0), phase.lr, phase.lr_at(10**30))),
+        phase.tokens,
+        phase.has_yarn,
+    )
+
+
+def _number(recipe, flag):
+    return float(last_value(recipe.to_megatron_args("runs/x"), flag))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_boundary_is_the_reports(phase):
+    recipe = get_recipe(f"kimi_k2_{phase}_2048gpu_h200")
+    expected = REPORT[phase]
+    assert expected == _schedule(recipe)
+    assert _number(recipe, "--seq-length") == expected[0]
+    assert _number(recipe, "--global-batch-size") == expected[1]
+    assert _number(recipe, "--lr") == pytest.approx(expected[3], rel=1e-12)
+    assert _number(recipe, "--min-lr") == pytest.approx(expected[4], rel=1e-12)
+    assert _number(recipe, "--train-samples") == expected[5] // expected[0]
+    flags = recipe.to_megatron_args("runs/x")
+    assert last_value(flags, "--rope-type") == ("yarn" if expected[6] else "rope")
+    shifted = replace(recipe.phase, lr=recipe.phase.lr * 1.01)
+    assert expected != _schedule(recipe.replace(phase=shifted))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--weight-decay", 0.1),
+        ("--muon-momentum", 0.95),
+        ("--qk-clip-threshold", 100),
+        ("--moe-router-topk", 8),
+        ("--moe-router-topk-scaling-factor", 2.827),
+        ("--pipeline-model-parallel-size", 16),
+        ("--expert-model-parallel-size", 16),
+        ("--lr-warmup-samples", 500 * 16384),
+    ],
+)
+def test_constants_are_the_reports(flag, value):
+    assert _number(get_recipe("kimi_k2_pretrain_1024gpu_h100"), flag) == value
+
+
+def test_phases_are_chained_by_name_and_only_the_hardware_differs():
+    for before, after in itertools.pairwise(PHASES):
+        assert get_recipe(f"kimi_k2_{after}_256gpu_h800").previous == (
+            f"kimi_k2_{before}_256gpu_h800"
+        )
+        assert get_recipe(f"kimi_k2_{after}_cpu").previous == f"kimi_k2_{before}_cpu"
+    one, other = (get_recipe(f"kimi_k2_pretrain_512gpu_{gpu}") for gpu in ("h100", "h200"))
+    keys = {key for key, value in resolved(one).items() if resolved(other)[key] != value}
+    assert keys == {"layout.activation_offload"}
+
+
+def test_a_later_phase_starts_from_weights_and_resumes_from_its_own():
+    flags = get_recipe("kimi_k2_long_32k_cpu").to_megatron_args("runs/b", "runs/a")
+    assert last_value(flags, "--pretrained-checkpoint") == "runs/a"
+    assert (last_value(flags, "--load"), last_value(flags, "--save")) == ("runs/b", "runs/b")
+
+
+@pytest.mark.slow
+def test_every_recipe_builds_fits_and_names_its_sources():
+    for name in RECIPES:
+        recipe = get_recipe(name)
+        recipe.layout.check()
+        assert recipe.name == name
+        assert all(source_of(recipe, key) for key in resolved(recipe))
+        assert recipe.is_cpu or estimate(recipe.layout).fits
+
+
+def test_the_twins_keep_the_curves_shape():
+    small = twins(kimi_k2_phases())
+    assert [get_recipe(f"kimi_k2_{phase}_cpu").phase for phase in PHASES] == list(small)
+    for phase, large in zip(small, kimi_k2_phases(), strict=True):
+        part = phase.lr_at(phase.tokens) / small[0].lr
+        assert part == pytest.approx(large.lr_at(large.tokens) / 2e-4, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", CPU_TWINS)
+def test_megatron_accepts_the_twins_flags(name, monkeypatch):
+    from megatron.training.arguments import parse_args, validate_args
+
+    from megatron_k2.parallel.cpu_host import megatron_host
+
+    recipe = get_recipe(name)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(sys, "argv", ["train", *recipe.to_megatron_args("runs/x")])
+    with megatron_host():
+        args = parse_args(add_k2_arguments)
+        validate_args(args)
+    assert args.seq_length == recipe.phase.seq_length
+    assert args.train_samples // args.global_batch_size == recipe.steps
+    assert args.exit_signal_handler
+
+
+NOT_HERE = {"--fp8-activation-storage", "--delay-wgrad-compute"}
+NOT_HERE |= {"--overlap-moe-expert-parallel-comm", "--fine-grained-activation-offloading"}
+"""Without Transformer Engine Megatron's parser or validation refuses these."""
+
+
+def _without_te(flags):
+    """``flags`` but for ``NOT_HERE`` and the offload's list of modules."""
+    if "--offload-modules" in flags:
+        start = flags.index("--offload-modules")
+        stop = next(i for i in range(start + 1, len(flags)) if flags[i].startswith("--"))
+        flags = flags[:start] + flags[stop:]
+    return [flag for flag in flags if flag not in NOT_HERE]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kimi_k2_pretrain_256gpu_h800",
+        "kimi_k2_long_32k_256gpu_h800",
+        "kimi_k2_yarn_128k_256gpu_h800",
+        "moonlight_16b_a3b_pretrain_8gpu_h100",
+    ],
+)
+def test_every_distinct_full_size_layout_is_built_by_megatron(name, monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    recipe = get_recipe(name)
+    built = list(dry_run(recipe.layout, _without_te(recipe.pretrain_flags("runs/x"))))
+    assert sum(len(b.ranks) for b in built) == recipe.layout.pp
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("phase.lrr=1", "did you mean 'phase.lr'"),
+        ("layout.seq_lenth=1", "no such key; did you mean 'layout."),
+        ("layout.tp=many", "expected a number like 1"),
+        ("layout.fp8_storage=1", "expected true or false"),
+        ("checkpoint.interval", "expected KEY=VALUE"),
+        ("layout.ep=3", "does not divide"),
+        ("layout.world_size=128", "GB"),
+        ("layout.recompute=swigluu", "swigluu is none of"),
+    ],
+)
+def test_a_wrong_assignment_is_refused_with_the_way_out(assignment, words):
+    with pytest.raises(UserError, match=words):
+        apply(get_recipe("kimi_k2_pretrain_256gpu_h800"), [assignment])
+
+
+def test_assignments_reach_the_flags_and_the_plan_follows():
+    recipe = get_recipe("kimi_k2_pretrain_256gpu_h800")
+    changed = apply(recipe, ["phase.lr=1e-4", "layout.world_size=512", "data.root=/lustre"])
+    assert _number(changed, "--lr") == 1e-4
+    assert changed.layout.activation_offload < recipe.layout.activation_offload
+    assert "/lustre/web" in changed.to_megatron_args("runs/x")
+    longer = apply(get_recipe("kimi_k2_pretrain_cpu"), ["phase.seq_length=128"])
+    assert (longer.layout.seq_length, longer.layout.sequences_per_step) == (128, 16)
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'kimi_k2_pretrain_256gpu_h800'"):
+        get_recipe("kimi_k2_pretrain_256gpu_h80")
