@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class Cluster:
     mounts: tuple[str, ...] = ()
     """``from:to``, for the container."""
     python: str = "python"
-    environment: tuple[tuple[str, str], ...] = field(default=())
+    environment: tuple[tuple[str, str], ...] = ()
+    """(name, value), over ``launch/environment.py``."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"(\d+-)?\d{1,2}:\d{2}:\d{2}", self.time):
@@ -71,11 +72,8 @@ def read_profile(path: Path) -> Cluster:
     if not isinstance(pairs, dict) or not isinstance(mounts, (list, tuple)):
         raise UserError(f"--profile {path}: environment is a map and mounts a list")
     environment = tuple((str(name), str(value)) for name, value in pairs.items())
-    return replace(
-        Cluster(**{name: str(value) for name, value in read.items()}),
-        mounts=tuple(map(str, mounts)),
-        environment=environment,
-    )
+    words: dict[str, Any] = {name: str(value) for name, value in read.items()}
+    return Cluster(**words, mounts=tuple(map(str, mounts)), environment=environment)
 
 
 def num_nodes(recipe: Recipe, asked: int | None = None) -> int:

@@ -35,7 +35,9 @@ def test_the_script_is_the_one_that_was_reviewed():
     assert _long() == GOLDEN.read_text()
 
 
-@pytest.mark.parametrize("script", [_long, lambda: render_command(get_recipe("kimi_k2_pretrain_cpu"), "r")])
+@pytest.mark.parametrize(
+    "script", [_long, lambda: render_command(get_recipe("kimi_k2_pretrain_cpu"), "r")]
+)
 def test_bash_reads_it(script):
     done = subprocess.run(["bash", "-n"], input=script(), text=True, capture_output=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -8,9 +8,11 @@ import pytest
 
 from megatron_k2.errors import UserError
 from megatron_k2.launch.overrides import apply
+from megatron_k2.launch.recipe import DataBlend
 from megatron_k2.launch.table import resolved, source_of
 from megatron_k2.planning.dry_run import dry_run
 from megatron_k2.planning.estimate import estimate
+from megatron_k2.planning.memory import rank_parameters
 from megatron_k2.planning.phases import kimi_k2_phases
 from megatron_k2.recipes import RECIPES, get_recipe
 from megatron_k2.recipes.cpu import twins
@@ -153,29 +155,38 @@ def _without_te(flags):
         "moonlight_16b_a3b_pretrain_8gpu_h100",
     ],
 )
-def test_every_distinct_full_size_layout_is_built_by_megatron(name, monkeypatch):
+def test_megatron_builds_every_distinct_full_size_layout_from_the_flags(name, monkeypatch):
+    """Its first rank; all ranks of a layout are ``tests/planning/test_dry_run.py``'s."""
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     recipe = get_recipe(name)
-    built = list(dry_run(recipe.layout, _without_te(recipe.pretrain_flags("runs/x"))))
-    assert sum(len(b.ranks) for b in built) == recipe.layout.pp
+    mock = recipe.replace(data=DataBlend("data"))  # the dry run brings mock data of its own
+    built = next(dry_run(recipe.layout, _without_te(mock.pretrain_flags("runs/x"))))
+    assert built.parameters == rank_parameters(recipe.layout, 0)
 
 
 @pytest.mark.parametrize(
     ("assignment", "words"),
     [
         ("phase.lrr=1", "did you mean 'phase.lr'"),
-        ("layout.seq_lenth=1", "no such key; did you mean 'layout."),
+        ("layout.seq_lenth=1", "no such key; did you mean 'phase.seq_length'"),
         ("layout.tp=many", "expected a number like 1"),
         ("layout.fp8_storage=1", "expected true or false"),
         ("checkpoint.interval", "expected KEY=VALUE"),
         ("layout.ep=3", "does not divide"),
-        ("layout.world_size=128", "GB"),
+        ("layout.world_size=128", "start a multiple of 256 ranks"),
         ("layout.recompute=swigluu", "swigluu is none of"),
     ],
 )
 def test_a_wrong_assignment_is_refused_with_the_way_out(assignment, words):
     with pytest.raises(UserError, match=words):
         apply(get_recipe("kimi_k2_pretrain_256gpu_h800"), [assignment])
+
+
+def test_a_layout_that_does_not_fit_is_refused_unless_forced():
+    recipe = get_recipe("kimi_k2_yarn_128k_256gpu_h800")
+    with pytest.raises(UserError, match=r"GB a GPU too much.*--gpu h200"):
+        apply(recipe, ["layout.vpp=2"])
+    assert apply(recipe, ["layout.vpp=2"], force=True).layout.vpp == 2
 
 
 def test_assignments_reach_the_flags_and_the_plan_follows():
