@@ -10,7 +10,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_k2.optimizer.coefficients import coefficient_set
 from megatron_k2.optimizer.exchange import MatrixExchange
+from megatron_k2.optimizer.gram_restarts import restart_segments
 from megatron_k2.optimizer.newton_schulz import orthogonalize
 from megatron_k2.optimizer.param_groups import K2_OPTIONS, MatrixOptions, MatrixSpec, as_matrix
 from megatron_k2.optimizer.plan import Domain, Placement, Plan, make_plan
@@ -25,7 +27,7 @@ class MuonClipSettings:
     """μ."""
     nesterov: bool
     coefficients: str
-    """A key of ``newton_schulz.COEFFICIENTS``."""
+    """A key of ``coefficients.COEFFICIENTS``."""
     steps: int
     scale_factor: float
     """Update RMS; the report's 0.2."""
@@ -43,6 +45,11 @@ class MuonClipSettings:
     """What counts as one matrix."""
     clip_grad_scope: str = "all"
     """See ``grad_scope``."""
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """Newton-Schulz steps between restarts of its Gram form."""
+        return restart_segments(coefficient_set(self.coefficients).take(self.steps), self.dtype)
 
 
 MEGATRON_COEFFICIENTS = {"simple": "jordan", "quintic": "quintic", "polar_express": "polar_express"}
@@ -102,7 +109,7 @@ class MuonDomain:
         self.matrices = list(matrices)
         domain = Domain(tensor_ranks=tensor_group.size(), data_ranks=data_group.size())
         placements = [_placement(m, domain, is_data_replicated) for m in self.matrices]
-        self.plan: Plan = make_plan(placements, domain, settings.steps, seed_loads)
+        self.plan: Plan = make_plan(placements, domain, settings.segments, seed_loads)
         device = self.matrices[0].param.device if self.matrices else torch.device("cpu")
         num_blocks = sum(len(placement.block_shapes) for placement in placements)
         self.peaks = torch.zeros(num_blocks, device=device) if settings.has_idle_floor else None

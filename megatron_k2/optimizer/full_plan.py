@@ -20,7 +20,9 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_k2.errors import UserError
+from megatron_k2.optimizer.coefficients import coefficient_set
 from megatron_k2.optimizer.expert_layout import expert_layout
+from megatron_k2.optimizer.gram_restarts import restart_segments
 from megatron_k2.optimizer.padding import default_bucket_size
 from megatron_k2.optimizer.plan import Domain, Placement, make_plan, shard_pieces
 from megatron_k2.optimizer.stage_plan import DomainPlan, StagePlan
@@ -154,7 +156,7 @@ def _plan_domain(
     seed: tuple[int, ...],
     *,
     is_expert: bool,
-    steps: int,
+    segments: tuple[int, ...],
 ) -> DomainPlan:
     """Cut, place and cost one buffer; ``members`` in its order, ``seed`` FLOPs a domain rank."""
     data_ranks = layout.expert_data_ranks if is_expert else layout.data_ranks
@@ -177,9 +179,9 @@ def _plan_domain(
         domain=domain,
         num_copies=layout.ep if is_expert else 1,
         placements=placements,
-        plan=make_plan(placements, domain, steps, seed),
+        plan=make_plan(placements, domain, segments, seed),
         seed=seed,
-        steps=steps,
+        segments=segments,
         parameters=sum(param.numel() for param in buffer.param_index_map),
         padded=buffer.bucket_indices[-1][1],
     )
@@ -195,6 +197,9 @@ def _plan_stage(
     numbers, buffers = _buffer_layouts(weights, layout)
     num_ranks = layout.tp * layout.data_ranks
     loads = (0,) * num_ranks
+    # A preset's flags: --muon-coefficient-type simple, --muonclip-dtype bf16.
+    jordan = coefficient_set("jordan").take(p.training.muon_ns_steps)
+    segments = restart_segments(jordan, torch.bfloat16)
     domains = []
     for key in sorted(buffers, key=lambda key: not key.is_expert_parallel):
         is_expert = key.is_expert_parallel
@@ -205,7 +210,7 @@ def _plan_stage(
             [(weights[number], roles[number]) for number in order],
             (0,) * layout.expert_data_ranks if is_expert else loads,
             is_expert=is_expert,
-            steps=p.training.muon_ns_steps,
+            segments=segments,
         )
         domains.append(found)
         loads = found.plan.loads

@@ -87,9 +87,9 @@ def shard_pieces(
     return tuple(pieces)
 
 
-def cost(placement: Placement, steps: int) -> int:
+def cost(placement: Placement, segments: tuple[int, ...]) -> int:
     """FLOPs of orthogonalising all of ``placement``'s matrices, in the form that is cheaper."""
-    return sum(newton_schulz_flops(rows, cols, steps) for rows, cols in placement.block_shapes)
+    return sum(newton_schulz_flops(rows, cols, segments) for rows, cols in placement.block_shapes)
 
 
 def holders(placement: Placement, domain: Domain) -> list[int]:
@@ -123,7 +123,7 @@ def sends(placement: Placement, domain: Domain, home: int, rank: int) -> bool:
 def make_plan(
     placements: Sequence[Placement],
     domain: Domain,
-    steps: int,
+    segments: tuple[int, ...],
     seed_loads: Sequence[int] | None = None,
 ) -> Plan:
     """Assign homes.
@@ -131,12 +131,12 @@ def make_plan(
     Args:
         placements: the same list in the same order on every rank of the domain.
         domain: its shape.
-        steps: Newton-Schulz steps.
+        segments: Newton-Schulz steps between restarts (``restart_segments``).
         seed_loads: FLOPs each rank has already from another domain, so that a rank busy with
             experts gets fewer dense matrices.
     """
     loads = list(seed_loads) if seed_loads is not None else [0] * domain.size
-    costs = [cost(placement, steps) for placement in placements]
+    costs = [cost(placement, segments) for placement in placements]
     mean = (sum(loads) + sum(costs)) / domain.size
     homes = [-1] * len(placements)
     moving = []

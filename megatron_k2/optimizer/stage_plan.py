@@ -42,7 +42,8 @@ class DomainPlan:
     plan: Plan
     seed: tuple[int, ...]
     """FLOPs of each rank before this domain's; they are in ``plan.loads``."""
-    steps: int
+    segments: tuple[int, ...]
+    """Newton-Schulz steps between restarts."""
     parameters: int
     """Elements a tensor-parallel rank's buffers hold for ZeRO-1 to share, AdamW's included."""
     padded: int
@@ -70,13 +71,13 @@ class DomainPlan:
     @property
     def largest_item(self) -> int:
         """FLOPs of the costliest parameter: what has one home (gate and up have one together)."""
-        return max((cost(placement, self.steps) for placement in self.placements), default=0)
+        return max((cost(placement, self.segments) for placement in self.placements), default=0)
 
     @property
     def largest_matrix(self) -> int:
         """FLOPs of the costliest matrix."""
         shapes = {shape for placement in self.placements for shape in placement.block_shapes}
-        return max((newton_schulz_flops(*shape, self.steps) for shape in shapes), default=0)
+        return max((newton_schulz_flops(*shape, self.segments) for shape in shapes), default=0)
 
     @property
     def imbalance(self) -> float:

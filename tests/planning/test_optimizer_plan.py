@@ -146,7 +146,7 @@ def _homes_anew(part):
     """Loads from the homes, not from the plan's own sums."""
     loads = [0] * part.domain.size
     for home, placement in zip(part.plan.homes, part.placements, strict=True):
-        loads[home] += sum(newton_schulz_flops(*s, part.steps) for s in placement.block_shapes)
+        loads[home] += sum(newton_schulz_flops(*s, part.segments) for s in placement.block_shapes)
     return loads
 
 
@@ -157,7 +157,7 @@ def test_homes_dealt_in_turn_would_miss_the_bound():
     assert part.domain.size == 4
     in_turn = [0] * 4
     for index, placement in enumerate(part.placements):
-        in_turn[index % 4] += cost(placement, part.steps)
+        in_turn[index % 4] += cost(placement, part.segments)
     assert max(in_turn) > 1.05 * max(part.mean_load, part.largest_item)
     assert part.imbalance <= 1.05
 
