@@ -5,7 +5,7 @@ a square GEMM of the same dtype, measured in the same rounds. Compared are CPU s
 that other work on the machine matters less; with two threads they include waiting at barriers, and
 wall seconds are printed beside them. Accuracy is measured on four spectra at the same shape.
 
-    python benchmarks/newton_schulz.py                    # bf16: an expert's and q_up's shapes, / 4
+    python benchmarks/newton_schulz.py                    # bf16: an expert's and q_up's shapes, / 2
     python benchmarks/newton_schulz.py --dtype float32
 """
 
@@ -179,11 +179,11 @@ def main() -> None:
         "--shapes",
         type=_shape,
         nargs="+",
-        default=[(512, 1792), (3072, 384)],
-        help="rows x cols (default: K2's expert 2048x7168 and q_up 12288x1536, divided by 4)",
+        default=[(1024, 3584), (6144, 768)],
+        help="rows x cols (default: K2's expert 2048x7168 and q_up 12288x1536, divided by 2)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
