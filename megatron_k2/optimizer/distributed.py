@@ -154,7 +154,7 @@ class DistributedMuonClip(DistributedOptimizer):
             main, group = self._main_of[param]
             rows, cols = self.domain.block_shape(param)
             scale = rms_match_scale(rows, cols, settings.scale_factor)
-            apply_update(main, update.to(main.dtype), group["lr"], group["weight_decay"], scale)
+            apply_update(main, update, group["lr"], group["weight_decay"], scale)
 
     def _qk_clip(self, max_logits: MaxLogits) -> None:
         for param, scale in row_scales(max_logits, self._settings):

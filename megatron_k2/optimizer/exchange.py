@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_k2.optimizer.muon import idle_factor
-from megatron_k2.optimizer.newton_schulz import frobenius_norm
+from megatron_k2.optimizer.newton_schulz import batch_size, frobenius_norm
 from megatron_k2.optimizer.param_groups import MatrixSpec
 from megatron_k2.optimizer.plan import Domain, Placement, Plan, lies_whole_on, sends
 
@@ -167,15 +167,17 @@ class MatrixExchange:
         return self._newton_schulz(whole)
 
     def _newton_schulz(self, whole: dict[int, list[Tensor]]) -> dict[int, list[Tensor]]:
-        by_shape: dict[tuple[int, ...], list[tuple[int, Tensor]]] = defaultdict(list)
-        for index, matrices in whole.items():
-            for offset, matrix in enumerate(matrices):
-                by_shape[tuple(matrix.shape)].append((self._first_block[index] + offset, matrix))
+        by_shape: dict[tuple[int, int], list[tuple[int, Tensor]]] = defaultdict(list)
+        for index, of_one in whole.items():
+            for offset, matrix in enumerate(of_one):
+                rows, cols = matrix.shape
+                by_shape[rows, cols].append((self._first_block[index] + offset, matrix))
         results: dict[int, Tensor] = {}
-        for blocks in by_shape.values():
-            ids = tuple(block for block, _ in blocks)
-            batch = torch.stack([matrix for _, matrix in blocks])
-            results.update(zip(ids, self._update(batch, ids), strict=True))
+        for shape, blocks in by_shape.items():
+            size = batch_size(*shape, self._dtype, self._device) or len(blocks)
+            for first in range(0, len(blocks), size):
+                ids, matrices = zip(*blocks[first : first + size], strict=True)
+                results.update(zip(ids, self._update(torch.stack(matrices), ids), strict=True))
         self.num_orthogonalized += len(results)
         return {
             index: [results[self._first_block[index] + i] for i in range(len(matrices))]

@@ -89,7 +89,7 @@ class MuonClip(torch.optim.Optimizer):
             key = (group["lr"], group["weight_decay"], scale)
             weights, values = alike.setdefault(key, ([], []))
             weights.append(main)
-            values.append(update.view(main.shape).to(main.dtype))
+            values.append(update.view(main.shape))
         for (lr, weight_decay, scale), (weights, values) in alike.items():
             apply_updates(weights, values, lr, weight_decay, scale)
 
