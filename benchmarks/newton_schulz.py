@@ -1,4 +1,4 @@
-"""Newton-Schulz on one matrix against torch.optim.Muon's and Emerging-Optimizers', and the GEMM peak.
+"""Newton-Schulz of one matrix: ours, torch.optim.Muon's, Emerging-Optimizers', the GEMM peak.
 
 All run five steps of the same polynomials. The floor of a form is its executed FLOPs at the rate of
 a square GEMM of the same dtype, measured in the same rounds. Compared are CPU seconds a call, so
@@ -120,9 +120,7 @@ def report_accuracy(
     return {"error_ratio": ratio, "error_excess": excess, "largest_singular": largest}
 
 
-def report_speed(
-    candidates: dict[str, Candidate], timings: dict[str, Timing]
-) -> dict[str, float]:
+def report_speed(candidates: dict[str, Candidate], timings: dict[str, Timing]) -> dict[str, float]:
     """Print all; how many times faster our best is than each peer, by CPU and by wall time."""
     peak = 2 * GEMM_SIZE**3 / timings["gemm"].wall_seconds
     print(f"ceiling: {peak / 1e9:.0f} GFLOP/s, a {GEMM_SIZE}³ GEMM")

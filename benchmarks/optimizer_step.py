@@ -279,7 +279,10 @@ def report(label: str, found: list[Any]) -> dict[str, float]:
         busiest = [max(rank["samples"][name][i][part] for rank in found) for i in rounds]
         return statistics.median(busiest)
 
-    flops = {"ours": max(r["our_flops"] for r in found), "theirs": max(r["muon_flops"] for r in found)}
+    flops = {
+        "ours": max(r["our_flops"] for r in found),
+        "theirs": max(r["muon_flops"] for r in found),
+    }
     flop_ratio = flops["theirs"] / flops["ours"]
     print(f"\n{label}: {found[0]['parameters'] / 1e6:.1f} M parameters a rank")
     print("| | GFLOP | step ms | Newton-Schulz ms | floor ms | elementwise and rest ms |")
@@ -293,7 +296,9 @@ def report(label: str, found: list[Any]) -> dict[str, float]:
         )
     ratio = median("theirs", 0) / median("ours", 0)
     inner_ratio = median("theirs", 1) / median("ours", 1)
-    rest_ratio = (median("theirs", 0) - median("theirs", 1)) / (median("ours", 0) - median("ours", 1))
+    rest_ratio = (median("theirs", 0) - median("theirs", 1)) / (
+        median("ours", 0) - median("ours", 1)
+    )
     print(
         f"step {ratio:.2f}x (bar {BAR}), Newton-Schulz {inner_ratio:.2f}x, rest {rest_ratio:.2f}x; "
         f"FLOPs {flop_ratio:.2f}x, of which the step reaches {ratio / flop_ratio:.0%} "
@@ -350,8 +355,10 @@ def main() -> None:
         return
     try:
         import emerging_optimizers  # noqa: F401  (Megatron's muon is built on it)
-    except ImportError:
-        raise SystemExit("Megatron's muon needs Emerging-Optimizers: pip install emerging-optimizers")
+    except ImportError as error:
+        raise SystemExit(
+            "Megatron's muon needs Emerging-Optimizers: pip install emerging-optimizers"
+        ) from error
     figures: dict[str, float] = {}
     with machine_lock():
         print_inputs(**vars(arguments))

@@ -24,7 +24,13 @@ from megatron_k2.optimizer.coefficients import coefficient_set
 from megatron_k2.optimizer.expert_layout import expert_layout
 from megatron_k2.optimizer.gram_restarts import restart_segments
 from megatron_k2.optimizer.padding import default_bucket_size
-from megatron_k2.optimizer.plan import Domain, Placement, make_plan, shard_pieces
+from megatron_k2.optimizer.plan import (
+    Domain,
+    Placement,
+    make_plan,
+    matrix_placements,
+    shard_pieces,
+)
 from megatron_k2.optimizer.stage_plan import DomainPlan, StagePlan
 from megatron_k2.planning.shapes import Weight, rank_weights, stage_layers
 from megatron_k2.presets import ModelPreset
@@ -118,18 +124,6 @@ def _first_and_numel(buffer: Any, bucket: int) -> tuple[int, int]:
     return first, last - first
 
 
-def _placement(
-    weight: Weight, role: Role, pieces: Any, bucket: int, tensor_ranks: int
-) -> Placement:
-    rows, cols = weight.shape[0] // role.num_blocks, weight.shape[1]
-    if role.partition_dim == 0:
-        rows *= tensor_ranks
-    elif role.partition_dim == 1:
-        cols *= tensor_ranks
-    is_split = role.partition_dim >= 0 and tensor_ranks > 1
-    return Placement("", ((rows, cols),) * role.num_blocks, pieces, is_split, bucket)
-
-
 def _buffer_layouts(weights: Sequence[Weight], layout: Layout) -> tuple[dict[Any, int], Any]:
     """(number of each ``meta`` parameter in ``weights``, Megatron's layout of its buffers)."""
     numbers: dict[Any, int] = {}
@@ -161,24 +155,22 @@ def _plan_domain(
     """Cut, place and cost one buffer; ``members`` in its order, ``seed`` FLOPs a domain rank."""
     data_ranks = layout.expert_data_ranks if is_expert else layout.data_ranks
     domain = Domain(tensor_ranks=1 if is_expert else layout.tp, data_ranks=data_ranks)
-    placements = tuple(
-        _placement(
-            weight,
-            role,
-            shard_pieces(start, end, *_first_and_numel(buffer, bucket), data_ranks),
-            bucket,
-            domain.tensor_ranks,
-        )
-        for (weight, role), (start, end, bucket) in zip(
-            members, buffer.param_index_map.values(), strict=True
-        )
-        if role.num_blocks
-    )
+    placements: list[Placement] = []
+    for (weight, role), (start, end, bucket) in zip(
+        members, buffer.param_index_map.values(), strict=True
+    ):
+        if role.num_blocks:
+            pieces = shard_pieces(start, end, *_first_and_numel(buffer, bucket), data_ranks)
+            rows, cols = weight.shape
+            template = Placement("", (rows, cols), pieces, role.partition_dim, bucket)
+            placements += matrix_placements(
+                template, role.num_blocks, is_listed=False, tensor_ranks=domain.tensor_ranks
+            )
     return DomainPlan(
         kind="expert" if is_expert else "dense",
         domain=domain,
         num_copies=layout.ep if is_expert else 1,
-        placements=placements,
+        placements=tuple(placements),
         plan=make_plan(placements, domain, segments, seed),
         seed=seed,
         segments=segments,

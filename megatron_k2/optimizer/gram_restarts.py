@@ -4,17 +4,17 @@ Between restarts the iteration follows ``R = XXᵀ`` only. Rounding puts eigenva
 about one unit in the last place of the entries they come from; an eigenvalue near zero, the square
 of a small singular value, then has an error as large as itself, or becomes negative. The step
 ``x <- x (a + bx + cx²)²`` multiplies it by ``a²``, 11.9 for ``jordan``, at each further step, until
-the gain ``a + bx + cx²`` that the direction gets is wrong by a factor, its singular value beyond 1.3
-and the next steps send it to infinity. So what must be bounded is the product of ``a²`` since the
-restart, all steps but the last of a segment counted (its last ``R`` is not needed), times the
-rounding unit. Two things let a segment be longer:
+the gain ``a + bx + cx²`` that the direction gets is wrong by a factor, its singular value is
+beyond 1.3 and the next steps send it to infinity. So what must be bounded is the product of ``a²``
+since the restart, all steps but the last of a segment counted (its last ``R`` is not needed), times
+the rounding unit. Two things let a segment be longer:
 
 * The first one starts from ``‖X‖_F <= 1``, thus ``‖R‖_F <= 1``: the entries that rounding is
   relative to are small unless few rows make up all of the matrix. Later ones start from singular
   values near 1. So the longest segment goes first.
 * If few nearly parallel rows do make up all of it, errors are as large as the diagonal's own
   rounding. Raising the first ``R``'s diagonal by a unit in the last place makes up for them
-  (``raise_diagonal``); for any other matrix that is a change of 0.8 % of the mean eigenvalue in bf16.
+  (``raise_diagonal``); for any other matrix it adds 0.8 % of the mean eigenvalue in bf16.
 
 The limits are measured, in bf16, on the spectra and the nearly parallel rows of
 ``tests/optimizer/test_gram_restarts.py``: first segments with a product of 139 (three of
@@ -37,7 +37,8 @@ LATER_STEPS = 2
 """Steps in a later segment: ``Q`` is rounded at each, and near convergence, where the last segments
 are, that is all of the error there is (``polar_express``, last three of eight: 1.35 times it)."""
 WIDE_LIMIT = 2.0**16
-"""Of fp32 and fp64, in all segments, whatever their length: five steps of ``jordan`` (19,800) need no restart."""
+"""Of fp32 and fp64, in all segments and whatever their length: five steps of ``jordan`` (19,800)
+need no restart."""
 
 
 def restart_segments(schedule: tuple[Step, ...], dtype: torch.dtype) -> tuple[int, ...]:

@@ -83,14 +83,15 @@ def orthogonalize(
     segments = segments or restart_segments(schedule, dtype)
     if sum(segments) != len(schedule):
         raise ValueError(f"segments={segments}: expected {len(schedule)} steps in all")
+    rows, cols = G.shape[-2:]
     iterate: Callable[[Tensor], Tensor]
-    if choose_form(*G.shape[-2:], segments, form, symmetric, dtype) == "gram":
+    if choose_form(rows, cols, segments, form, symmetric, dtype) == "gram":
         iterate = partial(_iterate_gram, schedule=schedule, segments=segments, symmetric=symmetric)
     else:
         iterate = partial(_iterate_plain, schedule=schedule, symmetric=symmetric)
     if G.numel() == 0:
         return G.to(dtype)
-    is_tall = G.shape[-2] > G.shape[-1]
+    is_tall = rows > cols
     X = _normalize(G.mT if is_tall else G, dtype, normalization)
     batch = X.shape[:-2]
     # One matrix goes as a matrix: CPU GEMM is a fifth faster than a batch of one.

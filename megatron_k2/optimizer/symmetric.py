@@ -49,7 +49,7 @@ def product(
         from megatron_k2.optimizer.triton_symmetric import symmetric_product
 
         return symmetric_product(A, B, add=add, beta=beta, alpha=alpha)
-    if symmetric == "blocks" and _is_worth_blocks(*A.shape[-2:], A.dtype):
+    if symmetric == "blocks" and _is_worth_blocks(A.shape[-2], A.shape[-1], A.dtype):
         return _blocked_product(A, B, add, beta, alpha)
     if symmetric not in ("none", "blocks"):
         raise ValueError(f"symmetric={symmetric!r}: expected none, blocks or triton")
