@@ -1,7 +1,7 @@
 """The ranks that share matrices, and the exchange among them, built from process groups."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,19 +145,37 @@ class MuonDomain:
         self._index = {m.param: i for i, m in enumerate(self.matrices)}
         counts = [len(blocks) for blocks in self._blocks]
         self._first = list(itertools.accumulate(counts, initial=0))
+        self._param_of = [
+            m.param for m, count in zip(self.matrices, counts, strict=True) for _ in range(count)
+        ]
 
-    def run(self, directions: dict[torch.nn.Parameter, Tensor]) -> dict[torch.nn.Parameter, Tensor]:
-        """``MatrixExchange.run`` by parameter: its flat part in, the same of its update back."""
-        parts = {
-            index: direction.narrow(0, offset, length)
-            for param, direction in directions.items()
-            for index, offset, length in self._own_blocks(param)
-        }
-        results = self.exchange.run(parts)
-        return {
-            param: joined([results[index] for index, _, _ in self._own_blocks(param)])
-            for param in directions
-        }
+    def run(
+        self,
+        directions: Callable[[list[torch.nn.Parameter]], dict[torch.nn.Parameter, Tensor]],
+        apply: Callable[[dict[torch.nn.Parameter, Tensor]], None],
+    ) -> None:
+        """``MatrixExchange.run`` by parameter.
+
+        Args:
+            directions: given some of the parameters this rank has a part of, the flat part of each
+                one's direction. Called once a bucket.
+            apply: takes the same part of each one's update, in the exchange's dtype.
+        """
+
+        def parts(members: list[int]) -> dict[int, Tensor]:
+            own = dict.fromkeys(self._param_of[i] for i in members)
+            whole = directions([param for param in own if self._own_blocks(param)])
+            return {
+                index: direction.narrow(0, offset, length)
+                for param, direction in whole.items()
+                for index, offset, length in self._own_blocks(param)
+            }
+
+        def apply_parts(results: dict[int, Tensor]) -> None:
+            own = dict.fromkeys(self._param_of[i] for i in results)
+            apply({p: joined([results[i] for i, _, _ in self._own_blocks(p)]) for p in own})
+
+        self.exchange.run(parts, apply_parts)
 
     def _own_blocks(self, param: torch.nn.Parameter) -> list[tuple[int, int, int]]:
         """Each matrix this rank has a part of: placement, offset in the rank's part, length."""

@@ -3,9 +3,8 @@
 None where every matrix of the bucket lies whole at home already (``expert_layout``).
 
 Outward, every rank sends each home the pieces of its matrices; the home puts them together,
-orthogonalises matrices of one shape in one batch, and sends each rank its part of the result. All
-buckets' outward exchanges are started at once and finished in order, so that while one bucket is
-orthogonalised the next one's pieces and the last one's results are under way.
+orthogonalises matrices of one shape in one batch, and sends each rank its part of the result. While
+one bucket is orthogonalised, the next one's pieces and the last one's results are under way.
 """
 
 import itertools
@@ -30,6 +29,8 @@ from megatron_k2.optimizer.plan import (
 )
 
 Orthogonalize = Callable[[Tensor], Tensor]
+Directions = Callable[[list[int]], dict[int, Tensor]]
+Apply = Callable[[dict[int, Tensor]], None]
 
 
 @dataclass
@@ -91,44 +92,50 @@ class MatrixExchange:
         self.num_orthogonalized = 0
         """Matrices this rank has orthogonalised, over all steps."""
 
-    def run(self, directions: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Orthogonalise what all ranks of the domain hold together.
+    def run(self, directions: Directions, apply: Apply) -> None:
+        """Orthogonalise what all ranks of the domain hold together, a bucket after another.
+
+        While one bucket is orthogonalised, the next one's pieces and the last one's results are
+        under way, and no others: that bounds the memory of a step.
 
         Args:
-            directions: for each placement this rank holds a part of, that part of the direction,
-                flat.
-
-        Returns:
-            For the same placements the same part of U Vᵀ, flat, in the exchange's dtype.
+            directions: given placements of one bucket, for each that this rank holds a part of that
+                part of the direction, flat.
+            apply: takes for the same placements the same part of U Vᵀ, flat, in the exchange's
+                dtype.
         """
         if self._domain.size == 1:
-            return self._run_alone(directions)
-        outward = {
-            bucket: self._send_outward(members, directions)
-            for bucket, members in self._buckets.items()
-        }
-        homeward = {
-            bucket: self._send_back(members, self._at_home(members, outward.pop(bucket)))
-            for bucket, members in self._buckets.items()
-        }
-        return {
-            index: part
-            for bucket, members in self._buckets.items()
-            for index, part in self._unpack(members, homeward.pop(bucket)).items()
-        }
+            for members in self._buckets.values():
+                apply(self._alone(directions(members)))
+            return
+        buckets = list(self._buckets.values())
+        outward = [self._send_outward(members, directions) for members in buckets[:1]]
+        homeward: list[tuple[list[int], _Transfer]] = []
+        for number, members in enumerate(buckets):
+            outward += [
+                self._send_outward(after, directions) for after in buckets[number + 1 :][:1]
+            ]
+            results = self._at_home(members, outward.pop(0))
+            homeward.append((members, self._send_back(members, results)))
+            del results
+            if number:
+                apply(self._unpack(*homeward.pop(0)))
+        for members, transfer in homeward:
+            apply(self._unpack(members, transfer))
 
-    def _run_alone(self, directions: dict[int, Tensor]) -> dict[int, Tensor]:
-        """``run`` in a domain of one rank: every matrix lies whole at its home, nothing moves."""
+    def _alone(self, directions: dict[int, Tensor]) -> dict[int, Tensor]:
+        """In a domain of one rank every matrix lies whole at its home, and nothing moves."""
         whole = {
-            index: part.to(self._dtype).view(self._placements[index].shape)
-            for index, part in directions.items()
+            index: directions.pop(index).to(self._dtype).view(self._placements[index].shape)
+            for index in list(directions)  # popped, so that fp32 and the copy are not all alive
         }
         return {index: X.flatten() for index, X in self._newton_schulz(whole).items()}
 
     def _sends(self, index: int, rank: int) -> bool:
         return sends(self._placements[index], self._domain, self._homes[index], rank)
 
-    def _send_outward(self, members: list[int], directions: dict[int, Tensor]) -> _Transfer:
+    def _send_outward(self, members: list[int], make: Directions) -> _Transfer:
+        directions = make(members)
         parts: list[list[Tensor]] = [[] for _ in range(self._domain.size)]
         for index in members:
             if index in directions and self._sends(index, self.rank):
@@ -180,7 +187,7 @@ class MatrixExchange:
                 matrices = torch.stack([whole[index] for index in batch])
                 results.update(zip(batch, self._update(matrices, batch), strict=True))
         self.num_orthogonalized += len(results)
-        return results
+        return {index: results[index] for index in whole}  # the order in which all ranks unpack
 
     def _update(self, batch: Tensor, indices: tuple[int, ...]) -> Tensor:
         """U Vᵀ of each [rows, cols] of ``batch``, faded where the matrix has gone idle."""
