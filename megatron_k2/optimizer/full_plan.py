@@ -10,20 +10,15 @@ says 16 stages and not which layers. Buffers are cut into Megatron's default buc
 ``--overlap-grad-reduce``; context parallelism is part of data parallelism.
 """
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_k2.errors import UserError
 from megatron_k2.optimizer.coefficients import coefficient_set
-from megatron_k2.optimizer.expert_layout import expert_layout
 from megatron_k2.optimizer.gram_restarts import restart_segments
-from megatron_k2.optimizer.padding import default_bucket_size
+from megatron_k2.optimizer.padding import buffer_layouts, default_bucket_size
 from megatron_k2.optimizer.plan import (
     Domain,
     Placement,
@@ -66,7 +61,7 @@ class Role:
     """Dimension split over tensor-parallel ranks, -1 if whole."""
 
 
-def check_layout(p: ModelPreset, layout: Layout) -> None:
+def check_plannable(p: ModelPreset, layout: Layout) -> None:
     """Refuse what cannot be laid out.
 
     Raises:
@@ -92,13 +87,6 @@ def check_layout(p: ModelPreset, layout: Layout) -> None:
             raise UserError(f"{what} {number} does not divide by {flag} = {divisor}; change {flag}")
 
 
-def split_layers(num_layers: int, num_stages: int) -> list[range]:
-    """Consecutive layers of each stage, as even as can be, the longer stages last."""
-    sizes = [len(layers) for layers in stage_layers(num_layers, num_stages)][::-1]
-    ends = itertools.accumulate(sizes)
-    return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-
-
 def weight_roles(
     p: ModelPreset, layers: range, *, ep: int, has_embedding: bool, has_head: bool
 ) -> list[Role]:
@@ -122,25 +110,6 @@ def _first_and_numel(buffer: Any, bucket: int) -> tuple[int, int]:
     """Where a bucket begins in its buffer, and its elements, padding included."""
     first, last = buffer.bucket_indices[bucket]
     return first, last - first
-
-
-def _buffer_layouts(weights: Sequence[Weight], layout: Layout) -> tuple[dict[Any, int], Any]:
-    """(number of each ``meta`` parameter in ``weights``, Megatron's layout of its buffers)."""
-    numbers: dict[Any, int] = {}
-    for number, weight in enumerate(weights):
-        param = torch.nn.Parameter(torch.empty(weight.shape, device="meta", dtype=torch.bfloat16))
-        param.allreduce = not (weight.is_expert and layout.ep > 1)  # type: ignore[attr-defined]
-        numbers[param] = number
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    with expert_layout():
-        full = DistributedOptimizer.compute_full_param_layout(
-            list(numbers),
-            default_bucket_size(layout.data_ranks),
-            layout.data_ranks,
-            ddp,
-            expert_data_parallel_world_size=layout.expert_data_ranks,
-        )
-    return numbers, full.layouts
 
 
 def _plan_domain(
@@ -186,7 +155,14 @@ def _plan_stage(
     ends = {"has_embedding": 0 in stages, "has_head": layout.pp - 1 in stages}
     weights = rank_weights(p, layers, tp=layout.tp, ep=layout.ep, **ends)
     roles = weight_roles(p, layers, ep=layout.ep, **ends)
-    numbers, buffers = _buffer_layouts(weights, layout)
+    params, buffers = buffer_layouts(
+        weights,
+        data_ranks=layout.data_ranks,
+        expert_data_ranks=layout.expert_data_ranks,
+        bucket_size=default_bucket_size(layout.data_ranks),
+        has_expert_parallel=layout.ep > 1,
+    )
+    numbers = {param: number for number, param in enumerate(params)}
     num_ranks = layout.tp * layout.data_ranks
     loads = (0,) * num_ranks
     # A preset's flags: --muon-coefficient-type simple, --muonclip-dtype bf16.
@@ -217,9 +193,9 @@ def plan_model(p: ModelPreset, layout: Layout) -> list[StagePlan]:
     Raises:
         UserError: if the model cannot be laid out so.
     """
-    check_layout(p, layout)
+    check_plannable(p, layout)
     alike: dict[tuple[int, int, bool, bool], list[int]] = {}
-    split = split_layers(p.num_layers, layout.pp)
+    split = stage_layers(p.num_layers, layout.pp)
     for stage, layers in enumerate(split):
         num_dense = sum(layer < p.num_dense_layers for layer in layers)
         key = (len(layers), num_dense, stage == 0, stage == layout.pp - 1)

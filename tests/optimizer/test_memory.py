@@ -18,8 +18,8 @@ from tests.single_rank import SMALL, arguments, build, one_rank
 
 BUCKET = 10_000
 WORKING_SET = 24
-"""Bytes an element of a batch while it is orthogonalised, of square matrices: fp32 copies while it is
-normalised, then itself, R, B, Q and a product of them in bf16."""
+"""Bytes an element of a batch while it is orthogonalised, of square matrices: fp32 copies while it
+is normalised, then itself, R, B, Q and a product of them in bf16."""
 PARAMETER, GRADIENT, MASTER, STATE = 2, 4, 4, 4
 
 
@@ -104,7 +104,7 @@ def peak_bytes(call):
 
 
 def test_a_step_takes_two_buckets_and_a_batch_on_top():
-    ddp, optimizer = built(is_sharded=True)
+    _, optimizer = built(is_sharded=True)
     optimizer.step()
     (part,) = [o for o in optimizer.chained_optimizers if hasattr(o, "domain")]
     matrices = [m for m in part.domain.matrices if m.param in part._main_of]

@@ -14,13 +14,13 @@ from megatron_k2.cli import main as cli
 from megatron_k2.optimizer.full_plan import (
     Layout,
     plan_model,
-    split_layers,
     weight_roles,
 )
 from megatron_k2.optimizer.newton_schulz import newton_schulz_flops
 from megatron_k2.optimizer.param_groups import muon_matrices
 from megatron_k2.optimizer.plan import Domain, Placement, cost, shard_pieces
 from megatron_k2.optimizer.stage_plan import exchange_traffic
+from megatron_k2.planning.shapes import stage_layers
 from megatron_k2.presets import K2_TINY, KIMI_K2
 from tests.single_rank import SMALL, build, one_rank
 
@@ -73,7 +73,7 @@ def test_roles_are_those_of_a_built_model():
 
 
 def test_layers_over_sixteen_stages_are_the_stated_choice():
-    split = split_layers(61, 16)
+    split = stage_layers(61, 16)
     assert [len(layers) for layers in split] == [3, 3, 3] + [4] * 13
     assert [layer for layers in split for layer in layers] == list(range(61))
 
