@@ -148,6 +148,7 @@ class MuonDomain:
         self._param_of = [
             m.param for m, count in zip(self.matrices, counts, strict=True) for _ in range(count)
         ]
+        self._own_blocks = {m.param: self._find_own_blocks(i) for i, m in enumerate(self.matrices)}
 
     def run(
         self,
@@ -164,22 +165,21 @@ class MuonDomain:
 
         def parts(members: list[int]) -> dict[int, Tensor]:
             own = dict.fromkeys(self._param_of[i] for i in members)
-            whole = directions([param for param in own if self._own_blocks(param)])
+            whole = directions([param for param in own if self._own_blocks[param]])
             return {
                 index: direction.narrow(0, offset, length)
                 for param, direction in whole.items()
-                for index, offset, length in self._own_blocks(param)
+                for index, offset, length in self._own_blocks[param]
             }
 
         def apply_parts(results: dict[int, Tensor]) -> None:
             own = dict.fromkeys(self._param_of[i] for i in results)
-            apply({p: joined([results[i] for i, _, _ in self._own_blocks(p)]) for p in own})
+            apply({p: joined([results[i] for i, _, _ in self._own_blocks[p]]) for p in own})
 
         self.exchange.run(parts, apply_parts)
 
-    def _own_blocks(self, param: torch.nn.Parameter) -> list[tuple[int, int, int]]:
-        """Each matrix this rank has a part of: placement, offset in the rank's part, length."""
-        i = self._index[param]
+    def _find_own_blocks(self, i: int) -> list[tuple[int, int, int]]:
+        """Matrices of a parameter this rank has a part of: placement, offset in it, length."""
         found, offset = [], 0
         for number, placement in enumerate(self._blocks[i], start=self._first[i]):
             start, end = held(placement, self._domain, self.exchange.rank)
