@@ -9,7 +9,7 @@ Megatron's factory and step in the same process, in interleaved rounds; neither 
   orthogonalised on each), experts over both by expert parallelism, as K2's layouts have it.
 
 Both matmul precisions: bf16 (``--muon-fp32-matmul-prec medium`` there, ``--muonclip-dtype bf16``
-here) and fp32 (``highest``, ``fp32``). The FLOP ratio is derived from the shapes, of the busiest
+here) and fp32 (``high``, ``fp32``). The FLOP ratio is derived from the shapes, of the busiest
 rank: Megatron's plain form on fused gate/up weights, against what our plan says. Seconds are CPU
 seconds of the busiest rank; ours are a MuonClip step whole, QK-Clip and idle floor included.
 
@@ -75,7 +75,7 @@ def flags(preset: ModelPreset, world_size: int, precision: str) -> list[str]:
         --optimizer muon --muon-momentum 0.95 --muon-nesterov --muon-scale-mode spectral
         --muon-extra-scale-factor 0.2 --muon-coefficient-type simple --muon-num-ns-steps {STEPS}
         --muon-tp-mode duplicated --qk-clip-threshold 100
-        --muon-fp32-matmul-prec {"medium" if precision == "bf16" else "highest"}
+        --muon-fp32-matmul-prec {"medium" if precision == "bf16" else "high"}
         --muonclip-dtype {precision} {ranks} {experts}
         """.split(),
     ]
