@@ -124,12 +124,13 @@ class MuonDomain:
             torch.zeros(len(placements), device=device) if settings.has_idle_floor else None
         )
 
-        def newton_schulz(batch: Tensor) -> Tensor:
+        def newton_schulz(batch: Tensor, norms: Tensor) -> Tensor:
             return orthogonalize(
                 batch,
                 coefficients=settings.coefficients,
                 steps=settings.steps,
                 dtype=settings.dtype,
+                norms=norms,
             )
 
         self.exchange = MatrixExchange(

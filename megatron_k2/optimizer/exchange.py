@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_k2.optimizer.muon import idle_factor
-from megatron_k2.optimizer.newton_schulz import batch_size, frobenius_norm
+from megatron_k2.optimizer.newton_schulz import batch_size
 from megatron_k2.optimizer.plan import (
     Domain,
     Placement,
@@ -28,7 +28,7 @@ from megatron_k2.optimizer.plan import (
     sends,
 )
 
-Orthogonalize = Callable[[Tensor], Tensor]
+Orthogonalize = Callable[[Tensor, Tensor], Tensor]
 Directions = Callable[[list[int]], dict[int, Tensor]]
 Apply = Callable[[dict[int, Tensor]], None]
 
@@ -58,7 +58,8 @@ class MatrixExchange:
         group: its process group; group rank r is domain rank r.
         dtype: of what is sent and orthogonalised.
         device: where the parameters are.
-        orthogonalize: [k, rows, cols] -> the same shape.
+        orthogonalize: [k, rows, cols] -> the same shape; its second argument, [k] fp32, takes the
+            matrices' norms.
         peaks: state of Muon's idle floor, fp32, one a placement; only the entries of this rank's
             home matrices are used. ``None``: no floor.
     """
@@ -191,14 +192,15 @@ class MatrixExchange:
 
     def _update(self, batch: Tensor, indices: tuple[int, ...]) -> Tensor:
         """U Vᵀ of each [rows, cols] of ``batch``, faded where the matrix has gone idle."""
-        update = self._orthogonalize(batch)
+        norms = torch.empty(len(indices), device=self._device)
+        update = self._orthogonalize(batch, norms)
         if self._peaks is None:
             return update
         if indices not in self._positions:
             self._positions[indices] = torch.tensor(indices, device=self._device)
         where = self._positions[indices]
         peaks = self._peaks[where]
-        factor = idle_factor(frobenius_norm(batch), peaks)
+        factor = idle_factor(norms, peaks)
         self._peaks[where] = peaks
         return update.mul_(factor[:, None, None].to(update.dtype))
 

@@ -48,6 +48,7 @@ def orthogonalize(
     symmetric: SymmetricMethod = "none",
     normalization: Normalization = "amax",
     segments: tuple[int, ...] | None = None,
+    norms: Tensor | None = None,
 ) -> Tensor:
     """Approximate ``UVᵀ`` of each matrix of ``G = USVᵀ``.
 
@@ -71,6 +72,7 @@ def orthogonalize(
             gradient of norm 1e-9 moves the weights by half, one of 1e-20 not at all.
         segments: Gram form: steps between restarts, such as (3, 2); None takes
             ``restart_segments``, which is safe in every dtype.
+        norms: [...] fp32, filled with ‖G‖_F of each matrix, which is formed anyway.
 
     Returns:
         [..., rows, cols] in ``dtype``. A zero matrix gives zero, a rank-deficient one stays finite
@@ -92,7 +94,9 @@ def orthogonalize(
     if G.numel() == 0:
         return G.to(dtype)
     is_tall = rows > cols
-    X = _normalize(G.mT if is_tall else G, dtype, normalization)
+    X, norm = _normalize(G.mT if is_tall else G, dtype, normalization)
+    if norms is not None:
+        norms.copy_(norm)
     batch = X.shape[:-2]
     # One matrix goes as a matrix: CPU GEMM is a fifth faster than a batch of one.
     X = iterate(X.flatten(0, -3).squeeze(0) if batch else X)
@@ -129,15 +133,20 @@ def _divide_by_amax(X: Tensor) -> tuple[Tensor, Tensor]:
     return X / torch.where(amax == 0, 1, amax), amax
 
 
-def _normalize(X: Tensor, dtype: torch.dtype, normalization: Normalization) -> Tensor:
+def _normalize(
+    X: Tensor, dtype: torch.dtype, normalization: Normalization
+) -> tuple[Tensor, Tensor]:
+    """(X of norm at most 1, what ‖X‖_F was [...])."""
     if normalization not in ("amax", "frobenius_eps"):
         raise ValueError(f"normalization={normalization!r}: expected amax or frobenius_eps")
     if normalization == "frobenius_eps":
         X = X.to(dtype)
-        return X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp(min=FROBENIUS_EPS)
-    X, _ = _divide_by_amax(X)
+        norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+        return X / norm.clamp(min=FROBENIUS_EPS), norm[..., 0, 0]
+    X, amax = _divide_by_amax(X)
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
     # The largest entry is now exactly 1, so the norm is at least 1 unless the matrix is zero.
-    return X.div_(torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_(min=1)).to(dtype)
+    return X.div_(norm.clamp(min=1)).to(dtype), (norm * amax)[..., 0, 0]
 
 
 def _iterate_plain(X: Tensor, schedule: tuple[Step, ...], symmetric: SymmetricMethod) -> Tensor:

@@ -8,6 +8,7 @@ the cast, which are the host's.
 
 import math
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from megatron_k2.optimizer.param_groups import muon_matrices
 from tests.optimizer.test_muonclip import FLAGS
 from tests.single_rank import SMALL, arguments, build, one_rank
 
+MODEL = replace(SMALL, moe_ffn_hidden_size=24)  # in bf16 rows of 16 bytes
 BUCKET = 10_000
 WORKING_SET = 24
 """Bytes an element of a batch while it is orthogonalised, of square matrices: fp32 copies while it
@@ -39,9 +41,9 @@ def built(is_sharded):
     from megatron_k2.training.hooks import TrainingHooks
 
     host = ["--optimizer", "adam", "--use-distributed-optimizer"] if is_sharded else []
-    args = arguments(SMALL, *FLAGS, *host, "--bf16")
+    args = arguments(MODEL, *FLAGS, *host, "--bf16")
     args.optimizer = "adam" if is_sharded else "muonclip"
-    model = build(SMALL, *FLAGS, "--bf16")
+    model = build(MODEL, *FLAGS, "--bf16")
     config = DistributedDataParallelConfig(
         use_distributed_optimizer=is_sharded,
         grad_reduce_in_fp32=True,

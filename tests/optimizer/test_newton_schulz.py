@@ -278,6 +278,17 @@ def test_frobenius_norm_survives_where_squares_underflow():
     assert torch.linalg.vector_norm(G * 1e-30).item() == 0
 
 
+@pytest.mark.parametrize("normalization", ["amax", "frobenius_eps"])
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
+def test_the_norms_it_forms_are_handed_out(normalization, shape):
+    G = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+    norms = torch.empty(3)
+    orthogonalize(G, normalization=normalization, norms=norms)
+    torch.testing.assert_close(norms, torch.linalg.vector_norm(G, dim=(-2, -1)))
+    if normalization == "amax":
+        assert torch.equal(norms, frobenius_norm(G))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "word"),
     [
