@@ -62,8 +62,7 @@ def _norm_rows(name: str, width: float, recompute: Recompute) -> Iterator[Kept]:
 
 def swiglu_rows(name: str, width: float, recompute: Recompute | None = None) -> Iterator[Kept]:
     """Between the projections of one SwiGLU of ``width`` on this rank."""
-    is_expert = name == "expert"
-    yield Kept(f"{name} SwiGLU input", BF16 * 2 * width, can_be_fp8=is_expert)
+    yield Kept(f"{name} SwiGLU input", BF16 * 2 * width, can_be_fp8=True)
     yield Kept(f"{name} SwiGLU output", BF16 * width, recompute)
 
 
