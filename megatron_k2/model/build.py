@@ -110,6 +110,10 @@ def model_config_from_args(args: Namespace) -> K2ModelConfig:
     transformer.beta_fast = args.yarn_mla_beta_fast
     transformer.beta_slow = args.yarn_mla_beta_slow
     transformer.original_max_position_embeddings = args.yarn_mla_original_max_position_embeddings
+    if transformer.transformer_impl == "transformer_engine" and args.muonclip:
+        # TE's attention then returns S_max. Only the model's config says so: Megatron's --qk-clip
+        # and --log-max-attention-logit would also start its own clip after each step.
+        transformer.log_max_attention_logit = True
     transformer.finalize_model_grads_func = BalancedFinalize(
         finalize_model_grads, rule=args.moe_bias_rule
     )
