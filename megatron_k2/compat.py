@@ -18,6 +18,10 @@ logger = logging.getLogger(__name__)
 CHECKED_MEGATRON_VERSIONS = ("0.19.2",)
 """Megatron-Core versions whose private seams this package was tested against."""
 
+MINIMUM_TE_VERSION = (2, 14)
+"""``return_max_logit`` needs 2.9, grouped FP8 with padded permutation 2.12; 2.14 is what the ``te``
+extra asks for. Tested over stand-ins for its kernels: 2.17.1 and 2.20.2."""
+
 
 def installed_version(distribution: str) -> str | None:
     """Version of an installed distribution, or ``None``."""
@@ -41,6 +45,27 @@ def require_checked_megatron() -> str:
             f"megatron-core {version} is installed, but its internals were checked only for "
             f"{', '.join(CHECKED_MEGATRON_VERSIONS)}; "
             f"pip install megatron-core=={CHECKED_MEGATRON_VERSIONS[-1]}"
+        )
+    return version
+
+
+def require_transformer_engine() -> str:
+    """The installed TE's version.
+
+    Raises:
+        UserError: if it is absent or too old.
+    """
+    version = installed_version("transformer-engine")
+    wanted = ".".join(map(str, MINIMUM_TE_VERSION))
+    if version is None:
+        raise UserError(
+            "--transformer-impl transformer_engine: Transformer Engine is not installed; "
+            "pip install -e '.[te]' (needs a CUDA toolchain), or use --transformer-impl local"
+        )
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TE_VERSION:
+        raise UserError(
+            f"--transformer-impl transformer_engine: Transformer Engine {version} is installed, "
+            f"{wanted} or newer is needed; pip install 'transformer-engine[pytorch]>={wanted},<3'"
         )
     return version
 

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from megatron_k2.compat import require_transformer_engine
 from megatron_k2.errors import UserError
 from megatron_k2.model.attention import MLACoreAttention
 from megatron_k2.model.mla import K2SelfAttention, LatentAttention
@@ -96,9 +97,9 @@ def _backend(config: MLATransformerConfig) -> Any:
     if config.transformer_impl == "local":
         return LocalBackend()
     if config.transformer_impl == "transformer_engine":
-        from megatron_k2.model.te_spec import TEBackend, require_transformer_engine
-
         require_transformer_engine()
+        from megatron_k2.model.te_spec import TEBackend
+
         return TEBackend()
     raise UserError(
         f"--transformer-impl {config.transformer_impl}: expected local or transformer_engine"

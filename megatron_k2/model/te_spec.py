@@ -22,13 +22,7 @@ from typing import Any
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.transformer.identity_op import IdentityOp
 
-from megatron_k2.compat import installed_version
-from megatron_k2.errors import UserError
 from megatron_k2.model.mla import LatentAttention
-
-MINIMUM_TE_VERSION = (2, 14)
-"""``return_max_logit`` needs 2.9, grouped FP8 with padded permutation 2.12; 2.14 is what the ``te``
-extra asks for. Tested over stand-ins for its kernels: 2.17.1 and 2.20.2."""
 
 CHECKPOINT_NAMES = {
     "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
@@ -36,27 +30,6 @@ CHECKPOINT_NAMES = {
 }
 DENSE_CHECKPOINT_NAMES = {"mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm."}
 """Names of fused norms -> the local modules' names."""
-
-
-def require_transformer_engine() -> str:
-    """The installed TE's version.
-
-    Raises:
-        UserError: if it is absent or too old.
-    """
-    version = installed_version("transformer-engine")
-    wanted = ".".join(map(str, MINIMUM_TE_VERSION))
-    if version is None:
-        raise UserError(
-            "--transformer-impl transformer_engine: Transformer Engine is not installed; "
-            "pip install -e '.[te]' (needs a CUDA toolchain), or use --transformer-impl local"
-        )
-    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TE_VERSION:
-        raise UserError(
-            f"--transformer-impl transformer_engine: Transformer Engine {version} is installed, "
-            f"{wanted} or newer is needed; pip install 'transformer-engine[pytorch]>={wanted},<3'"
-        )
-    return version
 
 
 class TEBackend(TESpecProvider):

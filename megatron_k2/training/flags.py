@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_k2.data.manifest import DataManifest, read_manifest
 from megatron_k2.errors import UserError
+from megatron_k2.fp8.compute import recipe_flags
 from megatron_k2.presets import ModelPreset, YarnScaling, get_preset
 
 CPU_FLAGS = (
@@ -25,6 +26,14 @@ LOCAL_CUDA_FLAGS = (
     "--no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion"
 ).split()
 """CUDA without Transformer Engine or apex."""
+
+TE_CUDA_FLAGS = (
+    "--distributed-backend nccl --transformer-impl transformer_engine --moe-grouped-gemm "
+    "--moe-permute-fusion --moe-router-fusion --cross-entropy-loss-fusion "
+    "--cross-entropy-fusion-impl te --attention-backend fused"
+).split()
+"""CUDA with Transformer Engine. ``fused`` is cuDNN's attention: MuonClip's maximum logits turn
+FlashAttention off, and ``auto`` could then fall back to holding every logit in memory."""
 
 
 def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -180,8 +189,10 @@ def data_flags(directory: str, manifest: DataManifest) -> list[str]:
     return [*flags, "--tokenizer-type", "NullTokenizer", "--null-tokenizer-eod-id", eod]
 
 
-def platform_flags(*, cuda: bool) -> list[str]:
-    """What the machine needs, whatever the model."""
+def platform_flags(*, cuda: bool, transformer_impl: str = "local") -> list[str]:
+    """What the machine and the family of modules need, whatever the model."""
+    if cuda and transformer_impl == "transformer_engine":
+        return list(TE_CUDA_FLAGS)
     return list(LOCAL_CUDA_FLAGS if cuda else CPU_FLAGS)
 
 
@@ -210,18 +221,22 @@ def expand(argv: list[str], *, cuda: bool) -> list[str]:
     """The plain flag list that Megatron's parser and ours read.
 
     Args:
-        argv: what the user typed: ``--preset``, ``--data``, ``--yarn`` and any Megatron flag.
+        argv: what the user typed: ``--preset``, ``--data``, ``--yarn``, ``--fp8-compute`` and any
+            Megatron flag.
         cuda: whether this machine has CUDA.
 
     Raises:
-        UserError: unknown preset, ``--yarn`` without its numbers, unusable data directory, or a
-            vocabulary that does not match.
+        UserError: unknown preset or FP8 recipe, ``--yarn`` without its numbers, unusable data
+            directory, or a vocabulary that does not match.
     """
     preset_name, rest = _take(argv, "--preset")
     directory, rest = _take(rest, "--data")
     yarn = "--yarn" in rest
     rest = [flag for flag in rest if flag != "--yarn"]
-    flags = platform_flags(cuda=cuda)
+    fp8_recipe, rest = _take(rest, "--fp8-compute")
+    implementation = last_value(rest, "--transformer-impl") or "local"
+    flags = platform_flags(cuda=cuda, transformer_impl=implementation)
+    flags += recipe_flags(fp8_recipe) if fp8_recipe is not None else []
     if yarn and preset_name is None:
         raise UserError(
             "--yarn takes its numbers from a preset; give --preset, or --rope-type yarn"

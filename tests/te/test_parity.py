@@ -1,7 +1,8 @@
 """The TE spec against the local one: loss, every gradient, the optimizer's view of the parameters.
 
 Both compute in fp32 with sums in another order: 1e-5 of a tensor's largest magnitude, the bound of
-``tests/model/test_hf_parity.py`` (seen: 2e-6). Not exercised: TE's kernels (stand-ins compute), fused attention.
+``tests/model/test_hf_parity.py`` (seen: 2e-6). Not exercised: TE's kernels, for which stand-ins
+compute, and fused attention.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Transformer Engine's real Python over torch stand-ins for its compiled kernels, on a CPU. Tests only.
+"""Transformer Engine's real Python over torch stand-ins for its compiled kernels. Tests only.
 
 The wheel ``transformer-engine`` holds TE's Python and nothing compiled. Here its pybind extension
 ``transformer_engine_torch`` is replaced by a module of the same names: a few of them compute with
@@ -49,7 +49,7 @@ def install() -> None:
 
         transformer_engine.common.load_framework_extension = lambda _framework: None
         patch_devices()
-        import transformer_engine.pytorch  # noqa: F401
+        import transformer_engine.pytorch
         from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
     finally:
         del os.environ["NVTE_PROJECT_BUILDING"]

@@ -52,7 +52,7 @@ def _is_called_by_te() -> bool:
 
 
 def patch_devices() -> None:
-    """Factories, ``Tensor.to``, ``Tensor.cuda`` and the facts of ``torch.cuda`` that TE asks for."""
+    """Factories, ``Tensor.to``, ``Tensor.cuda`` and what TE asks of ``torch.cuda``."""
     for name in FACTORIES:
         setattr(torch, name, _with_redirected_device(getattr(torch, name)))
     to, is_cuda = torch.Tensor.to, torch._C.TensorBase.is_cuda
@@ -114,8 +114,8 @@ def _patch_torch_cuda() -> None:
         "default_stream": lambda *_args: stream,
         "synchronize": lambda *_args: None,
         "is_current_stream_capturing": lambda: False,
-        "get_rng_state": lambda *_args: torch.get_rng_state(),
-        "set_rng_state": lambda state, *_args: torch.set_rng_state(state),
+        "get_rng_state": lambda *_args, **_kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_args, **_kwargs: torch.set_rng_state(state),
         "manual_seed": torch.manual_seed,
         "is_initialized": lambda: False,
         "_lazy_init": lambda: None,

@@ -1,8 +1,9 @@
 """FP8 block scaling as TE's kernels define it: 1x128 tiles or 128x128 blocks, E4M3 or E5M2.
 
 ``scale = max / amax``, rounded down to a power of two where the quantiser asks for it;
-``code = saturate(x * scale)``, and ``scale_inv = 1 / scale`` is kept. Only ``Float8BlockQuantizer``:
-the other recipes' quantisers raise, so a test cannot pass by having computed nothing.
+``code = saturate(x * scale)``, and ``scale_inv = 1 / scale`` is kept. Only
+``Float8BlockQuantizer``: the other recipes' quantisers raise, so a test cannot pass by having
+computed nothing.
 """
 
 from typing import Any
