@@ -9,8 +9,10 @@ import pytest
 from megatron_k2.compat import installed_version
 
 if installed_version("transformer-engine") is not None:
+    from megatron_k2.fp8.compute import choose_scale_format
     from tests.te.standin import install
 
+    choose_scale_format("blockwise")
     install()
 
 

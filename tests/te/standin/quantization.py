@@ -106,7 +106,10 @@ def _wrapped(x: Tensor, dtype: torch.dtype, quantizer: Any, fields: dict[str, An
 
 
 def split_quantize(
-    tensor: Tensor, splits: list[int], quantizers: list[Any], *_bulk_allocation: Any
+    tensor: Tensor,
+    splits: list[int],
+    quantizers: list[Any],
+    disable_bulk_allocation: bool = False,
 ) -> list[Any]:
     """Each expert's rows by its own quantiser."""
     parts = torch.split(tensor, list(splits))
