@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_k2.compat import require_transformer_engine
 from megatron_k2.errors import UserError
 from megatron_k2.model.attention import MLACoreAttention
+from megatron_k2.model.experts import GroupedExperts
 from megatron_k2.model.mla import K2SelfAttention, LatentAttention
 from megatron_k2.model.norm import RMSNorm
 
@@ -54,7 +55,7 @@ class Backend(Protocol):
 
 
 class LocalBackend(LocalSpecProvider):
-    """Megatron's own modules, with the three that MLA on this path needs from us."""
+    """Megatron's own modules, with those that K2 on this path needs from us."""
 
     latent_attention: type[LatentAttention] = K2SelfAttention
 
@@ -68,6 +69,11 @@ class LocalBackend(LocalSpecProvider):
     @override
     def core_attention(self) -> type:
         return MLACoreAttention
+
+    @override
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
+        del moe_use_grouped_gemm
+        return GroupedExperts
 
     def down_projection(self) -> Any:
         """A stand-in of the right signature; ``K2SelfAttention`` builds the replicated one."""

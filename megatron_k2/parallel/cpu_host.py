@@ -9,15 +9,15 @@ line that needs it (files relative to ``megatron/``, version 0.19.2).
 """
 
 import contextlib
+import functools
 import importlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, override
+from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from megatron_k2.compat import require_checked_megatron
 
@@ -84,57 +84,92 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, int) or str(device).startswith("cuda")
 
 
-class _CudaStringsMeanCpu(TorchFunctionMode):
-    """Answers literal ``device="cuda"`` arguments and ``Tensor.cuda()`` with the CPU.
+def _creating_on_cpu(create: Callable[..., Any]) -> Callable[..., Any]:
+    """A factory of tensors to which ``device="cuda"`` means the CPU; its memory is never pinned."""
 
-    Needed by core/optimizer/optimizer.py:690, clip_grads.py:96, schedules.py:749,
-    rerun_state_machine.py:264, training/initialize.py:508, training.py:1131 and
-    checkpointing.py:375 (strings); rope_utils.py:62 (``pin_memory``, ``cuda()``);
-    distrib_optimizer.py:401 and optimizer.py:1009 (``Tensor.type()`` must name a CUDA type).
-    """
+    @functools.wraps(create)
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return create(*args, **kwargs)
 
-    @override
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if kwargs:
-            if _is_cuda(kwargs.get("device")):
-                kwargs = {**kwargs, "device": CPU}
-            if kwargs.get("pin_memory"):
-                kwargs = {**kwargs, "pin_memory": False}
-        handler = _TENSOR_METHODS.get(func)
-        return func(*args, **kwargs) if handler is None else handler(func, args, kwargs)
+    return on_cpu
 
 
-def _first_argument(_func: Any, args: tuple[Any, ...], _kwargs: Any) -> Any:
-    return args[0]
+def _moving_to_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
+    """``Tensor.to`` to which a CUDA device, by position or name, means the CPU."""
+
+    @functools.wraps(to)
+    def to_cpu(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], (str, torch.device, int)) and _is_cuda(args[0]):
+            args = (CPU, *args[1:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return to(tensor, *args, **kwargs)
+
+    return to_cpu
 
 
-def _nothing(_func: Any, _args: tuple[Any, ...], _kwargs: Any) -> None:
-    return None
+def _naming_a_cuda_type(type_of: Callable[..., Any]) -> Callable[..., Any]:
+    """``Tensor.type`` that names the CUDA type, which upstream compares with."""
+
+    @functools.wraps(type_of)
+    def cuda_type(*args: Any, **kwargs: Any) -> Any:
+        result = type_of(*args, **kwargs)
+        if isinstance(result, str) and not result.startswith("torch.cuda."):
+            return result.replace("torch.", "torch.cuda.")
+        return result
+
+    return cuda_type
 
 
-def _to_cpu(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-    if len(args) > 1 and isinstance(args[1], (str, torch.device, int)) and _is_cuda(args[1]):
-        args = (args[0], CPU, *args[2:])
-    return func(*args, **kwargs)
+def _tensor_redirections() -> list[Redirection]:
+    """Literal ``"cuda"`` and the methods of a tensor that want a GPU."""
 
+    def unchanged(tensor: Any, *_args: Any, **_kwargs: Any) -> Any:
+        return tensor
 
-def _cuda_type_name(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-    result = func(*args, **kwargs)
-    if isinstance(result, str) and not result.startswith("torch.cuda."):
-        return result.replace("torch.", "torch.cuda.")
-    return result
+    def nothing(*_args: Any, **_kwargs: Any) -> None:
+        return None
 
-
-_TENSOR_METHODS: dict[Any, Callable[..., Any]] = {
-    torch.Tensor.cuda: _first_argument,
-    torch.Tensor.pin_memory: _first_argument,
-    torch.Tensor.record_stream: _nothing,
-    torch.Tensor.to: _to_cpu,
-    torch.Tensor.type: _cuda_type_name,
-}
+    factories = {
+        "tensor": "core/optimizer/optimizer.py:690",
+        "zeros": "core/pipeline_parallel/schedules.py:749",
+        "ones": "core/transformer/utils.py:39",
+        "empty": "core/transformer/cuda_graphs.py:170",
+        "empty_like": "core/dist_checkpointing/exchange_utils.py:103",
+        "rand": "training/initialize.py:508",
+        "randn": "training/gpu_sniff_test.py:141",
+    }
+    return [
+        *(
+            Redirection(f"torch.{name}", _creating_on_cpu(getattr(torch, name)), line)
+            for name, line in factories.items()
+        ),
+        Redirection(
+            "torch.Tensor.to",
+            _moving_to_cpu(torch.Tensor.to),
+            "core/optimizer/cpu_offloading/hybrid_optimizer.py:367",
+        ),
+        Redirection(
+            "torch.Tensor.type",
+            _naming_a_cuda_type(torch.Tensor.type),
+            "core/optimizer/distrib_optimizer.py:401",
+        ),
+        Redirection(
+            "torch.Tensor.cuda", unchanged, "core/models/common/embeddings/rope_utils.py:64"
+        ),
+        Redirection(
+            "torch.Tensor.pin_memory",
+            unchanged,
+            "core/optimizer/cpu_offloading/hybrid_optimizer.py:274",
+        ),
+        Redirection(
+            "torch.Tensor.record_stream", nothing, "core/transformer/moe/moe_utils.py:1189"
+        ),
+    ]
 
 
 def _torch_cuda_redirections() -> list[Redirection]:
@@ -299,9 +334,8 @@ def cpu_host() -> Iterator[None]:
         _set_environment(stack, "TORCHDYNAMO_DISABLE", "1")
         # training/arguments.py:1437 asserts it for TP or CP above 1.
         _set_environment(stack, "CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        for row in _torch_cuda_redirections():
+        for row in (*_torch_cuda_redirections(), *_tensor_redirections()):
             _replace(stack, row.target, row.replacement)
-        stack.enter_context(_CudaStringsMeanCpu())
         # Subnormal numbers make CPU matrix products ten times slower; GPUs flush them in hardware.
         torch.set_flush_denormal(True)
         stack.callback(torch.set_flush_denormal, False)

@@ -284,7 +284,7 @@ def test_the_table_names_every_parameter_once_and_counts_the_matrices():
     assert fc1[:4] == [
         "Muon",
         "decoder.layers.mlp.experts.local_experts.linear_fc1.weight",
-        "ColumnParallelLinear",
+        "ColumnParallelWeight",
         str(count),
     ]
     assert fc1[7:] == [str(2 * count), "20", "x", "48"]

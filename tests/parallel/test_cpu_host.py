@@ -14,12 +14,12 @@ from pathlib import Path
 import megatron.core
 import pytest
 import torch
-from torch.overrides import _get_current_function_mode_stack
 
 from megatron_k2 import compat
 from megatron_k2.errors import UserError
 from megatron_k2.parallel.cpu_host import (
     _megatron_redirections,
+    _tensor_redirections,
     _torch_cuda_redirections,
     cpu_host,
     megatron_host,
@@ -101,7 +101,8 @@ def _owner(target):
         return getattr(importlib.import_module(parent), attribute), name
 
 
-TARGETS = [row.target for row in (*_torch_cuda_redirections(), *_megatron_redirections())]
+REDIRECTIONS = [*_torch_cuda_redirections(), *_tensor_redirections(), *_megatron_redirections()]
+TARGETS = [row.target for row in REDIRECTIONS]
 
 
 def _current():
@@ -113,7 +114,7 @@ def _state():
         os.environ.get(n) for n in ("TORCHDYNAMO_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS")
     ]
     subnormal = torch.full((64,), 1e-310, dtype=torch.float64)
-    return environment, len(_get_current_function_mode_stack()), (subnormal * 1).tolist()
+    return environment, (subnormal * 1).tolist()
 
 
 @pytest.mark.parametrize("ends_by", ["return", "error"])
@@ -160,14 +161,23 @@ def test_a_machine_with_cuda_is_refused_and_used_as_it_is(monkeypatch):
         assert all(new is old for new, old in zip(_current(), before, strict=True))
 
 
-@pytest.mark.parametrize(
-    "row", [*_torch_cuda_redirections(), *_megatron_redirections()], ids=lambda row: row.target
-)
+@pytest.mark.parametrize("row", REDIRECTIONS, ids=lambda row: row.target)
 def test_the_upstream_line_that_needs_a_redirection_calls_it_or_hands_it_on(row):
     path, line = re.fullmatch(r"([\w/]+\.py):(\d+)", row.needed_by).groups()
     text = (MEGATRON / path).read_text().splitlines()[int(line) - 1]
     name = row.target.rsplit(".", 1)[1]
     assert re.search(rf"\b{name}[(,]", text), f"{row.needed_by}: {text.strip()}"
+
+
+def test_a_cuda_device_means_the_cpu_however_it_is_given():
+    with cpu_host():
+        one = torch.ones(1, device=torch.device("cuda", 0))
+        pinned = torch.tensor([1, 2], device="cpu", pin_memory=True)
+        moved = [one.to("cuda"), one.to(device="cuda:0"), one.to(0), one.cuda(0), pinned.cuda()]
+        assert {tensor.device.type for tensor in [one, *moved]} == {"cpu"}
+        assert one.to(torch.float64).dtype == torch.float64
+        assert one.type() == "torch.cuda.FloatTensor"
+        assert torch.nn.Linear(2, 2).cuda().weight.is_cpu
 
 
 def test_random_state_of_the_cpu_serves_as_that_of_cuda():

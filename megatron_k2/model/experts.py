@@ -1,0 +1,155 @@
+"""The routed experts of one rank, all in one grouped product rather than one after another.
+
+``GroupedExperts`` is Megatron's ``SequentialMLP`` with another forward: the same parameters (a
+weight for each expert and projection), the same checkpoint keys, the same communication, which for
+experts is the dispatcher's. What differs is that K2's 384 experts of width 2048 cost two products,
+one SwiGLU and three autograd nodes a layer and micro-batch in place of thousands, and that nothing
+waits for the token counts: they stay on the device.
+"""
+
+from typing import Any, override
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from torch import Tensor
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """``y[i] = x[i] W_eᵀ`` for the rows i of each expert e."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, ends, *weights)
+        return F.grouped_mm(x, torch.stack(weights).mT, offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, ends, *weights = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        # Stacked again rather than kept: a copy of a layer's experts is too much to hold.
+        grad_x = F.grouped_mm(grad, torch.stack(weights), offs=ends)
+        grad_weights = F.grouped_mm(grad.mT, x, offs=ends)
+        return grad_x, None, *grad_weights.unbind()
+
+
+def grouped_linear(x: Tensor, tokens_per_expert: Tensor, weights: list[Tensor]) -> Tensor:
+    """Multiply each expert's tokens by its own weight.
+
+    Args:
+        x: [tokens, in], sorted by expert.
+        tokens_per_expert: [num experts] integer, their sum is the number of tokens. Zeros are fine:
+            that expert's gradient is zero.
+        weights: [out, in] each, one an expert, dtype of ``x``.
+
+    Returns:
+        [tokens, out], dtype of ``x``.
+    """
+    ends = tokens_per_expert.to(x.device, non_blocking=True).cumsum(0, dtype=torch.int32)
+    return _GroupedLinear.apply(x, ends, *weights)
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    """``silu(gate) · up · p``; keeps [gate; up] and p for backward, and computes the rest again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, probs: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up, probs)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return (F.silu(gate).mul_(up) * probs).to(gate_up.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate_up, probs = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        activated = F.silu(gate)
+        weighted = (grads[0] * probs).to(gate_up.dtype)
+        torch.mul(weighted, activated, out=grad_up)
+        grad_probs = (activated.mul_(up) * grads[0]).sum(-1, keepdim=True, dtype=probs.dtype)
+        torch.ops.aten.silu_backward.grad_input(weighted.mul_(up), gate, grad_input=grad_gate)
+        return grad_gate_up, grad_probs
+
+
+def weighted_swiglu(gate_up: Tensor, probs: Tensor) -> Tensor:
+    """An expert's activation, times what the router gave the token.
+
+    Args:
+        gate_up: [tokens, 2 width], gate first.
+        probs: [tokens], fp32 usually.
+
+    Returns:
+        [tokens, width], dtype of ``gate_up``; the product with ``probs`` is taken in theirs.
+    """
+    return _WeightedSwiGLU.apply(gate_up, probs.unsqueeze(-1))
+
+
+class ColumnParallelWeight(ColumnParallelLinear):
+    """One expert's gate and up projection, kept and initialised by Megatron, multiplied elsewhere.
+
+    Calling it hands out its weight. It has to be called, not read: with
+    ``--overlap-param-gather`` Megatron waits for a parameter in its module's forward pre-hook.
+    """
+
+    @override
+    def forward(self) -> Tensor:  # type: ignore[override]
+        """[2 width, hidden]."""
+        return self.weight
+
+
+class RowParallelWeight(RowParallelLinear):
+    """One expert's down projection, likewise."""
+
+    @override
+    def forward(self) -> Tensor:  # type: ignore[override]
+        """[hidden, width]."""
+        return self.weight
+
+
+class GroupedExperts(SequentialMLP):
+    """Megatron's local experts, computed together.
+
+    Raises:
+        ValueError: for experts that are no plain SwiGLU without bias, which is what K2's are.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        weights = MLPSubmodules(linear_fc1=ColumnParallelWeight, linear_fc2=RowParallelWeight)
+        super().__init__(*args, submodules=weights, **kwargs)
+        config = self.config
+        is_swiglu = config.gated_linear_unit and config.activation_func is F.silu
+        is_plain = config.activation_func_clamp_value is None and not config.glu_linear_offset
+        if not (is_swiglu and is_plain) or config.add_bias_linear:
+            raise ValueError("GroupedExperts computes SwiGLU without bias, clamp or offset only")
+        if config.moe_apply_probs_on_input:
+            raise ValueError(
+                "GroupedExperts weights the activation and not the input: unset "
+                "moe_apply_probs_on_input"
+            )
+
+    @override
+    def forward(
+        self,
+        permuted_local_hidden_states: Tensor,
+        tokens_per_expert: Tensor,
+        permuted_probs: Tensor,
+    ) -> tuple[Tensor, None]:
+        """Outputs of this rank's experts for the tokens sent to it.
+
+        Args:
+            permuted_local_hidden_states: [tokens, hidden], sorted by expert.
+            tokens_per_expert: [num local experts].
+            permuted_probs: [tokens], the routing weights.
+
+        Returns:
+            ([tokens, hidden], no bias); under expert tensor parallelism a partial sum, which the
+            dispatcher reduces.
+        """
+        up = [expert.linear_fc1() for expert in self.local_experts]
+        down = [expert.linear_fc2() for expert in self.local_experts]
+        gate_up = grouped_linear(permuted_local_hidden_states, tokens_per_expert, up)
+        activated = weighted_swiglu(gate_up, permuted_probs)
+        return grouped_linear(activated, tokens_per_expert, down), None
