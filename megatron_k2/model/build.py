@@ -19,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
+from megatron_k2.fp8.storage import store_expert_activations
 from megatron_k2.model.moe import BalancedFinalize
 from megatron_k2.model.spec import decoder_block_spec, mtp_block_spec
 
@@ -30,6 +31,8 @@ class K2ModelConfig(GPTModelConfig):
     builder: ClassVar[str] = "megatron_k2.model.build.K2ModelBuilder"
     latent_norm_epsilon: float = 1e-6
     """Epsilon of the RMSNorms on q's and kv's latents; the released modeling code has 1e-6."""
+    fp8_activation_storage: bool = False
+    """Keep two of the experts' activations in FP8 for backward, see ``fp8/storage.py``."""
 
 
 class K2ModelBuilder(GPTModelBuilder):
@@ -53,7 +56,7 @@ class K2ModelBuilder(GPTModelBuilder):
             post_process = is_vp_last_stage(vp_stage=vp_stage, vp_size=vp_size) and (
                 is_pp_last_stage(pg_collection.pp)
             )
-        return build_gpt_model(
+        model = build_gpt_model(
             config.transformer,
             vocab_size=config.vocab_size,
             max_sequence_length=config.seq_length,
@@ -64,6 +67,9 @@ class K2ModelBuilder(GPTModelBuilder):
             post_process=post_process,
             vp_stage=vp_stage,
         )
+        if config.fp8_activation_storage:
+            store_expert_activations(model)
+        return model
 
 
 def build_gpt_model(
@@ -106,6 +112,7 @@ def model_config_from_args(args: Namespace) -> K2ModelConfig:
 
     config: Any = gpt_config_from_args(args, model_config_cls=K2ModelConfig)
     config.latent_norm_epsilon = args.latent_norm_epsilon
+    config.fp8_activation_storage = args.fp8_activation_storage
     transformer = config.transformer
     transformer.beta_fast = args.yarn_mla_beta_fast
     transformer.beta_slow = args.yarn_mla_beta_slow

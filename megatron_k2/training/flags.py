@@ -110,6 +110,12 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         help="router bias update: DeepSeek-V3's, or Moonlight's with the mean sign taken out",
     )
     group.add_argument(
+        "--fp8-activation-storage",
+        action="store_true",
+        help="keep the inputs of the routed experts' up-projection and SwiGLU for backward in FP8 "
+        "(E4M3, 1x128 tiles, fp32 scales), as the report does; computation is untouched",
+    )
+    group.add_argument(
         "--console",
         choices=["k2", "megatron"],
         default="k2",
