@@ -29,9 +29,6 @@ from torch import Tensor
 from megatron_k2.errors import UserError
 from megatron_k2.fp8 import tiles
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
 @dataclass(frozen=True)
 class StoredTensor:
     """A saved tensor as codes and scales."""
@@ -47,7 +44,8 @@ class StoredTensor:
 def store(x: Tensor) -> StoredTensor:
     """``x`` [m, k] quantised, by the Triton kernel on a GPU that has E4M3."""
     kernels = _kernels(x)
-    return StoredTensor(*kernels.quantize_tiles(x.detach()), x.dtype)
+    codes, scales = kernels.quantize_tiles(x.detach())
+    return StoredTensor(codes, scales, x.dtype)
 
 
 def restore(stored: StoredTensor) -> Tensor:
@@ -75,6 +73,7 @@ class ExpertActivationStorage:
     def __init__(self, hidden: Tensor, gate_up_width: int) -> None:
         # An address identifies the storage only while it lives; ``hidden`` outlives the forward.
         self._input_storage = hidden.untyped_storage().data_ptr()
+        self._dtype = hidden.dtype
         self._gate_up_width = gate_up_width
 
     def pack(self, saved: Tensor) -> Tensor | StoredTensor:
@@ -86,13 +85,13 @@ class ExpertActivationStorage:
         return restore(kept) if isinstance(kept, StoredTensor) else kept
 
     def _is_kept_in_fp8(self, saved: Tensor) -> bool:
-        if isinstance(saved, torch.nn.Parameter) or saved.dtype not in FLOATS:
-            return False
-        if saved.ndim != 2:
+        # Parameters and Transformer Engine's quantised tensors are classes of their own; the codes
+        # and scales it saves have other dtypes and no gradient.
+        if type(saved) is not torch.Tensor or saved.dtype != self._dtype or saved.ndim != 2:
             return False
         # An expert without tokens too: its empty view would keep the whole input alive.
         is_input = saved.untyped_storage().data_ptr() == self._input_storage
-        return is_input or saved.shape[1] == self._gate_up_width
+        return is_input or (saved.requires_grad and saved.shape[1] == self._gate_up_width)
 
 
 def moe_layers(model: torch.nn.Module) -> Iterator[MoELayer]:
@@ -115,11 +114,10 @@ def store_expert_activations(model: torch.nn.Module) -> None:
 
 def check_storable(config: Any) -> None:
     """Refuse what would not be stored, or twice."""
-    is_fused = config.bias_activation_fusion or config.use_te_activation_func
-    if not is_fused and config.transformer_impl != "local":
+    if not config.bias_activation_fusion and config.transformer_impl != "local":
         raise UserError(
-            "--fp8-activation-storage with --no-bias-swiglu-fusion: SwiGLU then saves its "
-            "intermediate results, which FP8 does not cover; drop --no-bias-swiglu-fusion"
+            "--fp8-activation-storage with --no-bias-swiglu-fusion or --use-te-activation-func: "
+            "only Megatron's fused SwiGLU saves its input and nothing else; drop them"
         )
     if config.activation_func_fp8_input_store:
         raise UserError(

@@ -119,7 +119,6 @@ def test_the_flag_saves_the_bytes_of_the_formula_in_a_whole_model(dtype_flags):
 def _config(**changes):
     plain = {
         "bias_activation_fusion": True,
-        "use_te_activation_func": False,
         "transformer_impl": "transformer_engine",
         "activation_func_fp8_input_store": False,
         "fine_grained_activation_offloading": False,
@@ -131,7 +130,7 @@ def _config(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bias_activation_fusion": False}, "drop --no-bias-swiglu-fusion"),
+        ({"bias_activation_fusion": False}, "only Megatron's fused SwiGLU"),
         ({"activation_func_fp8_input_store": True}, "cast without scales"),
         (
             {"fine_grained_activation_offloading": True, "offload_modules": ["moe_act", "x"]},
