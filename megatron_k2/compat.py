@@ -21,6 +21,7 @@ CHECKED_MEGATRON_VERSIONS = ("0.19.2",)
 MINIMUM_TE_VERSION = (2, 14)
 """``return_max_logit`` needs 2.9, grouped FP8 with padded permutation 2.12; 2.14 is what the ``te``
 extra asks for. Tested over stand-ins for its kernels: 2.17.1 and 2.20.2."""
+MINIMUM_TE_TEXT = ".".join(map(str, MINIMUM_TE_VERSION))
 
 
 def installed_version(distribution: str) -> str | None:
@@ -49,23 +50,32 @@ def require_checked_megatron() -> str:
     return version
 
 
+def has_sound_transformer_engine(version: str | None) -> bool:
+    """Whether ``version`` of Transformer Engine is one that the model's modules can use."""
+    return version is not None and _release(version) >= MINIMUM_TE_VERSION
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
 def require_transformer_engine() -> str:
-    """The installed TE's version.
+    """The installed Transformer Engine's version.
 
     Raises:
         UserError: if it is absent or too old.
     """
     version = installed_version("transformer-engine")
-    wanted = ".".join(map(str, MINIMUM_TE_VERSION))
     if version is None:
         raise UserError(
             "--transformer-impl transformer_engine: Transformer Engine is not installed; "
             "pip install -e '.[te]' (needs a CUDA toolchain), or use --transformer-impl local"
         )
-    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TE_VERSION:
+    if not has_sound_transformer_engine(version):
         raise UserError(
             f"--transformer-impl transformer_engine: Transformer Engine {version} is installed, "
-            f"{wanted} or newer is needed; pip install 'transformer-engine[pytorch]>={wanted},<3'"
+            f"{MINIMUM_TE_TEXT} or newer is needed; "
+            f"pip install 'transformer-engine[pytorch]>={MINIMUM_TE_TEXT},<3'"
         )
     return version
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from megatron_k2.errors import UserError
 from megatron_k2.fp8 import tiles
 
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A saved tensor as codes and scales."""
