@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/fp8_storage"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--batch", type=int, default=8, help="sequences of 256 tokens a step")
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--batch", type=int, default=16, help="sequences of 256 tokens a step")
     arguments = parser.parse_args()
     flags, worst = training_flags(arguments.steps, arguments.batch), 0.0
     print("| seed | plain | FP8 storage | difference |\n|---|---|---|---|")

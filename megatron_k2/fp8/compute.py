@@ -77,6 +77,12 @@ def check_fp8(
     for flag, reason in FORBIDDEN.items():
         if flag in flags:
             raise UserError(f"{flag}: {reason}; drop it")
+    if "--fp8-param-gather" in flags and "--use-cpu-initialization" in flags:
+        raise UserError(
+            "--fp8-param-gather with --use-cpu-initialization: Megatron-Core 0.19.2 then makes the "
+            "fp32 masters of uninitialised memory (Transformer Engine keeps the weight's first "
+            "value before Megatron sets it); drop --use-cpu-initialization"
+        )
     if fp8_format is None:
         return
     if te_version is None:

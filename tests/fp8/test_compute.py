@@ -71,6 +71,7 @@ def installed(monkeypatch):
         ("2.20.2", [*TE, "--fp8-format", "e4m3", "--moe-router-dtype", "bf16"], "routes are"),
         ("2.20.2", [*TE, "--fp8-format", "e4m3", "--fp8-output-proj"], "head stays in bf16"),
         ("2.20.2", [*TE, "--fp8-dot-product-attention"], "S_max"),
+        ("2.20.2", ["--fp8-param-gather", "--use-cpu-initialization"], "uninitialised memory"),
         ("2.20.2", [*TE, "--fp8-multi-head-attention"], "S_max"),
     ],
 )

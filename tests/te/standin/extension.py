@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from tests.te.standin import kernels, quantization
+from tests.te.standin import kernels, optimizer, quantization
 
 CALLS: Counter[str] = Counter()
 """Kernel name -> calls, so that a test can say which kernels a path would have reached."""
@@ -126,6 +126,7 @@ def make_extension() -> types.ModuleType:
         setattr(module, name, module.__getattr__(name))
     for name, value in CONSTANTS.items():
         setattr(module, name, lambda *_args, _value=value, **_kwargs: _value)
-    for name, kernel in (kernels.KERNELS | quantization.KERNELS).items():
+    computed = kernels.KERNELS | quantization.KERNELS | optimizer.KERNELS
+    for name, kernel in computed.items():
         setattr(module, name, _counted(name, kernel))
     return module

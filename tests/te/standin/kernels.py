@@ -182,22 +182,6 @@ def _softmax_backward(output_grads: Tensor, probabilities: Tensor, scale: float)
     return (scale * p * (grad - (grad * p).sum(-1, keepdim=True))).to(output_grads.dtype)
 
 
-def multi_tensor_scale(
-    chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], scale: float
-) -> None:
-    """``destination = source * scale``."""
-    for source, destination in zip(*lists, strict=True):
-        destination.copy_(source * scale)
-
-
-def multi_tensor_l2norm(
-    chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], per_tensor: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Norm over all tensors, and of each if asked."""
-    norms = torch.stack([t.float().norm() for t in lists[0]]) if lists[0] else torch.zeros(1)
-    return norms.norm().reshape(1), norms if per_tensor else torch.zeros(0)
-
-
 def fused_multi_row_padding(
     inp: Tensor, out: Tensor, rows: list[int], padded_rows: list[int]
 ) -> None:
@@ -227,8 +211,6 @@ KERNELS = {
     "scaled_upper_triang_masked_softmax_backward": _softmax_backward,
     "scaled_aligned_causal_masked_softmax_forward": _causal_softmax,
     "scaled_aligned_causal_masked_softmax_backward": _softmax_backward,
-    "multi_tensor_scale": multi_tensor_scale,
-    "multi_tensor_l2norm": multi_tensor_l2norm,
     "fused_multi_row_padding": fused_multi_row_padding,
     "fused_multi_row_unpadding": fused_multi_row_unpadding,
 }

@@ -14,7 +14,8 @@ from torch import Tensor
 from tests.te.standin.kernels import high_precision
 
 BLOCK = 128
-_FP8 = {7: (torch.float8_e4m3fn, 448.0), 8: (torch.float8_e5m2, 57344.0)}
+FP8 = {7: (torch.float8_e4m3fn, 448.0), 8: (torch.float8_e5m2, 57344.0)}
+"""TE's dtype -> torch's, and its largest finite number."""
 
 
 def block_codes(
@@ -62,7 +63,7 @@ def quantize(tensor: Any, quantizer: Any, output: Any = None, noop: Any = None) 
 
 def _quantized_fields(x: Tensor, quantizer: Any) -> dict[str, Tensor | None]:
     shape, matrix = tuple(x.shape), x.reshape(-1, x.shape[-1])
-    dtype, largest = _FP8[int(quantizer.dtype)]
+    dtype, largest = FP8[int(quantizer.dtype)]
     fields: dict[str, Tensor | None] = {}
     for side in ("rowwise", "columnwise"):
         is_column = side == "columnwise"
