@@ -93,6 +93,29 @@ def skip_helpers_compilation() -> None:
     dataset_utils.compile_helpers = lambda: None
 
 
+def recompute_without_te() -> None:
+    """Let ``--recompute-modules layernorm`` run without Transformer Engine.
+
+    ``CheckpointWithoutOutput(fp8=False)`` takes any ``fp8`` but ``None`` for FP8
+    (``core/tensor_parallel/random.py:738``) and then asks Transformer Engine, which is not imported
+    where it is absent: ``NameError: FP8GlobalStateManager``.
+    """
+    require_checked_megatron()
+    import megatron.core.tensor_parallel.random as random
+
+    checkpoint: Any = random.CheckpointWithoutOutput
+    if hasattr(random, "FP8GlobalStateManager") or hasattr(checkpoint, "_k2_without_te"):
+        return
+    original = checkpoint.__init__
+
+    @functools.wraps(original)
+    def initialize(self: Any, fp8: Any = None) -> None:
+        original(self, fp8=fp8 or None)
+
+    checkpoint.__init__ = initialize
+    checkpoint._k2_without_te = True
+
+
 def restore_distributed_optimizer_without_te() -> None:
     """Exact resume of ``DistributedOptimizer`` over ``torch.optim.AdamW`` (no Transformer Engine).
 

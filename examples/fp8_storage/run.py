@@ -1,7 +1,10 @@
 """k2-tiny with and without FP8 storage of activations: final validation loss, seed by seed.
 
 Both runs of a seed start from the same weights and see the same data; only what the experts keep
-for backward differs. Prints a table and fails if a seed's losses differ by more than the bound.
+for backward differs. A third run of the seed differs from the first by rounding alone (half the
+micro-batch, so sums run in another order): where it ends elsewhere by as much, the comparison says
+nothing about FP8, since routes that flip on rounding take two runs apart. Prints a table, and fails
+if FP8's difference is over the bound in a seed.
 
     megatron-k2 data prepare --python-stdlib --train-bpe 4096 --output runs/demo/data
     python examples/fp8_storage/run.py --data runs/demo/data --seeds 1 2 3
@@ -16,6 +19,11 @@ from pathlib import Path
 
 BOUND = 2e-3
 """Relative difference of the final validation loss."""
+RUNS = {
+    "plain": ["--micro-batch-size", "8"],
+    "fp8": ["--micro-batch-size", "8", "--fp8-activation-storage"],
+    "rounding": ["--micro-batch-size", "4"],
+}
 
 
 def megatron_k2(*arguments: str) -> None:
@@ -26,24 +34,24 @@ def megatron_k2(*arguments: str) -> None:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
 
 
-def training_flags(steps: int, batch: int) -> list[str]:
-    """The preset's schedule, shortened."""
+def training_flags(steps: int, batch: int, lr: float) -> list[str]:
+    """The preset's schedule, stretched to ``steps`` and scaled to ``lr``."""
     samples = steps * batch
     return f"""
         --global-batch-size {batch} --train-samples {samples} --lr-decay-samples {samples}
         --lr-warmup-samples {samples // 12} --lr-wsd-decay-samples {samples * 2 // 5}
-        --save-interval {steps} --eval-iters 0
+        --lr {lr} --min-lr {lr / 10} --save-interval {steps} --eval-iters 0
     """.split()
 
 
 def final_loss(data: str, out: Path, seed: int, flags: list[str]) -> float:
     """Train, and the mean loss over every held-out token, in nats."""
-    if not (out / "evaluation.json").exists():
+    result = out / "evaluation.json"
+    if not result.exists():
         run = ["--preset", "k2-tiny", "--data", data, "--save", str(out), "--seed", str(seed)]
         megatron_k2("pretrain", *run, *flags)
-        result = str(out / "evaluation.json")
-        megatron_k2("evaluate", "--load", str(out), "--data", data, "--json", result)
-    return json.loads((out / "evaluation.json").read_text())["loss_nats"]
+        megatron_k2("evaluate", "--load", str(out), "--data", data, "--json", str(result))
+    return json.loads(result.read_text())["loss_nats"]
 
 
 def main() -> None:
@@ -53,24 +61,32 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--batch", type=int, default=16, help="sequences of 256 tokens a step")
+    parser.add_argument("--lr", type=float, default=4e-3, help="the preset's is 4e-3")
     arguments = parser.parse_args()
-    flags, worst = training_flags(arguments.steps, arguments.batch), 0.0
-    print("| seed | plain | FP8 storage | difference |\n|---|---|---|---|")
+    flags = training_flags(arguments.steps, arguments.batch, arguments.lr)
+    worst: dict[str, float] = dict.fromkeys(("fp8", "rounding"), 0.0)
+    print("| seed | plain | FP8 storage | difference | another rounding | difference | s |")
+    print("|---|---|---|---|---|---|---|")
     for seed in arguments.seeds:
         started = time.monotonic()
-        plain = final_loss(arguments.data, arguments.out / f"plain{seed}", seed, flags)
-        stored = final_loss(
-            arguments.data,
-            arguments.out / f"fp8{seed}",
-            seed,
-            [*flags, "--fp8-activation-storage"],
+        losses = {
+            name: final_loss(arguments.data, arguments.out / f"{name}{seed}", seed, [*flags, *own])
+            for name, own in RUNS.items()
+        }
+        away = {name: losses[name] / losses["plain"] - 1 for name in worst}
+        worst = {name: max(worst[name], abs(away[name])) for name in worst}
+        print(
+            f"| {seed} | {losses['plain']:.5f} | {losses['fp8']:.5f} | {away['fp8']:+.3%} "
+            f"| {losses['rounding']:.5f} | {away['rounding']:+.3%} "
+            f"| {time.monotonic() - started:.0f} |",
+            flush=True,
         )
-        difference = (stored - plain) / plain
-        worst = max(worst, abs(difference))
-        print(f"| {seed} | {plain:.5f} | {stored:.5f} | {difference:+.4%} |", flush=True)
-        print(f"({time.monotonic() - started:.0f} s)", file=sys.stderr)
-    print(f"RESULT worst={worst:.3e} bound={BOUND} is_met={worst < BOUND}")
-    sys.exit(worst >= BOUND)
+    is_met = worst["fp8"] < BOUND
+    print(
+        f"RESULT worst={worst['fp8']:.3e} rounding={worst['rounding']:.3e} bound={BOUND} "
+        f"is_met={is_met}"
+    )
+    sys.exit(not is_met)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ Differences from the local modules that a reader of the numbers should know:
   unfused one, which holds all logits. It is asked for only where MuonClip reads it.
 - Parameters of a fused norm are named ``layer_norm_weight`` in ``state_dict``. In checkpoints they
   have the local modules' names (``sharded_state_dict_keys_map``), so that either implementation
-  loads what the other saved.
+  goes on from what the other saved; TE from a local checkpoint with ``--dist-ckpt-strictness
+  log_all``, since it would load extra states (FP8 scaling history) that are not there.
 """
 
 from typing import Any

@@ -89,6 +89,11 @@ def check_run(flags: list[str], world_size: int) -> None:
         router_dtype=values.moe_router_dtype,
         te_version=installed_version("transformer-engine"),
     )
+    if "--muonclip" in flags and "--optimizer-cpu-offload" in flags:
+        raise UserError(
+            "--optimizer-cpu-offload with MuonClip: Megatron's hybrid optimizer keeps AdamW's "
+            "states only; drop it, or train with --optimizer adam"
+        )
     if values.transformer_impl == "transformer_engine":
         require_transformer_engine()
     if values.load and not values.finetune:

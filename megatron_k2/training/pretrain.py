@@ -58,6 +58,7 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
     import torch
 
     from megatron_k2.compat import (
+        recompute_without_te,
         restore_distributed_optimizer_without_te,
         skip_helpers_compilation,
     )
@@ -73,6 +74,7 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
     sys.argv = [sys.argv[0], *flags]
     with megatron_host():
         skip_helpers_compilation()
+        recompute_without_te()
         restore_distributed_optimizer_without_te()
         _pretrain(terminal)
 

@@ -1,7 +1,5 @@
 """What the tests of FP8 storage share: inputs, what was saved, and the gradients it must give."""
 
-import contextlib
-
 import torch
 
 from megatron_k2.fp8.tiles import dequantize_tiles, quantize_tiles
@@ -85,34 +83,3 @@ def worst(found, grads, wanted):
                 continue
             of_all.append(relative(grad, gradient))
     return max(of_all)
-
-
-@contextlib.contextmanager
-def saved_bytes():
-    """Counts what autograd keeps, each storage once: parameters left out, FP8 as it is stored."""
-    from megatron_k2.fp8.storage import ExpertActivationStorage, StoredTensor
-
-    kept: dict[int, int] = {}
-    alive = []
-
-    def count(tensor):
-        if not isinstance(tensor, torch.nn.Parameter):
-            alive.append(tensor)  # an address says which storage it is only while it lives
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    pack = ExpertActivationStorage.pack
-
-    def counted(self, tensor):
-        packed = pack(self, tensor)
-        parts = (packed.codes, packed.scales) if isinstance(packed, StoredTensor) else (packed,)
-        for part in parts:
-            count(part)
-        return packed
-
-    ExpertActivationStorage.pack = counted
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            yield lambda: sum(kept.values())
-    finally:
-        ExpertActivationStorage.pack = pack

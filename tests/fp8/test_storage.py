@@ -16,7 +16,8 @@ import torch
 from megatron_k2.errors import UserError
 from megatron_k2.fp8.tiles import stored_bytes
 from megatron_k2.presets import K2_TINY
-from tests.fp8.stored_experts import SIZES, expected, inputs, run, saved_bytes, worst
+from tests.fp8.stored_experts import SIZES, expected, inputs, run, worst
+from tests.saved_tensors import saved_bytes
 from tests.single_rank import SMALL, build, one_rank, randomise
 
 

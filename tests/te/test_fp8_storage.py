@@ -11,7 +11,8 @@ import torch
 
 from megatron_k2.fp8.tiles import stored_bytes
 from megatron_k2.presets import K2_TINY
-from tests.fp8.stored_experts import SIZES, expected, inputs, run, saved_bytes, worst
+from tests.fp8.stored_experts import SIZES, expected, inputs, run, worst
+from tests.saved_tensors import saved_bytes
 from tests.single_rank import one_rank
 from tests.te.models import TE_FLAGS, local_name
 from tests.te.worker import whole_weight
