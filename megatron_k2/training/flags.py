@@ -6,6 +6,7 @@ the user typed, so that the user's flags win. The program then sees nothing but 
 """
 
 import argparse
+import importlib.util
 from pathlib import Path
 
 from megatron_k2.data.manifest import DataManifest, read_manifest
@@ -30,10 +31,14 @@ LOCAL_CUDA_FLAGS = (
 TE_CUDA_FLAGS = (
     "--distributed-backend nccl --transformer-impl transformer_engine --moe-grouped-gemm "
     "--moe-permute-fusion --moe-router-fusion --cross-entropy-loss-fusion "
-    "--cross-entropy-fusion-impl te --attention-backend fused"
+    "--cross-entropy-fusion-impl native --attention-backend fused --no-rope-fusion"
 ).split()
 """CUDA with Transformer Engine. ``fused`` is cuDNN's attention: MuonClip's maximum logits turn
-FlashAttention off, and ``auto`` could then fall back to holding every logit in memory."""
+FlashAttention off, and ``auto`` could then fall back to holding every logit in memory. Megatron's
+fused rotary embedding of MLA knows YaRN only; TE's cross entropy is refused by Megatron."""
+
+APEX_WEIGHT_GRADIENTS = "fused_weight_gradient_mlp_cuda"
+"""apex's extension, without which the output head cannot add its gradient up in its product."""
 
 
 def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -198,7 +203,8 @@ def data_flags(directory: str, manifest: DataManifest) -> list[str]:
 def platform_flags(*, cuda: bool, transformer_impl: str = "local") -> list[str]:
     """What the machine and the family of modules need, whatever the model."""
     if cuda and transformer_impl == "transformer_engine":
-        return list(TE_CUDA_FLAGS)
+        has_apex = importlib.util.find_spec(APEX_WEIGHT_GRADIENTS) is not None
+        return [*TE_CUDA_FLAGS, *([] if has_apex else ["--no-gradient-accumulation-fusion"])]
     return list(LOCAL_CUDA_FLAGS if cuda else CPU_FLAGS)
 
 

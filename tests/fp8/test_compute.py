@@ -8,6 +8,7 @@ import pytest
 from megatron_k2 import compat
 from megatron_k2.errors import UserError
 from megatron_k2.fp8.compute import FP32_SCALES, check_fp8, choose_scale_format
+from megatron_k2.training import flags as flags_module
 from megatron_k2.training import preflight
 from megatron_k2.training.flags import expand, last_value
 from megatron_k2.training.preflight import check_run
@@ -48,6 +49,13 @@ def test_transformer_engines_modules_bring_their_fusions_on_cuda_only():
     assert last_value(on_cuda, "--attention-backend") == "fused"
     assert "--moe-grouped-gemm" not in expand(TINY, cuda=True)
     assert "--moe-permute-fusion" not in expand([*TINY, *TE], cuda=False)
+
+
+def test_gradients_are_added_up_in_the_product_only_where_apex_can(monkeypatch):
+    flag = "--no-gradient-accumulation-fusion"
+    assert flag in expand([*TINY, *TE], cuda=True)
+    monkeypatch.setattr(flags_module.importlib.util, "find_spec", lambda name: object())
+    assert flag not in expand([*TINY, *TE], cuda=True)
 
 
 @pytest.fixture
