@@ -1,8 +1,8 @@
 """k2-tiny with and without FP8 storage of activations: final validation loss, seed by seed.
 
 Both runs of a seed start from the same weights and see the same data; only what the experts keep
-for backward differs. A third run of the seed differs from the first by rounding alone (half the
-micro-batch, so sums run in another order): where it ends elsewhere by as much, the comparison says
+for backward differs. A third run of the seed differs from the first by a learning rate a millionth
+larger, which is as good as rounding: where it ends elsewhere by as much, the comparison says
 nothing about FP8, since routes that flip on rounding take two runs apart. Prints a table, and fails
 if FP8's difference is over the bound in a seed.
 
@@ -19,11 +19,8 @@ from pathlib import Path
 
 BOUND = 2e-3
 """Relative difference of the final validation loss."""
-RUNS = {
-    "plain": ["--micro-batch-size", "8"],
-    "fp8": ["--micro-batch-size", "8", "--fp8-activation-storage"],
-    "rounding": ["--micro-batch-size", "4"],
-}
+RUNS = {"plain": (1.0, []), "fp8": (1.0, ["--fp8-activation-storage"]), "nudged": (1 + 1e-6, [])}
+"""What each run of a seed has of its own: a factor of the learning rate, and flags."""
 
 
 def megatron_k2(*arguments: str) -> None:
@@ -63,27 +60,27 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="sequences of 256 tokens a step")
     parser.add_argument("--lr", type=float, default=4e-3, help="the preset's is 4e-3")
     arguments = parser.parse_args()
-    flags = training_flags(arguments.steps, arguments.batch, arguments.lr)
-    worst: dict[str, float] = dict.fromkeys(("fp8", "rounding"), 0.0)
-    print("| seed | plain | FP8 storage | difference | another rounding | difference | s |")
+    steps, batch, data = arguments.steps, arguments.batch, arguments.data
+    worst: dict[str, float] = dict.fromkeys(("fp8", "nudged"), 0.0)
+    print("| seed | plain | FP8 storage | difference | nudged | difference | s |")
     print("|---|---|---|---|---|---|---|")
     for seed in arguments.seeds:
         started = time.monotonic()
-        losses = {
-            name: final_loss(arguments.data, arguments.out / f"{name}{seed}", seed, [*flags, *own])
-            for name, own in RUNS.items()
-        }
+        losses = {}
+        for name, (factor, own) in RUNS.items():
+            flags = [*training_flags(steps, batch, arguments.lr * factor), *own]
+            losses[name] = final_loss(data, arguments.out / f"{name}{seed}", seed, flags)
         away = {name: losses[name] / losses["plain"] - 1 for name in worst}
         worst = {name: max(worst[name], abs(away[name])) for name in worst}
         print(
             f"| {seed} | {losses['plain']:.5f} | {losses['fp8']:.5f} | {away['fp8']:+.3%} "
-            f"| {losses['rounding']:.5f} | {away['rounding']:+.3%} "
+            f"| {losses['nudged']:.5f} | {away['nudged']:+.3%} "
             f"| {time.monotonic() - started:.0f} |",
             flush=True,
         )
     is_met = worst["fp8"] < BOUND
     print(
-        f"RESULT worst={worst['fp8']:.3e} rounding={worst['rounding']:.3e} bound={BOUND} "
+        f"RESULT worst={worst['fp8']:.3e} nudged={worst['nudged']:.3e} bound={BOUND} "
         f"is_met={is_met}"
     )
     sys.exit(not is_met)
