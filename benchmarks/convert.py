@@ -1,40 +1,36 @@
-"""Import and export of a generated Hugging Face directory, beside ``cp`` of the same bytes.
+"""Import and export of a generated Hugging Face directory, beside ``cp`` and Megatron-Bridge.
 
-Prints seconds and GB/s of source bytes of: cp, import, export to bf16, and for an FP8 source export
-to fp8; and the peak anonymous memory (RssAnon) of the converting process above its imports.
-``--slice`` generates layers of Kimi K2's own width instead (hidden 7168, one dense layer, one with
-``--experts`` experts); ``--vocab`` keeps embedding and head from filling the disk.
+Three tables. The conversion alone, in one process with everything imported: seconds, GB/s of source
+bytes, share of ``cp`` of the same bytes (flushed, as the conversions flush), peak anonymous memory
+(RssAnon) above the imports. The same as commands, from start to exit. And, where a Python with
+Megatron-Bridge is given, its ``import_ckpt`` and ``export_ckpt`` on the same directory in the same
+rounds. The fastest round counts.
 
-    python benchmarks/convert.py
-    python benchmarks/convert.py --slice --fp8 --experts 16 --vocab 163840      (13 GB of disk)
-
-Megatron-Bridge 0.6.2 measured on an 895-tensor bf16 model of 0.89 GB, on two CPU cores: 4.4 s in,
-1.6 s out, 54-110 s of start-up, 2.27 GiB peak. It is not installed with this project.
+    python benchmarks/convert.py [--peer-python PATH]
+    python benchmarks/convert.py --fp8
 """
 
 import argparse
 import dataclasses
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from generated_release import generate, give_a_tokenizer
 from harness import machine_lock, print_inputs, print_result
 
-from megatron_k2.checkpoint import fp8
-from megatron_k2.checkpoint.audit import released_shapes
 from megatron_k2.checkpoint.export import ExportOptions, export
-from megatron_k2.checkpoint.hf_config import hf_config
 from megatron_k2.checkpoint.import_hf import ImportOptions, import_hf
-from megatron_k2.checkpoint.safetensors_stream import TensorSlot, write_safetensors
-from megatron_k2.planning.params import count_parameters
-from megatron_k2.presets import K2_TINY, KIMI_K2, ModelPreset
+from megatron_k2.presets import K2_TINY
 
 ANCHOR = dataclasses.replace(
     K2_TINY,
@@ -51,40 +47,24 @@ ANCHOR = dataclasses.replace(
     moe_ffn_hidden_size=512,
     vocab_size=4096,
 )
-"""About what Megatron-Bridge was measured on: 895 tensors, 9 layers of width 1024, 32 experts."""
+"""895 tensors, 0.93 GB in bf16."""
+
+PEER_VARIABLE = "MEGATRON_K2_BRIDGE_PYTHON"
+INSTALL = f"""no Megatron-Bridge given: --peer-python or {PEER_VARIABLE} names a Python with it:
+  python -m venv BRIDGE, with torch and megatron-core 0.19.2 in it, then
+  BRIDGE/bin/pip install --no-deps megatron-bridge==0.6.2
+  BRIDGE/bin/pip install transformers==5.12.1 datasets accelerate peft wandb==0.29.0 einops \\
+      nvidia-modelopt omegaconf hydra-core megatron-energon"""
 
 
-def generate(directory: Path, preset: ModelPreset, is_fp8: bool) -> None:
-    """A release of random weights, written a tensor at a time; one random block is repeated."""
-    directory.mkdir()
-    slots = []
-    for name, shape in released_shapes(preset).items():
-        is_bias = name.endswith("e_score_correction_bias")
-        dtype = torch.float32 if is_bias else torch.bfloat16
-        if is_fp8 and fp8.is_quantized(name):
-            dtype = fp8.E4M3
-            scales = TensorSlot(name + fp8.SCALE_SUFFIX, fp8.scale_shape(shape), torch.float32)
-            slots.append(scales)
-        slots.append(TensorSlot(name, shape, dtype))
-    slots.sort(key=lambda slot: -slot.dtype.itemsize)
-    noise = (torch.randn(4 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-    codes = (noise.float() * (448 / noise.float().abs().max())).to(fp8.E4M3)
+@dataclasses.dataclass(frozen=True, order=True)
+class Cost:
+    """Of one call."""
 
-    def tensors() -> Iterator[torch.Tensor]:
-        for slot in slots:
-            count = slot.num_bytes // slot.dtype.itemsize
-            if slot.dtype == torch.float32:
-                yield torch.full(slot.shape, 1e-4)
-                continue
-            block = (codes if slot.dtype == fp8.E4M3 else noise).view(torch.uint8)
-            need = count * slot.dtype.itemsize
-            yield block.repeat(-(-need // len(block)))[:need].view(slot.dtype).view(slot.shape)
-
-    write_safetensors(directory / "model.safetensors", slots, tensors())
-    config = hf_config(preset)
-    if is_fp8:
-        config["quantization_config"] = fp8.QUANTIZATION_CONFIG
-    (directory / "config.json").write_text(json.dumps(config))
+    wall_seconds: float
+    cpu_seconds: float
+    peak_bytes: int = 0
+    """RssAnon above what it was at the start."""
 
 
 def rss_anon_bytes() -> int:
@@ -95,8 +75,8 @@ def rss_anon_bytes() -> int:
     return 0
 
 
-def measured(call: Callable[[], object]) -> tuple[float, float, int]:
-    """Wall and CPU seconds of ``call``, and its peak anonymous bytes above those at its start."""
+def measured(call: Callable[[], object]) -> Cost:
+    """Of ``call`` in this process."""
     before, peak, is_over = rss_anon_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -111,7 +91,21 @@ def measured(call: Callable[[], object]) -> tuple[float, float, int]:
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     is_over.set()
     watcher.join()
-    return wall, cpu, max(0, peak - before)
+    return Cost(wall, cpu, max(0, peak - before))
+
+
+def run_command(command: list[str]) -> tuple[Cost, str]:
+    """A process from start to exit, and what it printed last."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    wall = time.perf_counter()
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    wall = time.perf_counter() - wall
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Cost(wall, cpu), done.stdout.strip()
 
 
 def copy(source: Path, target: Path) -> None:
@@ -120,86 +114,103 @@ def copy(source: Path, target: Path) -> None:
     subprocess.run(["sync", "-f", target], check=True)
 
 
-def start_up_seconds() -> float:
-    """Of the command, to the point where it could begin."""
-    started = time.perf_counter()
-    code = "import megatron_k2.checkpoint.import_hf, megatron_k2.checkpoint.imported_args as a; "
-    code += "import megatron.training.arguments"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True)
-    return time.perf_counter() - started
+class Rounds:
+    """The fastest cost of each candidate."""
+
+    def __init__(self) -> None:
+        self.best: dict[str, Cost] = {}
+
+    def take(self, name: str, cost: Cost) -> None:
+        self.best[name] = min(self.best.get(name, cost), cost)
+
+
+def one_round(rounds: Rounds, folder: Path, dtype: str, peer: str | None) -> None:
+    """Every candidate once; leaves the disk as it was."""
+    source, megatron, back = folder / "hf", folder / "megatron", folder / "back"
+    options = ExportOptions(dtype=dtype)
+    rounds.take("cp", measured(lambda: copy(source, folder / "copy")))
+    shutil.rmtree(folder / "copy")
+    rounds.take("import", measured(lambda: import_hf(source, megatron, ImportOptions())))
+    rounds.take("export", measured(lambda: export(megatron, back, options)))
+    shutil.rmtree(megatron)
+    shutil.rmtree(back)
+    convert = [sys.executable, "-m", "megatron_k2.cli.main", "convert"]
+    commands = {
+        "import command": [*convert, "import", str(source), str(megatron)],
+        "export command": [*convert, "export", str(megatron), str(back), "--dtype", dtype],
+    }
+    for name, command in commands.items():
+        rounds.take(name, run_command(command)[0])
+    shutil.rmtree(megatron)
+    shutil.rmtree(back)
+    if peer is not None:
+        peer_round(rounds, peer, source, megatron, back)
+
+
+def peer_round(rounds: Rounds, peer: str, source: Path, megatron: Path, back: Path) -> None:
+    """Bridge's two conversions: as commands, and without their imports and model building."""
+    script = [peer, "-W", "ignore", str(Path(__file__).with_name("bridge_peer.py"))]
+    for verb in ("import", "export"):
+        arguments = [str(source), str(megatron), *([str(back)] if verb == "export" else [])]
+        cost, printed = run_command([*script, verb, *arguments])
+        rounds.take(f"Bridge {verb} command", cost)
+        found = json.loads(printed.splitlines()[-1])
+        own = [step for name, step in found["steps"].items() if name not in ("import", "build")]
+        wall, cpu = (sum(values) for values in zip(*own, strict=True))
+        rounds.take(f"Bridge {verb}", Cost(wall, cpu, found["peak_bytes_above_imports"]))
+        wall, cpu = found["steps"]["convert"]
+        rounds.take(f"Bridge {verb}, model to model", Cost(wall, cpu))
+    shutil.rmtree(megatron)
+    shutil.rmtree(back)
+
+
+def report(rounds: Rounds, num_bytes: int) -> None:
+    best = rounds.best
+    print("| what | wall s | CPU s | GB/s of source | of cp | peak RssAnon above imports, MiB |")
+    print("|---|---|---|---|---|---|")
+    for name, cost in best.items():
+        rate = num_bytes / cost.wall_seconds / 1e9
+        share = best["cp"].wall_seconds / cost.wall_seconds
+        peak = f"{cost.peak_bytes >> 20}" if cost.peak_bytes or name in ("import", "export") else ""
+        print(
+            f"| {name} | {cost.wall_seconds:.2f} | {cost.cpu_seconds:.2f} | {rate:.2f} "
+            f"| {share:.2f} | {peak} |"
+        )
+    figures: dict[str, object] = {"gigabytes": num_bytes / 1e9}
+    for name in ("import", "export", "import command", "export command"):
+        figures[f"{name.replace(' ', '_')}_seconds"] = best[name].wall_seconds
+        if (peer := best.get(f"Bridge {name}")) is not None:
+            ratio = peer.wall_seconds / best[name].wall_seconds
+            figures[f"bridge_over_{name.replace(' ', '_')}"] = ratio
+            cpu_ratio = peer.cpu_seconds / best[name].cpu_seconds
+            figures[f"bridge_over_{name.replace(' ', '_')}_cpu"] = cpu_ratio
+    print_result(**figures)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--slice", action="store_true", help="K2's width: two layers of it")
     parser.add_argument("--fp8", action="store_true", help="block-FP8 source")
-    parser.add_argument("--experts", type=int, default=4, help="of the slice's expert layer")
-    parser.add_argument("--vocab", type=int, default=4096, help="of the slice")
     parser.add_argument("--rounds", type=int, default=3, help="the fastest counts")
+    parser.add_argument(
+        "--peer-python", default=os.environ.get(PEER_VARIABLE), help="with megatron-bridge"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    preset = ANCHOR
-    if arguments.slice:
-        preset = dataclasses.replace(
-            KIMI_K2, num_layers=2, num_moe_experts=arguments.experts, vocab_size=arguments.vocab
-        )
     with machine_lock(), tempfile.TemporaryDirectory() as folder:
-        print_inputs(**vars(arguments), preset=preset.name)
-        run(Path(folder), preset, arguments.fp8, arguments.rounds)
+        print_inputs(**vars(arguments))
+        run(Path(folder), arguments)
 
 
-def run(folder: Path, preset: ModelPreset, is_fp8: bool, rounds: int) -> None:
-    source, megatron, back = folder / "hf", folder / "megatron", folder / "back"
-    generate(source, preset, is_fp8)
-    num_bytes = sum(path.stat().st_size for path in source.iterdir())
-    dtype = "fp8" if is_fp8 else "bf16"
-    imports, exports = ImportOptions(), ExportOptions(dtype=dtype)
-    warm = folder / "warm"
-    generate(warm, dataclasses.replace(K2_TINY, vocab_size=64), is_fp8)
-    import_hf(warm, folder / "warmed", imports)  # Megatron's import is start-up, not conversion
-    start_up = start_up_seconds()
-    calls = {
-        "cp": (lambda: copy(source, folder / "copy"), [folder / "copy"]),
-        "import": (lambda: import_hf(source, megatron, imports), []),
-        "export": (lambda: export(megatron, back, exports), [megatron, back]),
-    }
-    best: dict[str, tuple[float, float, int]] = {}
-    for _ in range(rounds):
-        for name, (call, made) in calls.items():
-            found = measured(call)
-            best[name] = min(best.get(name, found), found)
-            for path in made:
-                shutil.rmtree(path)
-    report(preset, num_bytes, best, start_up)
-
-
-def report(
-    preset: ModelPreset,
-    num_bytes: int,
-    best: dict[str, tuple[float, float, int]],
-    start_up: float,
-) -> None:
-    print(f"source: {num_bytes / 1e9:.3f} GB; start-up {start_up:.1f} s")
-    print("| what | wall s | CPU s | GB/s of source | of cp | peak RssAnon above imports, MiB |")
-    print("|---|---|---|---|---|---|")
-    for name, (wall, cpu, peak) in best.items():
-        rate = num_bytes / wall / 1e9
-        share = best["cp"][0] / wall
-        print(f"| {name} | {wall:.2f} | {cpu:.2f} | {rate:.2f} | {share:.2f} | {peak >> 20} |")
-    elements = count_parameters(preset).total
-    scale = count_parameters(KIMI_K2).total / elements
-    print(
-        f"kimi-k2 at these rates, one process: import {best['import'][0] * scale / 3600:.1f} h, "
-        f"export {best['export'][0] * scale / 3600:.1f} h; 2.05 TB as bf16"
-    )
-    print_result(
-        gigabytes=num_bytes / 1e9,
-        cp_seconds=best["cp"][0],
-        import_seconds=best["import"][0],
-        export_seconds=best["export"][0],
-        start_up_seconds=start_up,
-        peak_mib=max(best["import"][2], best["export"][2]) >> 20,
-    )
+def run(folder: Path, arguments: argparse.Namespace) -> None:
+    source = folder / "hf"
+    num_bytes = generate(source, ANCHOR, is_fp8=arguments.fp8)
+    give_a_tokenizer(source)
+    if arguments.peer_python is None:
+        print(INSTALL)
+    rounds = Rounds()
+    for _ in range(arguments.rounds):
+        one_round(rounds, folder, "fp8" if arguments.fp8 else "bf16", arguments.peer_python)
+    report(rounds, num_bytes)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,8 @@ class ModelPreset:
     init_method_std: float = 0.02  # config: initializer_range
     moe_aux_loss_coeff: float = 1e-3  # config: aux_loss_alpha, seq_aux
     moe_router_bias_update_rate: float = 1e-3  # moonlight App. C; not stated for K2
+    num_mtp_layers: int = 0
+    """Prediction layers behind the last one (DeepSeek-V3: 1), ``num_nextn_predict_layers``."""
     tie_word_embeddings: bool = field(default=False, init=False)  # config
 
     @property

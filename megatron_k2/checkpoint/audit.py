@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import override
 
-from megatron_k2.checkpoint.mapping import RULES, Pair, Rule, Shape, expand
+from megatron_k2.checkpoint.mapping import Pair, expand
+from megatron_k2.checkpoint.rules import RULES, Rule, Shape
 from megatron_k2.checkpoint.selection import Selection
 from megatron_k2.errors import UserError
 from megatron_k2.presets import ModelPreset
@@ -36,8 +37,10 @@ def released_shapes(preset: ModelPreset) -> dict[str, Shape]:
     """
     p, h = preset, preset.hidden_size
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (p.vocab_size, h)}
-    for layer in range(p.num_layers):
+    for layer in range(p.num_layers + p.num_mtp_layers):
         prefix = f"model.layers.{layer}."
+        if layer >= p.num_layers:
+            shapes |= _prediction_shapes(prefix, p)
         shapes[f"{prefix}input_layernorm.weight"] = (h,)
         shapes[f"{prefix}post_attention_layernorm.weight"] = (h,)
         for name, shape in _attention_shapes(p).items():
@@ -55,6 +58,19 @@ def released_shapes(preset: ModelPreset) -> dict[str, Shape]:
     shapes["model.norm.weight"] = (h,)
     shapes["lm_head.weight"] = (p.vocab_size, h)
     return shapes
+
+
+def _prediction_shapes(prefix: str, p: ModelPreset) -> dict[str, Shape]:
+    """What a prediction layer of DeepSeek-V3 has besides a layer's own tensors."""
+    h = p.hidden_size
+    return {
+        f"{prefix}embed_tokens.weight": (p.vocab_size, h),
+        f"{prefix}enorm.weight": (h,),
+        f"{prefix}hnorm.weight": (h,),
+        f"{prefix}eh_proj.weight": (h, 2 * h),
+        f"{prefix}shared_head.norm.weight": (h,),
+        f"{prefix}shared_head.head.weight": (p.vocab_size, h),
+    }
 
 
 def _attention_shapes(p: ModelPreset) -> dict[str, Shape]:
@@ -130,7 +146,7 @@ def require_clean(
 
 
 def _source_findings(source: Mapping[str, Shape], pairs: Sequence[Pair]) -> list[Finding]:
-    consumed = Counter(pair.megatron for pair in pairs)
+    consumed = Counter(pair.megatron for pair in pairs if not pair.rule.is_copy)
     findings = [
         Finding(key, "in the checkpoint, but no rule consumes it")
         for key in source

@@ -154,7 +154,10 @@ def export(
     config = _config(source, preset, options, origin)
     require_clean(source.shapes, preset, only=options.only)
     units = plan_shards(
-        options.only.take(expand(preset)), preset.num_layers, options.dtype, options.max_shard_bytes
+        options.only.take(expand(preset)),
+        preset.num_layers + preset.num_mtp_layers,
+        options.dtype,
+        options.max_shard_bytes,
     )
     require_space(hf_dir, sum(unit.num_bytes for unit in units))
 

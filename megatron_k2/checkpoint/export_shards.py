@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from megatron_k2.checkpoint.hf_source import HfSource, StoredTensor, read_header
 from megatron_k2.checkpoint.mapping import Pair
 from megatron_k2.checkpoint.megatron_source import MegatronSource
 from megatron_k2.checkpoint.safetensors_stream import (
+    EarlyWriteback,
     TensorSlot,
     flush,
     row_chunks,
@@ -51,6 +52,19 @@ class ShardJob:
     """Of the origin, to give untouched blocks their codes back; may be absent."""
     fingerprint: str
     """Of the job, so that a cached source is never another's."""
+
+
+class RowSource(Protocol):
+    """Where a shard's rows come from: a ``MegatronSource``.
+
+    The seam for adapters: a source that wraps another and adds an adapter's product to the rows of
+    the tensors it changes needs nothing else here; names, audit and files stay as they are.
+    """
+
+    directory: Path
+
+    def read(self, name: str, rows: slice) -> Tensor:
+        """Rows of one tensor, by its name in ``rules``; not to be written to."""
 
 
 @dataclass(frozen=True)
@@ -153,17 +167,22 @@ def write_shard(job: ShardJob, path: Path, unit: Unit) -> Receipt:
     scale_slots = [slot for weight in slots if (slot := scale_slot(weight))]
     every = [*scale_slots, *slots]
     blocks: Counter[str] = Counter()
+    # Before anything large: a small tensor made now and then, and kept, would keep the allocator
+    # from reusing what large ones leave between them.
+    made = {slot.name: torch.empty(slot.shape) for slot in scale_slots}
     with path.open("wb") as file:
         write_header(file, every)
         scales_at = file.tell()
         file.seek(sum(slot.num_bytes for slot in scale_slots), 1)  # filled in as codes are made
-        new_scales: list[Tensor] = []
+        writeback = EarlyWriteback(file)
         for piece in unit.payload:
             with naming_a_full_disk(path, piece.slot.name):
-                new_scales += _write_piece(file, job, source, scales, piece, blocks)
+                for rows in _rows(job, source, scales, piece, made, blocks):
+                    write_rows(file, rows)
+                    writeback.step()
         file.seek(scales_at)
-        for tensor in new_scales:
-            write_rows(file, tensor)
+        for slot in scale_slots:
+            write_rows(file, made[slot.name])
         flush(file)
     return {
         "names": [slot.name for slot in every],
@@ -172,16 +191,16 @@ def write_shard(job: ShardJob, path: Path, unit: Unit) -> Receipt:
     }
 
 
-def _write_piece(
-    file: IO[bytes],
+def _rows(
     job: ShardJob,
-    source: MegatronSource,
+    source: RowSource,
     scales: _Scales,
     piece: Piece,
+    made: dict[str, Tensor],
     blocks: Counter[str],
-) -> list[Tensor]:
-    """One tensor's rows; returns its scales, none if it is not FP8."""
-    slot, made = piece.slot, []
+) -> Iterator[Tensor]:
+    """One tensor's rows as they are stored; its scales, if it is FP8, go to ``made``."""
+    slot = piece.slot
     for top, end in row_chunks(slot.shape, 4):
         rows = source.read(piece.megatron, slice(piece.first_row + top, piece.first_row + end))
         if job.check_finite:
@@ -190,13 +209,12 @@ def _write_piece(
             at = slice(top // BLOCK, -(-end // BLOCK))
             kept = scales.rows(slot.name, slot.shape, at)
             rows, fresh, num_kept = requantize(rows, kept)
+            made[slot.name + SCALE_SUFFIX][at] = fresh
             blocks.update(kept=num_kept, fresh=fresh.numel() - num_kept)
-            made.append(fresh)
-        write_rows(file, rows.to(slot.dtype))
-    return made
+        yield rows.to(slot.dtype)
 
 
-def _require_finite(source: MegatronSource, piece: Piece, top: int, rows: Tensor) -> None:
+def _require_finite(source: RowSource, piece: Piece, top: int, rows: Tensor) -> None:
     is_finite = torch.isfinite(rows)
     if not is_finite.all():
         row = piece.first_row + top + int((~is_finite.view(len(rows), -1)).any(1).nonzero()[0])

@@ -16,13 +16,13 @@ That is why an import keeps the source's scales: ``requantize`` takes the source
 block whose values are still those the source had, and a fresh one for the rest.
 
 CPU only, and made for streaming: strips of 128 rows keep temporaries in the cache. torch's own
-``float8_e4m3fn -> float32`` takes 5 ns an element on a CPU, a table look-up 1.5 (measured).
+``float8_e4m3fn -> float32`` takes 5 ns an element on a CPU, moving bits by hand 0.2 (measured).
 """
 
 import enum
+import math
 from collections import Counter
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +46,10 @@ QUANTIZATION_CONFIG = {
 }
 """``quantization_config`` of the released ``config.json``."""
 
-_VALUES = torch.arange(256, dtype=torch.uint8).view(E4M3).to(torch.float32).numpy()
+_VALUES = torch.arange(256, dtype=torch.uint8).view(E4M3).to(torch.float32)
+
+_BIAS_SHIFT = 2.0**120
+"""Between the exponents' biases of fp32, 127, and e4m3, 7."""
 
 
 class ScaleClass(enum.StrEnum):
@@ -87,13 +90,27 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat1
     if tuple(scales.shape) != scale_shape((m, n)):
         raise ValueError(f"scales {list(scales.shape)}, expected {list(scale_shape((m, n)))}")
     result = torch.empty(m, n, dtype=dtype)
-    raw = codes.view(torch.uint8).numpy()
-    strip = np.empty((min(m, BLOCK), n), np.float32)
+    bits = torch.empty(min(m, BLOCK), n, dtype=torch.int32)
     for i, top in enumerate(range(0, m, BLOCK)):
-        values = strip[: min(BLOCK, m - top)]
-        np.take(_VALUES, raw[top : top + BLOCK], out=values, mode="clip")
-        result[top : top + BLOCK] = torch.from_numpy(values).mul_(_columns(scales[i], n))
+        strip = codes[top : top + BLOCK]
+        values = _values(strip, bits[: len(strip)])
+        result[top : top + BLOCK] = values.mul_(_columns(scales[i], n))
     return result
+
+
+def _values(strip: Tensor, bits: Tensor) -> Tensor:
+    """Codes of a strip as fp32, exactly; ``bits``, int32 [<= 128, n], is taken for the result.
+
+    Sign, exponent and mantissa are moved to fp32's places, where the exponent's bias is 127 instead
+    of 7; subnormal codes become subnormal numbers. Widening an int8 has filled the sign's place
+    and the places between with the sign: the mask clears those between.
+    """
+    bits.copy_(strip.view(torch.int8)).bitwise_left_shift_(20).bitwise_and_(~0x78000000)
+    values = bits.view(torch.float32).mul_(_BIAS_SHIFT)
+    magnitude = strip.view(torch.uint8) & 0x7F
+    if magnitude.amax() == 0x7F:  # NaN, the one code that is not a number in these places
+        values[magnitude == 0x7F] = math.nan
+    return values
 
 
 def _block_amax(strip: Tensor) -> Tensor:
@@ -139,15 +156,16 @@ def requantize(weight: Tensor, source_scales: Tensor | None) -> tuple[Tensor, Te
     for i, top in enumerate(range(0, m, BLOCK)):
         rows = slice(top, top + BLOCK)
         strip = weight[rows]
-        amax = _block_amax(strip)
-        scales[i] = torch.where(amax > 0, amax / E4M3_MAX, torch.ones(()))
+        is_same = torch.zeros(scales.shape[1], dtype=torch.bool)
         if source_scales is not None:
             codes[rows], is_same = _encode_as(strip, source_scales[i])
+            scales[i] = source_scales[i]
             num_kept += int(is_same.sum())
-            scales[i] = torch.where(is_same, source_scales[i], scales[i])
-            if is_same.all():
-                continue
-        codes[rows] = _encode(strip, scales[i])
+        if not is_same.all():
+            amax = _block_amax(strip)
+            fresh = torch.where(amax > 0, amax / E4M3_MAX, torch.ones(()))
+            scales[i] = torch.where(is_same, scales[i], fresh)
+            codes[rows] = _encode(strip, scales[i])
     return codes, scales, num_kept
 
 
@@ -155,6 +173,8 @@ def _encode_as(strip: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Codes by given scales, and for each block whether they give ``strip`` back, [nb] bool."""
     codes = _encode(strip, scales)
     back = dequantize(codes, scales[None], strip.dtype)
+    if torch.equal(back, strip):  # 50 times faster than to see where it is not
+        return codes, torch.ones(len(scales), dtype=torch.bool)
     differs = (back != strip).any(0)
     padded = torch.nn.functional.pad(differs, (0, -len(differs) % BLOCK))
     return codes, ~padded.view(-1, BLOCK).any(1)
@@ -190,4 +210,4 @@ def _code_amax(codes: Tensor) -> Tensor:
         columns = (strip & 0x7F).amax(0)  # sign off: bytes now order as their values do
         padded = torch.nn.functional.pad(columns, (0, -n % BLOCK))
         largest[i] = padded.view(-1, BLOCK).amax(1)
-    return torch.from_numpy(_VALUES[largest.numpy()])
+    return _VALUES[largest.long()]

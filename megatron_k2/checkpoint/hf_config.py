@@ -44,7 +44,6 @@ _FIXED: dict[str, Any] = {
     "moe_layer_freq": 1,
     "n_group": 1,  # K2 has no expert groups: one group of all, of which one is chosen
     "norm_topk_prob": True,
-    "num_nextn_predict_layers": 0,
     "pretraining_tp": 1,
     "scoring_func": "sigmoid",
     "seq_aux": True,
@@ -87,6 +86,7 @@ def hf_config(
         "num_attention_heads": p.num_attention_heads,
         "num_experts_per_tok": p.moe_router_topk,
         "num_hidden_layers": p.num_layers,
+        "num_nextn_predict_layers": p.num_mtp_layers,
         "num_key_value_heads": p.num_attention_heads,  # MLA: every head has its own key
         "q_lora_rank": p.q_lora_rank,
         "qk_nope_head_dim": p.qk_head_dim,
@@ -161,7 +161,6 @@ _SAME_NAME = (
     "moe_router_topk",
     "moe_ffn_hidden_size",
     "moe_router_topk_scaling_factor",
-    "norm_epsilon",
     "init_method_std",
     "moe_aux_loss_coeff",
     "rotary_base",
@@ -205,6 +204,10 @@ def preset_from_args(args: Namespace, base: ModelPreset) -> ModelPreset:
         changes["q_lora_rank"] = given["q_lora_rank"]
     if given.get("num_experts"):
         changes["num_moe_experts"] = given["num_experts"]
+    if "mtp_num_layers" in given:
+        changes["num_mtp_layers"] = given["mtp_num_layers"] or 0
+    if given.get("layernorm_epsilon") is not None:
+        changes["norm_epsilon"] = given["layernorm_epsilon"]
     for name in ("rotary_base", "moe_router_topk_scaling_factor", "moe_aux_loss_coeff"):
         if name in changes:
             changes[name] = float(changes[name])

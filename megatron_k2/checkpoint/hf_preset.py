@@ -40,6 +40,7 @@ _OPTIONAL = {
     "eos_token_id": "eos_token_id",
     "initializer_range": "init_method_std",
     "aux_loss_alpha": "moe_aux_loss_coeff",
+    "num_nextn_predict_layers": "num_mtp_layers",
 }
 
 _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
@@ -57,7 +58,13 @@ _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
 MODEL_KEYS = frozenset(_FIELDS) - {"max_position_embeddings"}
 """What a template's ``config.json`` must agree on with the checkpoint it is used for."""
 
-_STATED_BY_RUN = (*_FIELDS, "rope_theta", "rope_scaling", "torch_dtype")
+_STATED_BY_RUN = (
+    *_FIELDS,
+    "num_nextn_predict_layers",
+    "rope_theta",
+    "rope_scaling",
+    "torch_dtype",
+)
 """Keys an export writes from the checkpoint even if its template says otherwise."""
 
 
@@ -180,4 +187,6 @@ def _agrees(key: str, old: Any, new: Any) -> bool:
     """Equal, or the same YaRN spelt with more keys."""
     if key == "rope_scaling" and isinstance(old, dict):
         return all(old.get(name) == value for name, value in new.items())
+    if key == "num_nextn_predict_layers":
+        return bool((old or 0) == new)
     return bool(old == new)

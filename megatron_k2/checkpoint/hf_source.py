@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_k2.checkpoint.fp8 import E4M3, SCALE_SUFFIX
 from megatron_k2.checkpoint.mapped_files import MappedFiles
-from megatron_k2.checkpoint.mapping import IGNORED_HF_SUFFIXES
+from megatron_k2.checkpoint.rules import IGNORED_HF_SUFFIXES
 from megatron_k2.errors import UserError
 
 INDEX = "model.safetensors.index.json"

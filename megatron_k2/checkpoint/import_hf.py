@@ -29,6 +29,7 @@ from megatron_k2.checkpoint.fp8 import BLOCK, E4M3, SCALE_SUFFIX, classify_scale
 from megatron_k2.checkpoint.hf_config import TOKENIZER_FILES
 from megatron_k2.checkpoint.hf_preset import preset_from_hf
 from megatron_k2.checkpoint.hf_source import HfSource
+from megatron_k2.checkpoint.imported_args import imported_args
 from megatron_k2.checkpoint.mapping import Pair, expand
 from megatron_k2.checkpoint.megatron_source import RELEASE, TRACKER
 from megatron_k2.checkpoint.megatron_target import (
@@ -43,6 +44,7 @@ from megatron_k2.checkpoint.megatron_target import (
 )
 from megatron_k2.checkpoint.origin import SCALES_FILE, SOURCE_DIR
 from megatron_k2.checkpoint.safetensors_stream import (
+    EarlyWriteback,
     TensorSlot,
     flush,
     row_chunks,
@@ -50,6 +52,7 @@ from megatron_k2.checkpoint.safetensors_stream import (
 )
 from megatron_k2.checkpoint.selection import Selection
 from megatron_k2.checkpoint.source_audit import SourceAudit, audit_source, require_clean_source
+from megatron_k2.checkpoint.stored_names import Modules
 from megatron_k2.checkpoint.units import (
     Progress,
     Receipt,
@@ -66,7 +69,8 @@ from megatron_k2.presets import ModelPreset
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-UNIT_BYTES = 4 * 2**30
+UNIT_BYTES = 2**30
+"""Of a file, unless one tensor is larger: what a kill costs, and a step of the progress."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ class ImportOptions:
     num_workers: int = 1
     check_finite: bool = False
     """Refuse NaN and infinite weights."""
+    modules: Modules = "local"
+    """Whose modules the model that loads it is built of; they name and store norms differently."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,7 @@ def import_hf(
     preset = preset_from_hf(source.config, options.preset)
     audit = audit_source(source.stored, preset, options.only)
     require_clean_source(audit, hf_dir)
+    _require_true_copies(source, preset, options)
     placements = _placements(source, preset, options)
     args = imported_args_of(preset, source.config, placements)
     units = list(_units(placements))
@@ -146,7 +153,7 @@ def import_hf(
     )
     receipts = run_units(workplace, units, work, options.num_workers, progress)
     with naming_a_full_disk(workplace.directory):
-        _finish(release, units, receipts, args)
+        _finish(release, units, receipts, args, options.modules)
         _keep_source(workplace.directory / SOURCE_DIR, source, options.only)
         write_atomically(workplace.directory / TRACKER, RELEASE.encode())
         workplace.publish()
@@ -161,8 +168,6 @@ def imported_args_of(
     preset: ModelPreset, config: dict[str, Any], placements: list[Placement]
 ) -> Namespace:
     """Megatron's arguments; bf16 if most of the weights are."""
-    from megatron_k2.checkpoint.imported_args import imported_args
-
     dtypes = Counter(placement.dtype for placement in placements)
     return imported_args(preset, config, is_bf16=dtypes.most_common(1)[0][0] == torch.bfloat16)
 
@@ -176,21 +181,40 @@ def _job_record(source: HfSource, options: ImportOptions) -> dict[str, Any]:
         "directory": str(source.directory.resolve()),
         "config": source.config,
         "options": [options.preset, options.dtype, str(options.only), options.check_finite],
-        "schema_version": 1,
+        "modules": options.modules,
+        "schema_version": 2,
     }
 
 
 def _placements(source: HfSource, preset: ModelPreset, options: ImportOptions) -> list[Placement]:
     """Every Megatron tensor with its place; one dtype for all experts of a stored key."""
-    pairs = list(options.only.take(expand(preset)))
+    pairs = (pair for pair in options.only.take(expand(preset)) if not pair.rule.is_copy)
     placed = [
-        place(pair, preset.num_moe_experts, _dtype_of(source, pair, options)) for pair in pairs
+        place(pair, preset.num_moe_experts, _dtype_of(source, pair, options), options.modules)
+        for pair in pairs
     ]
     widest: dict[str, torch.dtype] = {}
     for placement in placed:
         before = widest.get(placement.key, placement.dtype)
         widest[placement.key] = torch.promote_types(before, placement.dtype)
     return [dataclasses.replace(p, dtype=widest[p.key]) for p in placed]
+
+
+def _require_true_copies(source: HfSource, preset: ModelPreset, options: ImportOptions) -> None:
+    """A prediction layer's embedding and head must be the model's: Megatron has no others."""
+    pairs = list(options.only.take(expand(preset)))
+    originals = {pair.megatron: pair.hf[0] for pair in pairs if not pair.rule.is_copy}
+    for pair in pairs:
+        if not pair.rule.is_copy or pair.megatron not in originals:
+            continue
+        (name,), original = pair.hf, originals[pair.megatron]
+        for top, end in row_chunks(pair.megatron_shape, 2):
+            rows = slice(top, end)
+            if not torch.equal(source.read(name, rows), source.read(original, rows)):
+                raise UserError(
+                    f"{source.directory}: '{name}' differs from '{original}' in rows {top} to "
+                    f"{end}; Megatron's prediction layers share the model's"
+                )
 
 
 def _dtype_of(source: HfSource, pair: Pair, options: ImportOptions) -> torch.dtype:
@@ -230,6 +254,7 @@ def _import_unit(job: _Job, path: Path, unit: Unit) -> Receipt:
     chunks: list[Chunk] = []
     classes: Counter[str] = Counter()
     with path.open("wb") as file, without_crc():
+        writeback = EarlyWriteback(file)
         for placement in unit.payload:
             for name, shape, begin in placement.pair.parts():
                 with naming_a_full_disk(path, name):
@@ -237,6 +262,7 @@ def _import_unit(job: _Job, path: Path, unit: Unit) -> Receipt:
                         if job.check_finite:
                             _require_finite(source, name, top, rows)
                         chunks.append(write_chunk(file, placement, begin + top, rows))
+                        writeback.step()
         flush(file)
     return {
         "chunks": [dataclasses.astuple(chunk) for chunk in chunks],
@@ -275,7 +301,13 @@ def _require_finite(source: HfSource, name: str, top: int, rows: Tensor) -> None
     raise UserError(f"{file}: '{name}' has a NaN or an infinity in row {row}")
 
 
-def _finish(release: Path, units: list[Unit], receipts: list[Receipt], args: Namespace) -> None:
+def _finish(
+    release: Path,
+    units: list[Unit],
+    receipts: list[Receipt],
+    args: Namespace,
+    modules: Modules,
+) -> None:
     """What makes the files a checkpoint."""
     chunks = (
         (Path(unit.file).name, chunk_from(entry))
@@ -284,7 +316,7 @@ def _finish(release: Path, units: list[Unit], receipts: list[Receipt], args: Nam
     )
     common_file = f"__{len(units)}_0.distcp"
     common = write_common(release, common_file, args)
-    write_metadata(release, chunks, common_file, common)
+    write_metadata(release, chunks, common_file, common, modules)
 
 
 def _keep_source(directory: Path, source: HfSource, only: Selection) -> None:

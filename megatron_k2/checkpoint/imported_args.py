@@ -1,54 +1,85 @@
-"""The arguments an imported checkpoint saves: those a run of this model would have saved.
+"""The arguments an imported checkpoint saves: what a run of this model would say about it.
 
 Export, evaluate and generate read a checkpoint's model from them, and Megatron's loader compares
-them with its own. They come from the same flags and Megatron's own validation, so that an imported
-checkpoint is not told from a trained one.
+them with its own. They are the flags a preset stands for, by the names Megatron's parser gives
+them, and the few values its validation derives; nothing of machine, layout or training, which an
+import does not decide. Whoever builds the model fills those in (``inference.saved_args``).
+
+Megatron is not imported: its parser takes three seconds to load, more than converting a gigabyte.
+That each value is what Megatron's own parser and validation make of the flags is a test.
 """
 
-import contextlib
-import io
-import sys
+import ast
 from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from megatron_k2.parallel.cpu_host import megatron_host
 from megatron_k2.presets import ModelPreset
-from megatron_k2.training.flags import add_k2_arguments, model_flags, platform_flags
+from megatron_k2.training.flags import model_flags
+
+_OTHER_NAMES = {"norm_epsilon": "layernorm_epsilon", "disable_bias_linear": "add_bias_linear"}
+"""Arguments that are not named as their flag."""
+
+_SWITCHES_OFF = ("disable_bias_linear",)
+
+_LAYER_PATTERN = "moe_layer_freq"  # its flag is a Python expression
 
 
 def imported_args(preset: ModelPreset, config: dict[str, Any], *, is_bf16: bool) -> Namespace:
-    """Validated Megatron arguments.
+    """Megatron's arguments, those that say something about the model.
 
     Args:
         preset: of the checkpoint; its ``yarn`` decides ``--rope-type``.
         config: the source's ``config.json``, for expert groups, which the preset has no field for.
         is_bf16: whether the weights are bf16 rather than fp32.
     """
-    from megatron.training.arguments import parse_args, validate_args
+    p, context = preset, preset.max_position_embeddings
+    flags = [*model_flags(p, yarn=p.yarn is not None), *_group_flags(config)]
+    args = {"q_lora_rank": None, "mtp_num_layers": None} | _by_name(flags)
+    args[_LAYER_PATTERN] = [0] * p.num_dense_layers + [1] * p.num_moe_layers
+    return Namespace(
+        **args,
+        preset=p.name,
+        vocab_size=p.vocab_size,
+        padded_vocab_size=p.vocab_size,
+        tokenizer_type="NullTokenizer",
+        seq_length=context,
+        max_position_embeddings=context,
+        bf16=is_bf16,
+        fp16=False,
+        params_dtype=torch.bfloat16 if is_bf16 else torch.float32,
+        kv_channels=p.hidden_size // p.num_attention_heads,
+        add_position_embedding=True,
+        # weights of one rank, as far as "saved at" goes
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        context_parallel_size=1,
+        expert_model_parallel_size=1,
+        world_size=1,
+    )
 
-    context = preset.max_position_embeddings
-    flags = [
-        *platform_flags(cuda=torch.cuda.is_available()),
-        *model_flags(preset, yarn=preset.yarn is not None),
-        *f"--preset {preset.name} --vocab-size {preset.vocab_size}".split(),
-        *f"--seq-length {context} --max-position-embeddings {context}".split(),
-        *"--micro-batch-size 1 --train-iters 1 --lr 1e-4 --tokenizer-type NullTokenizer".split(),
-        *_group_flags(config),
-        *(["--bf16"] if is_bf16 else []),
-    ]
-    before = sys.argv
-    sys.argv = [before[0], *flags]
-    try:
-        # validate_args prints every argument; what it refuses comes as an exception
-        with megatron_host(), contextlib.redirect_stdout(io.StringIO()):
-            args = parse_args(add_k2_arguments)
-            validate_args(args)
-    finally:
-        sys.argv = before
-    args.padded_vocab_size = preset.vocab_size
+
+def _by_name(flags: Sequence[str]) -> dict[str, Any]:
+    """``--some-name 3`` -> ``{"some_name": 3}``; a switch is True."""
+    args: dict[str, Any] = {}
+    name = ""
+    for word in flags:
+        if word.startswith("--"):
+            flag = word.removeprefix("--").replace("-", "_")
+            name = _OTHER_NAMES.get(flag, flag)
+            args[name] = flag not in _SWITCHES_OFF
+        else:
+            args[name] = _value(word)
     return args
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _group_flags(config: dict[str, Any]) -> list[str]:

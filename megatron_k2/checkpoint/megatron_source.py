@@ -5,24 +5,20 @@ Megatron saves with ``megatron.core.dist_checkpointing`` on top of torch's distr
 they were written. Reading asks for a box of a global tensor; the optimizer's tensors lie in the
 same files and are never touched.
 
-Names are those of ``GPTModel.state_dict()`` at TP1/EP1/PP1; storage differs in two ways, undone
-here (observed on 0.19.2):
-
-- experts of a layer are one tensor ``...mlp.experts.experts.linear_fc1.weight`` [e, 2F, H], one
-  chunk (two for gate and up) per expert, so reading one expert reads no other;
-- with an integer ``moe_layer_freq`` the layers are stacked too, ``decoder.layers.<rest>`` [L, ...];
-  with a list, as every preset here has, each layer has its own key.
+Names are those of ``GPTModel.state_dict()`` at TP1/EP1/PP1 with the local spec; ``stored_names``
+undoes where storage differs. Experts are stored one chunk (two for gate and up) each, so reading
+one reads no other.
 
 Common state (``args``, ``iteration``) is an object inside the checkpoint from 0.19 on and
 ``common.pt`` before; Megatron's own loader reads both.
 """
 
 import functools
+import io
 import itertools
 import math
 import pickle
 import re
-import warnings
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator
@@ -41,6 +37,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_k2.checkpoint.mapped_files import MappedFiles
+from megatron_k2.checkpoint.stored_names import Location, locate
 from megatron_k2.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -55,20 +52,7 @@ NOT_WEIGHTS = re.compile(
 )
 """Keys beside the model's tensors: optimizer, random state, common state, Transformer Engine's."""
 
-_LAYER_KEY = re.compile(r"^decoder\.layers\.(?:(\d+)\.)?(.+)$")
-_STORED_EXPERTS = "mlp.experts.experts."
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where one tensor lies: a key, and indices into its stacked leading dimensions."""
-
-    key: str
-    leading: tuple[int, ...]
-    """Layer and/or expert index, where the stored tensor stacks them."""
-    shape: tuple[int, ...]
-    """Of the tensor itself, vocabulary padding included."""
-    dtype: torch.dtype
+_COMMON_STATE = "common_state/shard_0_1"
 
 
 @dataclass(frozen=True)
@@ -123,16 +107,16 @@ class MegatronSource:
     @functools.cached_property
     def common(self) -> dict[str, Any]:
         """What was saved beside tensors: ``args``, ``iteration``; empty if nothing was."""
-        from megatron.core.dist_checkpointing.serialization import load_common_state_dict
-        from megatron.core.safe_globals import register_safe_globals
-
-        is_object = any(k.startswith("common_state") for k in self._metadata.state_dict_metadata)
-        if not is_object and not (self.directory / "common.pt").exists():
+        legacy = self.directory / "common.pt"
+        if legacy.exists():
+            return dict(_unpickle(legacy.read_bytes()))
+        info = self._metadata.storage_data.get(MetadataIndex(_COMMON_STATE))
+        if info is None:
             return {}
-        register_safe_globals()  # args hold enums and dtypes that torch.load otherwise refuses
-        with warnings.catch_warnings():  # that torch.distributed is off is the point
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            return dict(load_common_state_dict(str(self.directory)))
+        with (self.directory / info.relative_path).open("rb") as stream:
+            stream.seek(info.offset)
+            (state,) = _unpickle(stream.read(info.length))
+        return dict(state)
 
     @property
     def args(self) -> Namespace | None:
@@ -242,6 +226,23 @@ class MegatronSource:
         return f"MegatronSource({self.directory}, {len(self.locations)} tensors)"
 
 
+def _unpickle(archive: bytes) -> Any:
+    """A ``torch.save`` archive without tensors, by classes known to be harmless.
+
+    Megatron, seconds to import, is asked for its own classes only where an archive has them.
+    """
+    with torch.serialization.safe_globals([Namespace]):
+        try:
+            return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            pass
+    from megatron.core.safe_globals import SAFE_GLOBALS
+
+    with torch.serialization.safe_globals(SAFE_GLOBALS):
+        found = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    return _unpickle(found.getvalue()) if isinstance(found, io.BytesIO) else found
+
+
 def find_iteration(checkpoint_dir: Path, iteration: int | None = None) -> Path:
     """The ``iter_*`` directory of a run's checkpoint directory.
 
@@ -310,24 +311,4 @@ def _require_whole_files(directory: Path, metadata: Metadata) -> None:
 def _locate_all(metadata: Metadata) -> Iterator[tuple[str, Location]]:
     for key, stored in metadata.state_dict_metadata.items():
         if isinstance(stored, TensorStorageMetadata) and not NOT_WEIGHTS.search(key):
-            yield from _locate(key, tuple(stored.size), stored.properties.dtype)
-
-
-def _locate(key: str, size: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, Location]]:
-    """The tensors one stored key holds, by unstacking layers and experts."""
-    match = _LAYER_KEY.match(key)
-    if match is None:
-        yield key, Location(key, (), size, dtype)
-        return
-    layer, rest = match[1], match[2]
-    layers = [(int(layer), ())] if layer is not None else [(i, (i,)) for i in range(size[0])]
-    inner = size if layer is not None else size[1:]
-    for index, at_layer in layers:
-        prefix = f"decoder.layers.{index}."
-        if not rest.startswith(_STORED_EXPERTS):
-            yield f"{prefix}{rest}", Location(key, at_layer, inner, dtype)
-            continue
-        matrix = rest.removeprefix(_STORED_EXPERTS)
-        for expert in range(inner[0]):
-            name = f"{prefix}mlp.experts.local_experts.{expert}.{matrix}"
-            yield name, Location(key, (*at_layer, expert), inner[1:], dtype)
+            yield from locate(key, tuple(stored.size), stored.properties.dtype)

@@ -32,14 +32,18 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_k2.checkpoint.mapping import Pair
+from megatron_k2.checkpoint.stored_names import STACKED_EXPERTS, Modules, stored_key
 from megatron_k2.data.storage import write_atomically
 
-_HAS_EXTRA_STATE = re.compile(
-    r"\.(linear_proj|linear_q_proj|linear_q_up_proj|linear_kv_up_proj|linear_fc[12])\.weight$"
-)
-"""Megatron's tensor-parallel linears; the latent down-projections are plain modules here."""
-
-_EXPERT = re.compile(r"mlp\.experts\.local_experts\.\d+\.")
+_HAS_EXTRA_STATE: dict[Modules, re.Pattern[str]] = {
+    "local": re.compile(
+        r"\.(eh_proj|linear_proj|linear_q_proj|linear_q_up_proj|linear_kv_up_proj|linear_fc[12])"
+        r"\.weight$"
+    ),
+    "te": re.compile(r"(\.(eh_proj|linear_[a-z_]+|linear_fc[12])|norm)\.weight$"),
+}
+"""Megatron's tensor-parallel linears; with Transformer Engine every linear, and norms that are
+modules of their own. A loader passes over what it does not ask for."""
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
 
@@ -57,11 +61,13 @@ class Placement:
     dtype: torch.dtype
 
 
-def place(pair: Pair, num_experts: int, dtype: torch.dtype) -> Placement:
+def place(
+    pair: Pair, num_experts: int, dtype: torch.dtype, modules: Modules = "local"
+) -> Placement:
     """As Megatron 0.19 stores it: a layer's experts are one tensor, layers are apart."""
+    key = stored_key(pair, modules)
     if pair.expert is None:
-        return Placement(pair, pair.megatron, (), pair.megatron_shape, dtype)
-    key = _EXPERT.sub("mlp.experts.experts.", pair.megatron)
+        return Placement(pair, key, (), pair.megatron_shape, dtype)
     return Placement(pair, key, (pair.expert,), (num_experts, *pair.megatron_shape), dtype)
 
 
@@ -148,6 +154,7 @@ def write_metadata(
     chunks: Iterable[tuple[str, Chunk]],
     common_file: str,
     common: Sequence[tuple[str, int, int]],
+    modules: Modules = "local",
 ) -> None:
     """``.metadata`` and ``metadata.json``, which make a directory of files a checkpoint.
 
@@ -156,6 +163,7 @@ def write_metadata(
         chunks: file and chunk, of every tensor.
         common_file: what ``write_common`` wrote.
         common: its entries.
+        modules: whose the loading model is built of.
     """
     tensors: dict[str, Any] = {}
     by_key: dict[str, list[ChunkStorageMetadata]] = defaultdict(list)
@@ -172,7 +180,7 @@ def write_metadata(
                 properties, torch.Size(chunk.size), by_key[chunk.key]
             )
     (common_key, *common_at), (_, *extra_at) = common
-    objects = dict.fromkeys(_extra_state_keys(tensors), extra_at) | {common_key: common_at}
+    objects = dict.fromkeys(_extra_state_keys(tensors, modules), extra_at) | {common_key: common_at}
     for key, (offset, length) in objects.items():
         storage[MetadataIndex(key)] = _StorageInfo(common_file, offset, length)
     stored = tensors | {key: BytesStorageMetadata() for key in objects}
@@ -182,11 +190,13 @@ def write_metadata(
     write_atomically(directory / "metadata.json", backend)
 
 
-def _extra_state_keys(tensors: dict[str, TensorStorageMetadata]) -> Iterator[str]:
+def _extra_state_keys(tensors: dict[str, TensorStorageMetadata], modules: Modules) -> Iterator[str]:
     for key, stored in tensors.items():
-        if not _HAS_EXTRA_STATE.search(key):
+        if modules == "te" and key.endswith("self_attention.linear_proj.weight"):
+            yield key.replace("linear_proj.weight", "core_attention._extra_state/shard_0_1")
+        if not _HAS_EXTRA_STATE[modules].search(key):
             continue
         module = key.removesuffix("weight")
-        num = stored.size[0] if "mlp.experts.experts." in key else 1
+        num = stored.size[0] if STACKED_EXPERTS in key else 1
         for index in range(num):
             yield f"{module}_extra_state/shard_{index}_{num}"

@@ -20,7 +20,8 @@ from megatron_k2.checkpoint.fp8 import (
     scale_shape,
 )
 from megatron_k2.checkpoint.hf_source import StoredTensor
-from megatron_k2.checkpoint.mapping import IGNORED_HF_SUFFIXES, RULES, Pair, Rule, expand
+from megatron_k2.checkpoint.mapping import Pair, expand
+from megatron_k2.checkpoint.rules import IGNORED_HF_SUFFIXES, RULES, Rule
 from megatron_k2.checkpoint.selection import Selection
 from megatron_k2.errors import UserError
 from megatron_k2.presets import ModelPreset
@@ -86,7 +87,7 @@ def audit_source(
     """
     pairs = list((selection or Selection()).take(expand(preset, rules)))
     consumed = Counter(name for pair in pairs for name in pair.hf)
-    produced = Counter(pair.megatron for pair in pairs)
+    produced = Counter(pair.megatron for pair in pairs if not pair.rule.is_copy)
     ignored = tuple(name for name in source if name.endswith(IGNORED_HF_SUFFIXES))
     scales = {name for name in source if name.endswith(SCALE_SUFFIX)}
     findings = [Finding(k, f"consumed by {n} rules") for k, n in consumed.items() if n > 1]

@@ -6,7 +6,9 @@ conversion killed at any moment and started again redoes only what was under way
 fingerprint (inputs and options) lies beside the receipts: of another job's leftovers nothing is
 taken.
 
-Workers are started anew (spawn), import torch and this package only, and end with their parent.
+Workers are forked, so none imports torch anew, and end with their parent. Forking is safe here:
+until then the parent has read headers and compared names, and no thread pool of torch has started;
+a worker computes in its one thread.
 """
 
 import contextlib
@@ -148,7 +150,7 @@ def _results(
         for unit in units:
             yield unit, do_unit(directory, unit, work)
         return
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(
         min(num_workers, len(units)), context, initializer=_start_worker, initargs=(os.getpid(),)
     ) as pool:

@@ -25,6 +25,9 @@ class LogitComparison:
     max_abs_reference: float
     argmax_agreement: float
     """Fraction of positions whose most likely token is the same."""
+    largest_lost_margin: float
+    """Where it is not: by how much the reference prefers its own token to the other's, the largest
+    of all positions; within the rounding of the arithmetic it is a tie, not a difference."""
     missing_keys: tuple[str, ...]
     """Of the model, not in the files; transformers would invent them."""
     unexpected_keys: tuple[str, ...]
@@ -93,12 +96,15 @@ def compare_outputs(
     """
     info = loading or {}
     difference = (logits - expected).abs()
-    agreement = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
+    chosen = logits.argmax(-1, keepdim=True)
+    lost_margin = expected.amax(-1, keepdim=True) - expected.gather(-1, chosen)
+    agreement = (chosen == expected.argmax(-1, keepdim=True)).float().mean()
     return LogitComparison(
         max_abs_difference=difference.max().item(),
         mean_abs_difference=difference.mean().item(),
         max_abs_reference=expected.abs().max().item(),
         argmax_agreement=agreement.item(),
+        largest_lost_margin=lost_margin.max().item(),
         missing_keys=tuple(sorted(info.get("missing_keys", ()))),
         unexpected_keys=tuple(sorted(info.get("unexpected_keys", ()))),
     )

@@ -15,8 +15,8 @@ from megatron_k2.checkpoint.compare import HfWeights
 from megatron_k2.checkpoint.hf_config import hf_config
 from megatron_k2.checkpoint.hf_preset import preset_from_hf
 from megatron_k2.checkpoint.hf_source import HfSource, is_hf_directory
-from megatron_k2.checkpoint.mapping import GATE_OVER_UP
 from megatron_k2.checkpoint.megatron_source import MegatronSource, find_iteration
+from megatron_k2.checkpoint.rules import GATE_OVER_UP
 from megatron_k2.checkpoint.verify import LogitComparison, compare_outputs
 from megatron_k2.errors import UserError
 
@@ -78,6 +78,7 @@ def _transformers_logits(source: HfSource, tokens: Tensor, dtype: torch.dtype) -
     settings.pop("quantization_config", None)
     config = DeepseekV3Config.from_dict(settings)
     config._attn_implementation = "eager"
+    config._experts_implementation = "eager"  # its grouped product wants rows of whole 16 bytes
     model = DeepseekV3ForCausalLM(config).eval()
     model.load_state_dict(dict(_fused_state(HfWeights(source), list(model.state_dict()))))
     if dtype != torch.float32:
@@ -122,5 +123,6 @@ def _megatron_logits(directory: Path, tokens: Tensor, dtype: torch.dtype) -> Ten
     iteration, saved = read_saved_args(directory, None)
     args = copy.copy(saved)
     args.bf16, args.fp16, args.params_dtype = dtype == torch.bfloat16, False, dtype
+    args.mtp_num_layers = None  # prediction layers do not reach the next token's logits
     with process_group() as device, opened_model(iteration, args, Layout()) as model:
         return model.whole_logits(tokens.to(device)).cpu()

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,25 +16,57 @@ if TYPE_CHECKING:
     from megatron_k2.checkpoint.verify import LogitComparison
 
 
-def _with_bar(run: "Callable[[Progress], None]") -> float:
-    """Run with a bar of bytes and time left on a terminal; seconds it took."""
+def _with_progress[Result](run: "Callable[[Progress], Result]") -> tuple[Result, float]:
+    """Run with bytes and time left on stderr: a bar on a terminal, else a line now and then.
+
+    Returns:
+        What ``run`` returns, and seconds it took.
+    """
     import time
 
+    started = time.monotonic()
+    if not sys.stderr.isatty():
+        result = run(_lines(started))
+        return result, time.monotonic() - started
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    console = Console(stderr=True)
     columns = (
         *Progress.get_default_columns()[:2],
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    started = time.monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("written")
-        run(lambda done, total: bar.update(task, completed=done, total=total))
-    return time.monotonic() - started
+        result = run(lambda done, total: bar.update(task, completed=done, total=total))
+    return result, time.monotonic() - started
+
+
+def _lines(started: float, every_seconds: float = 5.0) -> "Progress":
+    """Progress for a log file."""
+    import time
+
+    said_at = started
+    done_before: int | None = None  # found finished: says nothing about speed
+
+    def say(done: int, total: int) -> None:
+        nonlocal said_at, done_before
+        now = time.monotonic()
+        if done_before is None:
+            done_before = done
+        if now - said_at < every_seconds or done == done_before:
+            return
+        said_at = now
+        rate = (done - done_before) / (now - started)
+        print(
+            f"{done / 1e9:,.1f} of {total / 1e9:,.1f} GB written, {rate / 1e9:.2f} GB/s, "
+            f"{(total - done) / rate:,.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return say
 
 
 def _project(name: str | None, num_bytes: int, seconds: float, bytes_per_element: float) -> None:
@@ -52,21 +85,20 @@ def _project(name: str | None, num_bytes: int, seconds: float, bytes_per_element
 
 
 def _import(args: argparse.Namespace) -> int:
-    from megatron_k2.checkpoint.import_hf import ImportOptions, ImportResult, import_hf
+    from megatron_k2.checkpoint.import_hf import ImportOptions, import_hf
     from megatron_k2.checkpoint.selection import Selection
 
     options = ImportOptions(
         preset=args.preset,
         dtype=args.dtype,
+        modules=args.modules,
         only=Selection.parse(args.only),
         num_workers=args.workers,
         check_finite=args.check_finite,
     )
-    done: list[ImportResult] = []
-    seconds = _with_bar(
-        lambda bar: done.append(import_hf(args.hf_dir, args.megatron_dir, options, bar))
+    result, seconds = _with_progress(
+        lambda progress: import_hf(args.hf_dir, args.megatron_dir, options, progress)
     )
-    (result,) = done
     print(
         f"{result.directory}: {result.audit.num_targets} tensors of {result.preset.name}'s kind, "
         f"{result.num_files} files, {result.total_size_bytes / 1e9:.3f} GB, {seconds:.1f} s"
@@ -94,7 +126,7 @@ def _accounted(found: "SourceAudit") -> str:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from megatron_k2.checkpoint.export import ExportOptions, ExportResult, export
+    from megatron_k2.checkpoint.export import ExportOptions, export
     from megatron_k2.checkpoint.selection import Selection
 
     options = ExportOptions(
@@ -110,11 +142,9 @@ def _export(args: argparse.Namespace) -> int:
         num_workers=args.workers,
         check_finite=args.check_finite,
     )
-    done: list[ExportResult] = []
-    seconds = _with_bar(
-        lambda bar: done.append(export(args.megatron_dir, args.hf_dir, options, bar))
+    result, seconds = _with_progress(
+        lambda progress: export(args.megatron_dir, args.hf_dir, options, progress)
     )
-    (result,) = done
     print(
         f"{result.directory}: {result.num_tensors} tensors, {result.num_shards} shards, "
         f"{result.total_size_bytes / 1e9:.3f} GB, {seconds:.1f} s"
@@ -188,6 +218,7 @@ def _print_logits(found: "LogitComparison", tolerance: float) -> bool:
         f"max |difference| {found.max_abs_difference:.3e} (tolerance {tolerance:.0e}), "
         f"mean {found.mean_abs_difference:.3e}, max |logit| {found.max_abs_reference:.3f}, "
         f"same argmax {found.argmax_agreement:.2%}"
+        + (f", else apart by {found.largest_lost_margin:.3e}" if found.argmax_agreement < 1 else "")
     )
     is_same = found.max_abs_difference <= tolerance
     return is_same and not found.missing_keys and not found.unexpected_keys

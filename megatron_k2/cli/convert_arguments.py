@@ -1,9 +1,13 @@
 """The command line of ``megatron-k2 convert``."""
 
 import argparse
+import os
 from pathlib import Path
 
 from megatron_k2.presets import PRESETS
+
+MOST_WORKERS = 8
+"""Unless asked for more: by then a disk, not a core, is what waits."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,7 +30,12 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_conversion(command: argparse.ArgumentParser) -> None:
     """What both directions have."""
-    command.add_argument("--workers", type=int, default=1, help="processes (default 1)")
+    command.add_argument(
+        "--workers",
+        type=int,
+        default=min(MOST_WORKERS, os.cpu_count() or 1),
+        help=f"processes (default: one a core, at most {MOST_WORKERS})",
+    )
     _add_only(command)
     command.add_argument(
         "--check-finite", action="store_true", help="refuse NaN and infinite weights"
@@ -48,6 +57,13 @@ def _add_import(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--dtype", choices=("bf16", "fp32"), help="default: as stored, FP8 becomes bf16"
+    )
+    command.add_argument(
+        "--modules",
+        choices=("local", "te"),
+        default="local",
+        help="whose modules the loading model is built of (--transformer-impl): Megatron's own or "
+        "Transformer Engine's, which store some norms under other names",
     )
     _add_conversion(command)
 

@@ -145,7 +145,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Print the plan."""
+    """Print the plan: of a whole run, of its schedule (``schedule``) or of MuonClip."""
+    if argv[:1] == ["schedule"]:
+        from megatron_k2.cli import plan_schedule
+
+        return plan_schedule.main(argv[1:])
+    if not argv or argv[0].startswith("-"):
+        from megatron_k2.cli import plan_run
+
+        return plan_run.main(argv)
     arguments = _parser().parse_args(argv)
     from megatron_k2.errors import UserError
 

@@ -23,6 +23,16 @@ class MuonClipChain(GradScopeChain):
         adopted: MuonClipChain = chain
         return adopted
 
+    def gather_weights_once(self) -> None:
+        """Leave the gather of all weights to the last optimizer.
+
+        Without ``--overlap-param-gather`` each optimizer of a chain gathers the weights of every
+        one, so upstream gathers everything twice (distrib_optimizer.py:3185).
+        """
+        *earlier, last = self._live()
+        for optimizer in earlier:
+            optimizer._defer_param_sync = optimizer.model_chunks == last.model_chunks
+
     def _live(self) -> list[DistributedMuonClip]:
         return [o for o in self.chained_optimizers if isinstance(o, DistributedMuonClip)]
 

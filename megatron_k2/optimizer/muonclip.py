@@ -112,6 +112,7 @@ def adopt_distributed(
                 seed_loads=_gather(expert_load, part.data_parallel_group, groups.tp),
             )
     chain.limit_clipping(settings.clip_grad_scope)
+    chain.gather_weights_once()
     return chain
 
 

@@ -345,6 +345,14 @@ def cpu_host() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def meta_host() -> Iterator[None]:
+    """Inside ``cpu_host()``: what Megatron puts on the current device has a shape and no memory."""
+    with contextlib.ExitStack() as stack:
+        _replace(stack, "torch.cuda.current_device", lambda: torch.device("meta"))
+        yield
+
+
+@contextlib.contextmanager
 def megatron_host() -> Iterator[str]:
     """``cpu_host()`` where there is no CUDA, nothing where there is; yields the backend's name."""
     if torch.cuda.is_available():

@@ -155,6 +155,8 @@ def model_flags(p: ModelPreset, *, yarn: bool = False) -> list[str]:
     """.split()
     if p.q_lora_rank is not None:
         flags += ["--q-lora-rank", str(p.q_lora_rank)]
+    if p.num_mtp_layers:
+        flags += ["--mtp-num-layers", str(p.num_mtp_layers)]
     return flags + (yarn_flags(p.yarn) if yarn and p.yarn else ["--rope-type", "rope"])
 
 

@@ -58,12 +58,13 @@ LAYOUTS = {
 def saved_args(rotary: str) -> Namespace:
     """The arguments a run of TINY (which k2-tiny's flags overrode) would save."""
     names = """num_layers hidden_size ffn_hidden_size num_attention_heads q_lora_rank kv_lora_rank
-        qk_head_dim qk_pos_emb_head_dim v_head_dim moe_router_topk moe_ffn_hidden_size norm_epsilon
+        qk_head_dim qk_pos_emb_head_dim v_head_dim moe_router_topk moe_ffn_hidden_size
         moe_shared_expert_intermediate_size moe_router_topk_scaling_factor""".split()
     return Namespace(
         **{name: getattr(TINY, name) for name in names},
         preset="k2-tiny",
         num_experts=TINY.num_moe_experts,
+        layernorm_epsilon=TINY.norm_epsilon,
         moe_layer_freq=[0, 1, 1],
         tokenizer_type="NullTokenizer",
         vocab_size=TINY.vocab_size,

@@ -123,8 +123,13 @@ def test_a_state_that_does_not_fit_is_refused_by_name(change, message):
 
 def test_leftover_rotary_buffers_of_a_release_are_passed_over():
     hf_state = random_hf_state(SMALL)
-    hf_state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(56)
-    mapping.hf_state_to_megatron(hf_state, SMALL)
+    expected = mapping.hf_state_to_megatron(hf_state, SMALL)
+    leftover = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(56)}
+    assert_same(mapping.hf_state_to_megatron(hf_state | leftover, SMALL), expected)
+    # only these: another buffer of the same module has no rule and is refused
+    other = {"model.layers.0.self_attn.rotary_emb.cos_cached": torch.ones(56)}
+    with pytest.raises(UserError, match=r"no place in the preset: .*cos_cached"):
+        mapping.hf_state_to_megatron(hf_state | other, SMALL)
 
 
 def test_only_the_router_selection_bias_is_kept_in_fp32():

@@ -1,0 +1,67 @@
+"""A Hugging Face directory of random weights at any size, written a tensor at a time."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_k2.checkpoint import fp8
+from megatron_k2.checkpoint.audit import released_shapes
+from megatron_k2.checkpoint.hf_config import hf_config
+from megatron_k2.checkpoint.safetensors_stream import TensorSlot, write_safetensors
+from megatron_k2.presets import ModelPreset
+
+SHARD = "model.safetensors"
+
+
+def generate(directory: Path, preset: ModelPreset, *, is_fp8: bool) -> int:
+    """Write ``directory``; one random block of numbers is repeated. Returns bytes of tensors.
+
+    ``model_type`` is ``deepseek_v3``, by which transformers and Bridge know the architecture.
+    """
+    directory.mkdir()
+    slots = []
+    for name, shape in released_shapes(preset).items():
+        is_bias = name.endswith("e_score_correction_bias")
+        dtype = torch.float32 if is_bias else torch.bfloat16
+        if is_fp8 and fp8.is_quantized(name):
+            dtype = fp8.E4M3
+            scales = TensorSlot(name + fp8.SCALE_SUFFIX, fp8.scale_shape(shape), torch.float32)
+            slots.append(scales)
+        slots.append(TensorSlot(name, shape, dtype))
+    slots.sort(key=lambda slot: -slot.dtype.itemsize)
+    config = hf_config(preset, model_type="deepseek_v3")
+    if is_fp8:
+        config["quantization_config"] = fp8.QUANTIZATION_CONFIG
+    (directory / "config.json").write_text(json.dumps(config))
+    return write_safetensors(directory / SHARD, slots, _tensors(slots))
+
+
+def _tensors(slots: list[TensorSlot]) -> Iterator[torch.Tensor]:
+    noise = (torch.randn(4 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    codes = (noise.float() * (fp8.E4M3_MAX / noise.float().abs().max())).to(fp8.E4M3)
+    for slot in slots:
+        if slot.dtype == torch.float32:
+            yield torch.full(slot.shape, 1e-4)
+            continue
+        block = (codes if slot.dtype == fp8.E4M3 else noise).view(torch.uint8)
+        yield (
+            block.repeat(-(-slot.num_bytes // len(block)))[: slot.num_bytes]
+            .view(slot.dtype)
+            .view(slot.shape)
+        )
+
+
+def give_a_tokenizer(directory: Path) -> None:
+    """A word-level one of a hundred words: Bridge refuses to save without any."""
+    words = {f"word{i}": i for i in range(100)}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "word0"},
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "word0"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))

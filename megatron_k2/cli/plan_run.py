@@ -1,0 +1,401 @@
+"""``megatron-k2 plan``: what a run on a cluster needs, and how long it takes, before its launch."""
+
+import argparse
+import json
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from megatron_k2.planning.estimate import Assumptions, Estimate
+    from megatron_k2.planning.request import RunRequest
+    from megatron_k2.planning.search import Found
+
+GB = 1e9
+NOTE = (
+    "Elements, bytes of states and FLOPs are exact; activations are the sum of what Megatron's "
+    "Transformer Engine modules keep, with evenly loaded experts; seconds are FLOPs and bytes over "
+    "the data sheet's rates times the efficiencies above, which are assumptions (--efficiency). "
+    "Nothing here was measured on a GPU."
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-k2 plan",
+        description="Memory, time and layout of a run. Also: plan schedule, plan optimizer. "
+        + NOTE,
+    )
+    parser.add_argument("--preset", required=True, help="see: megatron-k2 presets")
+    parser.add_argument("--gpu", default="h800", help="h100, h200, h800 (default) or b200")
+    parser.add_argument("--gpu-memory-gb", type=float, help="instead of the data sheet's")
+    parser.add_argument("--gpu-tflops", type=float, help="dense bf16, instead of the data sheet's")
+    parser.add_argument("--world-size", type=int, required=True, help="GPUs")
+    batch = parser.add_argument_group("batch (default: the preset's)")
+    batch.add_argument("--seq-length", type=int, help="tokens")
+    batch.add_argument("--sequences-per-step", type=int, help="global batch size")
+    batch.add_argument("--micro-batch-size", type=int, default=1, help="sequences")
+    layout = parser.add_argument_group("layout (default: the report's PP 16 x EP 16)")
+    layout.add_argument("--tp", type=int, default=1)
+    layout.add_argument("--pp", type=int, default=16)
+    layout.add_argument("--vpp", type=int, default=2, help="virtual stages (report: not stated)")
+    layout.add_argument("--ep", type=int, default=16)
+    layout.add_argument("--cp", type=int, default=1)
+    memory = parser.add_argument_group("memory (report, section 2.4.4)")
+    memory.add_argument(
+        "--recompute", default="norm,swiglu,mla_up", help="of norm, swiglu, mla_up; or none"
+    )
+    memory.add_argument("--no-fp8-storage", action="store_true", help="activations stay bf16")
+    memory.add_argument(
+        "--activation-offload", default="auto", help="part on the host, or auto: as much as needed"
+    )
+    memory.add_argument("--optimizer-offload", default="auto", help="likewise, after activations")
+    memory.add_argument("--no-overlap", action="store_true", help="expert all-to-all not hidden")
+    parser.add_argument(
+        "--efficiency",
+        default="",
+        metavar="gemm=0.65,…",
+        help="parts of the data sheet's rates: gemm, grouped, attention, network; elementwise adds",
+    )
+    parser.add_argument("--tokens", type=float, help="of the whole run (default: the preset's)")
+    parser.add_argument("--search", action="store_true", help="rank every layout of these GPUs")
+    parser.add_argument("--top", type=int, default=10, help="layouts shown by --search")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build every distinct rank at full size on the meta device; flags after -- go along",
+    )
+    parser.add_argument("--print-args", action="store_true", help="the plan as Megatron's flags")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument("--trace", metavar="FILE", help="Chrome/Perfetto trace of one step")
+    parser.add_argument("--png", metavar="FILE", help="the same step drawn, and the memory")
+    return parser
+
+
+def request_from(arguments: argparse.Namespace) -> "RunRequest":
+    """The run that was typed, before anything is fitted to memory."""
+    from dataclasses import replace
+
+    from megatron_k2.planning.gpus import get_gpu
+    from megatron_k2.planning.request import RunRequest
+    from megatron_k2.presets import get_preset
+
+    preset, gpu = get_preset(arguments.preset), get_gpu(arguments.gpu)
+    if arguments.gpu_memory_gb:
+        gpu = replace(gpu, memory_gb=arguments.gpu_memory_gb)
+    if arguments.gpu_tflops:
+        gpu = replace(gpu, bf16_tflops=arguments.gpu_tflops)
+    names = arguments.recompute.replace(" ", "").split(",")
+    return RunRequest(
+        preset=preset,
+        gpu=gpu,
+        world_size=arguments.world_size,
+        seq_length=arguments.seq_length or preset.training.seq_length,
+        sequences_per_step=arguments.sequences_per_step or preset.training.global_batch_size,
+        tp=arguments.tp,
+        pp=arguments.pp,
+        vpp=arguments.vpp if arguments.pp > 1 else 1,
+        ep=arguments.ep,
+        cp=arguments.cp,
+        micro_batch_size=arguments.micro_batch_size,
+        recompute=frozenset() if names == ["none"] else frozenset(names),
+        fp8_storage=not arguments.no_fp8_storage,
+        has_overlap=not arguments.no_overlap,
+    )
+
+
+def _fitted(r: "RunRequest", arguments: argparse.Namespace, a: "Assumptions") -> "RunRequest":
+    """Offload as typed, or as little as fits."""
+    from megatron_k2.planning.fit import fit_to_memory
+
+    fixed = {
+        field: _fraction(field, value)
+        for field in ("activation_offload", "optimizer_offload")
+        if (value := getattr(arguments, field)) != "auto"
+    }
+    r = r.replace(**fixed)
+    r.check()
+    return r if len(fixed) == 2 else fit_to_memory(r, a.reserved_gb, frozenset(fixed))
+
+
+def _fraction(field: str, value: str) -> float:
+    from megatron_k2.errors import UserError
+
+    try:
+        return float(value)
+    except ValueError:
+        flag = "--" + field.replace("_", "-")
+        raise UserError(f"{flag} {value}: a part from 0 to 1, or auto, is expected") from None
+
+
+def assumptions_from(text: str) -> "Assumptions":
+    """``gemm=0.7,network=0.8`` over the defaults.
+
+    Raises:
+        UserError: for an unknown name or a value that is no positive number.
+    """
+    from dataclasses import fields, replace
+
+    from megatron_k2.errors import UserError
+    from megatron_k2.planning.estimate import Assumptions
+
+    known = [field.name for field in fields(Assumptions)]
+    changes = {}
+    for part in filter(None, text.replace(" ", "").split(",")):
+        name, _, value = part.partition("=")
+        if name not in known:
+            raise UserError(f"--efficiency {name}: expected one of {', '.join(known)}")
+        try:
+            changes[name] = float(value)
+        except ValueError:
+            raise UserError(f"--efficiency {part}: expected {name}=NUMBER") from None
+        if changes[name] <= 0:
+            raise UserError(f"--efficiency {part}: a number above 0 is expected")
+    return replace(Assumptions(), **changes)
+
+
+def facts(e: "Estimate", tokens: float) -> dict[str, Any]:
+    """Everything printed, for JSON; bytes, seconds, elements."""
+    from megatron_k2.planning.chunks import megatron_layout
+
+    r = e.request
+    return {
+        "preset": r.preset.name,
+        "gpu": r.gpu.name,
+        "world_size": r.world_size,
+        "layout": {
+            **{name: getattr(r, name) for name in ("tp", "pp", "vpp", "ep", "cp")},
+            "micro_batch_size": r.micro_batch_size,
+            "micro_batches": r.num_microbatches,
+            "pipeline_layout": megatron_layout(r.chunks()),
+        },
+        "seq_length": r.seq_length,
+        "sequences_per_step": r.sequences_per_step,
+        "recompute": sorted(r.recompute),
+        "fp8_storage": r.fp8_storage,
+        "activation_offload": r.activation_offload,
+        "optimizer_offload": r.optimizer_offload,
+        "fits": e.fits,
+        "ranks": [
+            {
+                "parameters": m.parameters.total,
+                **{name: getattr(m, name) for name in MEMORY_COLUMNS},
+                "total": m.total,
+            }
+            for m in e.memory
+        ],
+        "step_seconds": e.step_seconds,
+        "arithmetic_seconds": e.arithmetic_seconds,
+        "expert_seconds": e.expert_seconds,
+        "exposed_expert_seconds": e.exposed_expert_seconds,
+        "bubble_seconds": e.bubble_seconds,
+        "optimizer_seconds": e.optimizer_seconds,
+        "newton_schulz_seconds": e.newton_schulz_seconds,
+        "tokens_per_second": e.tokens_per_second,
+        "mfu": e.mfu,
+        "tokens": tokens,
+        "days": e.days(tokens),
+        "gpu_hours": e.gpu_hours(tokens),
+    }
+
+
+MEMORY_COLUMNS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "optimizer_on_host": "(on host)",
+    "activations": "activations",
+    "activations_on_host": "(on host)",
+    "reserved": "reserved",
+}
+
+
+def memory_table(e: "Estimate") -> "Table":
+    """One row for pipeline ranks that need the same."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        box=box.SIMPLE_HEAD, title="GB on a GPU of each pipeline rank", title_justify="left"
+    )
+    for name in ("rank", "parameters", *MEMORY_COLUMNS.values(), "total"):
+        table.add_column(name, justify="right")
+    shown: list[tuple[list[int], list[str]]] = []
+    for rank, m in enumerate(e.memory):
+        cells = [f"{m.parameters.total:,}"]
+        cells += [f"{getattr(m, name) / GB:.1f}" for name in MEMORY_COLUMNS]
+        cells.append(f"{m.total / GB:.1f}")
+        if shown and shown[-1][1] == cells:
+            shown[-1][0].append(rank)
+        else:
+            shown.append(([rank], cells))
+    for ranks, cells in shown:
+        name = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
+        table.add_row(name, *cells, style=None if e.fits else "red")
+    return table
+
+
+def summary(e: "Estimate", a: "Assumptions", tokens: float) -> str:
+    """Lines around the table."""
+    r = e.request
+    mean = sum(m.states for m in e.memory) / len(e.memory) / GB
+    verdict = "fits" if e.fits else "DOES NOT FIT"
+    return "\n".join(
+        [
+            f"states {mean:.1f} GB a GPU on average, {e.memory[e.fullest].states / GB:.1f} on the "
+            f"fullest (rank {e.fullest}); on the host: {r.activation_offload:.0%} of activations, "
+            f"{r.optimizer_offload:.0%} of optimizer states; {verdict} in {r.gpu.memory_gb:g} GB",
+            "",
+            f"step {e.step_seconds:.2f} s: arithmetic {e.arithmetic_seconds:.2f}, expert "
+            f"all-to-all not hidden {e.exposed_expert_seconds:.2f} of {e.expert_seconds:.2f}, "
+            f"bubble {e.bubble_seconds:.2f}, optimizer {e.optimizer_seconds:.2f} (Newton-Schulz "
+            f"{e.newton_schulz_seconds:.3f})",
+            f"{e.tokens_per_second:,.0f} tokens/s, MFU {e.mfu:.1%}; {tokens / 1e12:g}T tokens: "
+            f"{e.days(tokens):.1f} days, {e.gpu_hours(tokens):,.0f} GPU-hours",
+            f"assumed: GEMM {a.gemm:.0%}, grouped {a.grouped:.0%}, attention {a.attention:.0%} of "
+            f"{r.gpu.bf16_tflops:g} TFLOP/s, network {a.network:.0%}, elementwise "
+            f"+{a.elementwise:.0%}; {a.reserved_gb:g} GB reserved",
+        ]
+    )
+
+
+def title(r: "RunRequest") -> str:
+    """What is planned."""
+    return (
+        f"{r.preset.name} on {r.world_size} x {r.gpu.name}: TP {r.tp}, PP {r.pp}, VPP {r.vpp}, EP "
+        f"{r.ep}, CP {r.cp}, DP {r.data_parallel}; {r.sequences_per_step} x {r.seq_length} tokens "
+        f"a step in {r.num_microbatches} micro-batches of {r.micro_batch_size}"
+    )
+
+
+def search_table(found: "Found", tokens: float) -> "Table":
+    """The best layouts."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in (
+        *("TP", "PP", "VPP", "EP", "CP", "micro", "recompute", "act. host", "opt. host", "GB"),
+        *("step s", "bubble", "exposed", "MFU", "tokens/s", "days"),
+    ):
+        table.add_column(name, justify="right")
+    for e in found.best:
+        r = e.request
+        table.add_row(
+            *map(str, (r.tp, r.pp, r.vpp, r.ep, r.cp, r.micro_batch_size)),
+            ",".join(sorted(r.recompute)) or "none",
+            f"{r.activation_offload:.0%}",
+            f"{r.optimizer_offload:.0%}",
+            f"{e.memory[e.fullest].total / GB:.1f}",
+            f"{e.step_seconds:.2f}",
+            f"{e.bubble_seconds:.2f}",
+            f"{e.exposed_expert_seconds:.2f}",
+            f"{e.mfu:.1%}",
+            f"{e.tokens_per_second:,.0f}",
+            f"{e.days(tokens):.1f}",
+        )
+    return table
+
+
+def _write_figures(e: "Estimate", a: "Assumptions", arguments: argparse.Namespace) -> list[str]:
+    from pathlib import Path
+
+    written = []
+    if arguments.trace:
+        from megatron_k2.planning.trace import step_lanes, write_trace
+
+        write_trace(Path(arguments.trace), step_lanes(e.request, a))
+        written.append(f"{arguments.trace}  (open in ui.perfetto.dev or chrome://tracing)")
+    if arguments.png:
+        from megatron_k2.planning.figure import draw_plan
+        from megatron_k2.planning.trace import step_lanes
+
+        path = Path(arguments.png)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(draw_plan(e, step_lanes(e.request, a)))
+        written.append(arguments.png)
+    return written
+
+
+def _print_dry_run(r: "RunRequest", extra: list[str]) -> None:
+    """A line a distinct rank as it is built."""
+    from megatron_k2.planning.dry_run import SUBSTITUTES, dry_run
+
+    print("\ndry run: every distinct pipeline rank, built by Megatron on the meta device")
+    for theirs, ours in SUBSTITUTES:
+        print(f"  {theirs} -> {ours}")
+    total = 0
+    for built in dry_run(r, extra):
+        which = f"{built.ranks[0]}-{built.ranks[-1]}" if len(built.ranks) > 1 else built.ranks[0]
+        layers = "+".join(map(str, built.layers))
+        print(
+            f"  rank {which}: {layers} layers, {built.num_modules:,} modules, "
+            f"{built.parameters.total:,} parameters as planned, {built.num_matrices:,} matrices "
+            f"for Muon, {built.parameters.adamw:,} parameters for AdamW ({built.seconds:.1f} s)",
+            flush=True,
+        )
+        experts = r.ep * built.parameters.expert_muon
+        total += len(built.ranks) * (
+            built.parameters.total - built.parameters.expert_muon + experts
+        )
+    if r.tp == 1:
+        _check_total(r, total)
+
+
+def _check_total(r: "RunRequest", total: int) -> None:
+    from megatron_k2.errors import UserError
+    from megatron_k2.planning.params import count_parameters
+
+    expected = count_parameters(r.preset).trainable
+    if total != expected:
+        raise UserError(f"all ranks together hold {total:,} parameters, the model {expected:,}")
+    print(f"  all ranks together: {total:,} parameters, the model's own number")
+
+
+def main(argv: list[str]) -> int:
+    """Print the plan, or the ranking."""
+    extra = argv[argv.index("--") + 1 :] if "--" in argv else []
+    arguments = _parser().parse_args(argv[: len(argv) - len(extra)] if extra else argv)
+    from rich.console import Console
+
+    from megatron_k2.planning.estimate import estimate
+    from megatron_k2.planning.search import search
+
+    a = assumptions_from(arguments.efficiency)
+    r = request_from(arguments)
+    preset = r.preset.training
+    tokens = arguments.tokens or preset.train_samples * preset.seq_length
+    console = Console(width=150, highlight=False)
+    if arguments.search:
+        found = search(r, a, arguments.top)
+        if arguments.json:
+            layouts = [facts(e, tokens) for e in found.best]
+            print(json.dumps({"layouts": found.num_layouts, "best": layouts}, indent=2))
+            return 0
+        console.print(
+            f"{found.num_layouts:,} layouts and recompute choices, {found.num_fitting:,} fit; the "
+            f"best by tokens/s on {r.world_size} x {r.gpu.name}:"
+        )
+        console.print(search_table(found, tokens))
+        r = found.best[0].request
+    else:
+        r = _fitted(r, arguments, a)
+    e = estimate(r, a)
+    if arguments.print_args:
+        from megatron_k2.planning.run_flags import megatron_flags
+
+        print(" ".join(megatron_flags(r)))
+        return 0
+    if arguments.json:
+        print(json.dumps(facts(e, tokens), indent=2))
+        return 0
+    console.print(title(r))
+    console.print(memory_table(e))
+    console.print(summary(e, a, tokens))
+    for line in _write_figures(e, a, arguments):
+        console.print(f"wrote {line}")
+    if arguments.dry_run:
+        _print_dry_run(r, extra)
+    print("\n" + textwrap.fill(NOTE, 110))
+    return 0

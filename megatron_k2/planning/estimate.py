@@ -1,0 +1,221 @@
+"""Time of one step: arithmetic, what communication is not hidden, the bubble, the optimizer.
+
+A model, not a measurement: FLOPs and bytes are exact, rates are data sheets times an efficiency,
+and the efficiencies are assumptions of ours, printed beside every result and open to be changed.
+"""
+
+from dataclasses import dataclass
+
+from megatron_k2.planning import traffic
+from megatron_k2.planning.activations import layer_bytes
+from megatron_k2.planning.chunks import Chunk
+from megatron_k2.planning.flops import (
+    Flops,
+    attention_forward,
+    head_forward,
+    input_gradients,
+    mlp_forward,
+    model_flops_per_token,
+    orthogonalisation,
+    up_projections,
+    weight_gradients,
+)
+from megatron_k2.planning.memory import RESERVED_GB, Memory, rank_memory
+from megatron_k2.planning.pipeline import Shape
+from megatron_k2.planning.request import RunRequest
+from megatron_k2.planning.timeline import ChunkCost, exposed, simulate_tasks, span
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Parts of the data sheet's rate that a kernel reaches. Ours; nothing here was measured."""
+
+    gemm: float = 0.65
+    grouped: float = 0.55
+    attention: float = 0.50
+    network: float = 0.75
+    elementwise: float = 0.15
+    """Norms, SwiGLU, routing, permutation, casts: time added, as a part of the products' time."""
+    reserved_gb: float = RESERVED_GB
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one step, and what follows."""
+
+    request: RunRequest
+    memory: tuple[Memory, ...]
+    """A pipeline rank each."""
+    step_seconds: float
+    arithmetic_seconds: float
+    """Mean over the pipeline ranks."""
+    expert_seconds: float
+    """All-to-all of the busiest rank, hidden or not."""
+    exposed_expert_seconds: float
+    bubble_seconds: float
+    """Idle time of the mean rank but for exposed all-to-all: fill, drain, unequal stages, sends."""
+    optimizer_seconds: float
+    """Gradient and weight collectives (taken as not hidden), exchange, Newton-Schulz."""
+    newton_schulz_seconds: float
+    mfu: float
+    """Model FLOPs, nothing recomputed, over the data sheet's bf16 rate."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole run."""
+        return self.request.tokens_per_step / self.step_seconds
+
+    @property
+    def fullest(self) -> int:
+        """Pipeline rank with the most device memory in use."""
+        return max(range(len(self.memory)), key=lambda rank: self.memory[rank].total)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank's bytes are within the GPU's memory."""
+        return self.memory[self.fullest].total <= self.request.gpu.memory_gb * 1e9
+
+    def days(self, tokens: float) -> float:
+        """For ``tokens`` at this rate."""
+        return tokens / self.tokens_per_second / 86400
+
+    def gpu_hours(self, tokens: float) -> float:
+        """Likewise."""
+        return self.days(tokens) * 24 * self.request.world_size
+
+
+def _seconds(flops: Flops, r: RunRequest, a: Assumptions) -> float:
+    """On one tensor-parallel rank."""
+    peak = r.gpu.bf16_tflops * 1e12
+    products = flops.gemm / a.gemm + flops.grouped / a.grouped + flops.attention / a.attention
+    return products / peak / r.tp * (1 + a.elementwise)
+
+
+def chunk_costs(r: RunRequest, a: Assumptions) -> list[ChunkCost]:
+    """Of every chunk, in the forward's order; tensor and context parallel traffic is not hidden."""
+    kinds = {is_moe: _layer_cost(r, a, is_moe=is_moe) for is_moe in (False, True)}
+    return [_chunk_cost(chunk, kinds, r, a) for chunk in r.chunks()]
+
+
+def _layer_cost(r: RunRequest, a: Assumptions, *, is_moe: bool) -> ChunkCost:
+    p, tokens = r.preset, r.tokens_per_microbatch
+    split = traffic.tensor_parallel(r)
+    context = traffic.network_seconds(r, traffic.context_parallel(r), r.tp * r.cp, a.network)
+    attention, mlp = attention_forward(p, r.seq_length), mlp_forward(p, is_moe=is_moe)
+    again = Flops(up_projections(p) if "mla_up" in r.recompute else 0.0)
+    kept = layer_bytes(p, r.tp, is_moe=is_moe, recompute=r.recompute, fp8_storage=r.fp8_storage)
+    to_host = kept * tokens * r.activation_offload / (r.gpu.pcie_gb_per_s * 1e9 * a.network)
+
+    def seconds(flops: Flops) -> float:
+        return _seconds(flops * tokens, r, a)
+
+    return ChunkCost(
+        attention_forward=seconds(attention)
+        + context
+        + traffic.network_seconds(r, split.forward, r.tp, a.network),
+        mlp_forward=seconds(mlp),
+        attention_backward=seconds(input_gradients(attention) + again)
+        + 2 * context
+        + traffic.network_seconds(r, split.backward, r.tp, a.network),
+        mlp_backward=seconds(input_gradients(mlp)),
+        weight_gradients=seconds(weight_gradients(attention) + weight_gradients(mlp)),
+        dispatch=_dispatch_seconds(r, a) if is_moe else 0.0,
+        send=0.0,
+        offload=to_host,
+    )
+
+
+def _dispatch_seconds(r: RunRequest, a: Assumptions) -> float:
+    """Dispatch or combine of one MoE layer; probabilities go along once, so half of them each."""
+    payload = traffic.expert_dispatch(r) + traffic.expert_probabilities(r) / 2
+    return traffic.expert_seconds(r, payload, a.network)
+
+
+def _chunk_cost(
+    chunk: Chunk, kinds: dict[bool, ChunkCost], r: RunRequest, a: Assumptions
+) -> ChunkCost:
+    layers = [kinds[layer >= r.preset.num_dense_layers] for layer in chunk.layers]
+    head = head_forward(r.preset) * r.tokens_per_microbatch
+    head_seconds = _seconds(head, r, a) if chunk.has_head else 0.0
+    send = traffic.network_seconds(r, traffic.pipeline_send(r), r.world_size, a.network)
+    return ChunkCost(
+        attention_forward=sum(c.attention_forward for c in layers),
+        mlp_forward=sum(c.mlp_forward for c in layers) + head_seconds,
+        attention_backward=sum(c.attention_backward for c in layers),
+        mlp_backward=sum(c.mlp_backward for c in layers) + head_seconds,
+        weight_gradients=sum(c.weight_gradients for c in layers) + head_seconds,
+        dispatch=sum(c.dispatch for c in layers),
+        send=send,
+        offload=sum(c.offload for c in layers),
+    )
+
+
+def _optimizer(r: RunRequest, memory: tuple[Memory, ...], a: Assumptions) -> tuple[float, float]:
+    """(all of it, Newton-Schulz alone): the slowest rank's."""
+    once = [traffic.step_traffic(r, m.parameters) for m in memory]
+    moved = max(t.gradients + t.weights + t.muonclip for t in once)
+    # Matrices are planned evenly over all ranks of the world (optimizer/plan.py).
+    orthogonal = orthogonalisation(r.preset) / r.world_size / (r.gpu.bf16_tflops * 1e12 * a.gemm)
+    group = r.tp * r.dense_shards
+    host = max(m.optimizer_on_host for m in memory) * 2 / (r.gpu.pcie_gb_per_s * 1e9 * a.network)
+    return traffic.network_seconds(r, moved, group, a.network) + orthogonal + host, orthogonal
+
+
+def schedule_shape(r: RunRequest, num_microbatches: int | None = None) -> Shape:
+    """The pipeline's schedule, of ``num_microbatches`` in place of the run's own."""
+    count = r.num_microbatches if num_microbatches is None else num_microbatches
+    return Shape(r.pp, r.vpp, count, r.has_overlap and r.vpp > 1)
+
+
+def _pipeline(r: RunRequest, costs: list[ChunkCost]) -> tuple[float, float]:
+    """(length, exposed all-to-all a rank), in seconds.
+
+    A long schedule repeats, so it is simulated short, twice, and continued in a straight line.
+    """
+
+    def simulated(num_microbatches: int) -> tuple[float, float]:
+        tasks = simulate_tasks(schedule_shape(r, num_microbatches), costs)
+        return span(tasks), exposed(tasks, "all-to-all") / r.pp
+
+    few = 2 * max(r.pp, 4)
+    if r.num_microbatches <= 2 * few:
+        return simulated(r.num_microbatches)
+    short, long = simulated(few), simulated(2 * few)
+    rest = (r.num_microbatches - few) / few
+    return short[0] + (long[0] - short[0]) * rest, short[1] + (long[1] - short[1]) * rest
+
+
+def estimate(r: RunRequest, a: Assumptions | None = None) -> Estimate:
+    """Memory and time of one step.
+
+    Raises:
+        UserError: for a run that cannot be laid out.
+    """
+    a = a or Assumptions()
+    r.check()
+    memory = tuple(rank_memory(r, rank, a.reserved_gb) for rank in range(r.pp))
+    costs = chunk_costs(r, a)
+    pipeline, exposed_expert = _pipeline(r, costs)
+    arithmetic = r.num_microbatches / r.pp * sum(map(arithmetic_seconds, costs))
+    by_rank = [sum(costs[v * r.pp + rank].dispatch for v in range(r.vpp)) for rank in range(r.pp)]
+    optimizer, orthogonal = _optimizer(r, memory, a)
+    step = pipeline + optimizer
+    useful = model_flops_per_token(r.preset, r.seq_length) * r.tokens_per_step
+    return Estimate(
+        request=r,
+        memory=memory,
+        step_seconds=step,
+        arithmetic_seconds=arithmetic,
+        expert_seconds=4 * r.num_microbatches * max(by_rank),
+        exposed_expert_seconds=exposed_expert,
+        bubble_seconds=pipeline - arithmetic - exposed_expert,
+        optimizer_seconds=optimizer,
+        newton_schulz_seconds=orthogonal,
+        mfu=useful / (step * r.world_size * r.gpu.bf16_tflops * 1e12),
+    )
+
+
+def arithmetic_seconds(cost: ChunkCost) -> float:
+    """One micro-batch, forward and backward, on one chunk."""
+    forward = cost.attention_forward + cost.mlp_forward
+    return forward + cost.attention_backward + cost.mlp_backward + cost.weight_gradients

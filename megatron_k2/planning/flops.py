@@ -1,0 +1,111 @@
+"""Arithmetic of one layer and one token, in FLOPs (a multiply-add is two)."""
+
+from dataclasses import dataclass
+
+from megatron_k2.presets import ModelPreset
+
+FLASH_BACKWARD = 2.5
+"""Of the forward: a flash kernel forms Q Kᵀ again, so five products for the forward's two."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """By the kind of kernel that does them."""
+
+    gemm: float = 0.0
+    grouped: float = 0.0
+    """The routed experts' grouped products."""
+    attention: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All kinds."""
+        return self.gemm + self.grouped + self.attention
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(
+            self.gemm + other.gemm, self.grouped + other.grouped, self.attention + other.attention
+        )
+
+    def __mul__(self, factor: float) -> "Flops":
+        return Flops(self.gemm * factor, self.grouped * factor, self.attention * factor)
+
+
+def up_projections(p: ModelPreset) -> float:
+    """One token from the latents to queries, keys and values: what ``mla_up`` computes again."""
+    heads = p.num_attention_heads
+    query = heads * (p.qk_head_dim + p.qk_pos_emb_head_dim) * (p.q_lora_rank or 0)
+    return 2.0 * (query + heads * (p.qk_head_dim + p.v_head_dim) * p.kv_lora_rank)
+
+
+def attention_forward(p: ModelPreset, seq_length: int) -> Flops:
+    """One token through MLA; causal attention over half of ``seq_length`` on average."""
+    heads = p.num_attention_heads
+    qk = p.qk_head_dim + p.qk_pos_emb_head_dim
+    down = p.hidden_size * (heads * qk if p.q_lora_rank is None else p.q_lora_rank)
+    down += p.hidden_size * (p.kv_lora_rank + p.qk_pos_emb_head_dim)
+    return Flops(
+        gemm=2.0 * (down + heads * p.v_head_dim * p.hidden_size) + up_projections(p),
+        attention=2.0 * heads * (qk + p.v_head_dim) * (seq_length + 1) / 2,
+    )
+
+
+def mlp_forward(p: ModelPreset, *, is_moe: bool) -> Flops:
+    """One token through the dense FFN, or router, shared expert and its chosen experts."""
+    if not is_moe:
+        return Flops(gemm=6.0 * p.hidden_size * p.ffn_hidden_size)
+    shared = 6.0 * p.hidden_size * p.moe_shared_expert_intermediate_size
+    return Flops(
+        gemm=shared + 2.0 * p.hidden_size * p.num_moe_experts,
+        grouped=6.0 * p.hidden_size * p.moe_ffn_hidden_size * p.moe_router_topk,
+    )
+
+
+def input_gradients(forward: Flops) -> Flops:
+    """One product for each of the forward; norms and SwiGLU count as elementwise work."""
+    return Flops(forward.gemm, forward.grouped, FLASH_BACKWARD * forward.attention)
+
+
+def weight_gradients(forward: Flops) -> Flops:
+    """Likewise; attention itself has no weights."""
+    return Flops(forward.gemm, forward.grouped)
+
+
+def head_forward(p: ModelPreset) -> Flops:
+    """One token through the output head."""
+    return Flops(2.0 * p.vocab_size * p.hidden_size)
+
+
+def model_flops_per_token(p: ModelPreset, seq_length: int) -> float:
+    """What MFU counts: forward and twice that, nothing recomputed."""
+    total = head_forward(p)
+    for layer in range(p.num_layers):
+        total += attention_forward(p, seq_length)
+        total += mlp_forward(p, is_moe=layer >= p.num_dense_layers)
+    return 3 * total.total
+
+
+def newton_schulz(rows: int, cols: int, steps: int) -> float:
+    """Plain form on one matrix; the Gram form that MuonClip chooses executes less."""
+    n, m = sorted((rows, cols))
+    return 2.0 * steps * (2 * n * n * m + n**3)
+
+
+def orthogonalisation(p: ModelPreset) -> float:
+    """Newton-Schulz on every matrix of the model once: one optimizer step of the whole world."""
+    steps = p.training.muon_ns_steps
+    heads, h = p.num_attention_heads, p.hidden_size
+    qk = p.qk_head_dim + p.qk_pos_emb_head_dim
+    attention = newton_schulz(h, heads * p.v_head_dim, steps)
+    attention += newton_schulz(p.kv_lora_rank + p.qk_pos_emb_head_dim, h, steps)
+    attention += newton_schulz(heads * (p.qk_head_dim + p.v_head_dim), p.kv_lora_rank, steps)
+    if p.q_lora_rank is None:
+        attention += newton_schulz(heads * qk, h, steps)
+    else:
+        attention += newton_schulz(p.q_lora_rank, h, steps)
+        attention += newton_schulz(heads * qk, p.q_lora_rank, steps)
+    dense = 3 * newton_schulz(p.ffn_hidden_size, h, steps)
+    experts = 3 * p.num_moe_experts * newton_schulz(p.moe_ffn_hidden_size, h, steps)
+    experts += 3 * newton_schulz(p.moe_shared_expert_intermediate_size, h, steps)
+    experts += newton_schulz(p.num_moe_experts, h, steps)
+    return p.num_layers * attention + p.num_dense_layers * dense + p.num_moe_layers * experts

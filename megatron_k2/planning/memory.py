@@ -1,0 +1,156 @@
+"""Bytes on each pipeline rank: weights, gradients, optimizer states, activations.
+
+Weights bf16 and gradients fp32, as the report has them (section 2.4.2: together about 6 TB).
+Optimizer states are ZeRO-1 shards: a Muon parameter has a momentum and a master weight, 8 bytes, an
+AdamW parameter two moments and a master weight, 12. Ranks that differ only in TP, EP or DP hold the
+same number of everything (experts evenly loaded), so there is one row a pipeline rank.
+"""
+
+from dataclasses import dataclass
+
+from megatron_k2.planning.activations import head_rows, kept_bytes, layer_bytes
+from megatron_k2.planning.pipeline import Shape, peak_live
+from megatron_k2.planning.request import RunRequest
+from megatron_k2.presets import ModelPreset
+
+WEIGHT_BYTES, GRADIENT_BYTES = 2, 4
+MUON_STATE_BYTES, ADAMW_STATE_BYTES = 8, 12
+RESERVED_GB = 6.0
+"""CUDA context, NCCL buffers, cuBLAS workspaces, fragmentation: our estimate, to be overridden."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Elements one rank holds."""
+
+    dense_muon: int
+    """Attention, dense FFN, shared expert, router."""
+    expert_muon: int
+    adamw: int
+    """Embedding, head, norms."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.dense_muon + self.expert_muon + self.adamw
+
+    def __add__(self, other: "Parameters") -> "Parameters":
+        return Parameters(
+            self.dense_muon + other.dense_muon,
+            self.expert_muon + other.expert_muon,
+            self.adamw + other.adamw,
+        )
+
+
+def attention_parameters(p: ModelPreset, tp: int) -> Parameters:
+    """One layer's MLA with its norms; down-projections are whole on every tensor-parallel rank."""
+    heads = p.num_attention_heads // tp
+    query_rows = heads * (p.qk_head_dim + p.qk_pos_emb_head_dim)
+    matrices = heads * p.v_head_dim * p.hidden_size
+    matrices += (p.kv_lora_rank + p.qk_pos_emb_head_dim) * p.hidden_size
+    matrices += heads * (p.qk_head_dim + p.v_head_dim) * p.kv_lora_rank
+    norms = 2 * p.hidden_size + p.kv_lora_rank
+    if p.q_lora_rank is None:
+        matrices += query_rows * p.hidden_size
+    else:
+        matrices += p.q_lora_rank * (p.hidden_size + query_rows)
+        norms += p.q_lora_rank
+    return Parameters(matrices, 0, norms)
+
+
+def layer_parameters(p: ModelPreset, *, is_moe: bool, tp: int, ep: int) -> Parameters:
+    """One decoder layer on one rank."""
+    if not is_moe:
+        dense = 3 * p.hidden_size * (p.ffn_hidden_size // tp)
+        return attention_parameters(p, tp) + Parameters(dense, 0, 0)
+    shared = 3 * p.hidden_size * (p.moe_shared_expert_intermediate_size // tp)
+    router = p.num_moe_experts * p.hidden_size
+    experts = p.num_moe_experts // ep * 3 * p.hidden_size * p.moe_ffn_hidden_size
+    return attention_parameters(p, tp) + Parameters(shared + router, experts, 0)
+
+
+def rank_parameters(r: RunRequest, rank: int) -> Parameters:
+    """Everything on a GPU of pipeline rank ``rank``."""
+    p = r.preset
+    found = Parameters(0, 0, 0)
+    for chunk in r.chunks():
+        if chunk.rank != rank:
+            continue
+        for layer in chunk.layers:
+            is_moe = layer >= p.num_dense_layers
+            found += layer_parameters(p, is_moe=is_moe, tp=r.tp, ep=r.ep)
+        ends = chunk.has_embedding + chunk.has_head
+        vocabulary = ends * (p.vocab_size // r.tp) * p.hidden_size
+        found += Parameters(0, 0, vocabulary + p.hidden_size * chunk.has_head)
+    return found
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU of a pipeline rank at its fullest."""
+
+    parameters: Parameters
+    weights: float
+    gradients: float
+    optimizer: float
+    """On the device."""
+    optimizer_on_host: float
+    activations: float
+    """On the device."""
+    activations_on_host: float
+    reserved: float
+
+    @property
+    def states(self) -> float:
+        """Weights, gradients and optimizer states on the device: the report's "all states"."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        """All on the device."""
+        return self.states + self.activations + self.reserved
+
+
+def optimizer_bytes(r: RunRequest, parameters: Parameters) -> float:
+    """Of one rank's shards."""
+    dense = MUON_STATE_BYTES * parameters.dense_muon + ADAMW_STATE_BYTES * parameters.adamw
+    return dense / r.dense_shards + MUON_STATE_BYTES * parameters.expert_muon / r.expert_shards
+
+
+def activation_bytes(r: RunRequest, rank: int) -> float:
+    """Kept for backward at the fullest moment of the schedule, before any offload."""
+    p, tokens = r.preset, r.tokens_per_microbatch
+    weights = [0.0] * r.vpp
+    head = 0.0
+    for chunk in r.chunks():
+        if chunk.rank != rank:
+            continue
+        for layer in chunk.layers:
+            weights[chunk.virtual] += tokens * layer_bytes(
+                p,
+                r.tp,
+                is_moe=layer >= p.num_dense_layers,
+                recompute=r.recompute,
+                fp8_storage=r.fp8_storage,
+            )
+        if chunk.has_head:
+            head = tokens * kept_bytes(head_rows(p, r.tp), r.recompute, fp8_storage=r.fp8_storage)
+    has_extra = r.has_overlap and r.vpp > 1
+    return head + peak_live(Shape(r.pp, r.vpp, r.num_microbatches, has_extra), rank, weights)
+
+
+def rank_memory(r: RunRequest, rank: int, reserved_gb: float = RESERVED_GB) -> Memory:
+    """All bytes on a GPU of pipeline rank ``rank``."""
+    parameters = rank_parameters(r, rank)
+    optimizer = optimizer_bytes(r, parameters)
+    activations = activation_bytes(r, rank)
+    return Memory(
+        parameters=parameters,
+        weights=WEIGHT_BYTES * parameters.total,
+        gradients=GRADIENT_BYTES * parameters.total,
+        optimizer=optimizer * (1 - r.optimizer_offload),
+        optimizer_on_host=optimizer * r.optimizer_offload,
+        activations=activations * (1 - r.activation_offload),
+        activations_on_host=activations * r.activation_offload,
+        reserved=reserved_gb * 1e9,
+    )

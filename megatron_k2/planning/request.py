@@ -1,0 +1,123 @@
+"""What a run asks for, in the planner's terms."""
+
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from megatron_k2.errors import UserError
+from megatron_k2.parallel.layout import LayoutRequest, check_layout
+from megatron_k2.planning.activations import Recompute
+from megatron_k2.planning.chunks import Chunk, split_into_chunks
+from megatron_k2.planning.gpus import GPUS_PER_NODE, Gpu
+from megatron_k2.presets import ModelPreset
+
+REPORT_RECOMPUTE: frozenset[Recompute] = frozenset({"norm", "swiglu", "mla_up"})
+"""Report 2.4.4, item 1. Its optional fourth, the experts' down-projection, keeps nothing here:
+routing weights are applied before it, so its output is not needed again."""
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """One training run on a cluster; expert tensor parallelism is 1."""
+
+    preset: ModelPreset
+    gpu: Gpu
+    world_size: int
+    seq_length: int
+    """Tokens."""
+    sequences_per_step: int
+    """Megatron's global batch size."""
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    cp: int = 1
+    micro_batch_size: int = 1
+    """Sequences."""
+    recompute: frozenset[Recompute] = REPORT_RECOMPUTE
+    fp8_storage: bool = True
+    """Report 2.4.4, item 2."""
+    activation_offload: float = 0.0
+    """Part of the activations kept in host memory, item 3."""
+    optimizer_offload: float = 0.0
+    """Part of the optimizer's states kept in host memory."""
+    has_overlap: bool = True
+    """Expert all-to-all of one micro-batch under another's arithmetic, by one extra warm-up."""
+
+    def check(self) -> None:
+        """Refuse what cannot run.
+
+        Raises:
+            UserError: naming the value and the nearest that can.
+        """
+        for name in ("activation_offload", "optimizer_offload"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}={getattr(self, name)}: a part from 0 to 1 is expected")
+        unknown = self.recompute - set(get_args(Recompute))
+        if unknown:
+            known = ", ".join(get_args(Recompute))
+            raise UserError(f"recompute: {', '.join(sorted(unknown))} is none of {known}")
+        check_layout(
+            LayoutRequest(
+                world_size=self.world_size,
+                num_layers=self.preset.num_layers,
+                num_attention_heads=self.preset.num_attention_heads,
+                num_moe_experts=self.preset.num_moe_experts,
+                seq_length=self.seq_length,
+                global_batch_size=self.sequences_per_step,
+                micro_batch_size=self.micro_batch_size,
+                tensor_model_parallel_size=self.tp,
+                pipeline_model_parallel_size=self.pp,
+                context_parallel_size=self.cp,
+                expert_model_parallel_size=self.ep,
+                num_virtual_stages=self.vpp,
+                has_pipeline_layout=True,
+            )
+        )
+        if self.world_size > GPUS_PER_NODE and self.world_size % GPUS_PER_NODE:
+            raise UserError(
+                f"world size {self.world_size} is no whole number of nodes of {GPUS_PER_NODE}"
+            )
+        if self.vpp > 1 and self.num_microbatches % self.pp:
+            raise UserError(
+                f"{self.num_microbatches} micro-batches a step do not divide by PP={self.pp}, "
+                "which virtual stages need; change the batch, the layout, or --vpp 1"
+            )
+        self.chunks()
+
+    def chunks(self) -> list[Chunk]:
+        """Layers of every chunk."""
+        return split_into_chunks(self.preset.num_layers, self.pp, self.vpp)
+
+    @property
+    def data_parallel(self) -> int:
+        """Replicas of the model, each with its own sequences."""
+        return self.world_size // (self.tp * self.pp * self.cp)
+
+    @property
+    def dense_shards(self) -> int:
+        """Ranks that share the state of a dense parameter: data x context parallel."""
+        return self.data_parallel * self.cp
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks that share the state of an expert."""
+        return self.world_size // (self.pp * self.ep)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Per pipeline and step."""
+        return self.sequences_per_step // (self.data_parallel * self.micro_batch_size)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Global."""
+        return self.sequences_per_step * self.seq_length
+
+    @property
+    def tokens_per_microbatch(self) -> int:
+        """On one context-parallel rank."""
+        return self.micro_batch_size * self.seq_length // self.cp
+
+    def replace(self, **changes: object) -> "RunRequest":
+        """A copy with ``changes``."""
+        return replace(self, **changes)  # type: ignore[arg-type]

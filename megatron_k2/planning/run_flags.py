@@ -1,0 +1,62 @@
+"""A planned run as Megatron's flags: layout, batch, overlap, recompute, offload.
+
+Architecture and schedule are the preset's (``training/flags.py``); these come after and win.
+"""
+
+from megatron_k2.planning.activations import Recompute
+from megatron_k2.planning.chunks import megatron_layout
+from megatron_k2.planning.request import RunRequest
+
+RECOMPUTE_MODULES: dict[Recompute, str] = {
+    "norm": "layernorm",
+    "swiglu": "moe_act",
+    "mla_up": "mla_up_proj",
+}
+"""Megatron's names; ``moe_act`` recomputes the experts' SwiGLU, not the one dense layer's."""
+OFFLOAD_MODULES = "attn_norm mlp_norm core_attn expert_fc1 moe_act".split()
+"""Inputs that Megatron's fine-grained offload moves to the host: what the plan counts as kept."""
+
+
+def layout_flags(r: RunRequest) -> list[str]:
+    """Ranks and batch."""
+    flags = f"""
+        --tensor-model-parallel-size {r.tp} --pipeline-model-parallel-size {r.pp}
+        --context-parallel-size {r.cp} --expert-model-parallel-size {r.ep}
+        --expert-tensor-parallel-size 1
+        --seq-length {r.seq_length} --max-position-embeddings {r.seq_length}
+        --micro-batch-size {r.micro_batch_size} --global-batch-size {r.sequences_per_step}
+    """.split()
+    if r.pp > 1:
+        flags += ["--pipeline-model-parallel-layout", megatron_layout(r.chunks())]
+    return flags + (["--sequence-parallel"] if r.tp > 1 else [])
+
+
+def memory_flags(r: RunRequest) -> list[str]:
+    """Recompute and offload; FP8 storage of activations."""
+    flags: list[str] = []
+    if r.recompute:
+        names = [RECOMPUTE_MODULES[name] for name in RECOMPUTE_MODULES if name in r.recompute]
+        flags += ["--recompute-granularity", "selective", "--recompute-modules", *names]
+    if r.fp8_storage:
+        flags += ["--fp8-activation-storage"]
+    if r.activation_offload:
+        flags += ["--fine-grained-activation-offloading", "--offload-modules", *OFFLOAD_MODULES]
+    if r.optimizer_offload:
+        flags += ["--optimizer-cpu-offload", "--optimizer-offload-fraction"]
+        flags += [str(r.optimizer_offload), "--overlap-cpu-optimizer-d2h-h2d"]
+    return flags
+
+
+def speed_flags(r: RunRequest) -> list[str]:
+    """bf16, ZeRO-1, and what hides communication."""
+    flags = (
+        "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather".split()
+    )
+    if r.has_overlap and r.vpp > 1 and r.ep > 1:
+        flags += ["--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute"]
+    return flags
+
+
+def megatron_flags(r: RunRequest) -> list[str]:
+    """Everything that the plan decides."""
+    return [*layout_flags(r), *speed_flags(r), *memory_flags(r)]

@@ -1,0 +1,233 @@
+"""Every layout of a cluster, ranked: TP x PP x VPP x EP x CP x micro-batch x recompute.
+
+Thousands of layouts are costed by closed forms (equal chunks, the fullest of the first two ranks);
+only the best are then estimated in full by ``estimate.py``, by which the result is ordered.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import get_args
+
+from megatron_k2.errors import UserError
+from megatron_k2.planning.activations import Recompute, head_rows, kept_bytes, layer_bytes
+from megatron_k2.planning.chunks import split_into_chunks
+from megatron_k2.planning.estimate import (
+    Assumptions,
+    Estimate,
+    arithmetic_seconds,
+    chunk_costs,
+    estimate,
+)
+from megatron_k2.planning.fit import MOST_ACTIVATIONS
+from megatron_k2.planning.gpus import GPUS, GPUS_PER_NODE
+from megatron_k2.planning.memory import (
+    GRADIENT_BYTES,
+    WEIGHT_BYTES,
+    Parameters,
+    optimizer_bytes,
+    rank_parameters,
+)
+from megatron_k2.planning.pipeline import Shape, num_warmup
+from megatron_k2.planning.request import RunRequest
+from megatron_k2.presets import ModelPreset
+
+MICRO_BATCHES = (1, 2, 4)
+OFFLOADS = ((0.0, 0.0), (MOST_ACTIVATIONS, 0.0), (MOST_ACTIVATIONS, 0.5), (MOST_ACTIVATIONS, 1.0))
+"""(activations, optimizer states) on the host: tried in turn until a layout fits."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The search's result."""
+
+    best: list[Estimate]
+    num_layouts: int
+    """Layouts that Megatron could run."""
+    num_fitting: int
+
+
+def _powers_of_two(most: int) -> Iterator[int]:
+    return itertools.takewhile(lambda n: n <= most, (1 << i for i in itertools.count()))
+
+
+def _recomputes() -> list[frozenset[Recompute]]:
+    names: tuple[Recompute, ...] = get_args(Recompute)
+    sizes = range(len(names) + 1)
+    found = [frozenset(c) for size in sizes for c in itertools.combinations(names, size)]
+    return sorted(found, key=lambda choice: ("mla_up" in choice, len(choice)))
+
+
+RECOMPUTES = _recomputes()
+"""Cheapest first: only the up-projections cost products."""
+
+
+def layouts(base: RunRequest) -> Iterator[RunRequest]:
+    """Every layout of ``base``'s GPUs and batch that Megatron could run, recompute aside."""
+    p = base.preset
+    for tp in _powers_of_two(GPUS_PER_NODE):
+        if p.num_attention_heads % tp or p.vocab_size % tp:
+            continue
+        for pp, cp in itertools.product(_powers_of_two(p.num_layers), _powers_of_two(64)):
+            if base.world_size % (tp * pp * cp) or base.seq_length % (2 * cp * tp):
+                continue
+            for ep in _powers_of_two(p.num_moe_experts):
+                if p.num_moe_experts % ep or base.world_size % (pp * ep):
+                    continue
+                yield from _schedules(base.replace(tp=tp, pp=pp, cp=cp, ep=ep))
+
+
+def _schedules(r: RunRequest) -> Iterator[RunRequest]:
+    for micro in MICRO_BATCHES:
+        if r.sequences_per_step % (micro * r.data_parallel):
+            continue
+        at = r.replace(micro_batch_size=micro)
+        for vpp in range(1, r.preset.num_layers // r.pp + 1 if r.pp > 1 else 2):
+            if vpp == 1 or (at.num_microbatches % r.pp == 0 and vpp <= 8):
+                if _can_split(r.preset.num_layers, r.pp, vpp):
+                    yield at.replace(vpp=vpp)
+
+
+@functools.cache
+def _can_split(num_layers: int, pp: int, vpp: int) -> bool:
+    try:
+        split_into_chunks(num_layers, pp, vpp)
+    except UserError:
+        return False
+    return True
+
+
+@functools.cache
+def _layer_bytes(
+    p: ModelPreset, tp: int, is_moe: bool, recompute: frozenset[Recompute], fp8: bool
+) -> float:
+    return layer_bytes(p, tp, is_moe=is_moe, recompute=recompute, fp8_storage=fp8)
+
+
+@functools.cache
+def _parameters(p: ModelPreset, tp: int, pp: int, vpp: int, ep: int) -> list[Parameters]:
+    """Of the ranks that could be fullest: the first two and the last."""
+    r = RunRequest(p, next(iter(GPUS.values())), tp * pp * ep, 1, 1, tp=tp, pp=pp, vpp=vpp, ep=ep)
+    return [rank_parameters(r, rank) for rank in sorted({0, min(1, pp - 1), pp - 1})]
+
+
+@dataclass(frozen=True)
+class QuickMemory:
+    """Upper estimate of the fullest rank's bytes."""
+
+    fixed: float
+    """Weights and gradients."""
+    optimizer: float
+    tokens_alive: float
+    """Tokens times layers whose activations wait for their backward."""
+    head_tokens: float
+
+
+def quick_memory(r: RunRequest) -> QuickMemory:
+    """Of ``r``, offload and recompute aside."""
+    longest = _longest_chunk(r.preset.num_layers, r.pp, r.vpp)
+    shape = Shape(r.pp, r.vpp, r.num_microbatches, r.has_overlap and r.vpp > 1)
+    live = min(num_warmup(shape, min(1, r.pp - 1)) + 1, r.num_microbatches * r.vpp)
+    ranks = _parameters(r.preset, r.tp, r.pp, r.vpp, r.ep)
+    return QuickMemory(
+        fixed=(WEIGHT_BYTES + GRADIENT_BYTES) * max(p.total for p in ranks),
+        optimizer=max(optimizer_bytes(r, p) for p in ranks),
+        tokens_alive=float(live * longest * r.tokens_per_microbatch),
+        head_tokens=float(r.tokens_per_microbatch),
+    )
+
+
+def _kept(r: RunRequest, memory: QuickMemory, recompute: frozenset[Recompute]) -> float:
+    p, fp8 = r.preset, r.fp8_storage
+    layers = memory.tokens_alive * _layer_bytes(p, r.tp, True, recompute, fp8)
+    head = memory.head_tokens * _head_bytes(p, r.tp)
+    return max(layers, head) if r.pp > 1 else layers + head
+
+
+@functools.cache
+def _head_bytes(p: ModelPreset, tp: int) -> float:
+    return kept_bytes(head_rows(p, tp), frozenset(), fp8_storage=False)
+
+
+@functools.cache
+def _longest_chunk(num_layers: int, pp: int, vpp: int) -> int:
+    """Layers of it."""
+    return max(len(chunk.layers) for chunk in split_into_chunks(num_layers, pp, vpp))
+
+
+def quick_seconds(r: RunRequest, a: Assumptions) -> float:
+    """Of one step: the busiest rank's arithmetic, what cannot be hidden, fill and drain."""
+    costs = chunk_costs(r, a)
+    busy = [arithmetic_seconds(cost) for cost in costs]
+    is_hidden = r.has_overlap and r.vpp > 1
+    exposed = [
+        max(0.0, 4 * cost.dispatch - seconds * is_hidden)
+        for cost, seconds in zip(costs, busy, strict=True)
+    ]
+    both = [seconds + wait for seconds, wait in zip(busy, exposed, strict=True)]
+    by_rank = max(sum(both[rank :: r.pp]) for rank in range(r.pp))
+    return r.num_microbatches * by_rank + (r.pp - 1) * max(both)
+
+
+def _fitting(r: RunRequest, a: Assumptions) -> tuple[RunRequest | None, int, float]:
+    """(``r`` with the least offload, then recompute, that fits; choices that fit; least bytes)."""
+    room = (r.gpu.memory_gb - a.reserved_gb) * 1e9
+    memory = quick_memory(r)
+    kept = [(recompute, _kept(r, memory, recompute)) for recompute in RECOMPUTES]
+    chosen, num_fitting = None, 0
+    for activations, optimizer in OFFLOADS:
+        states = memory.fixed + memory.optimizer * (1 - optimizer)
+        fits = [recompute for recompute, size in kept if states + size * (1 - activations) <= room]
+        num_fitting = max(num_fitting, len(fits))
+        if fits and chosen is None:
+            chosen = r.replace(
+                recompute=fits[0], activation_offload=activations, optimizer_offload=optimizer
+            )
+    return chosen, num_fitting, memory.fixed + min(size for _, size in kept) * (1 - activations)
+
+
+def search(base: RunRequest, a: Assumptions | None = None, top: int = 10) -> Found:
+    """Rank every layout by tokens per second.
+
+    Args:
+        base: GPUs, batch and sequence; its layout and recompute are ignored.
+        a: rates.
+        top: how many to show.
+
+    Raises:
+        UserError: where nothing fits.
+    """
+    a = a or Assumptions()
+    num_layouts = num_fitting = 0
+    costed: list[tuple[float, int, RunRequest]] = []
+    nearest: tuple[float, RunRequest] | None = None
+    for layout in layouts(base):
+        num_layouts += len(RECOMPUTES)
+        chosen, count, least = _fitting(layout, a)
+        num_fitting += count
+        if chosen is not None:
+            costed.append((quick_seconds(chosen, a), len(costed), chosen))
+        elif nearest is None or least < nearest[0]:
+            nearest = (least, layout)
+    if not costed:
+        raise UserError(_nothing_fits(base, nearest, a))
+    best = [estimate(r, a) for _, _, r in sorted(costed)[: 2 * top]]
+    best.sort(key=lambda e: -e.tokens_per_second)
+    return Found(best[:top], num_layouts, num_fitting)
+
+
+def _nothing_fits(
+    base: RunRequest, nearest: tuple[float, RunRequest] | None, a: Assumptions
+) -> str:
+    if nearest is None:
+        return (
+            f"no layout of {base.world_size} GPUs divides {base.sequences_per_step} sequences of "
+            f"{base.seq_length}; change --world-size or --sequences-per-step"
+        )
+    needed, r = nearest
+    return (
+        f"no layout of {base.world_size} x {base.gpu.name} fits in {base.gpu.memory_gb:g} GB; the "
+        f"nearest, TP {r.tp} PP {r.pp} VPP {r.vpp} EP {r.ep} CP {r.cp}, needs "
+        f"{needed / 1e9 + a.reserved_gb:.0f} GB; take more GPUs, or larger ones"
+    )

@@ -1,0 +1,72 @@
+"""Full-size ranks on the meta device against the closed form."""
+
+import resource
+
+import pytest
+
+from megatron_k2.cli.main import main
+from megatron_k2.errors import UserError
+from megatron_k2.planning import dry_run as room
+from megatron_k2.planning.dry_run import distinct_ranks, dry_run
+from megatron_k2.planning.memory import Parameters, rank_parameters
+from tests.planning.test_memory import request
+
+
+@pytest.mark.slow
+def test_every_distinct_rank_of_2048_is_built_as_planned():
+    r = request(world=2048, vpp=2)
+    built = list(dry_run(r))
+    assert [b.ranks for b in built] == [(0,), tuple(range(1, 15)), (15,)]
+    assert [b.layers for b in built] == [(1, 2), (2, 2), (2, 0)]
+    ranks = [b.parameters for b in built for _ in b.ranks]
+    total = sum(p.dense_muon + p.adamw + 16 * p.expert_muon for p in ranks)
+    assert total == 1_026_408_209_408
+    # an MoE layer has 5 + 1 + 3 + 3 x 24 matrices here, the dense layer 5 + 3
+    assert [b.num_matrices for b in built] == [8 + 2 * 81, 4 * 81, 2 * 81]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 * 2**20  # KiB: 2 GiB
+
+
+@pytest.mark.slow
+def test_tensor_parallel_shards_are_built_as_planned():
+    r = request(preset="moonlight-16b-a3b", world=16, pp=4, tp=2, ep=4, vpp=2)
+    for built in dry_run(r.replace(seq_length=8192, sequences_per_step=2048)):
+        assert built.parameters == rank_parameters(r, built.ranks[0])
+
+
+def test_a_rank_that_is_not_what_was_planned_is_seen(monkeypatch):
+    def without_norms(r, rank):
+        found = rank_parameters(r, rank)
+        return Parameters(found.dense_muon, found.expert_muon, found.adamw - 7168)
+
+    monkeypatch.setattr(room, "rank_parameters", without_norms)
+    with pytest.raises(UserError, match=r"pipeline rank 0: Megatron built .*, planned is"):
+        next(dry_run(request(vpp=2)))
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--recompute-granularity", "full"], "refuses these flags"),
+        (["--num-experts", "383"], "refuses these flags"),
+        (["--pipeline-model-parallel-layout", "Et|tL"], "refuses these flags"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    ],
+)
+def test_flags_that_megatron_refuses_are_answered_with_its_words(extra, words):
+    with pytest.raises(UserError, match=words):
+        next(dry_run(request(vpp=2), extra))
+
+
+def test_ranks_alike_are_built_once():
+    assert len(distinct_ranks(request(vpp=2))) == 3
+    assert len(distinct_ranks(request(vpp=1))) == 3
+    assert sum(map(len, distinct_ranks(request(pp=8, ep=32)).values())) == 8
+
+
+@pytest.mark.slow
+def test_the_command_prints_what_it_built(capsys):
+    argv = "plan --preset kimi-k2 --gpu h100 --world-size 2048 --dry-run".split()
+    assert main(argv) == 0
+    text = capsys.readouterr().out
+    assert "rank 1-14: 2+2 layers" in text
+    assert "1,026,408,209,408 parameters, the model's own number" in text

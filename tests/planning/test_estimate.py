@@ -1,0 +1,178 @@
+"""FLOPs and seconds against counts by hand; the search against every layout costed in full."""
+
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from megatron_k2.cli import plan_run
+from megatron_k2.cli.main import main
+from megatron_k2.errors import UserError
+from megatron_k2.planning.estimate import Assumptions, estimate
+from megatron_k2.planning.fit import fit_to_memory, shortfall
+from megatron_k2.planning.flops import model_flops_per_token, newton_schulz
+from megatron_k2.planning.gpus import GPUS, get_gpu
+from megatron_k2.planning.params import count_parameters
+from megatron_k2.planning.request import RunRequest
+from megatron_k2.planning.search import layouts, search
+from megatron_k2.planning.trace import step_lanes, trace_events
+from megatron_k2.presets import get_preset
+from tests.planning.test_memory import request
+
+K2 = get_preset("kimi-k2")
+
+
+def test_model_flops_are_six_a_weight_and_causal_attention():
+    weights = count_parameters(K2).activated
+    norms = 61 * (2 * 7168 + 1536 + 512) + 7168
+    attention = 61 * 64 * (192 + 128) * 2 * (4096 + 1) / 2
+    assert model_flops_per_token(K2, 4096) == 6 * (weights - norms) + 3 * attention
+
+
+def test_newton_schulz_is_counted_product_by_product():
+    by_hand = 5 * (2 * 64 * 128 * 64 + 2 * 64**3 + 2 * 64 * 64 * 128)
+    assert newton_schulz(64, 128, 5) == newton_schulz(128, 64, 5) == by_hand
+
+
+def test_one_gpu_without_communication_takes_its_flops_over_its_rate():
+    perfect = Assumptions(1, 1, 1, 1, elementwise=1e-12, reserved_gb=0)
+    tiny = replace(get_preset("k2-tiny"), q_lora_rank=None)
+    r = RunRequest(tiny, get_gpu("h100"), 1, 256, 16, recompute=frozenset(), fp8_storage=False)
+    found = estimate(r, perfect)
+    products = model_flops_per_token(tiny, 256)
+    attention = 4 * 4 * (48 + 32) * 2 * (256 + 1) / 2
+    executed = products + 0.5 * attention  # a flash kernel's backward forms Q Kᵀ again
+    assert found.arithmetic_seconds == pytest.approx(16 * 256 * executed / 989e12, rel=1e-9)
+    assert found.bubble_seconds == pytest.approx(0, abs=1e-12)
+    assert found.mfu == pytest.approx(
+        products / executed / (1 + found.optimizer_seconds / found.arithmetic_seconds), rel=1e-6
+    )
+
+
+def test_slower_assumptions_cost_time_where_they_act():
+    r = request(vpp=2)
+    base, slow = estimate(r), estimate(r, Assumptions(network=0.2))
+    assert slow.arithmetic_seconds == base.arithmetic_seconds
+    assert slow.exposed_expert_seconds > base.exposed_expert_seconds
+    assert estimate(r, Assumptions(gemm=0.3)).arithmetic_seconds > base.arithmetic_seconds
+
+
+def test_offload_is_the_least_that_fits_and_activations_go_first():
+    r = request(vpp=2)
+    fitted = fit_to_memory(r)
+    assert shortfall(fitted) <= 0
+    assert fitted.activation_offload == 0.8
+    less = fitted.replace(optimizer_offload=round(fitted.optimizer_offload - 0.05, 2))
+    assert shortfall(less) > 0
+    assert fit_to_memory(request(world=2048, vpp=2)).optimizer_offload == 0
+
+
+def test_what_cannot_fit_names_what_would():
+    with pytest.raises(UserError, match=r"GB a GPU too much.*--gpu h200.*--world-size 128 --ep 8"):
+        fit_to_memory(request(world=64, ep=4, vpp=2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"world": 250}, "start a multiple of"),
+        ({"ep": 7}, "start a multiple of|does not divide"),
+        ({"sequences_per_step": 16001}, "does not divide by micro_batch_size x data"),
+        ({"pp": 32, "vpp": 3, "ep": 8}, "at most --vpp 1"),
+        ({"activation_offload": 1.5}, "a part from 0 to 1"),
+        ({"recompute": frozenset({"everything"})}, "everything is none of norm"),
+        ({"vpp": 2, "sequences_per_step": 16 * 1001}, "do not divide by PP=16"),
+    ],
+)
+def test_impossible_runs_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        request(**change).check()
+
+
+def test_the_search_finds_what_costing_every_layout_in_full_finds():
+    small = replace(get_gpu("h100"), memory_gb=7.0)  # a gigabyte beside what is reserved
+    base = RunRequest(get_preset("k2-mini"), small, 4, 1024, 16)
+    found = search(base, top=3)
+    best = 0.0
+    for r in layouts(base):
+        try:
+            fitted = fit_to_memory(r.replace(recompute=frozenset()))
+        except UserError:
+            continue
+        best = max(best, estimate(fitted).tokens_per_second)
+    # the search ranks by a closed form first: within 2 % of the best there is
+    assert found.best[0].tokens_per_second >= 0.98 * best
+    rates = [e.tokens_per_second for e in found.best]
+    assert rates == sorted(rates, reverse=True)
+    assert all(e.fits for e in found.best)
+
+
+def test_a_search_without_a_result_says_what_is_missing():
+    with pytest.raises(UserError, match=r"no layout of 16 x h100 fits in 80 GB; the nearest"):
+        search(RunRequest(K2, GPUS["h100"], 16, 4096, 16384))
+
+
+def test_every_layout_of_the_search_passes_the_checks_of_a_launch():
+    base = RunRequest(K2, GPUS["h100"], 256, 4096, 16384)
+    for r in itertools.islice(layouts(base), 0, None, 53):
+        r.check()
+
+
+def test_a_trace_has_every_task_of_every_rank_in_order():
+    r = request(world=256, vpp=2)
+    tasks = step_lanes(r, Assumptions())
+    events = [event for event in trace_events(tasks) if event["ph"] == "X"]
+    assert len(events) == sum(task.seconds > 0 for task in tasks)
+    ends: dict = {}
+    for event in events:
+        lane = (event["pid"], event["tid"])
+        assert event["ts"] >= ends.get(lane, 0) - 1e-3
+        ends[lane] = event["ts"] + event["dur"]
+
+
+def test_the_plan_is_printed_and_as_json(capsys):
+    argv = ["plan", "--preset", "kimi-k2", "--gpu", "h800", "--world-size", "256"]
+    assert main(argv) == 0
+    text = capsys.readouterr().out
+    assert "PP 16, VPP 2, EP 16" in text
+    assert "80% of activations" in text
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layout"]["pipeline_layout"].startswith("Et|tt|tt")
+    assert sum(rank["parameters"] for rank in found["ranks"]) > 70e9
+    assert found["fits"] is True
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--gpu", "h1000"], "did you mean 'h100'"),
+        (["--efficiency", "gmm=1"], "expected one of gemm"),
+        (["--efficiency", "gemm=fast"], "expected gemm=NUMBER"),
+        (["--activation-offload", "most"], "a part from 0 to 1, or auto"),
+        (["--recompute", "all"], "all is none of norm, swiglu, mla_up"),
+    ],
+)
+def test_wrong_options_are_answered_in_one_line(argv, message, capsys):
+    assert main(["plan", "--preset", "kimi-k2", "--world-size", "256", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_planning_needs_neither_torch_nor_megatron():
+    code = (
+        "import sys; from megatron_k2.cli.main import main; "
+        "main(['plan', '--preset', 'kimi-k2', '--world-size', '2048']); "
+        "sys.exit(bool({'torch', 'megatron', 'numpy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_the_figure_is_a_png():
+    from megatron_k2.planning.figure import draw_plan
+
+    e = estimate(fit_to_memory(request(vpp=2)))
+    assert draw_plan(e, step_lanes(e.request, Assumptions())).startswith(b"\x89PNG")
+    assert plan_run.facts(e, 1e12)["days"] == e.days(1e12)
