@@ -7,7 +7,9 @@ exercised: a GPU, where ``maximum`` and ``div_rn`` are other code.
 import importlib.util
 
 import pytest
+import torch
 
+from tests.fp8.test_tiles import matrix
 from tests.optimizer.test_symmetric import run_python
 
 INTERPRETED = """
@@ -79,6 +81,22 @@ def _interpreted(*arguments):
 
 def test_interpreted_kernels_give_the_bytes_of_the_torch_implementation():
     assert "wrong bytes 0\n" in _interpreted()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_on_a_gpu_give_the_bytes_of_the_cpu(dtype):
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("a GPU with E4M3 (compute capability 8.9) is needed")
+    from megatron_k2.fp8 import tiles
+    from megatron_k2.fp8.storage import restore, store
+
+    x = matrix(300, 1000, dtype)
+    stored = store(x.cuda())
+    codes, scales = tiles.quantize_tiles(x)
+    assert torch.equal(stored.codes.cpu().view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(stored.scales.cpu(), scales)
+    assert torch.equal(restore(stored).cpu(), tiles.dequantize_tiles(codes, scales, dtype))
 
 
 def test_the_stock_interpreter_still_rounds_wrongly():
