@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from megatron_k2.fp8.storage import ExpertActivationStorage, StoredTensor
+from megatron_k2.fp8.storage import ActivationStorage, StoredTensor
 
 
 @contextlib.contextmanager
@@ -26,18 +26,18 @@ def saved_bytes() -> Iterator[Callable[[], int]]:
         storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in saved}
         return sum(storage.nbytes() for storage in storages.values())
 
-    pack = ExpertActivationStorage.pack
+    pack = ActivationStorage.pack
 
-    def counted(self: ExpertActivationStorage, tensor: torch.Tensor) -> torch.Tensor | StoredTensor:
+    def counted(self: ActivationStorage, tensor: torch.Tensor) -> torch.Tensor | StoredTensor:
         packed = pack(self, tensor)
         is_stored = isinstance(packed, StoredTensor)
         for part in (packed.codes, packed.scales) if is_stored else (packed,):
             count(part)
         return packed
 
-    ExpertActivationStorage.pack = counted
+    ActivationStorage.pack = counted
     try:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             yield total
     finally:
-        ExpertActivationStorage.pack = pack
+        ActivationStorage.pack = pack

@@ -1,20 +1,21 @@
-"""Activations kept for backward in FP8: inputs of the experts' up-projection and of their SwiGLU.
+"""Activations kept for backward in FP8: inputs of the experts' up-projection and of every SwiGLU.
 
 Kimi K2 report (arXiv:2507.20534), section on activation memory: "inputs of MoE up-projections and
 SwiGLU" are compressed to FP8-E4M3 in 1x128 tiles with fp32 scales; computation stays in bf16. So
 the forward pass is untouched, bit for bit; the backward pass reads the two tensors back with an
 error of at most 2⁻⁴ (``tiles``).
 
-It is done where autograd saves, by ``saved_tensors_hooks`` around the experts' forward, and so for
-any implementation of them: Megatron's looped and our grouped ones, Transformer Engine's grouped
-product. What they save there is told apart by what it is:
+It is done where autograd saves, by ``saved_tensors_hooks`` around the forward of an MLP or of the
+experts, and so for any implementation of them: Megatron's looped and our grouped ones, Transformer
+Engine's grouped product. What they save there is told apart by what it is:
 
 - it lies in the storage of the experts' input: input of the up-projection;
 - its rows are gate and up together: input of SwiGLU;
 - all else (weights, routing weights, the down-projection's input) is kept as it is.
 
-What Transformer Engine computes in FP8 it also saves in FP8, and that is kept as it is too. The
-shared experts are left alone: the router keeps the input of theirs anyway (not stated).
+What Transformer Engine computes in FP8 it also saves in FP8, and that is kept as it is too. Of the
+dense layers and the shared experts only SwiGLU's input is taken: the report names the MoE's
+up-projections, and the shared experts' input is kept by the router anyway (not stated).
 """
 
 import functools
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_k2.errors import UserError
@@ -63,17 +65,19 @@ def _kernels(x: Tensor) -> Any:
     return triton_tiles
 
 
-class ExpertActivationStorage:
-    """The pair of hooks for one forward pass of the experts of a layer.
+class ActivationStorage:
+    """The pair of hooks for one forward pass of a layer's experts or MLP.
 
     Args:
-        hidden: the experts' input, [tokens, hidden].
+        hidden: its input, [..., hidden].
         gate_up_width: columns of SwiGLU's input on this rank.
+        is_input_stored: whether the up-projection's input is taken too.
     """
 
-    def __init__(self, hidden: Tensor, gate_up_width: int) -> None:
+    def __init__(self, hidden: Tensor, gate_up_width: int, *, is_input_stored: bool) -> None:
         # An address identifies the storage only while it lives; ``hidden`` outlives the forward.
-        self._input_storage = hidden.untyped_storage().data_ptr()
+        address = hidden.untyped_storage().data_ptr()
+        self._input_storage = address if is_input_stored else None
         self._dtype = hidden.dtype
         self._gate_up_width = gate_up_width
 
@@ -95,30 +99,39 @@ class ExpertActivationStorage:
         return is_input or (saved.requires_grad and saved.shape[1] == self._gate_up_width)
 
 
-def moe_layers(model: torch.nn.Module) -> Iterator[MoELayer]:
-    """Every layer with routed experts on this rank."""
-    return (module for module in model.modules() if isinstance(module, MoELayer))
-
-
-def store_expert_activations(model: torch.nn.Module) -> None:
-    """Keep what the experts of ``model`` save for backward in FP8, from now on.
+def store_activations(model: torch.nn.Module) -> None:
+    """Keep what the MLPs and experts of ``model`` save for backward in FP8, from now on.
 
     Raises:
         UserError: where another mechanism already moves the same tensors, or SwiGLU is a chain of
             operations that each save their own.
     """
-    for layer in moe_layers(model):
+    for layer in model.modules():
+        if not isinstance(layer, TransformerLayer):
+            continue
         check_storable(layer.config)
-        width = layer.config.moe_ffn_hidden_size // layer.config.expert_tensor_parallel_size
-        _keep_in_fp8(layer.experts, 2 * width)
+        for module, width, is_input_stored in _parts(layer.mlp):
+            _keep_in_fp8(module, 2 * width, is_input_stored=is_input_stored)
+
+
+def _parts(mlp: Any) -> Iterator[tuple[torch.nn.Module, int, bool]]:
+    """(module, its SwiGLU's width on this rank, whether its input is stored) in a layer's MLP."""
+    config = mlp.config
+    if not isinstance(mlp, MoELayer):
+        yield mlp, config.ffn_hidden_size // config.tensor_model_parallel_size, False
+        return
+    yield mlp.experts, config.moe_ffn_hidden_size // config.expert_tensor_parallel_size, True
+    if mlp.shared_experts is not None:
+        width = config.moe_shared_expert_intermediate_size // config.tensor_model_parallel_size
+        yield mlp.shared_experts, width, False
 
 
 def check_storable(config: Any) -> None:
     """Refuse what would not be stored, or twice."""
-    if not config.bias_activation_fusion and config.transformer_impl != "local":
+    if config.use_te_activation_func:
         raise UserError(
-            "--fp8-activation-storage with --no-bias-swiglu-fusion or --use-te-activation-func: "
-            "only Megatron's fused SwiGLU saves its input and nothing else; drop them"
+            "--fp8-activation-storage with --use-te-activation-func: only Megatron's fused SwiGLU "
+            "saves its input and nothing else; drop the latter"
         )
     if config.activation_func_fp8_input_store:
         raise UserError(
@@ -133,13 +146,13 @@ def check_storable(config: Any) -> None:
         )
 
 
-def _keep_in_fp8(experts: torch.nn.Module, gate_up_width: int) -> None:
-    compute = experts.forward
+def _keep_in_fp8(module: torch.nn.Module, gate_up_width: int, *, is_input_stored: bool) -> None:
+    compute = module.forward
 
     @functools.wraps(compute)
-    def forward(permuted_local_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        hooks = ExpertActivationStorage(permuted_local_hidden_states, gate_up_width)
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        hooks = ActivationStorage(hidden, gate_up_width, is_input_stored=is_input_stored)
         with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
-            return compute(permuted_local_hidden_states, *args, **kwargs)
+            return compute(hidden, *args, **kwargs)
 
-    experts.forward = forward  # type: ignore[method-assign]
+    module.forward = forward  # type: ignore[method-assign]

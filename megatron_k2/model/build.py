@@ -19,7 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from megatron_k2.fp8.storage import store_expert_activations
+from megatron_k2.fp8.storage import store_activations
 from megatron_k2.model.moe import BalancedFinalize
 from megatron_k2.model.spec import decoder_block_spec, mtp_block_spec
 
@@ -32,7 +32,7 @@ class K2ModelConfig(GPTModelConfig):
     latent_norm_epsilon: float = 1e-6
     """Epsilon of the RMSNorms on q's and kv's latents; the released modeling code has 1e-6."""
     fp8_activation_storage: bool = False
-    """Keep two of the experts' activations in FP8 for backward, see ``fp8/storage.py``."""
+    """Keep two kinds of activations in FP8 for backward, see ``fp8/storage.py``."""
 
 
 class K2ModelBuilder(GPTModelBuilder):
@@ -68,7 +68,7 @@ class K2ModelBuilder(GPTModelBuilder):
             vp_stage=vp_stage,
         )
         if config.fp8_activation_storage:
-            store_expert_activations(model)
+            store_activations(model)
         return model
 
 
@@ -114,6 +114,10 @@ def model_config_from_args(args: Namespace) -> K2ModelConfig:
     config.latent_norm_epsilon = args.latent_norm_epsilon
     config.fp8_activation_storage = args.fp8_activation_storage
     transformer = config.transformer
+    if args.fp8_activation_storage:
+        # SwiGLU as one operation, which saves its input and nothing else; the CPU's flags have it
+        # as a chain. The forward pass computes the same.
+        transformer.bias_activation_fusion = True
     transformer.beta_fast = args.yarn_mla_beta_fast
     transformer.beta_slow = args.yarn_mla_beta_slow
     transformer.original_max_position_embeddings = args.yarn_mla_original_max_position_embeddings

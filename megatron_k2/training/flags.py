@@ -117,8 +117,8 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     group.add_argument(
         "--fp8-activation-storage",
         action="store_true",
-        help="keep the inputs of the routed experts' up-projection and SwiGLU for backward in FP8 "
-        "(E4M3, 1x128 tiles, fp32 scales), as the report does; computation is untouched",
+        help="keep the inputs of the routed experts' up-projection and of SwiGLU for backward in "
+        "FP8 (E4M3, 1x128 tiles, fp32 scales), as the report does; computation is untouched",
     )
     group.add_argument(
         "--console",

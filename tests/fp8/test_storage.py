@@ -50,7 +50,7 @@ def _looped():
 def _stored(experts):
     from megatron_k2.fp8.storage import _keep_in_fp8
 
-    _keep_in_fp8(experts, 2 * SMALL.moe_ffn_hidden_size)
+    _keep_in_fp8(experts, 2 * SMALL.moe_ffn_hidden_size, is_input_stored=True)
     return experts
 
 
@@ -104,22 +104,39 @@ def test_the_flag_saves_the_bytes_of_the_formula_in_a_whole_model(dtype_flags):
     """k2-tiny, where gate and up together are as wide as the hidden states and as the weights."""
     preset = replace(K2_TINY, num_layers=3, num_moe_experts=8)
     results = []
-    for flags in (dtype_flags, [*dtype_flags, "--fp8-activation-storage"]):
-        model = build(preset, *flags).train()
+    for is_stored in (False, True):
+        model = build(preset, *dtype_flags, "--fp8-activation-storage").train()
+        if not is_stored:
+            model = _without_storage(model)
         randomise(model)
         results.append(_loss(model, preset))
     (plain_loss, plain), (loss, stored) = results
     assert torch.equal(loss, plain_loss)
-    rows = 2 * 32 * preset.moe_router_topk
-    widths = (preset.hidden_size, 2 * preset.moe_ffn_hidden_size)
-    size = 2 if dtype_flags else 4
-    saving = sum(rows * width * size - stored_bytes(rows, width) for width in widths)
-    assert plain - stored == preset.num_moe_layers * saving
+    tokens, size = 2 * 32, 2 if dtype_flags else 4
+
+    def saving(rows, width):
+        return rows * width * size - stored_bytes(rows, width)
+
+    routed = tokens * preset.moe_router_topk
+    a_moe_layer = (
+        saving(routed, preset.hidden_size)
+        + saving(routed, 2 * preset.moe_ffn_hidden_size)
+        + saving(tokens, 2 * preset.moe_shared_expert_intermediate_size)
+    )
+    dense = saving(tokens, 2 * preset.ffn_hidden_size)
+    assert plain - stored == preset.num_moe_layers * a_moe_layer + preset.num_dense_layers * dense
+
+
+def _without_storage(model):
+    """The same modules, each computing by its class's own forward again."""
+    for module in model.modules():
+        vars(module).pop("forward", None)
+    return model
 
 
 def _config(**changes):
     plain = {
-        "bias_activation_fusion": True,
+        "use_te_activation_func": False,
         "transformer_impl": "transformer_engine",
         "activation_func_fp8_input_store": False,
         "fine_grained_activation_offloading": False,
@@ -131,7 +148,7 @@ def _config(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bias_activation_fusion": False}, "only Megatron's fused SwiGLU"),
+        ({"use_te_activation_func": True}, "only Megatron's fused SwiGLU"),
         ({"activation_func_fp8_input_store": True}, "cast without scales"),
         (
             {"fine_grained_activation_offloading": True, "offload_modules": ["moe_act", "x"]},
@@ -152,7 +169,7 @@ def test_megatrons_recomputation_of_the_activation_reads_the_stored_input():
     from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
-    from megatron_k2.fp8.storage import ExpertActivationStorage, restore, store
+    from megatron_k2.fp8.storage import ActivationStorage, restore, store
 
     gate_up, probs = torch.randn(6, 40), torch.rand(6, 1)
 
@@ -168,7 +185,7 @@ def test_megatrons_recomputation_of_the_activation_reads_the_stored_input():
         out.sum().backward()
         return leaf.grad, weight.grad
 
-    storage = ExpertActivationStorage(torch.empty(1), 40)
+    storage = ActivationStorage(torch.empty(1), 40, is_input_stored=True)
     same = (lambda t: t, lambda t: t)
     found = gradient(gate_up, (storage.pack, storage.unpack))
     through = gradient(restore(store(gate_up)), same)
