@@ -16,7 +16,7 @@ That is why an import keeps the source's scales: ``requantize`` takes the source
 block whose values are still those the source had, and a fresh one for the rest.
 
 CPU only, and made for streaming: strips of 128 rows keep temporaries in the cache. torch's own
-``float8_e4m3fn -> float32`` takes 5 ns an element on a CPU, moving bits by hand 0.2 (measured).
+``float8_e4m3fn -> float32`` takes 5 ns an element on a CPU, moving bits by hand 0.3 (measured).
 """
 
 import enum
@@ -48,8 +48,8 @@ QUANTIZATION_CONFIG = {
 
 _VALUES = torch.arange(256, dtype=torch.uint8).view(E4M3).to(torch.float32)
 
-_BIAS_SHIFT = 2.0**120
-"""Between the exponents' biases of fp32, 127, and e4m3, 7."""
+_BIAS_SHIFT = 2.0**8
+"""Between the exponents' biases of fp16, 15, and e4m3, 7."""
 
 
 class ScaleClass(enum.StrEnum):
@@ -90,7 +90,7 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat1
     if tuple(scales.shape) != scale_shape((m, n)):
         raise ValueError(f"scales {list(scales.shape)}, expected {list(scale_shape((m, n)))}")
     result = torch.empty(m, n, dtype=dtype)
-    bits = torch.empty(min(m, BLOCK), n, dtype=torch.int32)
+    bits = torch.empty(min(m, BLOCK), n, dtype=torch.int16)
     for i, top in enumerate(range(0, m, BLOCK)):
         strip = codes[top : top + BLOCK]
         values = _values(strip, bits[: len(strip)])
@@ -99,14 +99,15 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat1
 
 
 def _values(strip: Tensor, bits: Tensor) -> Tensor:
-    """Codes of a strip as fp32, exactly; ``bits``, int32 [<= 128, n], is taken for the result.
+    """Codes of a strip as fp32, exactly; ``bits``, int16 [<= 128, n], is scratch.
 
-    Sign, exponent and mantissa are moved to fp32's places, where the exponent's bias is 127 instead
-    of 7; subnormal codes become subnormal numbers. Widening an int8 has filled the sign's place
-    and the places between with the sign: the mask clears those between.
+    Sign, exponent and mantissa are moved to fp16's places, where the exponent's bias is 15 instead
+    of 7. Widening an int8 has filled the sign's place and the one below with the sign: the mask
+    clears that below. Subnormal codes become subnormal fp16 numbers, which are widened exactly also
+    where the processor takes subnormal fp32 numbers for zero, as the CPU host makes it do.
     """
-    bits.copy_(strip.view(torch.int8)).bitwise_left_shift_(20).bitwise_and_(~0x78000000)
-    values = bits.view(torch.float32).mul_(_BIAS_SHIFT)
+    bits.copy_(strip.view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(~0x4000)
+    values = bits.view(torch.float16).float().mul_(_BIAS_SHIFT)
     magnitude = strip.view(torch.uint8) & 0x7F
     if magnitude.amax() == 0x7F:  # NaN, the one code that is not a number in these places
         values[magnitude == 0x7F] = math.nan

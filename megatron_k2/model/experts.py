@@ -113,7 +113,8 @@ class GroupedExperts(SequentialMLP):
     """Megatron's local experts, computed together.
 
     Raises:
-        ValueError: for experts that are no plain SwiGLU without bias, which is what K2's are.
+        ValueError: for experts that are no plain SwiGLU without bias, which is what K2's are, and
+            for rows that are no multiple of 16 bytes, which the grouped product needs.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -129,6 +130,14 @@ class GroupedExperts(SequentialMLP):
                 "GroupedExperts weights the activation and not the input: unset "
                 "moe_apply_probs_on_input"
             )
+        sizes = {"hidden_size": config.hidden_size, "ffn_hidden_size": config.ffn_hidden_size}
+        multiple = 16 // config.params_dtype.itemsize
+        for name, size in sizes.items():
+            if size % multiple:
+                raise ValueError(
+                    f"experts with {name}={size} in {config.params_dtype}: the grouped product "
+                    f"needs rows of 16 bytes, a multiple of {multiple}"
+                )
 
     @override
     def forward(

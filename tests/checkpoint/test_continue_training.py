@@ -28,10 +28,10 @@ PRESET = dataclasses.replace(
 STEPS = 2
 # Sums over ranks round in another order. AdamW's first steps are g / (|g| + eps): with an eps of
 # 1e-8 a gradient that is only rounding noise counts in full, and the head differs by 4e-3 (at a
-# learning rate of 1e-2); an eps above the noise leaves 5e-5, which is Newton-Schulz: it raises
-# the smallest singular values, and rounding with them, 3.4445^5 = 485 times. That share of an
-# update does not depend on the learning rate, so at 1e-3 (five times K2's) the weights agree to a
-# tenth of it.
+# learning rate of 1e-2); an eps above the noise leaves 5e-5 on matrices. Newton-Schulz can account
+# for that, though it was not traced: it raises the smallest singular values, and rounding with
+# them, up to 3.4445^5 = 485 times, whatever the learning rate. At 1e-3, five times K2's, the
+# weights then agree to a tenth of it.
 FLAGS = f"""
     --preset k2-tiny --mock-data --hidden-size 64 --ffn-hidden-size 96 --num-layers 3
     --moe-layer-freq ([0]*1+[1]*2) --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 32

@@ -95,6 +95,17 @@ def test_all_256_codes_dequantise_to_their_definition_and_come_back():
     assert back.float().isnan()[~finite].all()
 
 
+def test_subnormal_codes_survive_where_the_processor_flushes_subnormal_numbers():
+    """The CPU host makes it flush; 14 of the 254 finite codes are below e4m3's normal range."""
+    codes = torch.arange(1, 8, dtype=torch.uint8).repeat(128, 1).view(E4M3)
+    torch.set_flush_denormal(True)
+    try:
+        found = fp8.dequantize(codes, torch.ones(1, 1), torch.float32)
+    finally:
+        torch.set_flush_denormal(False)
+    assert found[0].tolist() == [mantissa * 2.0**-9 for mantissa in range(1, 8)]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_dequantising_is_one_product_and_one_rounding(shape, dtype):

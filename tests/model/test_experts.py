@@ -161,3 +161,8 @@ def test_checkpoint_keys_are_those_of_upstreams_sequential_experts(experts):
 def test_an_activation_that_is_not_k2s_is_refused(flags):
     with pytest.raises(ValueError, match="without bias, clamp"):
         build(SMALL, *flags)
+
+
+def test_rows_that_the_grouped_product_cannot_take_are_refused_with_the_multiple():
+    with pytest.raises(ValueError, match=r"ffn_hidden_size=20 in torch.bfloat16: .* multiple of 8"):
+        build(SMALL, "--bf16")

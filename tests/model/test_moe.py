@@ -5,6 +5,8 @@ to one of at most 1: 1e-7. Not exercised: expert parallelism (``tests/parallel/t
 the experts' own arithmetic (``test_hf_parity.py``).
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -80,7 +82,7 @@ def test_a_bias_that_enters_the_weights_or_no_bias_at_all_is_seen(router):
 
 
 def test_bf16_activations_are_routed_by_fp32_logits():
-    router = _moe(build(SMALL, "--bf16")).router
+    router = _moe(build(replace(SMALL, moe_ffn_hidden_size=24), "--bf16")).router
     assert router.weight.dtype == torch.bfloat16
     hidden = _hidden().bfloat16()
     logits = router.gating(hidden)
