@@ -62,8 +62,7 @@ def _norm_rows(name: str, width: float, recompute: Recompute) -> Iterator[Kept]:
 
 def swiglu_rows(name: str, width: float, recompute: Recompute | None = None) -> Iterator[Kept]:
     """Between the projections of one SwiGLU of ``width`` on this rank."""
-    is_expert = name == "expert"
-    yield Kept(f"{name} SwiGLU input", BF16 * 2 * width, can_be_fp8=is_expert)
+    yield Kept(f"{name} SwiGLU input", BF16 * 2 * width, can_be_fp8=True)
     yield Kept(f"{name} SwiGLU output", BF16 * width, recompute)
 
 
@@ -88,7 +87,7 @@ def head_rows(p: ModelPreset, tp: int) -> Iterator[Kept]:
     """Final norm, output head and loss, of the last stage; held for one micro-batch only."""
     yield Kept("final norm input", BF16 * p.hidden_size / tp)
     yield Kept("final norm output", BF16 * p.hidden_size / tp)
-    yield Kept("logits and softmax", (BF16 + 4.0) * p.vocab_size / tp)
+    yield Kept("softmax over the vocabulary, fp32", 4.0 * p.vocab_size / tp)
 
 
 def kept_bytes(
