@@ -13,8 +13,10 @@ RECOMPUTE_MODULES: dict[Recompute, str] = {
     "mla_up": "mla_up_proj",
 }
 """Megatron's names; ``moe_act`` recomputes the experts' SwiGLU, not the one dense layer's."""
-OFFLOAD_MODULES = "attn_norm mlp_norm core_attn expert_fc1 moe_act".split()
-"""Inputs that Megatron's fine-grained offload moves to the host: what the plan counts as kept."""
+OFFLOAD_MODULES = "attn_norm mlp_norm core_attn".split()
+EXPERT_OFFLOAD_MODULES = "expert_fc1 moe_act".split()
+"""Inputs that Megatron's fine-grained offload moves to the host. The experts' are either stored in
+FP8 or moved, not both (``fp8/storage.py``); the report does both, and the plan counts so."""
 
 
 def layout_flags(r: RunRequest) -> list[str]:
@@ -40,7 +42,9 @@ def memory_flags(r: RunRequest) -> list[str]:
     if r.fp8_storage:
         flags += ["--fp8-activation-storage"]
     if r.activation_offload:
-        flags += ["--fine-grained-activation-offloading", "--offload-modules", *OFFLOAD_MODULES]
+        experts = [] if r.fp8_storage else EXPERT_OFFLOAD_MODULES
+        flags += ["--fine-grained-activation-offloading", "--offload-modules"]
+        flags += [*OFFLOAD_MODULES, *experts]
     if r.optimizer_offload:
         flags += ["--optimizer-cpu-offload", "--optimizer-offload-fraction"]
         flags += [str(r.optimizer_offload), "--overlap-cpu-optimizer-d2h-h2d"]

@@ -85,8 +85,8 @@ def test_recompute_and_fp8_drop_what_they_name():
     rows = [*attention_rows(K2, 1), *mlp_rows(K2, 1, is_moe=True)]
     assert plain == sum(row.bytes_per_token for row in rows)
     assert plain - all_of_it == sum(row.bytes_per_token for row in rows if row.recompute)
-    # [tokens, 7168] x 8 copies and the experts' SwiGLU inputs, 2 bytes -> 1 + 4/128
-    eight = 8 * (7168 + 2 * 2048)
+    # [tokens, 7168] x 8 copies and the SwiGLU inputs, 2 bytes -> 1 + 4/128
+    eight = 8 * (7168 + 2 * 2048) + 2 * 2048
     saved = plain - layer_bytes(K2, 1, is_moe=True, fp8_storage=True)
     assert saved == pytest.approx(eight * (2 - 1 - 4 / 128))
     assert kept_bytes(iter(rows), none, fp8_storage=False) == plain
