@@ -87,7 +87,7 @@ def head_rows(p: ModelPreset, tp: int) -> Iterator[Kept]:
     """Final norm, output head and loss, of the last stage; held for one micro-batch only."""
     yield Kept("final norm input", BF16 * p.hidden_size / tp)
     yield Kept("final norm output", BF16 * p.hidden_size / tp)
-    yield Kept("softmax over the vocabulary, fp32", 4.0 * p.vocab_size / tp)
+    yield Kept("logits and softmax", (BF16 + 4.0) * p.vocab_size / tp)
 
 
 def kept_bytes(
