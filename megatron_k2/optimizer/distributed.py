@@ -212,8 +212,10 @@ class DistributedMuonClip(DistributedOptimizer):
                     values.copy_(torch.cat([box.reshape(-1) for box in boxes[name]]))
                 if "muon_peak" in boxes:
                     self.domain.peaks_of(param).copy_(boxes["muon_peak"][0].reshape(-1))
-        for group in self.optimizer.param_groups:
-            if "step" in group:  # Transformer Engine's FusedAdam
+        if not isinstance(self.optimizer, torch.optim.AdamW):
+            # Transformer Engine's FusedAdam counts in the group, which has no count before its
+            # first step; without one the bias corrections would start again.
+            for group in self.optimizer.param_groups:
                 group["step"] = num_steps
         for state in self.optimizer.state.values():
             if "step" in state:  # torch's AdamW
