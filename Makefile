@@ -1,10 +1,10 @@
-# make demo | test | check | bench | clean      (the environment is .venv/, built once)
+# make demo | test | test-te | check | bench | clean      (the environment is .venv/, built once)
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv demo test check bench clean
+.PHONY: venv demo test test-te check bench clean
 
 venv: $(STAMP)
 
@@ -30,8 +30,26 @@ test: venv
 	$(PY) -m pytest -q $(FAST)
 	$(PY) -m pytest -q $(ALONE)
 
+# Transformer Engine's Python without its compiled part, over the packages of .venv (torch alone is
+# 3 GB). An environment of its own: wherever TE can be imported, Megatron uses it everywhere.
+TE_VENV := .venv-te
+TE_PY := $(TE_VENV)/bin/python
+TE_STAMP := $(TE_VENV)/.stamp
+TE_VERSION ?= 2.20.2
+SITE := import site; print(site.getsitepackages()[0])
+
+$(TE_STAMP): $(STAMP)
+	$(PY) -m venv $(TE_VENV)
+	$(PY) -c "$(SITE)" > "$$($(TE_PY) -c "$(SITE)")/zz_shared.pth"
+	$(TE_PY) -m pip install --quiet --no-deps transformer-engine==$(TE_VERSION)
+	$(TE_PY) -m pip install --quiet pydantic einops onnxscript
+	@touch $@
+
+test-te: $(TE_STAMP)
+	$(TE_PY) -m pytest -q --no-showlocals tests/te
+
 bench: venv
 	@for script in benchmarks/*.py; do $(PY) $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) build *.egg-info runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TE_VENV) build *.egg-info runs .pytest_cache .mypy_cache .ruff_cache

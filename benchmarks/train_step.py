@@ -206,7 +206,7 @@ def optimizer_flops(peer: Peer) -> int:
         for param in group["params"]
         for matrix in peer.muon._matrices(param)
     ]
-    return sum(newton_schulz_flops(rows, cols, 5) for rows, cols in shapes)
+    return sum(newton_schulz_flops(rows, cols, (5,)) for rows, cols in shapes)
 
 
 def run(ours: Ours, peer: Peer, batches: list[tuple[Tensor, Tensor]], seed: int) -> Clock:

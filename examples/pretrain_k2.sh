@@ -8,11 +8,15 @@ cd "$(dirname "$0")/.."
 
 flags=(
   --distributed-backend nccl
-  --transformer-impl local
-  --no-gradient-accumulation-fusion
-  --no-masked-softmax-fusion
-  --no-persist-layer-norm
+  --transformer-impl transformer_engine
+  --moe-grouped-gemm
+  --moe-permute-fusion
+  --moe-router-fusion
+  --cross-entropy-loss-fusion
+  --cross-entropy-fusion-impl native
+  --attention-backend fused
   --no-rope-fusion
+  --no-gradient-accumulation-fusion
   --preset kimi-k2
   --num-layers 61
   --hidden-size 7168
@@ -82,6 +86,7 @@ flags=(
   --log-interval 10
   --eval-interval 1000
   --eval-iters 10
+  --transformer-impl transformer_engine
   --tensor-model-parallel-size 1
   --pipeline-model-parallel-size 16
   --context-parallel-size 1
@@ -102,10 +107,7 @@ flags=(
   --recompute-modules layernorm moe_act mla_up_proj
   --fp8-activation-storage
   --fine-grained-activation-offloading
-  --offload-modules attn_norm mlp_norm core_attn expert_fc1 moe_act
-  --optimizer-cpu-offload
-  --optimizer-offload-fraction 0.05
-  --overlap-cpu-optimizer-d2h-h2d
+  --offload-modules attn_norm mlp_norm core_attn
   --seq-length 4096
   --max-position-embeddings 4096
   --global-batch-size 16384

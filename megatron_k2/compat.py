@@ -18,6 +18,11 @@ logger = logging.getLogger(__name__)
 CHECKED_MEGATRON_VERSIONS = ("0.19.2",)
 """Megatron-Core versions whose private seams this package was tested against."""
 
+MINIMUM_TE_VERSION = (2, 14)
+"""``return_max_logit`` needs 2.9, grouped FP8 with padded permutation 2.12; 2.14 is what the ``te``
+extra asks for. Tested over stand-ins for its kernels: 2.17.1 and 2.20.2."""
+MINIMUM_TE_TEXT = ".".join(map(str, MINIMUM_TE_VERSION))
+
 
 def installed_version(distribution: str) -> str | None:
     """Version of an installed distribution, or ``None``."""
@@ -45,6 +50,36 @@ def require_checked_megatron() -> str:
     return version
 
 
+def has_sound_transformer_engine(version: str | None) -> bool:
+    """Whether ``version`` of Transformer Engine is one that the model's modules can use."""
+    return version is not None and _release(version) >= MINIMUM_TE_VERSION
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def require_transformer_engine() -> str:
+    """The installed Transformer Engine's version.
+
+    Raises:
+        UserError: if it is absent or too old.
+    """
+    version = installed_version("transformer-engine")
+    if version is None:
+        raise UserError(
+            "--transformer-impl transformer_engine: Transformer Engine is not installed; "
+            "pip install -e '.[te]' (needs a CUDA toolchain), or use --transformer-impl local"
+        )
+    if not has_sound_transformer_engine(version):
+        raise UserError(
+            f"--transformer-impl transformer_engine: Transformer Engine {version} is installed, "
+            f"{MINIMUM_TE_TEXT} or newer is needed; "
+            f"pip install 'transformer-engine[pytorch]>={MINIMUM_TE_TEXT},<3'"
+        )
+    return version
+
+
 def skip_helpers_compilation() -> None:
     """Let ``initialize_megatron`` run from the wheel, on CPU and GPU alike.
 
@@ -56,6 +91,29 @@ def skip_helpers_compilation() -> None:
     import megatron.core.datasets.utils as dataset_utils
 
     dataset_utils.compile_helpers = lambda: None
+
+
+def recompute_without_te() -> None:
+    """Let ``--recompute-modules layernorm`` run without Transformer Engine.
+
+    ``CheckpointWithoutOutput(fp8=False)`` takes any ``fp8`` but ``None`` for FP8
+    (``core/tensor_parallel/random.py:738``) and then asks Transformer Engine, which is not imported
+    where it is absent: ``NameError: FP8GlobalStateManager``.
+    """
+    require_checked_megatron()
+    import megatron.core.tensor_parallel.random as random
+
+    checkpoint: Any = random.CheckpointWithoutOutput
+    if hasattr(random, "FP8GlobalStateManager") or hasattr(checkpoint, "_k2_without_te"):
+        return
+    original = checkpoint.__init__
+
+    @functools.wraps(original)
+    def initialize(self: Any, fp8: Any = None) -> None:
+        original(self, fp8=fp8 or None)
+
+    checkpoint.__init__ = initialize
+    checkpoint._k2_without_te = True
 
 
 def restore_distributed_optimizer_without_te() -> None:

@@ -15,7 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_k2.compat import CHECKED_MEGATRON_VERSIONS, installed_version
+from megatron_k2.compat import (
+    CHECKED_MEGATRON_VERSIONS,
+    MINIMUM_TE_TEXT,
+    has_sound_transformer_engine,
+    installed_version,
+)
 
 MINIMUM_PYTHON = (3, 12)
 MINIMUM_TORCH = (2, 9)
@@ -189,6 +194,21 @@ def features(machine: Machine) -> list[Feature]:
             cuda and (has("Transformer Engine") or has("apex")),
             fused,
             "pip install -e '.[te]'; torch's AdamW serves until then" if cuda else gpu,
+        ),
+        _feature(
+            "Transformer Engine modules and FP8 compute",
+            cuda and has_sound_transformer_engine(machine.versions["Transformer Engine"]),
+            f"transformer-engine {machine.versions['Transformer Engine']}",
+            f"pip install 'transformer-engine[pytorch]>={MINIMUM_TE_TEXT},<3'; the local modules "
+            "serve until then"
+            if cuda
+            else gpu,
+        ),
+        _feature(
+            "FP8 storage of activations",
+            is_sound,
+            "Triton kernels where the GPU has E4M3" if cuda and has("triton") else "plain torch",
+            "see the problems below",
         ),
         _feature(
             "symmetric products in Triton",

@@ -4,6 +4,9 @@ A test named ``upstream_still_...`` fails when upstream has fixed the defect; th
 the test can go.
 """
 
+import os
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
@@ -12,6 +15,7 @@ import torch
 
 from megatron_k2 import compat
 from megatron_k2.errors import UserError
+from tests.distributed import REPOSITORY
 from tests.single_rank import one_rank
 
 
@@ -226,3 +230,39 @@ def test_a_repair_applied_twice_is_applied_once():
     once = SimpleNamespace(**{name: getattr(DistributedOptimizer, name) for name in REPAIRED})
     compat.restore_distributed_optimizer_without_te()
     assert all(getattr(DistributedOptimizer, name) is getattr(once, name) for name in REPAIRED)
+
+
+def test_megatrons_norm_recomputation_still_needs_transformer_engine():
+    """If this fails, upstream has been repaired: drop ``compat.recompute_without_te``."""
+    program = (
+        "import torch\n"
+        "from megatron.core.tensor_parallel.random import CheckpointWithoutOutput\n"
+        "from megatron_k2.compat import recompute_without_te\n"
+        "from tests.single_rank import one_rank\n"
+        "def run():\n"
+        "    x = torch.ones(3, requires_grad=True)\n"
+        "    checkpoint = CheckpointWithoutOutput()\n"
+        "    y = checkpoint.checkpoint(torch.exp, x * 2)\n"
+        "    z = y * y\n"
+        "    checkpoint.discard_output_and_register_recompute(z)\n"
+        "    z.sum().backward()\n"
+        "    return x.grad\n"
+        "with one_rank():\n"
+        "    try:\n"
+        "        run()\n"
+        "    except NameError as error:\n"
+        "        assert 'FP8GlobalStateManager' in str(error)\n"
+        "    else:\n"
+        "        raise SystemExit('upstream works')\n"
+        "    recompute_without_te()\n"
+        "    expected = 4 * torch.ones(3).mul(4).exp()\n"
+        "    torch.testing.assert_close(run(), expected)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

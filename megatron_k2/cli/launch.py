@@ -109,9 +109,8 @@ def _launch(
 
     if not is_slurm:
         return run_local(recipe, save, start_from, arguments.set)
-    from megatron_k2.launch.slurm import check_flags, submit
+    from megatron_k2.launch.slurm import submit
 
-    check_flags(recipe.pretrain_flags(save, start_from))
     job = submit(script, save)
     write_record(recipe, save, start_from, arguments.set)
     print(f"submitted {job}; squeue --job {job}; log {save}/slurm/{job}.log")

@@ -9,13 +9,14 @@ if TYPE_CHECKING:
     from megatron_k2.optimizer.full_plan import Layout
 
 ASSUMPTIONS = (
-    "Layers are split evenly over the stages, the longer stages last (our choice). Buffers are in "
-    "Megatron's default buckets; data-parallel ranks include context-parallel ones. FLOPs are "
-    "those Newton-Schulz executes, a multiply-add counted as two. /item: the largest load over the "
-    "larger of the mean and the largest item, where an item is what has one home: a parameter, "
-    "gate and up together; /matrix: the same with the largest single matrix. Bytes are a rank's "
-    "and a step's: out and back in bf16, mean and largest (sent or received); ZeRO-1's are fp32 "
-    "gradients scattered and bf16 parameters gathered over the same ranks, AdamW's included."
+    "Layers are split evenly over the stages, the longer stages last (our choice). Buffers are "
+    "in Megatron's default buckets; data-parallel ranks include context-parallel ones. FLOPs are "
+    "those Newton-Schulz executes, a multiply-add counted as two. /item: the largest load over "
+    "the larger of the mean and the costliest matrix; /floor, of both domains together: over the "
+    "larger of the mean and the costliest dense matrix on top of one rank's experts, which stay "
+    "where they lie. Bytes are a rank's and a step's: out and back in bf16, mean and largest "
+    "(sent or received); ZeRO-1's are fp32 gradients scattered and bf16 parameters gathered over "
+    "the same ranks, AdamW's included."
 )
 
 HEADINGS = (
@@ -26,7 +27,6 @@ HEADINGS = (
     "max",
     "max/mean",
     "/item",
-    "/matrix",
     "padding",
     "MB out mean",
     "max",
@@ -77,7 +77,6 @@ def _row(domain: dict[str, Any]) -> list[str]:
         f"{domain['flops_max'] / tera:.2f}",
         f"{domain['max_over_mean']:.3f}",
         f"{domain['max_over_item_bound']:.3f}",
-        f"{domain['max_over_matrix_bound']:.3f}",
         f"{domain['padding']:.5f}",
         f"{domain['exchange_out_mean_bytes'] / mega:.1f}",
         f"{domain['exchange_out_max_bytes'] / mega:.1f}",
@@ -115,7 +114,7 @@ def shown(found: dict[str, Any]) -> str:
         both = (
             f"both domains a rank: mean {stage['flops_mean'] / 1e12:.2f}, max "
             f"{stage['flops_max'] / 1e12:.2f} TFLOP, max/mean {stage['max_over_mean']:.3f}, "
-            f"/item {stage['max_over_item_bound']:.3f}"
+            f"/floor {stage['max_over_floor']:.3f}"
         )
         if "seconds" in stage:
             both += f"; {stage['seconds']:.3f} s at {found['tflops']:g} TFLOP/s"

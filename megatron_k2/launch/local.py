@@ -12,7 +12,10 @@ from megatron_k2.parallel.launch import launch
 from megatron_k2.training.preflight import check_run, git_commit
 
 RECORD = "recipe.json"
-PACKAGES = ("megatron-k2", "megatron-core", "torch", "emerging-optimizers", "numpy")
+PACKAGES = (
+    *("megatron-k2", "megatron-core", "torch"),
+    *("emerging-optimizers", "transformer-engine", "numpy"),
+)
 
 
 def write_record(recipe: Recipe, save: str, start_from: str | None, changed: list[str]) -> Path:

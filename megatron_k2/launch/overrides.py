@@ -23,7 +23,6 @@ FIXED = {
     "phase.source",
 }
 """Not to be set: what names the recipe, and what follows from the phase."""
-OFFLOADS = {"layout.activation_offload", "layout.optimizer_offload"}
 
 
 def settable(recipe: Recipe) -> dict[str, Any]:
@@ -81,8 +80,8 @@ def _rebuilt(recipe: Recipe, changes: dict[str, dict[str, Any]], *, force: bool)
     )
     layout.check()
     if layout != recipe.layout and not recipe.is_cpu and not force:
-        typed = {f"layout.{name}" for name in changes.get("layout", {})} & OFFLOADS
-        layout = fit_to_memory(layout, fixed=frozenset(key.split(".")[1] for key in typed))
+        typed = {"activation_offload"} & set(changes.get("layout", {}))
+        layout = fit_to_memory(layout, fixed=frozenset({"optimizer_offload", *typed}))
     return recipe.replace(**{**changes.get("", {}), **parts, "layout": layout})
 
 

@@ -139,6 +139,7 @@ class Recipe:
         return [
             *("--preset", self.preset.name),
             *(["--yarn"] if self.phase.has_yarn else []),
+            *([] if self.is_cpu else ["--transformer-impl", "transformer_engine"]),
             *layout_flags(self.layout),
             *(speed_flags(self.layout) if self.precision == "bf16" else []),
             *memory_flags(self.layout),

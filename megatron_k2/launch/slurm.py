@@ -6,7 +6,6 @@ which is a signal before the time limit or before preemption: it saved, so the j
 again. Lost nodes are Slurm's to requeue. The same ``--save`` makes every start a resume.
 """
 
-import argparse
 import re
 import shlex
 import shutil
@@ -19,7 +18,6 @@ from megatron_k2.errors import UserError
 from megatron_k2.launch.environment import cluster_environment
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.planning.gpus import GPUS_PER_NODE
-from megatron_k2.training.flags import add_k2_arguments
 
 SECONDS_TO_SAVE = 600
 """Between the signal and the time limit: one step and one checkpoint. Ours."""
@@ -211,25 +209,6 @@ else
   exit 1
 fi
 """
-
-
-UNWRITTEN = {
-    "--fp8-activation-storage": "--set layout.fp8_storage=false plans without it",
-    "--optimizer-cpu-offload": "MuonClip keeps its states on the GPU; take a recipe of more GPUs",
-}
-"""Flags that a plan may hold and this version cannot honour, and the way out."""
-
-
-def check_flags(flags: list[str]) -> None:
-    """Refuse to submit what this version would not do as planned.
-
-    Raises:
-        UserError: naming the flag and the way out.
-    """
-    declared = add_k2_arguments(argparse.ArgumentParser())._option_string_actions
-    for flag, way_out in UNWRITTEN.items():
-        if flag in flags and flag not in declared:
-            raise UserError(f"{flag} is planned, and not written in this version; {way_out}")
 
 
 def submit(script: str, save: str) -> str:

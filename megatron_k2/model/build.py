@@ -19,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
+from megatron_k2.fp8.storage import store_activations
 from megatron_k2.model.moe import BalancedFinalize
 from megatron_k2.model.spec import decoder_block_spec, mtp_block_spec
 
@@ -30,6 +31,8 @@ class K2ModelConfig(GPTModelConfig):
     builder: ClassVar[str] = "megatron_k2.model.build.K2ModelBuilder"
     latent_norm_epsilon: float = 1e-6
     """Epsilon of the RMSNorms on q's and kv's latents; the released modeling code has 1e-6."""
+    fp8_activation_storage: bool = False
+    """Keep two kinds of activations in FP8 for backward, see ``fp8/storage.py``."""
 
 
 class K2ModelBuilder(GPTModelBuilder):
@@ -53,7 +56,7 @@ class K2ModelBuilder(GPTModelBuilder):
             post_process = is_vp_last_stage(vp_stage=vp_stage, vp_size=vp_size) and (
                 is_pp_last_stage(pg_collection.pp)
             )
-        return build_gpt_model(
+        model = build_gpt_model(
             config.transformer,
             vocab_size=config.vocab_size,
             max_sequence_length=config.seq_length,
@@ -64,6 +67,9 @@ class K2ModelBuilder(GPTModelBuilder):
             post_process=post_process,
             vp_stage=vp_stage,
         )
+        if config.fp8_activation_storage:
+            store_activations(model)
+        return model
 
 
 def build_gpt_model(
@@ -106,10 +112,19 @@ def model_config_from_args(args: Namespace) -> K2ModelConfig:
 
     config: Any = gpt_config_from_args(args, model_config_cls=K2ModelConfig)
     config.latent_norm_epsilon = args.latent_norm_epsilon
+    config.fp8_activation_storage = args.fp8_activation_storage
     transformer = config.transformer
+    if args.fp8_activation_storage:
+        # SwiGLU as one operation, which saves its input and nothing else; the CPU's flags have it
+        # as a chain. The forward pass computes the same.
+        transformer.bias_activation_fusion = True
     transformer.beta_fast = args.yarn_mla_beta_fast
     transformer.beta_slow = args.yarn_mla_beta_slow
     transformer.original_max_position_embeddings = args.yarn_mla_original_max_position_embeddings
+    if transformer.transformer_impl == "transformer_engine" and args.muonclip:
+        # TE's attention then returns S_max. Only the model's config says so: Megatron's --qk-clip
+        # and --log-max-attention-logit would also start its own clip after each step.
+        transformer.log_max_attention_logit = True
     transformer.finalize_model_grads_func = BalancedFinalize(
         finalize_model_grads, rule=args.moe_bias_rule
     )

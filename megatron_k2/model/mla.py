@@ -1,9 +1,10 @@
-"""Multi-head latent attention for the local path, with whole down-projections."""
+"""Multi-head latent attention: the modules as the spec names them, whole down-projections."""
 
 from typing import Any, override
 
 import torch
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import (
     MLASelfAttention,
     MLASelfAttentionSubmodules,
@@ -13,27 +14,17 @@ from torch import Tensor
 from megatron_k2.model.linear import ReplicatedLinear
 
 
-class K2SelfAttention(MLASelfAttention):
-    """Megatron's MLA with replicated q and kv down-projections, and K2's latent norm epsilon.
-
-    Upstream's local path shards the down-projections by column and gathers their output. The
-    gather's backward pass only splits, but each tensor-parallel rank uses the shared rotary key
-    for its own heads alone, so the last ``qk_pos_emb_head_dim`` rows of the kv down-projection get
-    one rank's share of their gradient (``multi_latent_attention.py:739``, 0.19.2;
-    ``tests/parallel/test_upstream_mla_gradients.py`` shows it). Here every rank holds them whole,
-    as Transformer Engine's "duplicated" mode does.
-    """
+class LatentAttention(MLASelfAttention):
+    """Megatron's MLA with the modules as the spec names them, and K2's latent norm epsilon."""
 
     def __init__(self, *args: Any, latent_norm_epsilon: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = self.config
-        if config.q_lora_rank is not None:
-            self.linear_q_down_proj = self._replicated(config.q_lora_rank)
-            self.q_layernorm.eps = latent_norm_epsilon
-        self.linear_kv_down_proj = self._replicated(
-            config.kv_lora_rank + config.qk_pos_emb_head_dim
-        )
-        self.kv_layernorm.eps = latent_norm_epsilon
+        for name in ("q", "kv"):
+            norm = getattr(self, f"{name}_layernorm", None)
+            if isinstance(norm, IdentityOp):  # fused into the projection that follows it
+                norm = getattr(self, f"linear_{name}_up_proj")
+            if norm is not None:
+                norm.eps = latent_norm_epsilon
 
     @override
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
@@ -50,14 +41,6 @@ class K2SelfAttention(MLASelfAttention):
             "kv_layernorm": submodules.kv_layernorm,
         }
 
-    def _replicated(self, output_size: int) -> ReplicatedLinear:
-        return ReplicatedLinear(
-            self.config.hidden_size,
-            output_size,
-            config=self.config,
-            init_method=self.config.init_method,
-        )
-
     @override
     def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         q_compressed, kv_combined = super()._qkv_down_projection(hidden_states)
@@ -70,3 +53,32 @@ class K2SelfAttention(MLASelfAttention):
         )
         k_pos_emb = copy_to_tensor_model_parallel_region(k_pos_emb, group=self.pg_collection.tp)
         return q_compressed, torch.cat([latent, k_pos_emb], dim=-1)
+
+
+class K2SelfAttention(LatentAttention):
+    """The local path's MLA, with replicated q and kv down-projections.
+
+    Upstream's local path shards the down-projections by column and gathers their output. The
+    gather's backward pass only splits, but each tensor-parallel rank uses the shared rotary key
+    for its own heads alone, so the last ``qk_pos_emb_head_dim`` rows of the kv down-projection get
+    one rank's share of their gradient (``multi_latent_attention.py:739``, 0.19.2;
+    ``tests/parallel/test_upstream_mla_gradients.py`` shows it). Here every rank holds them whole,
+    as Transformer Engine's "duplicated" mode does.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
+        if config.q_lora_rank is not None:
+            self.linear_q_down_proj = self._replicated(config.q_lora_rank)
+        self.linear_kv_down_proj = self._replicated(
+            config.kv_lora_rank + config.qk_pos_emb_head_dim
+        )
+
+    def _replicated(self, output_size: int) -> ReplicatedLinear:
+        return ReplicatedLinear(
+            self.config.hidden_size,
+            output_size,
+            config=self.config,
+            init_method=self.config.init_method,
+        )

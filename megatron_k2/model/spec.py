@@ -1,6 +1,6 @@
 """The decoder as Megatron module specs: the only place that chooses whose modules are used."""
 
-from typing import Any, override
+from typing import Any, Protocol, override
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
@@ -23,17 +23,41 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from megatron_k2.compat import require_transformer_engine
 from megatron_k2.errors import UserError
 from megatron_k2.model.attention import MLACoreAttention
 from megatron_k2.model.experts import GroupedExperts
-from megatron_k2.model.mla import K2SelfAttention
+from megatron_k2.model.mla import K2SelfAttention, LatentAttention
 from megatron_k2.model.norm import RMSNorm
 
 DEFAULT_LATENT_NORM_EPSILON = 1e-6
 
 
+class Backend(Protocol):
+    """What a family of modules says of itself, beyond Megatron's ``BackendSpecProvider``."""
+
+    latent_attention: type[LatentAttention]
+
+    def down_projection(self) -> Any:
+        """To a latent, whole on every tensor-parallel rank."""
+
+    def up_projection(self) -> Any:
+        """From a latent; may hold the latent's norm."""
+
+    def latent_norm(self) -> Any:
+        """Between the two, where it is a module of its own."""
+
+    def pre_mlp_norm(self, *, is_moe: bool) -> Any:
+        """Before the experts or the dense SwiGLU."""
+
+    def checkpoint_names(self, *, is_moe: bool) -> dict[str, str]:
+        """Prefixes of parameters -> prefixes in a checkpoint, where they differ."""
+
+
 class LocalBackend(LocalSpecProvider):
     """Megatron's own modules, with those that K2 on this path needs from us."""
+
+    latent_attention: type[LatentAttention] = K2SelfAttention
 
     @override
     def layer_norm(
@@ -51,13 +75,40 @@ class LocalBackend(LocalSpecProvider):
         del moe_use_grouped_gemm
         return GroupedExperts
 
+    def down_projection(self) -> Any:
+        """A stand-in of the right signature; ``K2SelfAttention`` builds the replicated one."""
+        return self.column_parallel_linear()
 
-def _backend(config: MLATransformerConfig) -> LocalBackend:
+    def up_projection(self) -> Any:
+        """Without the norm."""
+        return self.column_parallel_linear()
+
+    def latent_norm(self) -> Any:
+        """A module of its own."""
+        return RMSNorm
+
+    def pre_mlp_norm(self, *, is_moe: bool) -> Any:
+        """A module of its own in either kind of layer."""
+        del is_moe
+        return RMSNorm
+
+    def checkpoint_names(self, *, is_moe: bool) -> dict[str, str]:
+        """As they are."""
+        del is_moe
+        return {}
+
+
+def _backend(config: MLATransformerConfig) -> Any:
+    """A ``Backend`` that is also Megatron's ``BackendSpecProvider``."""
     if config.transformer_impl == "local":
         return LocalBackend()
+    if config.transformer_impl == "transformer_engine":
+        require_transformer_engine()
+        from megatron_k2.model.te_spec import TEBackend
+
+        return TEBackend()
     raise UserError(
-        f"--transformer-impl {config.transformer_impl}: the Transformer Engine modules of this "
-        "model are not wired in yet; use --transformer-impl local"
+        f"--transformer-impl {config.transformer_impl}: expected local or transformer_engine"
     )
 
 
@@ -66,42 +117,39 @@ def layer_spec(
 ) -> ModuleSpec:
     """One decoder layer: MLA, then a SwiGLU or the experts (report section 2.3)."""
     backend = _backend(config)
-    column, row, norm = (
-        backend.column_parallel_linear(),
-        backend.row_parallel_linear(),
-        backend.layer_norm(rms_norm=True),
-    )
     attention = ModuleSpec(
-        module=K2SelfAttention,
+        module=backend.latent_attention,
         params={
             "attn_mask_type": AttnMaskType.causal,
             "latent_norm_epsilon": latent_norm_epsilon,
         },
         submodules=MLASelfAttentionSubmodules(
-            linear_q_proj=column,
-            linear_q_down_proj=column,
-            linear_q_up_proj=column,
-            linear_kv_down_proj=column,
-            linear_kv_up_proj=column,
+            linear_q_proj=backend.column_parallel_linear(),
+            linear_q_down_proj=backend.down_projection(),
+            linear_q_up_proj=backend.up_projection(),
+            linear_kv_down_proj=backend.down_projection(),
+            linear_kv_up_proj=backend.up_projection(),
             core_attention=backend.core_attention(),
-            linear_proj=row,
-            q_layernorm=norm,
-            kv_layernorm=norm,
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=backend.latent_norm(),
+            kv_layernorm=backend.latent_norm(),
         ),
     )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=backend.layer_norm(rms_norm=True, has_residual=True),
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=backend.pre_mlp_norm(is_moe=is_moe),
             mlp=get_mlp_module_spec_for_backend(
                 backend=backend,
                 num_experts=config.num_moe_experts if is_moe else None,
                 moe_grouped_gemm=config.moe_grouped_gemm,
+                use_te_activation_func=config.use_te_activation_func,
             ),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=backend.checkpoint_names(is_moe=is_moe),
         ),
     )
 

@@ -136,25 +136,28 @@ class DistributedMuonClip(DistributedOptimizer):
         if self._max_logits is not None:
             self._max_logits.start(self._data_cp_group)
         self.num_steps += 1
-        self._muon_step()
+        self.domain.run(self._directions, self._apply)
         if self._max_logits is not None:
             self._max_logits.finish()
             self._qk_clip(self._max_logits)
         return super().step_with_ready_grads()
 
-    def _muon_step(self) -> None:
-        settings = self._settings
-        directions = {}
-        for param, (main, _) in self._main_of.items():
-            directions[param] = update_momentum(
+    def _directions(self, params: list[torch.nn.Parameter]) -> dict[torch.nn.Parameter, Tensor]:
+        settings, found = self._settings, {}
+        for param in params:
+            main, _ = self._main_of[param]
+            found[param] = update_momentum(
                 self._momentum_of(main), main.grad, settings.momentum, settings.nesterov
             )
             main.grad = None  # AdamW, which the host runs next, passes over it
-        for param, update in self.domain.run(directions).items():
+        return found
+
+    def _apply(self, updates: dict[torch.nn.Parameter, Tensor]) -> None:
+        for param, update in updates.items():
             main, group = self._main_of[param]
             rows, cols = self.domain.block_shape(param)
-            scale = rms_match_scale(rows, cols, settings.scale_factor)
-            apply_update(main, update.to(main.dtype), group["lr"], group["weight_decay"], scale)
+            scale = rms_match_scale(rows, cols, self._settings.scale_factor)
+            apply_update(main, update, group["lr"], group["weight_decay"], scale)
 
     def _qk_clip(self, max_logits: MaxLogits) -> None:
         for param, scale in row_scales(max_logits, self._settings):
@@ -209,8 +212,10 @@ class DistributedMuonClip(DistributedOptimizer):
                     values.copy_(torch.cat([box.reshape(-1) for box in boxes[name]]))
                 if "muon_peak" in boxes:
                     self.domain.peaks_of(param).copy_(boxes["muon_peak"][0].reshape(-1))
-        for group in self.optimizer.param_groups:
-            if "step" in group:  # Transformer Engine's FusedAdam
+        if not isinstance(self.optimizer, torch.optim.AdamW):
+            # Transformer Engine's FusedAdam counts in the group, which has no count before its
+            # first step; without one the bias corrections would start again.
+            for group in self.optimizer.param_groups:
                 group["step"] = num_steps
         for state in self.optimizer.state.values():
             if "step" in state:  # torch's AdamW

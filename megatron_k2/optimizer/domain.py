@@ -1,7 +1,7 @@
 """The ranks that share matrices, and the exchange among them, built from process groups."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,19 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_k2.optimizer.exchange import MatrixExchange
+from megatron_k2.optimizer.coefficients import coefficient_set
+from megatron_k2.optimizer.exchange import MatrixExchange, joined
+from megatron_k2.optimizer.gram_restarts import restart_segments
 from megatron_k2.optimizer.newton_schulz import orthogonalize
 from megatron_k2.optimizer.param_groups import K2_OPTIONS, MatrixOptions, MatrixSpec, as_matrix
-from megatron_k2.optimizer.plan import Domain, Placement, Plan, make_plan
+from megatron_k2.optimizer.plan import (
+    Domain,
+    Placement,
+    Plan,
+    held,
+    make_plan,
+    matrix_placements,
+)
 from megatron_k2.optimizer.qk_clip import GroupedQueryMode
 
 
@@ -25,7 +34,7 @@ class MuonClipSettings:
     """μ."""
     nesterov: bool
     coefficients: str
-    """A key of ``newton_schulz.COEFFICIENTS``."""
+    """A key of ``coefficients.COEFFICIENTS``."""
     steps: int
     scale_factor: float
     """Update RMS; the report's 0.2."""
@@ -43,6 +52,11 @@ class MuonClipSettings:
     """What counts as one matrix."""
     clip_grad_scope: str = "all"
     """See ``grad_scope``."""
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """Newton-Schulz steps between restarts of its Gram form."""
+        return restart_segments(coefficient_set(self.coefficients).take(self.steps), self.dtype)
 
 
 MEGATRON_COEFFICIENTS = {"simple": "jordan", "quintic": "quintic", "polar_express": "polar_express"}
@@ -101,24 +115,26 @@ class MuonDomain:
     ) -> None:
         self.matrices = list(matrices)
         domain = Domain(tensor_ranks=tensor_group.size(), data_ranks=data_group.size())
-        placements = [_placement(m, domain, is_data_replicated) for m in self.matrices]
-        self.plan: Plan = make_plan(placements, domain, settings.steps, seed_loads)
+        self._domain = domain
+        self._blocks = [_placements(m, domain, is_data_replicated) for m in self.matrices]
+        placements = [placement for blocks in self._blocks for placement in blocks]
+        self.plan: Plan = make_plan(placements, domain, settings.segments, seed_loads)
         device = self.matrices[0].param.device if self.matrices else torch.device("cpu")
-        num_blocks = sum(len(placement.block_shapes) for placement in placements)
-        self.peaks = torch.zeros(num_blocks, device=device) if settings.has_idle_floor else None
+        self.peaks = (
+            torch.zeros(len(placements), device=device) if settings.has_idle_floor else None
+        )
 
-        def newton_schulz(batch: Tensor) -> Tensor:
+        def newton_schulz(batch: Tensor, norms: Tensor) -> Tensor:
             return orthogonalize(
                 batch,
                 coefficients=settings.coefficients,
                 steps=settings.steps,
                 dtype=settings.dtype,
+                norms=norms,
             )
 
         self.exchange = MatrixExchange(
             placements,
-            [m.spec for m in self.matrices],
-            [as_matrix(m.param.shape) for m in self.matrices],
             self.plan,
             domain,
             _joint_group(data_group, tensor_group, domain),
@@ -127,21 +143,55 @@ class MuonDomain:
             newton_schulz,
             self.peaks,
         )
-        self._blocks = {
-            m.param: p.block_shapes for m, p in zip(self.matrices, placements, strict=True)
-        }
         self._index = {m.param: i for i, m in enumerate(self.matrices)}
-        counts = [len(placement.block_shapes) for placement in placements]
-        self._first_block = list(itertools.accumulate(counts, initial=0))
+        counts = [len(blocks) for blocks in self._blocks]
+        self._first = list(itertools.accumulate(counts, initial=0))
+        self._param_of = [
+            m.param for m, count in zip(self.matrices, counts, strict=True) for _ in range(count)
+        ]
+        self._own_blocks = {m.param: self._find_own_blocks(i) for i, m in enumerate(self.matrices)}
 
-    def run(self, directions: dict[torch.nn.Parameter, Tensor]) -> dict[torch.nn.Parameter, Tensor]:
-        """``MatrixExchange.run`` keyed by parameter."""
-        results = self.exchange.run({self._index[p]: part for p, part in directions.items()})
-        return {self.matrices[index].param: part for index, part in results.items()}
+    def run(
+        self,
+        directions: Callable[[list[torch.nn.Parameter]], dict[torch.nn.Parameter, Tensor]],
+        apply: Callable[[dict[torch.nn.Parameter, Tensor]], None],
+    ) -> None:
+        """``MatrixExchange.run`` by parameter.
+
+        Args:
+            directions: given some of the parameters this rank has a part of, the flat part of each
+                one's direction. Called once a bucket.
+            apply: takes the same part of each one's update, in the exchange's dtype.
+        """
+
+        def parts(members: list[int]) -> dict[int, Tensor]:
+            own = dict.fromkeys(self._param_of[i] for i in members)
+            whole = directions([param for param in own if self._own_blocks[param]])
+            return {
+                index: direction.narrow(0, offset, length)
+                for param, direction in whole.items()
+                for index, offset, length in self._own_blocks[param]
+            }
+
+        def apply_parts(results: dict[int, Tensor]) -> None:
+            own = dict.fromkeys(self._param_of[i] for i in results)
+            apply({p: joined([results[i] for i, _, _ in self._own_blocks[p]]) for p in own})
+
+        self.exchange.run(parts, apply_parts)
+
+    def _find_own_blocks(self, i: int) -> list[tuple[int, int, int]]:
+        """Matrices of a parameter this rank has a part of: placement, offset in it, length."""
+        found, offset = [], 0
+        for number, placement in enumerate(self._blocks[i], start=self._first[i]):
+            start, end = held(placement, self._domain, self.exchange.rank)
+            if end > start:
+                found.append((number, offset, end - start))
+                offset += end - start
+        return found
 
     def block_shape(self, param: torch.nn.Parameter) -> tuple[int, int]:
         """[rows, cols] of each whole matrix in ``param`` (gate and up, or heads, have the same)."""
-        return self._blocks[param][0]
+        return self._blocks[self._index[param]][0].shape
 
     def pieces(self, param: torch.nn.Parameter) -> tuple[tuple[int, int], ...]:
         """[start, end) of the flat shard of ``param`` on each data-parallel rank."""
@@ -150,29 +200,33 @@ class MuonDomain:
     def peaks_of(self, param: torch.nn.Parameter) -> Tensor:
         """This parameter's idle-floor state, a view: one value a whole matrix."""
         assert self.peaks is not None
-        first = self._first_block[self._index[param]]
-        return self.peaks[first : first + len(self._blocks[param])]
+        i = self._index[param]
+        return self.peaks[self._first[i] : self._first[i + 1]]
 
     def share_peaks(self) -> None:
         """Give every rank the homes' idle-floor state; elsewhere it is not kept up."""
         if self.peaks is None:
             return
-        for m, home in zip(self.matrices, self.plan.homes, strict=True):
-            if home != self.exchange.rank:
-                self.peaks_of(m.param).zero_()
+        is_home = [home == self.exchange.rank for home in self.plan.homes]
+        self.peaks.mul_(torch.tensor(is_home, device=self.peaks.device))
         if self.exchange.group.size() > 1:
             dist.all_reduce(self.peaks, op=dist.ReduceOp.MAX, group=self.exchange.group)
 
 
-def _placement(m: MatrixParameter, domain: Domain, is_data_replicated: bool) -> Placement:
-    shape = m.spec.whole_shape(as_matrix(m.param.shape), domain.tensor_ranks)
-    return Placement(
+def _placements(m: MatrixParameter, domain: Domain, is_data_replicated: bool) -> list[Placement]:
+    template = Placement(
         name=m.name,
-        block_shapes=(shape,) * m.spec.whole_blocks(domain.tensor_ranks),
+        shape=as_matrix(m.param.shape),
         pieces=m.pieces,
-        is_tensor_parallel=m.spec.partition_dim >= 0 and domain.tensor_ranks > 1,
+        partition_dim=m.spec.partition_dim,
         bucket=m.bucket,
         is_data_replicated=is_data_replicated,
+    )
+    return matrix_placements(
+        template,
+        m.spec.num_blocks,
+        is_listed=m.spec.is_listed,
+        tensor_ranks=domain.tensor_ranks,
     )
 
 

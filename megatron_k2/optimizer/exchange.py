@@ -3,9 +3,8 @@
 None where every matrix of the bucket lies whole at home already (``expert_layout``).
 
 Outward, every rank sends each home the pieces of its matrices; the home puts them together,
-orthogonalises matrices of one shape in one batch, and sends each rank its part of the result. All
-buckets' outward exchanges are started at once and finished in order, so that while one bucket is
-orthogonalised the next one's pieces and the last one's results are under way.
+orthogonalises matrices of one shape in one batch, and sends each rank its part of the result. While
+one bucket is orthogonalised, the next one's pieces and the last one's results are under way.
 """
 
 import itertools
@@ -18,11 +17,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_k2.optimizer.muon import idle_factor
-from megatron_k2.optimizer.newton_schulz import frobenius_norm
-from megatron_k2.optimizer.param_groups import MatrixSpec
-from megatron_k2.optimizer.plan import Domain, Placement, Plan, lies_whole_on, sends
+from megatron_k2.optimizer.newton_schulz import batch_size
+from megatron_k2.optimizer.plan import (
+    Domain,
+    Placement,
+    Plan,
+    held,
+    holders,
+    lies_whole_on,
+    sends,
+)
 
-Orthogonalize = Callable[[Tensor], Tensor]
+Orthogonalize = Callable[[Tensor, Tensor], Tensor]
+Directions = Callable[[list[int]], dict[int, Tensor]]
+Apply = Callable[[dict[int, Tensor]], None]
 
 
 @dataclass
@@ -44,24 +52,21 @@ class MatrixExchange:
     """The planned exchange of one domain.
 
     Args:
-        placements: all Muon parameters of the domain, the same on each of its ranks.
-        specs: layout of each, in the same order.
-        local_shapes: [rows, cols] of each one's tensor-parallel shard.
+        placements: all Muon matrices of the domain, the same on each of its ranks.
         plan: their homes.
         domain: shape of the domain.
         group: its process group; group rank r is domain rank r.
         dtype: of what is sent and orthogonalised.
         device: where the parameters are.
-        orthogonalize: [k, rows, cols] -> the same shape.
-        peaks: state of Muon's idle floor, fp32, one a whole matrix in the placements' order; only
-            the entries of this rank's home matrices are used. ``None``: no floor.
+        orthogonalize: [k, rows, cols] -> the same shape; its second argument, [k] fp32, takes the
+            matrices' norms.
+        peaks: state of Muon's idle floor, fp32, one a placement; only the entries of this rank's
+            home matrices are used. ``None``: no floor.
     """
 
     def __init__(
         self,
         placements: Sequence[Placement],
-        specs: Sequence[MatrixSpec],
-        local_shapes: Sequence[tuple[int, int]],
         plan: Plan,
         domain: Domain,
         group: dist.ProcessGroup,
@@ -70,13 +75,11 @@ class MatrixExchange:
         orthogonalize: Orthogonalize,
         peaks: Tensor | None = None,
     ) -> None:
-        self._placements, self._specs, self._shapes = placements, specs, local_shapes
-        self._homes, self._domain, self.group = plan.homes, domain, group
+        self._placements, self._homes = placements, plan.homes
+        self._domain, self.group = domain, group
         self._dtype, self._device, self._orthogonalize = dtype, device, orthogonalize
         self._peaks = peaks
-        counts = [len(placement.block_shapes) for placement in placements]
-        self._first_block = list(itertools.accumulate(counts, initial=0))
-        self._block_ids: dict[tuple[int, ...], Tensor] = {}
+        self._positions: dict[tuple[int, ...], Tensor] = {}
         self.rank = group.rank()
         """This rank in the domain."""
         self._buckets: dict[int, list[int]] = defaultdict(list)
@@ -90,50 +93,50 @@ class MatrixExchange:
         self.num_orthogonalized = 0
         """Matrices this rank has orthogonalised, over all steps."""
 
-    def run(self, directions: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Orthogonalise what all ranks of the domain hold together.
+    def run(self, directions: Directions, apply: Apply) -> None:
+        """Orthogonalise what all ranks of the domain hold together, a bucket after another.
+
+        While one bucket is orthogonalised, the next one's pieces and the last one's results are
+        under way, and no others: that bounds the memory of a step.
 
         Args:
-            directions: for each placement this rank holds a part of, that part of the direction,
-                flat.
-
-        Returns:
-            For the same placements the same part of U Vᵀ, flat, in the exchange's dtype.
+            directions: given placements of one bucket, for each that this rank holds a part of that
+                part of the direction, flat.
+            apply: takes for the same placements the same part of U Vᵀ, flat, in the exchange's
+                dtype.
         """
         if self._domain.size == 1:
-            return self._run_alone(directions)
-        outward = {
-            bucket: self._send_outward(members, directions)
-            for bucket, members in self._buckets.items()
-        }
-        homeward = {
-            bucket: self._send_back(members, self._at_home(members, outward.pop(bucket)))
-            for bucket, members in self._buckets.items()
-        }
-        return {
-            index: part
-            for bucket, members in self._buckets.items()
-            for index, part in self._unpack(members, homeward.pop(bucket)).items()
-        }
+            for members in self._buckets.values():
+                apply(self._alone(directions(members)))
+            return
+        buckets = list(self._buckets.values())
+        outward = [self._send_outward(members, directions) for members in buckets[:1]]
+        homeward: list[tuple[list[int], _Transfer]] = []
+        for number, members in enumerate(buckets):
+            outward += [
+                self._send_outward(after, directions) for after in buckets[number + 1 :][:1]
+            ]
+            results = self._at_home(members, outward.pop(0))
+            homeward.append((members, self._send_back(members, results)))
+            del results
+            if number:
+                apply(self._unpack(*homeward.pop(0)))
+        for members, transfer in homeward:
+            apply(self._unpack(members, transfer))
 
-    def _run_alone(self, directions: dict[int, Tensor]) -> dict[int, Tensor]:
-        """``run`` in a domain of one rank: every matrix lies whole at its home, nothing moves."""
+    def _alone(self, directions: dict[int, Tensor]) -> dict[int, Tensor]:
+        """In a domain of one rank every matrix lies whole at its home, and nothing moves."""
         whole = {
-            index: self._specs[index].assemble([part.to(self._dtype).view(self._shapes[index])])
-            for index, part in directions.items()
+            index: directions.pop(index).to(self._dtype).view(self._placements[index].shape)
+            for index in list(directions)  # popped, so that fp32 and the copy are not all alive
         }
-        return {
-            index: self._specs[index].own_part(matrices, 0, 1).flatten()
-            for index, matrices in self._newton_schulz(whole).items()
-        }
-
-    def _piece(self, index: int, rank: int) -> tuple[int, int]:
-        return self._placements[index].pieces[self._domain.coordinates(rank)[0]]
+        return {index: X.flatten() for index, X in self._newton_schulz(whole).items()}
 
     def _sends(self, index: int, rank: int) -> bool:
         return sends(self._placements[index], self._domain, self._homes[index], rank)
 
-    def _send_outward(self, members: list[int], directions: dict[int, Tensor]) -> _Transfer:
+    def _send_outward(self, members: list[int], make: Directions) -> _Transfer:
+        directions = make(members)
         parts: list[list[Tensor]] = [[] for _ in range(self._domain.size)]
         for index in members:
             if index in directions and self._sends(index, self.rank):
@@ -146,13 +149,13 @@ class MatrixExchange:
         return self._start(members, parts, sizes)
 
     def _length(self, index: int, rank: int) -> int:
-        start, end = self._piece(index, rank)
+        start, end = held(self._placements[index], self._domain, rank)
         return end - start
 
-    def _at_home(self, members: list[int], transfer: _Transfer) -> dict[int, list[Tensor]]:
-        """Whole matrices of this home's placements, orthogonalised."""
+    def _at_home(self, members: list[int], transfer: _Transfer) -> dict[int, Tensor]:
+        """This home's matrices, put together and orthogonalised."""
         received = [reader(chunk) for chunk in transfer.wait()]
-        whole: dict[int, list[Tensor]] = {}
+        whole: dict[int, Tensor] = {}
         for index in members:
             if self._homes[index] != self.rank:
                 continue
@@ -161,54 +164,59 @@ class MatrixExchange:
                 if self._sends(index, rank):
                     length = self._length(index, rank)
                     shards[self._domain.coordinates(rank)[1]].append(received[rank](length))
-            flat = [_joined(shards[tensor_rank]) for tensor_rank in sorted(shards)]
-            spec, shape = self._specs[index], self._shapes[index]
-            whole[index] = spec.assemble([shard.view(shape) for shard in flat])
+            flat = [joined(shards[tensor_rank]) for tensor_rank in sorted(shards)]
+            whole[index] = self._assembled(self._placements[index], flat)
         return self._newton_schulz(whole)
 
-    def _newton_schulz(self, whole: dict[int, list[Tensor]]) -> dict[int, list[Tensor]]:
-        by_shape: dict[tuple[int, ...], list[tuple[int, Tensor]]] = defaultdict(list)
-        for index, matrices in whole.items():
-            for offset, matrix in enumerate(matrices):
-                by_shape[tuple(matrix.shape)].append((self._first_block[index] + offset, matrix))
-        results: dict[int, Tensor] = {}
-        for blocks in by_shape.values():
-            ids = tuple(block for block, _ in blocks)
-            batch = torch.stack([matrix for _, matrix in blocks])
-            results.update(zip(ids, self._update(batch, ids), strict=True))
-        self.num_orthogonalized += len(results)
-        return {
-            index: [results[self._first_block[index] + i] for i in range(len(matrices))]
-            for index, matrices in whole.items()
-        }
+    def _assembled(self, placement: Placement, flat: list[Tensor]) -> Tensor:
+        """The whole matrix from its tensor-parallel shards."""
+        dim = placement.partition_dim
+        if dim < 0:
+            return flat[0].view(placement.shape)
+        rows, cols = placement.shape
+        shape = (-1, cols) if dim == 0 else (rows, -1)
+        return torch.cat([shard.view(shape) for shard in flat], dim=dim)
 
-    def _update(self, batch: Tensor, ids: tuple[int, ...]) -> Tensor:
+    def _newton_schulz(self, whole: dict[int, Tensor]) -> dict[int, Tensor]:
+        by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index in whole:
+            by_shape[self._placements[index].shape].append(index)
+        results: dict[int, Tensor] = {}
+        for shape, indices in by_shape.items():
+            size = batch_size(*shape, self._dtype, self._device) or len(indices)
+            for batch in itertools.batched(indices, size):
+                matrices = torch.stack([whole[index] for index in batch])
+                results.update(zip(batch, self._update(matrices, batch), strict=True))
+        self.num_orthogonalized += len(results)
+        return {index: results[index] for index in whole}  # the order in which all ranks unpack
+
+    def _update(self, batch: Tensor, indices: tuple[int, ...]) -> Tensor:
         """U Vᵀ of each [rows, cols] of ``batch``, faded where the matrix has gone idle."""
-        update = self._orthogonalize(batch)
+        norms = torch.empty(len(indices), device=self._device)
+        update = self._orthogonalize(batch, norms)
         if self._peaks is None:
             return update
-        if ids not in self._block_ids:
-            self._block_ids[ids] = torch.tensor(ids, device=self._device)
-        where = self._block_ids[ids]
+        if indices not in self._positions:
+            self._positions[indices] = torch.tensor(indices, device=self._device)
+        where = self._positions[indices]
         peaks = self._peaks[where]
-        factor = idle_factor(frobenius_norm(batch), peaks)
+        factor = idle_factor(norms, peaks)
         self._peaks[where] = peaks
         return update.mul_(factor[:, None, None].to(update.dtype))
 
-    def _send_back(self, members: list[int], results: dict[int, list[Tensor]]) -> _Transfer:
+    def _send_back(self, members: list[int], results: dict[int, Tensor]) -> _Transfer:
         tensor_ranks = self._domain.tensor_ranks
         parts: list[list[Tensor]] = [[] for _ in range(self._domain.size)]
-        for index, matrices in results.items():
-            spec = self._specs[index]
+        for index, matrix in results.items():
+            placement = self._placements[index]
+            dim = placement.partition_dim
             shards = [
-                spec.own_part(matrices, tensor_rank, tensor_ranks).flatten()
-                for tensor_rank in range(tensor_ranks if spec.partition_dim >= 0 else 1)
+                X.flatten() for X in (matrix.chunk(tensor_ranks, dim) if dim >= 0 else [matrix])
             ]
-            for rank in range(self._domain.size):
-                start, end = self._piece(index, rank)
-                if end > start:
-                    shard = shards[self._domain.coordinates(rank)[1] % len(shards)]
-                    parts[rank].append(shard[start:end])
+            for rank in holders(placement, self._domain):
+                start, end = held(placement, self._domain, rank)
+                shard = shards[self._domain.coordinates(rank)[1] % len(shards)]
+                parts[rank].append(shard[start:end])
         sizes = [0] * self._domain.size
         for index in members:
             sizes[self._homes[index]] += self._length(index, self.rank)
@@ -236,7 +244,7 @@ class MatrixExchange:
         return _Transfer(received, sizes, work, send)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def joined(parts: list[Tensor]) -> Tensor:
     """``torch.cat``, without the copy where there is one part."""
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 

@@ -10,19 +10,22 @@ says 16 stages and not which layers. Buffers are cut into Megatron's default buc
 ``--overlap-grad-reduce``; context parallelism is part of data parallelism.
 """
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_k2.errors import UserError
-from megatron_k2.optimizer.expert_layout import expert_layout
-from megatron_k2.optimizer.padding import default_bucket_size
-from megatron_k2.optimizer.plan import Domain, Placement, make_plan, shard_pieces
+from megatron_k2.optimizer.coefficients import coefficient_set
+from megatron_k2.optimizer.gram_restarts import restart_segments
+from megatron_k2.optimizer.padding import buffer_layouts, default_bucket_size
+from megatron_k2.optimizer.plan import (
+    Domain,
+    Placement,
+    make_plan,
+    matrix_placements,
+    shard_pieces,
+)
 from megatron_k2.optimizer.stage_plan import DomainPlan, StagePlan
 from megatron_k2.planning.shapes import Weight, rank_weights, stage_layers
 from megatron_k2.presets import ModelPreset
@@ -58,7 +61,7 @@ class Role:
     """Dimension split over tensor-parallel ranks, -1 if whole."""
 
 
-def check_layout(p: ModelPreset, layout: Layout) -> None:
+def check_plannable(p: ModelPreset, layout: Layout) -> None:
     """Refuse what cannot be laid out.
 
     Raises:
@@ -82,13 +85,6 @@ def check_layout(p: ModelPreset, layout: Layout) -> None:
     ):
         if number % divisor:
             raise UserError(f"{what} {number} does not divide by {flag} = {divisor}; change {flag}")
-
-
-def split_layers(num_layers: int, num_stages: int) -> list[range]:
-    """Consecutive layers of each stage, as even as can be, the longer stages last."""
-    sizes = [len(layers) for layers in stage_layers(num_layers, num_stages)][::-1]
-    ends = itertools.accumulate(sizes)
-    return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
 def weight_roles(
@@ -116,37 +112,6 @@ def _first_and_numel(buffer: Any, bucket: int) -> tuple[int, int]:
     return first, last - first
 
 
-def _placement(
-    weight: Weight, role: Role, pieces: Any, bucket: int, tensor_ranks: int
-) -> Placement:
-    rows, cols = weight.shape[0] // role.num_blocks, weight.shape[1]
-    if role.partition_dim == 0:
-        rows *= tensor_ranks
-    elif role.partition_dim == 1:
-        cols *= tensor_ranks
-    is_split = role.partition_dim >= 0 and tensor_ranks > 1
-    return Placement("", ((rows, cols),) * role.num_blocks, pieces, is_split, bucket)
-
-
-def _buffer_layouts(weights: Sequence[Weight], layout: Layout) -> tuple[dict[Any, int], Any]:
-    """(number of each ``meta`` parameter in ``weights``, Megatron's layout of its buffers)."""
-    numbers: dict[Any, int] = {}
-    for number, weight in enumerate(weights):
-        param = torch.nn.Parameter(torch.empty(weight.shape, device="meta", dtype=torch.bfloat16))
-        param.allreduce = not (weight.is_expert and layout.ep > 1)  # type: ignore[attr-defined]
-        numbers[param] = number
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    with expert_layout():
-        full = DistributedOptimizer.compute_full_param_layout(
-            list(numbers),
-            default_bucket_size(layout.data_ranks),
-            layout.data_ranks,
-            ddp,
-            expert_data_parallel_world_size=layout.expert_data_ranks,
-        )
-    return numbers, full.layouts
-
-
 def _plan_domain(
     buffer: Any,
     layout: Layout,
@@ -154,32 +119,30 @@ def _plan_domain(
     seed: tuple[int, ...],
     *,
     is_expert: bool,
-    steps: int,
+    segments: tuple[int, ...],
 ) -> DomainPlan:
     """Cut, place and cost one buffer; ``members`` in its order, ``seed`` FLOPs a domain rank."""
     data_ranks = layout.expert_data_ranks if is_expert else layout.data_ranks
     domain = Domain(tensor_ranks=1 if is_expert else layout.tp, data_ranks=data_ranks)
-    placements = tuple(
-        _placement(
-            weight,
-            role,
-            shard_pieces(start, end, *_first_and_numel(buffer, bucket), data_ranks),
-            bucket,
-            domain.tensor_ranks,
-        )
-        for (weight, role), (start, end, bucket) in zip(
-            members, buffer.param_index_map.values(), strict=True
-        )
-        if role.num_blocks
-    )
+    placements: list[Placement] = []
+    for (weight, role), (start, end, bucket) in zip(
+        members, buffer.param_index_map.values(), strict=True
+    ):
+        if role.num_blocks:
+            pieces = shard_pieces(start, end, *_first_and_numel(buffer, bucket), data_ranks)
+            rows, cols = weight.shape
+            template = Placement("", (rows, cols), pieces, role.partition_dim, bucket)
+            placements += matrix_placements(
+                template, role.num_blocks, is_listed=False, tensor_ranks=domain.tensor_ranks
+            )
     return DomainPlan(
         kind="expert" if is_expert else "dense",
         domain=domain,
         num_copies=layout.ep if is_expert else 1,
-        placements=placements,
-        plan=make_plan(placements, domain, steps, seed),
+        placements=tuple(placements),
+        plan=make_plan(placements, domain, segments, seed),
         seed=seed,
-        steps=steps,
+        segments=segments,
         parameters=sum(param.numel() for param in buffer.param_index_map),
         padded=buffer.bucket_indices[-1][1],
     )
@@ -192,9 +155,19 @@ def _plan_stage(
     ends = {"has_embedding": 0 in stages, "has_head": layout.pp - 1 in stages}
     weights = rank_weights(p, layers, tp=layout.tp, ep=layout.ep, **ends)
     roles = weight_roles(p, layers, ep=layout.ep, **ends)
-    numbers, buffers = _buffer_layouts(weights, layout)
+    params, buffers = buffer_layouts(
+        weights,
+        data_ranks=layout.data_ranks,
+        expert_data_ranks=layout.expert_data_ranks,
+        bucket_size=default_bucket_size(layout.data_ranks),
+        has_expert_parallel=layout.ep > 1,
+    )
+    numbers = {param: number for number, param in enumerate(params)}
     num_ranks = layout.tp * layout.data_ranks
     loads = (0,) * num_ranks
+    # A preset's flags: --muon-coefficient-type simple, --muonclip-dtype bf16.
+    jordan = coefficient_set("jordan").take(p.training.muon_ns_steps)
+    segments = restart_segments(jordan, torch.bfloat16)
     domains = []
     for key in sorted(buffers, key=lambda key: not key.is_expert_parallel):
         is_expert = key.is_expert_parallel
@@ -205,7 +178,7 @@ def _plan_stage(
             [(weights[number], roles[number]) for number in order],
             (0,) * layout.expert_data_ranks if is_expert else loads,
             is_expert=is_expert,
-            steps=p.training.muon_ns_steps,
+            segments=segments,
         )
         domains.append(found)
         loads = found.plan.loads
@@ -220,9 +193,9 @@ def plan_model(p: ModelPreset, layout: Layout) -> list[StagePlan]:
     Raises:
         UserError: if the model cannot be laid out so.
     """
-    check_layout(p, layout)
+    check_plannable(p, layout)
     alike: dict[tuple[int, int, bool, bool], list[int]] = {}
-    split = split_layers(p.num_layers, layout.pp)
+    split = stage_layers(p.num_layers, layout.pp)
     for stage, layers in enumerate(split):
         num_dense = sum(layer < p.num_dense_layers for layer in layers)
         key = (len(layers), num_dense, stage == 0, stage == layout.pp - 1)

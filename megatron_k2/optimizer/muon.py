@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_k2.optimizer.newton_schulz import frobenius_norm, orthogonalize
+from megatron_k2.optimizer.newton_schulz import orthogonalize
 
 RMS_MATCH_FACTOR = 0.2
 """K2 report, Algorithm 1; AdamW's usual update RMS is 0.2 to 0.4 (Moonlight, section 2.2)."""
@@ -162,9 +162,12 @@ def muon_step(
         idle_floor: see ``idle_factor``.
     """
     direction = update_momentum(momentum, grad, mu, nesterov)
-    update = orthogonalize(direction, coefficients=coefficients, steps=steps, dtype=dtype)
+    norms = direction.new_empty(direction.shape[:-2], dtype=torch.float32)
+    update = orthogonalize(
+        direction, coefficients=coefficients, steps=steps, dtype=dtype, norms=norms
+    )
     if peak_norm is not None and idle_floor > 0:
-        factor = idle_factor(frobenius_norm(direction), peak_norm, idle_floor)
+        factor = idle_factor(norms, peak_norm, idle_floor)
         update = update * factor[..., None, None].to(update.dtype)
     rows, cols = weight.shape[-2:]
     apply_update(weight, update, lr, weight_decay, rms_match_scale(rows, cols))

@@ -3,14 +3,16 @@
 Megatron's own layout function, with our expert layout in it, runs on ``meta`` parameters.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_k2.optimizer.expert_layout import expert_layout
-from megatron_k2.planning.shapes import rank_weights, stage_layers
+from megatron_k2.planning.shapes import Weight, rank_weights, stage_layers
 from megatron_k2.presets import ModelPreset
 
 
@@ -32,6 +34,38 @@ class BufferSize:
 def default_bucket_size(data_ranks: int) -> int:
     """Elements; Megatron's, with ``--overlap-grad-reduce`` (training.py:1562)."""
     return max(40_000_000, 1_000_000 * data_ranks)
+
+
+def buffer_layouts(
+    weights: Sequence[Weight],
+    *,
+    data_ranks: int,
+    expert_data_ranks: int,
+    bucket_size: int | None,
+    has_expert_parallel: bool,
+) -> tuple[list[torch.nn.Parameter], dict[Any, Any]]:
+    """A ``meta`` parameter for each weight, and Megatron's layout of their buffers.
+
+    Args:
+        weights: of one rank, in the order of Megatron's modules.
+        data_ranks: data x context parallel.
+        expert_data_ranks: ranks that hold the same experts.
+        bucket_size: see ``whole_matrix_layout``.
+        has_expert_parallel: otherwise experts sit among the dense parameters.
+    """
+    params = []
+    for weight in weights:
+        param = torch.nn.Parameter(torch.empty(weight.shape, device="meta", dtype=torch.bfloat16))
+        param.allreduce = not (weight.is_expert and has_expert_parallel)  # type: ignore[attr-defined]
+        params.append(param)
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, grad_reduce_in_fp32=True, bucket_size=bucket_size
+    )
+    with expert_layout():
+        full = DistributedOptimizer.compute_full_param_layout(
+            params, bucket_size, data_ranks, ddp, expert_data_parallel_world_size=expert_data_ranks
+        )
+    return params, full.layouts
 
 
 def stage_buffers(
@@ -66,25 +100,16 @@ def stage_buffers(
         has_embedding=stage == 0,
         has_head=stage == pp - 1,
     )
-    params = []
-    for weight in weights:
-        param = torch.nn.Parameter(torch.empty(weight.shape, device="meta", dtype=torch.bfloat16))
-        param.allreduce = not weight.is_expert  # type: ignore[attr-defined]
-        params.append(param)
-    ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, grad_reduce_in_fp32=True, bucket_size=bucket_size
+    _, layouts = buffer_layouts(
+        weights,
+        data_ranks=world_size // (tp * pp),
+        expert_data_ranks=world_size // (pp * ep),
+        bucket_size=bucket_size,
+        has_expert_parallel=ep > 1,
     )
-    with expert_layout():
-        full = DistributedOptimizer.compute_full_param_layout(
-            params,
-            bucket_size,
-            world_size // (tp * pp),
-            ddp,
-            expert_data_parallel_world_size=world_size // (pp * ep),
-        )
     return {
         "expert" if key.is_expert_parallel else "dense": _size(layout)
-        for key, layout in full.layouts.items()
+        for key, layout in layouts.items()
     }
 
 

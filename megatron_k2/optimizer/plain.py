@@ -4,6 +4,7 @@ Each matrix is still orthogonalised only once, at its home, which sends the resu
 ranks. Megatron's registry (``muonclip.register``) builds it.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, override
 
@@ -16,6 +17,9 @@ from megatron_k2.optimizer.domain import MatrixParameter, MuonClipSettings, Muon
 from megatron_k2.optimizer.max_logits import MaxLogits
 from megatron_k2.optimizer.muon import apply_updates, rms_match_scale, update_momenta
 from megatron_k2.optimizer.param_groups import MatrixSpec
+
+BUCKET_SIZE = 40_000_000
+"""Elements exchanged together: Megatron's own, so that a step's memory is bounded as over ZeRO."""
 
 
 class MuonClip(torch.optim.Optimizer):
@@ -44,10 +48,17 @@ class MuonClip(torch.optim.Optimizer):
         own = [p for group in self.param_groups for p in group["params"]]
         is_expert = any(not getattr(p, "allreduce", True) for p in own)
         data_group = pg_collection.expt_dp if is_expert else pg_collection.dp_cp
+        before = itertools.accumulate((p.numel() for p in own), initial=0)
         self._domain = MuonDomain(
             [
-                MatrixParameter(names[p], p, specs[p], ((0, p.numel()),) * data_group.size(), 0)
-                for p in own
+                MatrixParameter(
+                    names[p],
+                    p,
+                    specs[p],
+                    ((0, p.numel()),) * data_group.size(),
+                    first // BUCKET_SIZE,
+                )
+                for p, first in zip(own, before, strict=False)
             ],
             data_group,
             pg_collection.expt_tp if is_expert else pg_collection.tp,
@@ -63,19 +74,22 @@ class MuonClip(torch.optim.Optimizer):
         """One step on this rank's fp32 parameters; collective over tensor and data parallel."""
         if self._has_attention:
             self._max_logits.start(self._data_cp_group)
-        settings = self._settings
-        params = [matrix.param for matrix in self._domain.matrices]
-        mains = [_main(param) for param in params]
-        momenta = [self._momentum_of(main) for main in mains]
-        gradients = [main.grad for main in mains]
-        directions = update_momenta(momenta, gradients, settings.momentum, settings.nesterov)
-        flat = [direction.flatten() for direction in directions]
-        self._apply(self._domain.run(dict(zip(params, flat, strict=True))))
+        self._domain.run(self._directions, self._apply)
         if self._has_attention:
             self._max_logits.finish()
             # On the fp32 weights, before Megatron casts them to the model's dtype.
-            for param, factors in row_scales(self._max_logits, settings):
+            for param, factors in row_scales(self._max_logits, self._settings):
                 _main(param).mul_(factors.view(-1, *[1] * (param.ndim - 1)))
+
+    def _directions(self, params: list[torch.nn.Parameter]) -> dict[torch.nn.Parameter, Tensor]:
+        mains = [_main(param) for param in params]
+        directions = update_momenta(
+            [self._momentum_of(main) for main in mains],
+            [main.grad for main in mains],
+            self._settings.momentum,
+            self._settings.nesterov,
+        )
+        return {p: part.flatten() for p, part in zip(params, directions, strict=True)}
 
     def _apply(self, updates: dict[torch.nn.Parameter, Tensor]) -> None:
         """Weights of one parameter group and one RMS scale together."""
@@ -89,7 +103,7 @@ class MuonClip(torch.optim.Optimizer):
             key = (group["lr"], group["weight_decay"], scale)
             weights, values = alike.setdefault(key, ([], []))
             weights.append(main)
-            values.append(update.view(main.shape).to(main.dtype))
+            values.append(update.view(main.shape))
         for (lr, weight_decay, scale), (weights, values) in alike.items():
             apply_updates(weights, values, lr, weight_decay, scale)
 

@@ -12,7 +12,7 @@ rank stays there while that costs no balance: then nothing is sent at all.
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_k2.optimizer.newton_schulz import newton_schulz_flops
 
@@ -22,17 +22,20 @@ BALANCE_SLACK = 1.05
 
 @dataclass(frozen=True)
 class Placement:
-    """One Muon parameter of a domain: its size, and who holds which part."""
+    """One Muon matrix of a domain: its size, and who holds which part."""
 
     name: str
-    block_shapes: tuple[tuple[int, int], ...]
-    """[rows, cols] of each whole matrix in it: one, or gate and up."""
+    """Of its parameter; gate and up of a fused weight, or its heads, share it."""
+    shape: tuple[int, int]
+    """[rows, cols] of the whole matrix."""
     pieces: tuple[tuple[int, int], ...]
-    """[start, end) of the flat tensor-parallel shard, a data-parallel rank each; (0, 0) if none."""
-    is_tensor_parallel: bool
-    """Split over the tensor-parallel ranks; otherwise each of them holds the same."""
+    """[start, end) of its flat tensor-parallel shard, a data-parallel rank each; (0, 0) if none."""
+    partition_dim: int
+    """Dimension split over the tensor-parallel ranks; -1: each of them that has it has all."""
     bucket: int
-    """Parameters of one bucket are exchanged together."""
+    """Matrices of one bucket are exchanged together."""
+    tensor_rank: int | None = None
+    """The only tensor-parallel rank that has it (a head); None: all have it, or a part."""
     is_data_replicated: bool = False
     """Every data-parallel rank holds the whole shard (no ZeRO): one copy is sent, all get the
     result."""
@@ -87,18 +90,66 @@ def shard_pieces(
     return tuple(pieces)
 
 
-def cost(placement: Placement, steps: int) -> int:
-    """FLOPs of orthogonalising all of ``placement``'s matrices, in the form that is cheaper."""
-    return sum(newton_schulz_flops(rows, cols, steps) for rows, cols in placement.block_shapes)
+def matrix_placements(
+    template: Placement, num_blocks: int, *, is_listed: bool, tensor_ranks: int
+) -> list[Placement]:
+    """One placement a matrix, for a parameter that holds several stacked along the rows.
+
+    Args:
+        template: of the parameter's shard: ``shape`` and ``pieces`` are those of all its rows on
+            one tensor-parallel rank, ``partition_dim`` that of each matrix.
+        num_blocks: matrices, or parts of them, on each tensor-parallel rank.
+        is_listed: the ranks' blocks are whole matrices that follow one another (heads).
+        tensor_ranks: size of the tensor-parallel group.
+
+    Returns:
+        The matrices over all tensor-parallel ranks; of listed ones, the first rank's first.
+    """
+    rows, cols = template.shape[0] // num_blocks, template.shape[1]
+    is_split = template.partition_dim >= 0 and tensor_ranks > 1
+    whole = {0: (rows * tensor_ranks, cols), 1: (rows, cols * tensor_ranks)}
+    blocks = [
+        replace(
+            template,
+            shape=whole[template.partition_dim] if is_split and not is_listed else (rows, cols),
+            pieces=tuple(_within(piece, i * rows * cols, rows * cols) for piece in template.pieces),
+            partition_dim=template.partition_dim if is_split and not is_listed else -1,
+        )
+        for i in range(num_blocks)
+    ]
+    if not (is_listed and is_split):
+        return blocks
+    return [replace(block, tensor_rank=r) for r in range(tensor_ranks) for block in blocks]
+
+
+def _within(piece: tuple[int, int], first: int, length: int) -> tuple[int, int]:
+    """The part of ``piece`` that lies in [first, first + length), counted from ``first``."""
+    start, end = max(piece[0] - first, 0), min(piece[1] - first, length)
+    return (start, end) if end > start else (0, 0)
+
+
+def cost(placement: Placement, segments: tuple[int, ...]) -> int:
+    """FLOPs of orthogonalising ``placement``'s matrix, in the form that is cheaper."""
+    return newton_schulz_flops(*placement.shape, segments)
+
+
+def held(placement: Placement, domain: Domain, rank: int) -> tuple[int, int]:
+    """[start, end) of the flat tensor-parallel shard that a domain rank holds; (0, 0) if none."""
+    data_rank, tensor_rank = domain.coordinates(rank)
+    is_elsewhere = placement.tensor_rank not in (None, tensor_rank)
+    return (0, 0) if is_elsewhere else placement.pieces[data_rank]
 
 
 def holders(placement: Placement, domain: Domain) -> list[int]:
     """Domain ranks that hold a part (each tensor rank of a replicated one)."""
+    tensor_ranks = (
+        range(domain.tensor_ranks) if placement.tensor_rank is None else [placement.tensor_rank]
+    )
     return [
         domain.rank(data_rank, tensor_rank)
         for data_rank, (start, end) in enumerate(placement.pieces)
         if end > start
-        for tensor_rank in range(domain.tensor_ranks)
+        for tensor_rank in tensor_ranks
     ]
 
 
@@ -112,10 +163,11 @@ def sends(placement: Placement, domain: Domain, home: int, rank: int) -> bool:
     """Whether ``rank`` provides its piece to ``home``: of copies, only the one beside it does."""
     home_data_rank, home_tensor_rank = domain.coordinates(home)
     data_rank, tensor_rank = domain.coordinates(rank)
-    start, end = placement.pieces[data_rank]
+    start, end = held(placement, domain, rank)
+    is_only_copy = placement.partition_dim >= 0 or placement.tensor_rank is not None
     return (
         end > start
-        and (placement.is_tensor_parallel or tensor_rank == home_tensor_rank)
+        and (is_only_copy or tensor_rank == home_tensor_rank)
         and (not placement.is_data_replicated or data_rank == home_data_rank)
     )
 
@@ -123,7 +175,7 @@ def sends(placement: Placement, domain: Domain, home: int, rank: int) -> bool:
 def make_plan(
     placements: Sequence[Placement],
     domain: Domain,
-    steps: int,
+    segments: tuple[int, ...],
     seed_loads: Sequence[int] | None = None,
 ) -> Plan:
     """Assign homes.
@@ -131,12 +183,12 @@ def make_plan(
     Args:
         placements: the same list in the same order on every rank of the domain.
         domain: its shape.
-        steps: Newton-Schulz steps.
+        segments: Newton-Schulz steps between restarts (``restart_segments``).
         seed_loads: FLOPs each rank has already from another domain, so that a rank busy with
             experts gets fewer dense matrices.
     """
     loads = list(seed_loads) if seed_loads is not None else [0] * domain.size
-    costs = [cost(placement, steps) for placement in placements]
+    costs = [cost(placement, segments) for placement in placements]
     mean = (sum(loads) + sum(costs)) / domain.size
     homes = [-1] * len(placements)
     moving = []

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megatron_k2.optimizer.newton_schulz import newton_schulz_flops
 from megatron_k2.optimizer.plan import Domain, Placement, Plan, cost, holders, sends
 
 EXCHANGE_BYTES = 2
@@ -42,7 +41,8 @@ class DomainPlan:
     plan: Plan
     seed: tuple[int, ...]
     """FLOPs of each rank before this domain's; they are in ``plan.loads``."""
-    steps: int
+    segments: tuple[int, ...]
+    """Newton-Schulz steps between restarts."""
     parameters: int
     """Elements a tensor-parallel rank's buffers hold for ZeRO-1 to share, AdamW's included."""
     padded: int
@@ -60,7 +60,7 @@ class DomainPlan:
     @property
     def num_matrices(self) -> int:
         """Matrices of one such domain."""
-        return sum(len(placement.block_shapes) for placement in self.placements)
+        return len(self.placements)
 
     @property
     def mean_load(self) -> float:
@@ -69,14 +69,9 @@ class DomainPlan:
 
     @property
     def largest_item(self) -> int:
-        """FLOPs of the costliest parameter: what has one home (gate and up have one together)."""
-        return max((cost(placement, self.steps) for placement in self.placements), default=0)
-
-    @property
-    def largest_matrix(self) -> int:
         """FLOPs of the costliest matrix."""
-        shapes = {shape for placement in self.placements for shape in placement.block_shapes}
-        return max((newton_schulz_flops(*shape, self.steps) for shape in shapes), default=0)
+        costs = {p.shape: cost(p, self.segments) for p in self.placements}
+        return max(costs.values(), default=0)
 
     @property
     def imbalance(self) -> float:
@@ -103,10 +98,8 @@ class DomainPlan:
             "flops_mean": mean,
             "flops_max": largest,
             "flops_largest_item": self.largest_item,
-            "flops_largest_matrix": self.largest_matrix,
             "max_over_mean": largest / mean if mean else 1.0,
             "max_over_item_bound": self.imbalance,
-            "max_over_matrix_bound": largest / max(mean, self.largest_matrix, 1),
             "padding": self.padded / self.parameters if self.parameters else 1.0,
             "exchange_out_mean_bytes": sum(self.traffic.sent_out) / self.domain.size,
             "exchange_out_max_bytes": max(self.traffic.sent_out + self.traffic.received_out),
@@ -137,7 +130,6 @@ class StagePlan:
     def summary(self) -> dict[str, Any]:
         """For JSON."""
         mean, largest = sum(self.loads) / len(self.loads), max(self.loads)
-        bound = max(mean, *(domain.largest_item for domain in self.domains))
         return {
             "stages": list(self.stages),
             "layers": self.num_layers,
@@ -146,9 +138,20 @@ class StagePlan:
             "domains": [domain.summary() for domain in self.domains],
             "flops_mean": mean,
             "flops_max": largest,
+            "flops_floor": self.floor,
             "max_over_mean": largest / mean if mean else 1.0,
-            "max_over_item_bound": largest / bound if bound else 1.0,
+            "max_over_floor": largest / self.floor if self.floor else 1.0,
         }
+
+    @property
+    def floor(self) -> float:
+        """FLOPs that some rank has under any plan that leaves experts where they lie.
+
+        The mean, or the costliest dense matrix on top of the experts of the idlest rank.
+        """
+        mean = sum(self.loads) / len(self.loads)
+        last = self.domains[-1]
+        return max(mean, min(last.seed) + last.largest_item)
 
 
 def exchange_traffic(

@@ -16,8 +16,11 @@ from torch import Tensor
 SymmetricMethod = Literal["none", "blocks", "triton"]
 
 NUM_ROW_BLOCKS = 4
-MIN_BLOCKED_ROWS = 128
-"""Below this the mirror copies cost more than the saved FLOPs."""
+MIN_BLOCKED_FLOPS = {torch.bfloat16: 1 << 29, torch.float16: 1 << 29}
+"""A product of fewer FLOPs is formed whole: the copies cost more than is saved (one thread of an
+AMD EPYC: bf16 0.92x at 512³, 1.15x at 512² x 1792; fp32 0.98x at 128² x 448, 1.19x at 256³)."""
+MIN_BLOCKED_FLOPS_WIDE = 1 << 25
+"""The same in fp32 and fp64."""
 TRITON_TILE = 64
 """Rows and columns of one tile of the Triton kernel."""
 
@@ -46,18 +49,25 @@ def product(
         from megatron_k2.optimizer.triton_symmetric import symmetric_product
 
         return symmetric_product(A, B, add=add, beta=beta, alpha=alpha)
-    if symmetric == "blocks" and A.shape[-2] >= MIN_BLOCKED_ROWS:
+    if symmetric == "blocks" and _is_worth_blocks(A.shape[-2], A.shape[-1], A.dtype):
         return _blocked_product(A, B, add, beta, alpha)
     if symmetric not in ("none", "blocks"):
         raise ValueError(f"symmetric={symmetric!r}: expected none, blocks or triton")
     return _gemm(A, B, add, beta, alpha)
 
 
-def _gemm(A: Tensor, B: Tensor, add: Tensor | None, beta: float, alpha: float) -> Tensor:
+def _is_worth_blocks(rows: int, inner: int, dtype: torch.dtype) -> bool:
+    return 2 * rows * rows * inner >= MIN_BLOCKED_FLOPS.get(dtype, MIN_BLOCKED_FLOPS_WIDE)
+
+
+def _gemm(
+    A: Tensor, B: Tensor, add: Tensor | None, beta: float, alpha: float, out: Tensor | None = None
+) -> Tensor:
     if add is None:
-        return A @ B if alpha == 1.0 else (A @ B).mul_(alpha)
+        result = torch.matmul(A, B, out=out)
+        return result if alpha == 1.0 else result.mul_(alpha)
     fused = torch.addmm if A.ndim == 2 else torch.baddbmm
-    return fused(add, A, B, beta=beta, alpha=alpha)
+    return fused(add, A, B, beta=beta, alpha=alpha, out=out)
 
 
 def _blocked_product(A: Tensor, B: Tensor, add: Tensor | None, beta: float, alpha: float) -> Tensor:
@@ -65,8 +75,13 @@ def _blocked_product(A: Tensor, B: Tensor, add: Tensor | None, beta: float, alph
     C = A.new_empty(*A.shape[:-1], rows)
     for start, end in row_blocks(rows, -(-rows // NUM_ROW_BLOCKS)):
         addend = None if add is None else add[..., start:end, start:]
-        C[..., start:end, start:] = _gemm(
-            A[..., start:end, :], B[..., :, start:], addend, beta, alpha
+        _gemm(
+            A[..., start:end, :],
+            B[..., :, start:],
+            addend,
+            beta,
+            alpha,
+            out=C[..., start:end, start:],
         )
         C[..., end:, start:end] = C[..., start:end, end:].mT
     return C
@@ -77,9 +92,11 @@ def row_blocks(rows: int, block: int) -> list[tuple[int, int]]:
     return [(start, min(start + block, rows)) for start in range(0, rows, block)]
 
 
-def num_computed_elements(rows: int, symmetric: SymmetricMethod) -> int:
-    """Elements of a symmetric [rows, rows] result that are computed and not copied."""
-    if symmetric == "none" or (symmetric == "blocks" and rows < MIN_BLOCKED_ROWS):
+def num_computed_elements(
+    rows: int, inner: int, symmetric: SymmetricMethod, dtype: torch.dtype
+) -> int:
+    """Elements of a symmetric [rows, rows] result of that inner size computed and not copied."""
+    if symmetric == "none" or (symmetric == "blocks" and not _is_worth_blocks(rows, inner, dtype)):
         return rows * rows
     block = TRITON_TILE if symmetric == "triton" else -(-rows // NUM_ROW_BLOCKS)
     return sum((end - start) * (rows - start) for start, end in row_blocks(rows, block))

@@ -1,8 +1,12 @@
 """What a layer keeps for its backward, tensor by tensor, on the Transformer Engine path.
 
 One row a tensor that autograd holds from forward to backward, bytes a token of a micro-batch, bf16
-unless said. Rows follow Megatron-Core 0.19.2's modules; a tensor that two modules keep is one row.
-Selective recompute and FP8 storage (report, section 2.4.4) act on the rows they name.
+unless said. Rows follow Megatron-Core 0.19.2's modules with its fused SwiGLU; a tensor that two
+modules keep is one row. Selective recompute and FP8 storage (report, section 2.4.4) act on the rows
+they name. Counted against autograd's own hooks in ``tests/te/test_activations.py``. The fused
+attention is not: it keeps queries, keys, values, its output and a statistic a row (cuDNN's and
+FlashAttention's papers). Transformer Engine's fused router and permutation keep less than the rows
+here, by up to one per cent of a layer.
 """
 
 from collections.abc import Iterator
@@ -12,8 +16,8 @@ from typing import Literal
 from megatron_k2.presets import ModelPreset
 
 Recompute = Literal["norm", "swiglu", "mla_up"]
-"""What is computed again: norm outputs; SwiGLU outputs; queries, keys and values from the latents
-with the latents' norms (Megatron's ``layernorm``, ``moe_act``/``mlp``, ``mla_up_proj``)."""
+"""What is computed again: norm outputs; the experts' SwiGLU outputs; queries, keys and values from
+the latents with the latents' norms (Megatron's ``layernorm``, ``moe_act``, ``mla_up_proj``)."""
 
 FP8_TILE = 128
 """Report 2.4.4: 1 x 128 tiles."""
@@ -38,13 +42,11 @@ def attention_rows(p: ModelPreset, tp: int) -> Iterator[Kept]:
     """MLA and the norm before it, of one rank."""
     heads = p.num_attention_heads // tp
     qk = p.qk_head_dim + p.qk_pos_emb_head_dim
-    yield Kept("attention norm input", BF16 * p.hidden_size / tp)
-    yield Kept("attention norm output", BF16 * p.hidden_size / tp, "norm")
+    yield from _norm_rows("attention norm", p.hidden_size / tp, "norm")
     if p.q_lora_rank is not None:
-        yield Kept("query latent", BF16 * p.q_lora_rank / tp)
-        yield Kept("query latent, normed", BF16 * p.q_lora_rank / tp, "mla_up")
-    yield Kept("key-value latent and rotary key", BF16 * (p.kv_lora_rank + p.qk_pos_emb_head_dim))
-    yield Kept("key-value latent, normed", BF16 * p.kv_lora_rank, "mla_up")
+        yield from _norm_rows("query latent", p.q_lora_rank, "mla_up")
+    yield from _norm_rows("key-value latent", p.kv_lora_rank, "mla_up")
+    yield Kept("rotary tables", 4.0 * BF16 * p.qk_pos_emb_head_dim)
     yield Kept("query", BF16 * heads * qk, "mla_up")
     yield Kept("key", BF16 * heads * qk, "mla_up")
     yield Kept("value", BF16 * heads * p.v_head_dim, "mla_up")
@@ -52,10 +54,16 @@ def attention_rows(p: ModelPreset, tp: int) -> Iterator[Kept]:
     yield Kept("softmax statistics", 4.0 * heads)
 
 
-def swiglu_rows(name: str, width: float) -> Iterator[Kept]:
+def _norm_rows(name: str, width: float, recompute: Recompute) -> Iterator[Kept]:
+    yield Kept(f"{name}, input", BF16 * width)
+    yield Kept(f"{name}, output", BF16 * width, recompute)
+    yield Kept(f"{name}, statistic", 4.0)
+
+
+def swiglu_rows(name: str, width: float, recompute: Recompute | None = None) -> Iterator[Kept]:
     """Between the projections of one SwiGLU of ``width`` on this rank."""
     yield Kept(f"{name} SwiGLU input", BF16 * 2 * width, can_be_fp8=True)
-    yield Kept(f"{name} SwiGLU output", BF16 * width, "swiglu")
+    yield Kept(f"{name} SwiGLU output", BF16 * width, recompute)
 
 
 def mlp_rows(p: ModelPreset, tp: int, *, is_moe: bool) -> Iterator[Kept]:
@@ -63,15 +71,15 @@ def mlp_rows(p: ModelPreset, tp: int, *, is_moe: bool) -> Iterator[Kept]:
 
     Experts are taken as evenly loaded: a rank then works on ``topk`` copies of each of its tokens.
     """
-    yield Kept("MLP norm input", BF16 * p.hidden_size / tp)
-    yield Kept("MLP norm output", BF16 * p.hidden_size / tp, "norm")
+    yield from _norm_rows("MLP norm", p.hidden_size / tp, "norm")
     if not is_moe:
         yield from swiglu_rows("dense", p.ffn_hidden_size / tp)
         return
-    yield Kept("router scores and map", (4.0 + 4.0 + 1.0) * p.num_moe_experts / tp)
+    yield Kept("router scores, fp32, twice", 8.0 * p.num_moe_experts / tp)
+    yield Kept("order of the tokens, int64", 8.0 * p.num_moe_experts / tp)
+    yield Kept("chosen experts and their weights", (4 * 8.0 + 2 * 4.0) * p.moe_router_topk / tp)
     yield Kept("expert input", BF16 * p.moe_router_topk * p.hidden_size / tp, can_be_fp8=True)
-    yield from swiglu_rows("expert", p.moe_router_topk * p.moe_ffn_hidden_size / tp)
-    yield Kept("routing weights", 4.0 * p.moe_router_topk / tp)
+    yield from swiglu_rows("expert", p.moe_router_topk * p.moe_ffn_hidden_size / tp, "swiglu")
     yield from swiglu_rows("shared expert", p.moe_shared_expert_intermediate_size / tp)
 
 
@@ -79,7 +87,7 @@ def head_rows(p: ModelPreset, tp: int) -> Iterator[Kept]:
     """Final norm, output head and loss, of the last stage; held for one micro-batch only."""
     yield Kept("final norm input", BF16 * p.hidden_size / tp)
     yield Kept("final norm output", BF16 * p.hidden_size / tp)
-    yield Kept("logits and softmax", (BF16 + 4.0) * p.vocab_size / tp)
+    yield Kept("softmax over the vocabulary, fp32", 4.0 * p.vocab_size / tp)
 
 
 def kept_bytes(

@@ -11,15 +11,27 @@ import math
 from megatron_k2.errors import UserError
 from megatron_k2.planning.gpus import GPUS, GPUS_PER_NODE
 from megatron_k2.planning.memory import RESERVED_GB, rank_memory
+from megatron_k2.planning.pipeline import Shape, num_warmup
 from megatron_k2.planning.request import RunRequest
 
 STEP = 0.05
 """Fractions are chosen in twentieths."""
-MOST_ACTIVATIONS = 0.80
-"""At most this part on the host: the forward's and the backward's current micro-batches, and the
-one being prefetched, stay on the device. Ours."""
+ON_DEVICE = 3
+"""Micro-batches of a chunk whose activations are on the device at any time: the forward's, the
+backward's and the one being prefetched. Ours."""
 HOST_GB_PER_GPU = 2000 / GPUS_PER_NODE
 """Report 2.4.1: 2 TB a node."""
+
+
+def most_activations(r: RunRequest) -> float:
+    """The part of activations that can be on the host: all in flight but ``ON_DEVICE``.
+
+    Of the second rank, which holds the most; in whole ``STEP``.
+    """
+    rank = min(1, r.pp - 1)
+    shape = Shape(r.pp, r.vpp, r.num_microbatches, r.has_overlap and r.vpp > 1)
+    in_flight = min(num_warmup(shape, rank) + 1, r.num_microbatches * r.vpp)
+    return max(0, math.floor((1 - ON_DEVICE / in_flight) / STEP + 1e-9)) * STEP
 
 
 def shortfall(r: RunRequest, reserved_gb: float = RESERVED_GB) -> float:
@@ -34,7 +46,7 @@ def _least(r: RunRequest, field: str, most: float, reserved_gb: float) -> RunReq
         changed = r.replace(**{field: round(step * STEP, 2)})
         if shortfall(changed, reserved_gb) <= 0:
             return changed
-    return r.replace(**{field: most})
+    return r.replace(**{field: round(most, 2)})
 
 
 def fit_to_memory(
@@ -51,7 +63,7 @@ def fit_to_memory(
         UserError: where even all of it does not, naming what is missing and what would help.
     """
     if "activation_offload" not in fixed:
-        r = _least(r, "activation_offload", MOST_ACTIVATIONS, reserved_gb)
+        r = _least(r, "activation_offload", most_activations(r), reserved_gb)
     if shortfall(r, reserved_gb) > 0 and "optimizer_offload" not in fixed:
         r = _least(r, "optimizer_offload", 1.0, reserved_gb)
     short = shortfall(r, reserved_gb)

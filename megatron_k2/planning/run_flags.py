@@ -3,6 +3,7 @@
 Architecture and schedule are the preset's (``training/flags.py``); these come after and win.
 """
 
+from megatron_k2.errors import UserError
 from megatron_k2.planning.activations import Recompute
 from megatron_k2.planning.chunks import megatron_layout
 from megatron_k2.planning.request import RunRequest
@@ -13,8 +14,10 @@ RECOMPUTE_MODULES: dict[Recompute, str] = {
     "mla_up": "mla_up_proj",
 }
 """Megatron's names; ``moe_act`` recomputes the experts' SwiGLU, not the one dense layer's."""
-OFFLOAD_MODULES = "attn_norm mlp_norm core_attn expert_fc1 moe_act".split()
-"""Inputs that Megatron's fine-grained offload moves to the host: what the plan counts as kept."""
+OFFLOAD_MODULES = "attn_norm mlp_norm core_attn".split()
+EXPERT_OFFLOAD_MODULES = "expert_fc1 moe_act".split()
+"""Inputs that Megatron's fine-grained offload moves to the host. The experts' are either stored in
+FP8 or moved, not both (``fp8/storage.py``); the report does both, and the plan counts so."""
 
 
 def layout_flags(r: RunRequest) -> list[str]:
@@ -32,7 +35,11 @@ def layout_flags(r: RunRequest) -> list[str]:
 
 
 def memory_flags(r: RunRequest) -> list[str]:
-    """Recompute and offload; FP8 storage of activations."""
+    """Recompute and offload; FP8 storage of activations.
+
+    Raises:
+        UserError: where the plan asks for what the flags cannot give.
+    """
     flags: list[str] = []
     if r.recompute:
         names = [RECOMPUTE_MODULES[name] for name in RECOMPUTE_MODULES if name in r.recompute]
@@ -40,10 +47,15 @@ def memory_flags(r: RunRequest) -> list[str]:
     if r.fp8_storage:
         flags += ["--fp8-activation-storage"]
     if r.activation_offload:
-        flags += ["--fine-grained-activation-offloading", "--offload-modules", *OFFLOAD_MODULES]
+        experts = [] if r.fp8_storage else EXPERT_OFFLOAD_MODULES
+        flags += ["--fine-grained-activation-offloading", "--offload-modules"]
+        flags += [*OFFLOAD_MODULES, *experts]
     if r.optimizer_offload:
-        flags += ["--optimizer-cpu-offload", "--optimizer-offload-fraction"]
-        flags += [str(r.optimizer_offload), "--overlap-cpu-optimizer-d2h-h2d"]
+        raise UserError(
+            f"the plan has {r.optimizer_offload:.0%} of the optimizer's states on the host, which "
+            "MuonClip cannot do yet (Megatron's hybrid optimizer keeps AdamW's states only); take "
+            "more GPUs, or larger ones, until --optimizer-offload 0 fits"
+        )
     return flags
 
 

@@ -20,7 +20,7 @@ from megatron_k2.planning.estimate import (
     chunk_costs,
     estimate,
 )
-from megatron_k2.planning.fit import MOST_ACTIVATIONS
+from megatron_k2.planning.fit import most_activations
 from megatron_k2.planning.gpus import GPUS, GPUS_PER_NODE
 from megatron_k2.planning.memory import (
     GRADIENT_BYTES,
@@ -34,8 +34,8 @@ from megatron_k2.planning.request import RunRequest
 from megatron_k2.presets import ModelPreset
 
 MICRO_BATCHES = (1, 2, 4)
-OFFLOADS = ((0.0, 0.0), (MOST_ACTIVATIONS, 0.0), (MOST_ACTIVATIONS, 0.5), (MOST_ACTIVATIONS, 1.0))
-"""(activations, optimizer states) on the host: tried in turn until a layout fits."""
+OPTIMIZER_OFFLOADS = (0.0, 0.5, 1.0)
+"""Parts of the optimizer's states on the host, tried in turn, behind all the activations there."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,9 @@ def _fitting(r: RunRequest, a: Assumptions) -> tuple[RunRequest | None, int, flo
     memory = quick_memory(r)
     kept = [(recompute, _kept(r, memory, recompute)) for recompute in RECOMPUTES]
     chosen, num_fitting = None, 0
-    for activations, optimizer in OFFLOADS:
+    most = round(most_activations(r), 2)
+    offloads = [(0.0, 0.0), *((most, part) for part in OPTIMIZER_OFFLOADS)]
+    for activations, optimizer in offloads:
         states = memory.fixed + memory.optimizer * (1 - optimizer)
         fits = [recompute for recompute, size in kept if states + size * (1 - activations) <= room]
         num_fitting = max(num_fitting, len(fits))
@@ -184,7 +186,8 @@ def _fitting(r: RunRequest, a: Assumptions) -> tuple[RunRequest | None, int, flo
             chosen = r.replace(
                 recompute=fits[0], activation_offload=activations, optimizer_offload=optimizer
             )
-    return chosen, num_fitting, memory.fixed + min(size for _, size in kept) * (1 - activations)
+    least = memory.fixed + min(size for _, size in kept) * (1 - most)
+    return chosen, num_fitting, least
 
 
 def search(base: RunRequest, a: Assumptions | None = None, top: int = 10) -> Found:

@@ -6,10 +6,12 @@ the user typed, so that the user's flags win. The program then sees nothing but 
 """
 
 import argparse
+import importlib.util
 from pathlib import Path
 
 from megatron_k2.data.manifest import DataManifest, read_manifest
 from megatron_k2.errors import UserError
+from megatron_k2.fp8.compute import recipe_flags
 from megatron_k2.presets import ModelPreset, YarnScaling, get_preset
 
 CPU_FLAGS = (
@@ -25,6 +27,18 @@ LOCAL_CUDA_FLAGS = (
     "--no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion"
 ).split()
 """CUDA without Transformer Engine or apex."""
+
+TE_CUDA_FLAGS = (
+    "--distributed-backend nccl --transformer-impl transformer_engine --moe-grouped-gemm "
+    "--moe-permute-fusion --moe-router-fusion --cross-entropy-loss-fusion "
+    "--cross-entropy-fusion-impl native --attention-backend fused --no-rope-fusion"
+).split()
+"""CUDA with Transformer Engine. ``fused`` is cuDNN's attention: MuonClip's maximum logits turn
+FlashAttention off, and ``auto`` could then fall back to holding every logit in memory. Megatron's
+fused rotary embedding of MLA knows YaRN only; TE's cross entropy is refused by Megatron."""
+
+APEX_WEIGHT_GRADIENTS = "fused_weight_gradient_mlp_cuda"
+"""apex's extension, without which the output head cannot add its gradient up in its product."""
 
 
 def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -99,6 +113,12 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         choices=["sign", "mean-sign"],
         default="sign",
         help="router bias update: DeepSeek-V3's, or Moonlight's with the mean sign taken out",
+    )
+    group.add_argument(
+        "--fp8-activation-storage",
+        action="store_true",
+        help="keep the inputs of the routed experts' up-projection and of SwiGLU for backward in "
+        "FP8 (E4M3, 1x128 tiles, fp32 scales), as the report does; computation is untouched",
     )
     group.add_argument(
         "--console",
@@ -182,8 +202,11 @@ def data_flags(directory: str, manifest: DataManifest) -> list[str]:
     return [*flags, "--tokenizer-type", "NullTokenizer", "--null-tokenizer-eod-id", eod]
 
 
-def platform_flags(*, cuda: bool) -> list[str]:
-    """What the machine needs, whatever the model."""
+def platform_flags(*, cuda: bool, transformer_impl: str = "local") -> list[str]:
+    """What the machine and the family of modules need, whatever the model."""
+    if cuda and transformer_impl == "transformer_engine":
+        has_apex = importlib.util.find_spec(APEX_WEIGHT_GRADIENTS) is not None
+        return [*TE_CUDA_FLAGS, *([] if has_apex else ["--no-gradient-accumulation-fusion"])]
     return list(LOCAL_CUDA_FLAGS if cuda else CPU_FLAGS)
 
 
@@ -212,18 +235,22 @@ def expand(argv: list[str], *, cuda: bool) -> list[str]:
     """The plain flag list that Megatron's parser and ours read.
 
     Args:
-        argv: what the user typed: ``--preset``, ``--data``, ``--yarn`` and any Megatron flag.
+        argv: what the user typed: ``--preset``, ``--data``, ``--yarn``, ``--fp8-compute`` and any
+            Megatron flag.
         cuda: whether this machine has CUDA.
 
     Raises:
-        UserError: unknown preset, ``--yarn`` without its numbers, unusable data directory, or a
-            vocabulary that does not match.
+        UserError: unknown preset or FP8 recipe, ``--yarn`` without its numbers, unusable data
+            directory, or a vocabulary that does not match.
     """
     preset_name, rest = _take(argv, "--preset")
     directory, rest = _take(rest, "--data")
     yarn = "--yarn" in rest
     rest = [flag for flag in rest if flag != "--yarn"]
-    flags = platform_flags(cuda=cuda)
+    fp8_recipe, rest = _take(rest, "--fp8-compute")
+    implementation = last_value(rest, "--transformer-impl") or "local"
+    flags = platform_flags(cuda=cuda, transformer_impl=implementation)
+    flags += recipe_flags(fp8_recipe) if fp8_recipe is not None else []
     if yarn and preset_name is None:
         raise UserError(
             "--yarn takes its numbers from a preset; give --preset, or --rope-type yarn"

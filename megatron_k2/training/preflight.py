@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_k2.compat import installed_version
+from megatron_k2.compat import installed_version, require_transformer_engine
 from megatron_k2.data.storage import write_atomically
 from megatron_k2.errors import UserError
+from megatron_k2.fp8.compute import check_fp8
 from megatron_k2.parallel.layout import LayoutRequest, check_layout
 
 RUN_RECORD = "run.json"
@@ -53,6 +54,9 @@ def read_flags(flags: list[str]) -> argparse.Namespace:
     parser.add_argument("--pipeline-model-parallel-layout", default=None)
     parser.add_argument("--no-overlap-p2p-communication", action="store_true")
     parser.add_argument("--fp4-format", default=None)
+    parser.add_argument("--fp8-format", default=None)
+    parser.add_argument("--transformer-impl", default="local")
+    parser.add_argument("--moe-router-dtype", default=None)
     parser.add_argument("--preset", default=None)
     parser.add_argument("--load", default=None)
     parser.add_argument("--save", default=None)
@@ -78,6 +82,20 @@ def check_run(flags: list[str], world_size: int) -> None:
     """
     values = read_flags(flags)
     check_layout(_layout_request(values, world_size))
+    check_fp8(
+        flags,
+        fp8_format=values.fp8_format,
+        transformer_impl=values.transformer_impl,
+        router_dtype=values.moe_router_dtype,
+        te_version=installed_version("transformer-engine"),
+    )
+    if "--muonclip" in flags and "--optimizer-cpu-offload" in flags:
+        raise UserError(
+            "--optimizer-cpu-offload with MuonClip: Megatron's hybrid optimizer keeps AdamW's "
+            "states only; drop it, or train with --optimizer adam"
+        )
+    if values.transformer_impl == "transformer_engine":
+        require_transformer_engine()
     if values.load and not values.finetune:
         _check_checkpoint(Path(values.load), values)
 
@@ -142,7 +160,14 @@ def write_run_record(flags: list[str], world_size: int) -> None:
     values = read_flags(flags)
     if values.save is None:
         return
-    packages = ("megatron-k2", "megatron-core", "torch", "emerging-optimizers", "numpy")
+    packages = (
+        "megatron-k2",
+        "megatron-core",
+        "torch",
+        "emerging-optimizers",
+        "transformer-engine",
+        "numpy",
+    )
     record = {
         "schema_version": 1,
         "preset": values.preset,

@@ -42,12 +42,18 @@ def _on(machine):
 
 def test_a_laptop_trains_on_cpu_and_not_on_gpus():
     assert doctor.problems(LAPTOP) == []
-    assert _on(LAPTOP) == {"training on CPU"}
+    assert _on(LAPTOP) == {"training on CPU", "FP8 storage of activations"}
 
 
 def test_a_gpu_node_trains_on_gpus_with_fused_adam():
     assert {"training on GPUs", "fused AdamW", "symmetric products in Triton"} <= _on(NODE)
     assert "training on CPU" not in _on(NODE)
+
+
+@pytest.mark.parametrize(("version", "is_on"), [("2.20.2", True), ("2.8.0", False), (None, False)])
+def test_transformer_engine_counts_from_the_version_that_returns_maximum_logits(version, is_on):
+    machine = replace(NODE, versions=NODE.versions | {"Transformer Engine": version})
+    assert ("Transformer Engine modules and FP8 compute" in _on(machine)) == is_on
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_the_table_says_what_will_run_and_what_differs(capsys):
 
 
 def test_a_cluster_recipe_is_not_run_here(capsys):
-    assert main("launch kimi_k2_yarn_128k_256gpu_h800 --executor local".split()) == 2
+    assert main("launch kimi_k2_yarn_128k_512gpu_h800 --executor local".split()) == 2
     assert "twin for this machine is kimi_k2_yarn_128k_cpu" in capsys.readouterr().err
 
 

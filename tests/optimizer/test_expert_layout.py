@@ -23,7 +23,7 @@ K2_LAYOUTS = {
     "2048 TP1 EP64": (2048, 1, 64),
     "2048 TP1 EP16": (2048, 1, 16),
 }
-STAGES = {"embedding, dense layer": 0, "middle": 7, "three layers": 14, "head": 15}
+STAGES = {"embedding, dense layer": 0, "three layers": 1, "middle": 7, "head": 15}
 
 
 @pytest.mark.parametrize("has_buckets", [False, True], ids=["one bucket", "buckets"])

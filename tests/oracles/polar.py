@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-SPECTRA = ("gaussian", "power_1", "condition_1e3")
+SPECTRA = ("gaussian", "power_1", "power_2", "condition_1e3")
 
 
 def polar_factor(G: Tensor) -> Tensor:
@@ -27,8 +27,10 @@ def matrix_with_spectrum(rows: int, cols: int, spectrum: str, seed: int = 0) -> 
     U, S, Vh = torch.linalg.svd(X, full_matrices=False)
     values = {
         "power_1": 1.0 / torch.arange(1, len(S) + 1, dtype=torch.float64),
+        "power_2": torch.arange(1, len(S) + 1, dtype=torch.float64) ** -2,
         "condition_1e3": torch.logspace(0, -3, len(S), dtype=torch.float64),
         "half_rank": (torch.arange(len(S)) < len(S) // 2).double(),
+        "rank_one": (torch.arange(len(S)) < 1).double(),
     }[spectrum]
     return (U * values) @ Vh
 

@@ -12,11 +12,12 @@ from megatron_k2.cli import plan_run
 from megatron_k2.cli.main import main
 from megatron_k2.errors import UserError
 from megatron_k2.planning.estimate import Assumptions, estimate
-from megatron_k2.planning.fit import fit_to_memory, shortfall
+from megatron_k2.planning.fit import fit_to_memory, most_activations, shortfall
 from megatron_k2.planning.flops import model_flops_per_token, newton_schulz
 from megatron_k2.planning.gpus import GPUS, get_gpu
 from megatron_k2.planning.params import count_parameters
 from megatron_k2.planning.request import RunRequest
+from megatron_k2.planning.run_flags import megatron_flags
 from megatron_k2.planning.search import layouts, search
 from megatron_k2.planning.trace import step_lanes, trace_events
 from megatron_k2.presets import get_preset
@@ -62,12 +63,25 @@ def test_slower_assumptions_cost_time_where_they_act():
 
 def test_offload_is_the_least_that_fits_and_activations_go_first():
     r = request(vpp=2)
+    # rank 1 has 2 x 14 + 16 + 1 + 1 = 46 in flight, three of them on the device
+    assert most_activations(r) == pytest.approx(0.9)
+    assert most_activations(request(pp=1, ep=16)) == 0
     fitted = fit_to_memory(r)
     assert shortfall(fitted) <= 0
-    assert fitted.activation_offload == 0.8
-    less = fitted.replace(optimizer_offload=round(fitted.optimizer_offload - 0.05, 2))
-    assert shortfall(less) > 0
-    assert fit_to_memory(request(world=2048, vpp=2)).optimizer_offload == 0
+    assert fitted.optimizer_offload == 0
+    less = round(fitted.activation_offload - 0.05, 2)
+    assert shortfall(fitted.replace(activation_offload=less)) > 0
+    smaller = fit_to_memory(r.replace(gpu=replace(r.gpu, memory_gb=64)))
+    assert smaller.activation_offload == 0.9
+    assert shortfall(smaller) <= 0 < smaller.optimizer_offload
+
+
+def test_what_the_flags_cannot_give_is_refused_not_left_out():
+    flags = megatron_flags(fit_to_memory(request(vpp=2)))
+    assert flags[flags.index("--pipeline-model-parallel-layout") + 1].startswith("Et|tt|")
+    assert "--fp8-activation-storage" in flags
+    with pytest.raises(UserError, match="50% of the optimizer's states on the host"):
+        megatron_flags(request(vpp=2, optimizer_offload=0.5))
 
 
 def test_what_cannot_fit_names_what_would():
@@ -138,7 +152,7 @@ def test_the_plan_is_printed_and_as_json(capsys):
     assert main(argv) == 0
     text = capsys.readouterr().out
     assert "PP 16, VPP 2, EP 16" in text
-    assert "80% of activations" in text
+    assert "85% of activations, 0% of optimizer states; fits in 80 GB" in text
     assert main([*argv, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["layout"]["pipeline_layout"].startswith("Et|tt|tt")

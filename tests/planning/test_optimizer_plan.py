@@ -14,13 +14,13 @@ from megatron_k2.cli import main as cli
 from megatron_k2.optimizer.full_plan import (
     Layout,
     plan_model,
-    split_layers,
     weight_roles,
 )
 from megatron_k2.optimizer.newton_schulz import newton_schulz_flops
 from megatron_k2.optimizer.param_groups import muon_matrices
 from megatron_k2.optimizer.plan import Domain, Placement, cost, shard_pieces
 from megatron_k2.optimizer.stage_plan import exchange_traffic
+from megatron_k2.planning.shapes import stage_layers
 from megatron_k2.presets import K2_TINY, KIMI_K2
 from tests.single_rank import SMALL, build, one_rank
 
@@ -46,10 +46,10 @@ def test_every_matrix_of_k2_has_exactly_one_home(layout):
     at_home = Counter()
     for plan in plan_model(KIMI_K2, layout):
         for part in plan.domains:
-            for home, placement in zip(part.plan.homes, part.placements, strict=True):
+            assert len(part.plan.homes) == len(part.placements)
+            for home in part.plan.homes:
                 assert 0 <= home < part.domain.size
-                copies = part.num_copies * len(plan.stages)
-                at_home[part.kind] += copies * len(placement.block_shapes)
+                at_home[part.kind] += part.num_copies * len(plan.stages)
     assert at_home["expert"] == 60 * 384 * 3
     assert sum(at_home.values()) == _closed_form(KIMI_K2) == 69_668
 
@@ -73,7 +73,7 @@ def test_roles_are_those_of_a_built_model():
 
 
 def test_layers_over_sixteen_stages_are_the_stated_choice():
-    split = split_layers(61, 16)
+    split = stage_layers(61, 16)
     assert [len(layers) for layers in split] == [3, 3, 3] + [4] * 13
     assert [layer for layers in split for layer in layers] == list(range(61))
 
@@ -88,9 +88,9 @@ def test_every_element_of_a_parameter_is_in_the_shard_that_holds_its_position(st
 
 
 TINY = {
-    "column": Placement("", ((8, 3),), ((0, 5), (5, 12), (0, 0)), True, 0),
-    "replicated": Placement("", ((4, 3),), ((0, 0), (0, 7), (7, 12)), False, 0),
-    "whole": Placement("", ((2, 3),), ((0, 0), (0, 6), (0, 0)), False, 1),
+    "column": Placement("", (8, 3), ((0, 5), (5, 12), (0, 0)), 0, 0),
+    "replicated": Placement("", (4, 3), ((0, 0), (0, 7), (7, 12)), -1, 0),
+    "whole": Placement("", (2, 3), ((0, 0), (0, 6), (0, 0)), -1, 1),
 }
 
 
@@ -109,7 +109,7 @@ def _oracle(domain, placements, homes, *, counts_home=False):
                     if holder == home and not counts_home:
                         continue
                     back[home, holder] += 2
-                    if placement.is_tensor_parallel or tensor_rank == home % domain.tensor_ranks:
+                    if placement.partition_dim >= 0 or tensor_rank == home % domain.tensor_ranks:
                         out[holder, home] += 2
     ranks = range(domain.size)
     return [
@@ -142,22 +142,34 @@ def test_k2_is_planned_in_ten_seconds_within_a_twentieth_of_the_bound(world_size
             assert max(_homes_anew(part)) == max(part.loads) <= 1.05 * expected
 
 
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_both_domains_together_are_at_the_floor_of_experts_that_stay(world_size):
+    """Gate and up of the dense layer have a home each, and the busiest rank has one of them."""
+    for plan in plan_model(KIMI_K2, Layout(world_size, 1, 16, 16)):
+        experts, dense = plan.domains
+        both = [experts.loads[rank // 16] + load for rank, load in enumerate(dense.loads)]
+        heaviest = max(cost(placement, dense.segments) for placement in dense.placements)
+        floor = max(sum(both) / len(both), min(experts.loads) + heaviest)
+        assert plan.floor == pytest.approx(floor)
+        assert max(both) == max(plan.loads) <= 1.05 * floor
+
+
 def _homes_anew(part):
     """Loads from the homes, not from the plan's own sums."""
     loads = [0] * part.domain.size
     for home, placement in zip(part.plan.homes, part.placements, strict=True):
-        loads[home] += sum(newton_schulz_flops(*s, part.steps) for s in placement.block_shapes)
+        loads[home] += newton_schulz_flops(*placement.shape, part.segments)
     return loads
 
 
 def test_homes_dealt_in_turn_would_miss_the_bound():
     """The bar above can fail: more dense matrices than ranks, not placed by cost."""
-    plans = plan_model(KIMI_K2, Layout(64, 1, 16, 4))
+    plans = plan_model(KIMI_K2, Layout(96, 1, 16, 2))
     (part,) = [part for part in plans[2].domains if part.kind == "dense"]
-    assert part.domain.size == 4
-    in_turn = [0] * 4
+    assert part.domain.size == 6
+    in_turn = [0] * 6
     for index, placement in enumerate(part.placements):
-        in_turn[index % 4] += cost(placement, part.steps)
+        in_turn[index % 6] += cost(placement, part.segments)
     assert max(in_turn) > 1.05 * max(part.mean_load, part.largest_item)
     assert part.imbalance <= 1.05
 

@@ -10,11 +10,11 @@ from megatron_k2.errors import UserError
 from megatron_k2.launch.overrides import apply
 from megatron_k2.launch.recipe import DataBlend
 from megatron_k2.launch.table import resolved, source_of
-from megatron_k2.planning.dry_run import dry_run
+from megatron_k2.planning.dry_run import NEEDS_TE, dry_run
 from megatron_k2.planning.estimate import estimate
 from megatron_k2.planning.memory import rank_parameters
 from megatron_k2.planning.phases import kimi_k2_phases
-from megatron_k2.recipes import RECIPES, get_recipe
+from megatron_k2.recipes import RECIPES, get_recipe, kimi_k2
 from megatron_k2.recipes.cpu import twins
 from megatron_k2.training.flags import add_k2_arguments, last_value
 
@@ -80,13 +80,13 @@ def test_constants_are_the_reports(flag, value):
 
 def test_phases_are_chained_by_name_and_only_the_hardware_differs():
     for before, after in itertools.pairwise(PHASES):
-        assert get_recipe(f"kimi_k2_{after}_256gpu_h800").previous == (
-            f"kimi_k2_{before}_256gpu_h800"
+        assert get_recipe(f"kimi_k2_{after}_512gpu_h200").previous == (
+            f"kimi_k2_{before}_512gpu_h200"
         )
         assert get_recipe(f"kimi_k2_{after}_cpu").previous == f"kimi_k2_{before}_cpu"
     one, other = (get_recipe(f"kimi_k2_pretrain_512gpu_{gpu}") for gpu in ("h100", "h200"))
     keys = {key for key, value in resolved(one).items() if resolved(other)[key] != value}
-    assert keys == {"layout.activation_offload"}
+    assert keys <= {"layout.activation_offload"}
 
 
 def test_a_later_phase_starts_from_weights_and_resumes_from_its_own():
@@ -131,18 +131,12 @@ def test_megatron_accepts_the_twins_flags(name, monkeypatch):
     assert args.exit_signal_handler
 
 
-NOT_HERE = {"--fp8-activation-storage", "--delay-wgrad-compute"}
-NOT_HERE |= {"--overlap-moe-expert-parallel-comm", "--fine-grained-activation-offloading"}
-"""Without Transformer Engine Megatron's parser or validation refuses these."""
-
-
-def _without_te(flags):
-    """``flags`` but for ``NOT_HERE`` and the offload's list of modules."""
-    if "--offload-modules" in flags:
-        start = flags.index("--offload-modules")
-        stop = next(i for i in range(start + 1, len(flags)) if flags[i].startswith("--"))
-        flags = flags[:start] + flags[stop:]
-    return [flag for flag in flags if flag not in NOT_HERE]
+def _without_te(recipe):
+    """Flags but for those that Megatron refuses without Transformer Engine: no parameter's."""
+    layout = recipe.layout.replace(recompute=frozenset(), fp8_storage=False, activation_offload=0.0)
+    # the dry run brings mock data of its own
+    flags = recipe.replace(layout=layout, data=DataBlend("data")).pretrain_flags("runs/x")
+    return [*(flag for flag in flags if flag not in NEEDS_TE), "--transformer-impl", "local"]
 
 
 @pytest.mark.slow
@@ -151,7 +145,7 @@ def _without_te(flags):
     [
         "kimi_k2_pretrain_256gpu_h800",
         "kimi_k2_long_32k_256gpu_h800",
-        "kimi_k2_yarn_128k_256gpu_h800",
+        "kimi_k2_yarn_128k_512gpu_h800",
         "moonlight_16b_a3b_pretrain_8gpu_h100",
     ],
 )
@@ -159,8 +153,7 @@ def test_megatron_builds_every_distinct_full_size_layout_from_the_flags(name, mo
     """Its first rank; all ranks of a layout are ``tests/planning/test_dry_run.py``'s."""
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     recipe = get_recipe(name)
-    mock = recipe.replace(data=DataBlend("data"))  # the dry run brings mock data of its own
-    built = next(dry_run(recipe.layout, _without_te(mock.pretrain_flags("runs/x"))))
+    built = next(dry_run(recipe.layout, _without_te(recipe)))
     assert built.parameters == rank_parameters(recipe.layout, 0)
 
 
@@ -183,10 +176,14 @@ def test_a_wrong_assignment_is_refused_with_the_way_out(assignment, words):
 
 
 def test_a_layout_that_does_not_fit_is_refused_unless_forced():
-    recipe = get_recipe("kimi_k2_yarn_128k_256gpu_h800")
+    recipe = get_recipe("kimi_k2_pretrain_256gpu_h800")
     with pytest.raises(UserError, match=r"GB a GPU too much.*--gpu h200"):
-        apply(recipe, ["layout.vpp=2"])
-    assert apply(recipe, ["layout.vpp=2"], force=True).layout.vpp == 2
+        apply(recipe, ["layout.vpp=1", "layout.activation_offload=0"])
+    forced = apply(recipe, ["layout.vpp=1", "layout.activation_offload=0"], force=True)
+    assert (forced.layout.vpp, forced.layout.activation_offload) == (1, 0)
+    for phase, num_gpus, gpu in kimi_k2.TOO_SMALL:
+        with pytest.raises(UserError, match="GB a GPU too much"):
+            kimi_k2.kimi_k2_pretrain(num_gpus, gpu, phase)
 
 
 def test_assignments_reach_the_flags_and_the_plan_follows():

@@ -61,6 +61,12 @@ def test_a_size_that_is_missing_is_asked_for():
         check_run(["--seq-length", "64"], 1)
 
 
+def test_megatrons_optimizer_offload_is_refused_with_muonclip():
+    with pytest.raises(UserError, match=r"--optimizer-cpu-offload with MuonClip.*--optimizer adam"):
+        check("--optimizer-cpu-offload")
+    check("--optimizer-cpu-offload", "--optimizer", "adam")
+
+
 def test_a_checkpoint_of_another_preset_is_refused_with_the_fields_that_differ(tmp_path):
     save = ["--save", str(tmp_path)]
     write_run_record(expand([*TINY, *save], cuda=False), 1)

@@ -1,0 +1,158 @@
+"""Activations kept for backward in FP8: inputs of the experts' up-projection and of every SwiGLU.
+
+Kimi K2 report (arXiv:2507.20534), section on activation memory: "inputs of MoE up-projections and
+SwiGLU" are compressed to FP8-E4M3 in 1x128 tiles with fp32 scales; computation stays in bf16. So
+the forward pass is untouched, bit for bit; the backward pass reads the two tensors back with an
+error of at most 2⁻⁴ (``tiles``).
+
+It is done where autograd saves, by ``saved_tensors_hooks`` around the forward of an MLP or of the
+experts, and so for any implementation of them: Megatron's looped and our grouped ones, Transformer
+Engine's grouped product. What they save there is told apart by what it is:
+
+- it lies in the storage of the experts' input: input of the up-projection;
+- its rows are gate and up together: input of SwiGLU;
+- all else (weights, routing weights, the down-projection's input) is kept as it is.
+
+What Transformer Engine computes in FP8 it also saves in FP8, and that is kept as it is too. Of the
+dense layers and the shared experts only SwiGLU's input is taken: the report names the MoE's
+up-projections, and the shared experts' input is kept by the router anyway (not stated).
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_k2.errors import UserError
+from megatron_k2.fp8 import tiles
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A saved tensor as codes and scales."""
+
+    codes: Tensor
+    """[m, k] e4m3."""
+    scales: Tensor
+    """[m, ceil(k / 128)] fp32."""
+    dtype: torch.dtype
+    """Of what was saved, and of what backward gets."""
+
+
+def store(x: Tensor) -> StoredTensor:
+    """``x`` [m, k] quantised, by the Triton kernel on a GPU that has E4M3."""
+    kernels = _kernels(x)
+    codes, scales = kernels.quantize_tiles(x.detach())
+    return StoredTensor(codes, scales, x.dtype)
+
+
+def restore(stored: StoredTensor) -> Tensor:
+    """The matrix read back, [m, k] in its dtype."""
+    kernels = _kernels(stored.codes)
+    return kernels.dequantize_tiles(stored.codes, stored.scales, stored.dtype)
+
+
+def _kernels(x: Tensor) -> Any:
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (8, 9):
+        return tiles
+    from megatron_k2.fp8 import triton_tiles
+
+    return triton_tiles
+
+
+class ActivationStorage:
+    """The pair of hooks for one forward pass of a layer's experts or MLP.
+
+    Args:
+        hidden: its input, [..., hidden].
+        gate_up_width: columns of SwiGLU's input on this rank.
+        is_input_stored: whether the up-projection's input is taken too.
+    """
+
+    def __init__(self, hidden: Tensor, gate_up_width: int, *, is_input_stored: bool) -> None:
+        # An address identifies the storage only while it lives; ``hidden`` outlives the forward.
+        address = hidden.untyped_storage().data_ptr()
+        self._input_storage = address if is_input_stored else None
+        self._dtype = hidden.dtype
+        self._gate_up_width = gate_up_width
+
+    def pack(self, saved: Tensor) -> Tensor | StoredTensor:
+        """What autograd keeps in place of ``saved``."""
+        return store(saved) if self._is_kept_in_fp8(saved) else saved
+
+    def unpack(self, kept: Tensor | StoredTensor) -> Tensor:
+        """What backward gets."""
+        return restore(kept) if isinstance(kept, StoredTensor) else kept
+
+    def _is_kept_in_fp8(self, saved: Tensor) -> bool:
+        # Parameters and Transformer Engine's quantised tensors are classes of their own; the codes
+        # and scales it saves have other dtypes and no gradient.
+        if type(saved) is not torch.Tensor or saved.dtype != self._dtype or saved.ndim != 2:
+            return False
+        # An expert without tokens too: its empty view would keep the whole input alive.
+        is_input = saved.untyped_storage().data_ptr() == self._input_storage
+        return is_input or (saved.requires_grad and saved.shape[1] == self._gate_up_width)
+
+
+def store_activations(model: torch.nn.Module) -> None:
+    """Keep what the MLPs and experts of ``model`` save for backward in FP8, from now on.
+
+    Raises:
+        UserError: where another mechanism already moves the same tensors, or SwiGLU is a chain of
+            operations that each save their own.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, TransformerLayer):
+            continue
+        check_storable(layer.config)
+        for module, width, is_input_stored in _parts(layer.mlp):
+            _keep_in_fp8(module, 2 * width, is_input_stored=is_input_stored)
+
+
+def _parts(mlp: Any) -> Iterator[tuple[torch.nn.Module, int, bool]]:
+    """(module, its SwiGLU's width on this rank, whether its input is stored) in a layer's MLP."""
+    config = mlp.config
+    if not isinstance(mlp, MoELayer):
+        yield mlp, config.ffn_hidden_size // config.tensor_model_parallel_size, False
+        return
+    yield mlp.experts, config.moe_ffn_hidden_size // config.expert_tensor_parallel_size, True
+    if mlp.shared_experts is not None:
+        width = config.moe_shared_expert_intermediate_size // config.tensor_model_parallel_size
+        yield mlp.shared_experts, width, False
+
+
+def check_storable(config: Any) -> None:
+    """Refuse what would not be stored, or twice."""
+    if config.use_te_activation_func:
+        raise UserError(
+            "--fp8-activation-storage with --use-te-activation-func: only Megatron's fused SwiGLU "
+            "saves its input and nothing else; drop the latter"
+        )
+    if config.activation_func_fp8_input_store:
+        raise UserError(
+            "--fp8-activation-storage and Megatron's --activation-func-fp8-input-store (a cast "
+            "without scales) keep the same tensor; drop the latter"
+        )
+    moved = {"expert_fc1", "moe_act"} & set(config.offload_modules or ())
+    if config.fine_grained_activation_offloading and moved:
+        raise UserError(
+            f"--fp8-activation-storage with --offload-modules {' '.join(sorted(moved))}: both "
+            "take the experts' saved tensors; offload other modules, or drop one of the two"
+        )
+
+
+def _keep_in_fp8(module: torch.nn.Module, gate_up_width: int, *, is_input_stored: bool) -> None:
+    compute = module.forward
+
+    @functools.wraps(compute)
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        hooks = ActivationStorage(hidden, gate_up_width, is_input_stored=is_input_stored)
+        with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
+            return compute(hidden, *args, **kwargs)
+
+    module.forward = forward  # type: ignore[method-assign]

@@ -1,0 +1,95 @@
+"""Megatron's selective recomputation on this model: gradients, S_max, and the bytes it frees.
+
+The same operations run twice on the same numbers, so gradients are equal bit for bit. Not
+exercised: recomputation of the experts' activation, which needs Transformer Engine's grouped
+experts (``tests/te/test_recompute.py``); memory of a GPU.
+"""
+
+import pytest
+import torch
+
+from megatron_k2.compat import recompute_without_te
+from megatron_k2.optimizer.max_logits import MaxLogits
+from tests.saved_tensors import saved_bytes
+from tests.single_rank import SMALL, build, one_rank, randomise
+
+SEQUENCE, BATCH = 32, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rank():
+    with one_rank():
+        recompute_without_te()
+        yield
+
+
+def train(*flags):
+    """Loss, gradients by name, S_max, and bytes kept for backward, of one micro-batch."""
+    model = build(SMALL, *flags).train()
+    randomise(model)
+    maxima = MaxLogits([model])
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(SMALL.vocab_size, (BATCH, SEQUENCE + 1), generator=generator)
+    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    with saved_bytes() as total:
+        loss = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean()
+        kept = total()
+    loss.backward()
+    gradients = {name: param.grad for name, param in model.named_parameters()}
+    return loss.detach(), gradients, maxima.take(torch.distributed.group.WORLD), kept
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return train()
+
+
+def selective(*modules):
+    return ["--recompute-granularity", "selective", "--recompute-modules", *modules]
+
+
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+CASES = {
+    "norms": selective("layernorm"),
+    "dense SwiGLU": selective("mlp"),
+    "experts": selective("moe"),
+    "norms and experts": selective("layernorm", "moe"),
+    "everything": FULL,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_and_maximum_logits_are_bit_equal_and_fewer_bytes_are_kept(plain, case):
+    loss, gradients, maxima, kept = train(*CASES[case])
+    assert torch.equal(loss, plain[0])
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, plain[1][name]), name
+    assert torch.equal(maxima, plain[2])
+    assert kept < plain[3]
+
+
+def test_a_weight_that_changes_between_forward_and_recomputation_is_seen(plain):
+    """What the bit-equality above rests on."""
+    model = build(SMALL, *selective("mla_up_proj")).train()
+    randomise(model)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(SMALL.vocab_size, (BATCH, SEQUENCE + 1), generator=generator)
+    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    loss = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean()
+    up = model.decoder.layers[0].self_attention.linear_q_up_proj.weight
+    up.data.mul_(1.01)
+    loss.backward()
+    name = "decoder.layers.0.self_attention.linear_q_down_proj.weight"
+    found = dict(model.named_parameters())[name].grad
+    assert not torch.allclose(found, plain[1][name], rtol=1e-4, atol=0)
+
+
+def test_the_local_attention_keeps_copies_so_its_up_projections_free_nothing(plain):
+    """The local core attention keeps q, k and v in a layout of its own, so recomputing what they
+    were made from costs time and frees nothing. Transformer Engine's keeps what it is given.
+    """
+    loss, gradients, maxima, kept = train(*selective("mla_up_proj"))
+    assert torch.equal(loss, plain[0])
+    assert all(torch.equal(gradients[name], plain[1][name]) for name in gradients)
+    assert torch.equal(maxima, plain[2])
+    assert kept >= plain[3]

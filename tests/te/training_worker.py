@@ -1,0 +1,86 @@
+"""Training runs over the stand-ins, one after another: ``python -m tests.te.training_worker``.
+
+The argument is a JSON file: a list of ``{"flags": [...], "record": path or null}``. With ``record``
+the master weights around QK-Clip, and masters and FP8 weights after the last step, are saved there.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+
+def _fp8_weights(model):
+    """Name -> codes, inverse scales and value of each parameter that is kept in FP8."""
+    found = {}
+    for name, param in model.named_parameters():
+        if hasattr(param, "_rowwise_data"):
+            found[name] = {
+                "codes": param._rowwise_data.clone(),
+                "scale_inv": param._rowwise_scale_inv.clone(),
+                "shape": tuple(param.shape),
+            }
+    return found
+
+
+def run_case(case: dict) -> None:
+    import megatron_k2.optimizer.distributed as distributed
+    import megatron_k2.training.flags as flags_module
+    from megatron_k2.training.pretrain import run
+    from tests.parallel.worker import reset_megatron
+
+    clip = distributed.DistributedMuonClip._qk_clip
+    copy_masters = distributed.DistributedMuonClip._copy_main_params_to_model_params
+    record: dict = {"clipped": {}, "masters": {}, "weights": {}}
+
+    def recorded_clip(self, max_logits):
+        names = {p: n for chunk in self.model_chunks for n, p in chunk.named_parameters()}
+
+        def masters():
+            return {names[p]: self._shard(p)[0].clone() for p in self.model_param_group_index_map}
+
+        before = masters()
+        clip(self, max_logits)
+        record["clipped"] |= {n: (before[n], after) for n, after in masters().items()}
+
+    def recorded_copy(self):
+        """Before the all-gather: gloo's coalesced one turns the codes into bf16 numbers."""
+        copy_masters(self)
+        names = {p: n for chunk in self.model_chunks for n, p in chunk.named_parameters()}
+        for param in self.model_param_group_index_map:
+            record["masters"][names[param]] = self._shard(param)[0].clone()
+        for chunk in self.model_chunks:
+            record["weights"] |= _fp8_weights(chunk)
+
+    cpu_flags = flags_module.CPU_FLAGS
+    if case["record"]:  # FP8 primary weights start from what the GPU initialised, see check_fp8
+        flags_module.CPU_FLAGS = [f for f in cpu_flags if f != "--use-cpu-initialization"]
+        distributed.DistributedMuonClip._qk_clip = recorded_clip
+        distributed.DistributedMuonClip._copy_main_params_to_model_params = recorded_copy
+    try:
+        run([*case["flags"], "--console", "megatron"])
+    except SystemExit as end:  # how Megatron stops at --exit-interval
+        if end.code:
+            raise
+    finally:
+        flags_module.CPU_FLAGS = cpu_flags
+        distributed.DistributedMuonClip._qk_clip = clip
+        distributed.DistributedMuonClip._copy_main_params_to_model_params = copy_masters
+        reset_megatron()
+    if case["record"]:
+        torch.save(record, case["record"])
+
+
+def main() -> None:
+    from megatron_k2.fp8.compute import choose_scale_format
+    from tests.te.standin import install
+
+    choose_scale_format("blockwise")
+    install()
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        run_case(case)
+
+
+if __name__ == "__main__":
+    main()
