@@ -25,7 +25,7 @@ ON_GPU = frozenset({"optimizer_offload"})
 SOURCES = (
     ("layout.world_size", "the recipe's name; report 2.4.2: any multiple of 32 nodes"),
     ("layout.tp", "report 2.4.2 names no tensor parallelism"),
-    ("layout.pp", "report 2.4.2: 16"),
+    ("layout.pp", "report 2.4.2: PP 16 x EP 16, ZeRO-1; the rest is the planner's"),
     ("layout.vpp", "report 2.4.2: number not stated; planner: 2"),
     ("layout.ep", "report 2.4.2: 16"),
     ("layout.cp", "not stated; planner: a node's 8 GPUs at 32k and 128k"),
@@ -37,7 +37,7 @@ SOURCES = (
     ("layout.has_overlap", "report 2.4.2: interleaved 1F1B with expert parallel overlap"),
     ("phase", "planning/phases.py: report 2.5, with the choices named there"),
     ("precision", "report 2.4.2: weights bf16, gradients fp32"),
-    ("checkpoint.interval", "choice: about four hours at 256 GPUs, half an hour at 2048"),
+    ("checkpoint.interval", "choice: about three hours at 256 GPUs, half an hour at 2048"),
     ("checkpoint.retain_interval", "choice: every 10,000 steps, 0.67T tokens, for good"),
     ("checkpoint.asynchronous", "choice: exact resume is tested with synchronous saves only"),
     ("data.root", "yours"),

@@ -9,7 +9,7 @@ from megatron_k2.errors import UserError
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.launch.table import resolved
 from megatron_k2.parallel.launch import launch
-from megatron_k2.training.preflight import check_run, git_commit
+from megatron_k2.training.preflight import TRACKER, check_run, git_commit
 
 RECORD = "recipe.json"
 PACKAGES = (
@@ -51,6 +51,12 @@ def run_local(recipe: Recipe, save: str, start_from: str | None, changed: list[s
         raise UserError(
             f"{recipe.name} needs {recipe.layout.world_size} GPUs: --executor slurm; its twin "
             f"for this machine is {recipe.name.split('_' + phase)[0]}_{phase}_cpu"
+        )
+    has_start = any((Path(run) / TRACKER).is_file() for run in (save, start_from or save))
+    if start_from is not None and not has_start:
+        raise UserError(
+            f"{start_from} has no checkpoint to start from; run {recipe.previous} first, or "
+            "--start-from DIR"
         )
     check_run(recipe.to_megatron_args(save, start_from), recipe.layout.world_size)
     write_record(recipe, save, start_from, changed)

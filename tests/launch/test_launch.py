@@ -41,6 +41,13 @@ def test_a_cluster_recipe_is_not_run_here(capsys):
     assert "twin for this machine is kimi_k2_yarn_128k_cpu" in capsys.readouterr().err
 
 
+def test_a_phase_without_its_previous_one_is_refused(capsys, tmp_path):
+    argv = f"launch kimi_k2_anneal_4k_cpu --executor local --save {tmp_path}/b"
+    assert main(f"{argv} --start-from {tmp_path}/a".split()) == 2
+    assert "run kimi_k2_pretrain_cpu first" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_twin_trains_and_leaves_its_record(tmp_path):
