@@ -9,7 +9,6 @@ bytes ``test_fp8_storage.py`` counts, and a GPU's fused router and permutation.
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-from tests.te.models import TE_FLAGS, batch
 
 from megatron_k2.planning.activations import (
     attention_rows,
@@ -20,6 +19,7 @@ from megatron_k2.planning.activations import (
 from megatron_k2.presets import get_preset
 from tests import single_rank
 from tests.single_rank import build, one_rank
+from tests.te.models import TE_FLAGS, batch
 
 SEQUENCE = 256
 IN_CORE_ATTENTION = {"query", "key", "value", "softmax statistics"}
