@@ -8,11 +8,10 @@ import difflib
 import functools
 from collections.abc import Callable
 
-from megatron_k2.recipes import kimi_k2, moonlight
-from megatron_k2.recipes.cpu import cpu_twin, twins
-
 from megatron_k2.errors import UserError
 from megatron_k2.launch.recipe import Recipe
+from megatron_k2.recipes import kimi_k2, moonlight
+from megatron_k2.recipes.cpu import cpu_twin, twins
 
 
 def _cpu_twins() -> dict[str, Callable[[], Recipe]]:

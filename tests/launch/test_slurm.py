@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from megatron_k2.recipes import get_recipe
 
 from megatron_k2.errors import UserError
 from megatron_k2.launch import slurm
 from megatron_k2.launch.command import render_command
 from megatron_k2.launch.overrides import apply
 from megatron_k2.launch.slurm import Cluster, num_nodes, read_profile, render, submit
+from megatron_k2.recipes import get_recipe
 from megatron_k2.training import flags
 from tests.distributed import REPOSITORY
 

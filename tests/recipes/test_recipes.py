@@ -5,8 +5,6 @@ import sys
 from dataclasses import replace
 
 import pytest
-from megatron_k2.recipes import RECIPES, get_recipe, kimi_k2
-from megatron_k2.recipes.cpu import twins
 
 from megatron_k2.errors import UserError
 from megatron_k2.launch.overrides import apply
@@ -16,6 +14,8 @@ from megatron_k2.planning.dry_run import NEEDS_TE, dry_run
 from megatron_k2.planning.fit import shortfall
 from megatron_k2.planning.memory import rank_parameters
 from megatron_k2.planning.phases import kimi_k2_phases
+from megatron_k2.recipes import RECIPES, get_recipe, kimi_k2
+from megatron_k2.recipes.cpu import twins
 from megatron_k2.training.flags import add_k2_arguments, last_value
 
 PHASES = ("pretrain", "anneal_4k", "long_32k", "yarn_128k")
