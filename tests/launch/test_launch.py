@@ -50,7 +50,7 @@ def test_a_phase_without_its_previous_one_is_refused(capsys, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_a_twin_trains_and_leaves_its_record(tmp_path):
+def test_a_twin_trains_leaves_its_record_and_the_next_phase_goes_on_from_it(tmp_path):
     save = tmp_path / "run"
     steps = ["--set", "phase.tokens=8192"]  # four steps
     decay = ["--set", "phase.decay_tokens=4096"]
@@ -65,3 +65,10 @@ def test_a_twin_trains_and_leaves_its_record(tmp_path):
     assert record["values"]["phase.tokens"] == 8192
     assert record["versions"]["megatron-core"].startswith("0.19")
     assert "git_commit" in record
+    second = tmp_path / "second"
+    argv = ["launch", "kimi_k2_anneal_4k_cpu", "--executor", "local", "--save", str(second)]
+    assert main([*argv, "--start-from", str(save)]) == 0
+    continued = read_records(second / METRICS_FILE)
+    assert [r.iteration for r in continued] == [1, 2, 3, 4]
+    assert continued[0].loss < (records[0].loss + records[-1].loss) / 2  # not random weights again
+    assert 4e-4 > continued[0].learning_rate > continued[-1].learning_rate
