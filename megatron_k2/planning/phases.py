@@ -93,7 +93,7 @@ class Phase:
                 *f"--lr-warmup-samples {self.warmup_tokens // self.seq_length}".split(),
                 *f"--lr-wsd-decay-samples {self.decay_tokens // self.seq_length}".split(),
             ]
-        # A phase starts from the previous one's weights and momentum, at its own first step.
+        # A phase starts from the previous one's weights, at its own first step.
         return [*flags, *f"--lr-decay-style {self.shape} --lr-warmup-samples 0".split()]
 
 
