@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 def test_benchmark_prints_inputs_ceiling_and_result():
-    arguments = "--shape 64 128 --batch 2 --rounds 1 --seed 3".split()
+    arguments = "--shapes 64x128 --rounds 1 --threads 1 --seed 3".split()
     done = subprocess.run(
         [sys.executable, "benchmarks/newton_schulz.py", *arguments],
         cwd=ROOT,
@@ -27,4 +27,4 @@ def test_benchmark_prints_inputs_ceiling_and_result():
     assert "seed=3" in done.stdout
     assert any("load_average=" in line for line in lines)
     assert any(line.startswith("ceiling: ") for line in lines)
-    assert lines[-1].startswith("RESULT plain_ms=")
+    assert lines[-1].startswith("RESULT 64x128_error_ratio=")
