@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv demo test test-te check bench clean
+.PHONY: venv demo lint fast check test te-venv test-te bench clean
 
 venv: $(STAMP)
 
@@ -20,15 +20,18 @@ demo: venv
 FAST := -m "not slow and not dist and not gpu" --numprocesses 2 --dist loadfile
 ALONE := -m "(slow or dist) and not gpu"
 
-check: venv
-	$(PY) -m ruff check .
+lint: venv
+	$(PY) -m ruff check --no-cache .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+fast: venv
 	$(PY) -m pytest -q --no-showlocals $(FAST)
 
-test: venv
-	$(PY) -m pytest -q $(FAST)
-	$(PY) -m pytest -q $(ALONE)
+check: lint fast
+
+test: fast
+	$(PY) -m pytest -q --no-showlocals $(ALONE)
 
 # Transformer Engine's Python without its compiled part, over the packages of .venv (torch alone is
 # 3 GB). An environment of its own: wherever TE can be imported, Megatron uses it everywhere.
@@ -45,7 +48,9 @@ $(TE_STAMP): $(STAMP)
 	$(TE_PY) -m pip install --quiet pydantic einops onnxscript
 	@touch $@
 
-test-te: $(TE_STAMP)
+te-venv: $(TE_STAMP)
+
+test-te: te-venv
 	$(TE_PY) -m pytest -q --no-showlocals tests/te
 
 # convert_slice.py is left out: it writes 20 GB.
