@@ -16,9 +16,10 @@ $(STAMP): setup.py
 demo: venv
 	bash examples/demo/run.sh
 
-# Fast tests share the cores by file; what starts ranks or takes long runs alone.
+# Tests of one process share the cores by file; what starts ranks runs alone.
 FAST := -m "not slow and not dist and not gpu" --numprocesses 2 --dist loadfile
-ALONE := -m "(slow or dist) and not gpu"
+SLOW := -m "slow and not dist and not gpu" --numprocesses 2 --dist loadfile
+RANKS := -m "dist and not gpu"
 
 lint: venv
 	$(PY) -m ruff check --no-cache .
@@ -31,7 +32,8 @@ fast: venv
 check: lint fast
 
 test: fast
-	$(PY) -m pytest -q --no-showlocals $(ALONE)
+	$(PY) -m pytest -q --no-showlocals $(SLOW)
+	$(PY) -m pytest -q --no-showlocals $(RANKS)
 
 # Transformer Engine's Python without its compiled part, over the packages of .venv (torch alone is
 # 3 GB). An environment of its own: wherever TE can be imported, Megatron uses it everywhere.
