@@ -329,6 +329,8 @@ def cpu_host() -> Iterator[None]:
     if torch.cuda.is_available():
         raise RuntimeError("cpu_host() redirects CUDA calls; this machine has CUDA, run without it")
     require_checked_megatron()
+    with torch.device("meta"):  # here torch notes its factories, once, and knows them by identity
+        torch.empty(0)
     with contextlib.ExitStack() as stack:
         # core/jit.py binds jit_fuser = torch.compile, which has nothing to fuse for here.
         _set_environment(stack, "TORCHDYNAMO_DISABLE", "1")

@@ -180,6 +180,26 @@ def test_a_cuda_device_means_the_cpu_however_it_is_given():
         assert torch.nn.Linear(2, 2).cuda().weight.is_cpu
 
 
+def test_a_device_context_works_inside_and_afterwards():
+    """torch notes its factories when a device context is first used: they must be the originals."""
+    code = (
+        "import torch\n"
+        "from megatron_k2.parallel.cpu_host import cpu_host\n"
+        "def where():\n"
+        "    with torch.device('meta'):\n"
+        "        made = torch.empty(1), torch.ones(1), torch.tensor([1])\n"
+        "    return {tensor.device.type for tensor in made}\n"
+        "with cpu_host():\n"
+        "    assert where() == {'meta'}, where()\n"
+        "assert where() == {'meta'}, where()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()[-500:]
+
+
 def test_random_state_of_the_cpu_serves_as_that_of_cuda():
     with cpu_host():
         torch.cuda.manual_seed(3)
