@@ -180,6 +180,7 @@ def test_a_cuda_device_means_the_cpu_however_it_is_given():
         assert torch.nn.Linear(2, 2).cuda().weight.is_cpu
 
 
+@pytest.mark.slow
 def test_a_device_context_works_inside_and_afterwards():
     """torch notes its factories when a device context is first used: they must be the originals."""
     code = (
