@@ -84,8 +84,9 @@ def test_only_the_two_activations_become_smaller(make):
 
 def test_what_is_not_trained_is_not_quantised():
     experts = _stored(_grouped())
-    with torch.no_grad():
+    with torch.no_grad(), saved_bytes() as total:
         experts(inputs(SMALL.hidden_size)[0], torch.tensor(SIZES), inputs(SMALL.hidden_size)[1])
+        assert total() == 0
 
 
 def _loss(model, preset):

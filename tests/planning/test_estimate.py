@@ -131,8 +131,12 @@ def test_a_search_without_a_result_says_what_is_missing():
 
 def test_every_layout_of_the_search_passes_the_checks_of_a_launch():
     base = RunRequest(K2, GPUS["h100"], 256, 4096, 16384)
-    for r in itertools.islice(layouts(base), 0, None, 53):
+    some = list(itertools.islice(layouts(base), 0, None, 53))
+    for r in some:
         r.check()
+    assert len({(r.tp, r.pp, r.vpp, r.ep, r.cp) for r in some}) > 50
+    with pytest.raises(UserError):
+        some[0].replace(world_size=257).check()
 
 
 def test_a_trace_has_every_task_of_every_rank_in_order():

@@ -27,6 +27,8 @@ def check(*flags, world_size=1):
 
 def test_a_sound_request_passes():
     check("--global-batch-size", "16", world_size=2)
+    with pytest.raises(UserError, match="global_batch_size=15"):
+        check("--global-batch-size", "15", world_size=2)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,10 @@ def test_a_checkpoint_of_another_preset_is_refused_with_the_fields_that_differ(t
 
 def test_finetuning_from_another_directory_is_not_a_resume(tmp_path):
     write_run_record(expand([*TINY, "--save", str(tmp_path)], cuda=False), 1)
-    check("--load", str(tmp_path), "--finetune", "--hidden-size", "256")
+    other = ["--load", str(tmp_path), "--hidden-size", "256"]
+    check(*other, "--finetune")
+    with pytest.raises(UserError, match="hidden_size 128 there, 256 here"):
+        check(*other)
 
 
 def test_the_run_record_names_versions_and_flags(tmp_path):
