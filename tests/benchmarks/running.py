@@ -1,0 +1,23 @@
+"""Run a benchmark on a small input, as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def benchmark_output(name: str, arguments: str) -> str:
+    """What ``benchmarks/NAME.py ARGUMENTS`` prints; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{name}.py", *arguments.split()],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
