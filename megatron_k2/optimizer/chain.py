@@ -45,6 +45,10 @@ class MuonClipChain(GradScopeChain):
         return [shard for shard in shards if id(shard) not in muons]
 
     @override
+    def muon_of(self, optimizer: MegatronOptimizer) -> DistributedMuonClip | None:
+        return optimizer if isinstance(optimizer, DistributedMuonClip) else None
+
+    @override
     def sharded_state_dict(
         self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any
     ) -> dict[str, Any]:

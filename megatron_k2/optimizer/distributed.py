@@ -25,7 +25,7 @@ from megatron_k2.errors import UserError
 from megatron_k2.optimizer.clip_step import row_scales
 from megatron_k2.optimizer.domain import MatrixParameter, MuonClipSettings, MuonDomain
 from megatron_k2.optimizer.max_logits import MaxLogits
-from megatron_k2.optimizer.muon import apply_update, rms_match_scale, update_momentum
+from megatron_k2.optimizer.muon import apply_update, rms_match_scale, update_momenta
 from megatron_k2.optimizer.param_groups import MatrixSpec
 from megatron_k2.optimizer.param_space import sharded_pieces, sharded_scalars
 from megatron_k2.optimizer.plan import shard_pieces
@@ -40,6 +40,8 @@ class DistributedMuonClip(DistributedOptimizer):
     domain: MuonDomain
     num_steps: int
     """Optimizer steps taken, over all runs."""
+    grad_factor: float | Tensor | None = None
+    """Of this step's clip, see ``muon.update_momenta``."""
 
     @classmethod
     def adopt(
@@ -143,14 +145,17 @@ class DistributedMuonClip(DistributedOptimizer):
         return super().step_with_ready_grads()
 
     def _directions(self, params: list[torch.nn.Parameter]) -> dict[torch.nn.Parameter, Tensor]:
-        settings, found = self._settings, {}
-        for param in params:
-            main, _ = self._main_of[param]
-            found[param] = update_momentum(
-                self._momentum_of(main), main.grad, settings.momentum, settings.nesterov
-            )
+        mains = [self._main_of[param][0] for param in params]
+        directions = update_momenta(
+            [self._momentum_of(main) for main in mains],
+            [main.grad for main in mains],
+            self._settings.momentum,
+            self._settings.nesterov,
+            self.grad_factor,
+        )
+        for main in mains:
             main.grad = None  # AdamW, which the host runs next, passes over it
-        return found
+        return dict(zip(params, directions, strict=True))
 
     def _apply(self, updates: dict[torch.nn.Parameter, Tensor]) -> None:
         for param, update in updates.items():

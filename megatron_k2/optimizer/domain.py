@@ -160,16 +160,16 @@ class MuonDomain:
 
         Args:
             directions: given some of the parameters this rank has a part of, the flat part of each
-                one's direction. Called once a bucket.
+                one's direction. Called once a parameter, for some at a time.
             apply: takes the same part of each one's update, in the exchange's dtype.
         """
 
         def parts(members: list[int]) -> dict[int, Tensor]:
             own = dict.fromkeys(self._param_of[i] for i in members)
-            whole = directions([param for param in own if self._own_blocks[param]])
+            params = [param for param in own if self._own_blocks[param]]
             return {
                 index: direction.narrow(0, offset, length)
-                for param, direction in whole.items()
+                for param, direction in (directions(params) if params else {}).items()
                 for index, offset, length in self._own_blocks[param]
             }
 

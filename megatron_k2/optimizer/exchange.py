@@ -1,15 +1,19 @@
 """Flat shards to whole matrices at their homes, and back: two all-to-alls a bucket.
 
-None where every matrix of the bucket lies whole at home already (``expert_layout``).
+None where every matrix of the bucket lies whole at home already (one rank, ``expert_layout``).
 
 Outward, every rank sends each home the pieces of its matrices; the home puts them together,
 orthogonalises matrices of one shape in one batch, and sends each rank its part of the result. While
 one bucket is orthogonalised, the next one's pieces and the last one's results are under way.
+
+A step is bound by memory where it is not by matrix products. So directions are asked for, and local
+results applied, a batch of Newton-Schulz at a time: on a CPU, where a batch is chosen to fit into
+the cache, what one operation writes the next one finds there.
 """
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,12 +43,11 @@ class _Transfer:
 
     received: Tensor
     sizes: list[int]
-    work: dist.Work | None
+    work: dist.Work
     sent: Tensor = field(repr=False)  # alive until the exchange is done
 
     def wait(self) -> list[Tensor]:
-        if self.work is not None:
-            self.work.wait()
+        self.work.wait()
         return list(self.received.split(self.sizes))
 
 
@@ -97,25 +100,23 @@ class MatrixExchange:
         """Orthogonalise what all ranks of the domain hold together, a bucket after another.
 
         While one bucket is orthogonalised, the next one's pieces and the last one's results are
-        under way, and no others: that bounds the memory of a step.
+        under way, and no others: that bounds the memory of a step. Buckets of which nothing is
+        exchanged come first, while the first exchange is under way.
 
         Args:
-            directions: given placements of one bucket, for each that this rank holds a part of that
-                part of the direction, flat.
+            directions: given placements of some parameters of one bucket, for each that this rank
+                holds a part of that part of the direction, flat. Called once a parameter.
             apply: takes for the same placements the same part of U Vᵀ, flat, in the exchange's
                 dtype.
         """
-        if self._domain.size == 1:
-            for members in self._buckets.values():
-                apply(self._alone(directions(members)))
-            return
-        buckets = list(self._buckets.values())
-        outward = [self._send_outward(members, directions) for members in buckets[:1]]
+        shared = [m for bucket, m in self._buckets.items() if bucket not in self._local_buckets]
+        outward = [self._send_outward(members, directions) for members in shared[:1]]
+        for bucket in self._local_buckets:
+            for part in self._parts(self._mine(self._buckets[bucket])):
+                apply(self._alone(directions(part)))
         homeward: list[tuple[list[int], _Transfer]] = []
-        for number, members in enumerate(buckets):
-            outward += [
-                self._send_outward(after, directions) for after in buckets[number + 1 :][:1]
-            ]
+        for number, members in enumerate(shared):
+            outward += [self._send_outward(after, directions) for after in shared[number + 1 :][:1]]
             results = self._at_home(members, outward.pop(0))
             homeward.append((members, self._send_back(members, results)))
             del results
@@ -124,29 +125,57 @@ class MatrixExchange:
         for members, transfer in homeward:
             apply(self._unpack(members, transfer))
 
+    def _largest_batch(self, shape: tuple[int, int]) -> int | None:
+        return batch_size(*shape, self._dtype, self._device)
+
+    def _parts(self, members: list[int]) -> Iterator[list[int]]:
+        """``members`` by shape, a batch of Newton-Schulz at a time, but parameters whole."""
+        by_shape: dict[tuple[int, int], list[list[int]]] = defaultdict(list)
+        for _, blocks in itertools.groupby(members, lambda i: self._placements[i].name):
+            same = list(blocks)
+            by_shape[self._placements[same[0]].shape].append(same)
+        for shape, parameters in by_shape.items():
+            largest = self._largest_batch(shape) or len(members)
+            part: list[int] = []
+            for same in parameters:
+                if part and len(part) + len(same) > largest:
+                    yield part
+                    part = []
+                part.extend(same)
+            yield part
+
     def _alone(self, directions: dict[int, Tensor]) -> dict[int, Tensor]:
-        """In a domain of one rank every matrix lies whole at its home, and nothing moves."""
-        whole = {
-            index: directions.pop(index).to(self._dtype).view(self._placements[index].shape)
-            for index in list(directions)  # popped, so that fp32 and the copy are not all alive
-        }
+        """Matrices that lie whole at this home: nothing moves."""
+        whole = {i: flat.view(self._placements[i].shape) for i, flat in directions.items()}
         return {index: X.flatten() for index, X in self._newton_schulz(whole).items()}
+
+    def _mine(self, members: list[int]) -> list[int]:
+        return [index for index in members if self._homes[index] == self.rank]
 
     def _sends(self, index: int, rank: int) -> bool:
         return sends(self._placements[index], self._domain, self._homes[index], rank)
 
     def _send_outward(self, members: list[int], make: Directions) -> _Transfer:
-        directions = make(members)
-        parts: list[list[Tensor]] = [[] for _ in range(self._domain.size)]
+        to_homes: list[list[int]] = [[] for _ in range(self._domain.size)]
         for index in members:
-            if index in directions and self._sends(index, self.rank):
-                parts[self._homes[index]].append(directions[index].to(self._dtype))
-        mine = [index for index in members if self._homes[index] == self.rank]
+            if self._sends(index, self.rank):
+                to_homes[self._homes[index]].append(index)
+        order = [index for to_home in to_homes for index in to_home]
+        send = self._empty(sum(self._length(index, self.rank) for index in order))
+        take = reader(send)
+        places = {index: take(self._length(index, self.rank)) for index in order}
+        for part in self._parts(members):
+            directions = make(part)
+            sent = [index for index in part if index in places]
+            if sent:  # cast and put in place at once
+                torch._foreach_copy_([places[i] for i in sent], [directions[i] for i in sent])
+        mine = self._mine(members)
         sizes = [
             sum(self._length(index, rank) for index in mine if self._sends(index, rank))
             for rank in range(self._domain.size)
         ]
-        return self._start(members, parts, sizes)
+        send_sizes = [sum(self._length(i, self.rank) for i in to_home) for to_home in to_homes]
+        return self._start(send, send_sizes, sizes)
 
     def _length(self, index: int, rank: int) -> int:
         start, end = held(self._placements[index], self._domain, rank)
@@ -156,9 +185,7 @@ class MatrixExchange:
         """This home's matrices, put together and orthogonalised."""
         received = [reader(chunk) for chunk in transfer.wait()]
         whole: dict[int, Tensor] = {}
-        for index in members:
-            if self._homes[index] != self.rank:
-                continue
+        for index in self._mine(members):
             shards: dict[int, list[Tensor]] = defaultdict(list)
             for rank in range(self._domain.size):
                 if self._sends(index, rank):
@@ -183,12 +210,22 @@ class MatrixExchange:
             by_shape[self._placements[index].shape].append(index)
         results: dict[int, Tensor] = {}
         for shape, indices in by_shape.items():
-            size = batch_size(*shape, self._dtype, self._device) or len(indices)
-            for batch in itertools.batched(indices, size):
-                matrices = torch.stack([whole[index] for index in batch])
+            for batch in itertools.batched(indices, self._largest_batch(shape) or len(indices)):
+                matrices = self._stacked([whole[index] for index in batch])
                 results.update(zip(batch, self._update(matrices, batch), strict=True))
         self.num_orthogonalized += len(results)
         return {index: results[index] for index in whole}  # the order in which all ranks unpack
+
+    def _stacked(self, matrices: list[Tensor]) -> Tensor:
+        """[k, rows, cols] in the exchange's dtype: a view where it can be, else one copy."""
+        if len(matrices) == 1:
+            return matrices[0].to(self._dtype)[None]
+        stacked = self._empty(len(matrices), *matrices[0].shape)
+        torch._foreach_copy_(list(stacked), matrices)
+        return stacked
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
 
     def _update(self, batch: Tensor, indices: tuple[int, ...]) -> Tensor:
         """U Vᵀ of each [rows, cols] of ``batch``, faded where the matrix has gone idle."""
@@ -220,7 +257,9 @@ class MatrixExchange:
         sizes = [0] * self._domain.size
         for index in members:
             sizes[self._homes[index]] += self._length(index, self.rank)
-        return self._start(members, parts, sizes)
+        flat = [part for to_rank in parts for part in to_rank]
+        send = torch.cat(flat) if flat else self._empty(0)
+        return self._start(send, [sum(p.numel() for p in to_rank) for to_rank in parts], sizes)
 
     def _unpack(self, members: list[int], transfer: _Transfer) -> dict[int, Tensor]:
         received = [reader(chunk) for chunk in transfer.wait()]
@@ -230,14 +269,8 @@ class MatrixExchange:
             if (length := self._length(index, self.rank))
         }
 
-    def _start(self, members: list[int], parts: list[list[Tensor]], sizes: list[int]) -> _Transfer:
-        flat = [part for to_rank in parts for part in to_rank]
-        empty = torch.empty(0, dtype=self._dtype, device=self._device)
-        send = torch.cat(flat) if flat else empty
-        if self._placements[members[0]].bucket in self._local_buckets:
-            return _Transfer(send, sizes, None, send)
-        received = torch.empty(sum(sizes), dtype=self._dtype, device=self._device)
-        send_sizes = [sum(part.numel() for part in to_rank) for to_rank in parts]
+    def _start(self, send: Tensor, send_sizes: list[int], sizes: list[int]) -> _Transfer:
+        received = self._empty(sum(sizes))
         work = dist.all_to_all_single(
             received, send, sizes, send_sizes, group=self.group, async_op=True
         )
@@ -245,8 +278,16 @@ class MatrixExchange:
 
 
 def joined(parts: list[Tensor]) -> Tensor:
-    """``torch.cat``, without the copy where there is one part."""
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    """``torch.cat`` of flat parts, without the copy where each follows the last in memory."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    storage, end = first.untyped_storage().data_ptr(), first.storage_offset()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != storage or part.storage_offset() != end:
+            return torch.cat(parts)
+        end += part.numel()
+    return first.as_strided((end - first.storage_offset(),), (1,))
 
 
 def reader(flat: Tensor) -> Callable[[int], Tensor]:

@@ -7,7 +7,9 @@ same factor.
 
 The seam is two public methods of the chain: ``get_grad_norm`` runs when the gradients are unscaled
 and not yet clipped, ``step_with_ready_grads`` when they are about to be used. In between, Megatron
-clips the optimizers whose configuration asks for it; with ``adam`` none does.
+clips the optimizers whose configuration asks for it; none does, because here AdamW's gradients are
+scaled in place and Muon's when its momentum reads them anyway. Parameters that were given a norm
+group of their own are scaled by the global norm like all others.
 """
 
 import copy
@@ -15,11 +17,12 @@ from typing import Any, override
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor
 
 SCOPES = ("all", "adam")
+NORM_EPS = 1e-6
+"""Megatron's, beside the norm that ``clip_grad`` is divided by."""
 
 
 def square_sum(grads: list[Tensor], device: torch.device) -> Tensor:
@@ -27,6 +30,21 @@ def square_sum(grads: list[Tensor], device: torch.device) -> Tensor:
     if not grads:
         return torch.zeros((), device=device)
     return torch.stack(torch._foreach_norm(grads)).float().square().sum()
+
+
+def clip_factor(limit: float, norm: Any) -> float | Tensor | None:
+    """min(1, ``limit`` / ``norm``) as Megatron forms it; None if nothing is to be scaled.
+
+    Args:
+        limit: of the norm; 0: none.
+        norm: a number, or a tensor where the host leaves it on the device.
+    """
+    if limit <= 0:
+        return None
+    factor = limit / (norm + NORM_EPS)
+    if isinstance(factor, Tensor):
+        return factor.clamp(max=1.0)
+    return factor if factor < 1 else None
 
 
 class GradScopeChain(ChainedOptimizer):
@@ -47,18 +65,19 @@ class GradScopeChain(ChainedOptimizer):
         Args:
             scope: ``all`` or ``adam``.
         """
-        self._scope, self._clip_grad = scope, 0.0
+        self._scope, self._clip_grad = scope, self.config.clip_grad
         device = torch.device("cpu") if not torch.cuda.is_available() else torch.device("cuda")
         self.adamw_square_sum = torch.zeros((), device=device)
-        if scope == "all":
-            return
-        self._clip_grad = self.config.clip_grad
         for optimizer in self.chained_optimizers:
             optimizer.config = copy.copy(optimizer.config)
             optimizer.config.clip_grad = 0.0
 
     def adamw_parameters(self, optimizer: MegatronOptimizer) -> list[Tensor]:
         """The parameters of ``optimizer`` (fp32 masters or shards) that AdamW updates."""
+        raise NotImplementedError
+
+    def muon_of(self, optimizer: MegatronOptimizer) -> Any:
+        """What takes Muon's step in ``optimizer`` and reads ``grad_factor`` for it; or None."""
         raise NotImplementedError
 
     @override
@@ -78,11 +97,14 @@ class GradScopeChain(ChainedOptimizer):
     @override
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
-        if self._clip_grad > 0:
-            for optimizer in self._with_parameters():
-                clip_grad_by_total_norm_fp32(
-                    self.adamw_parameters(optimizer), self._clip_grad, self._grad_norm
-                )
+        factor = clip_factor(self._clip_grad, self._grad_norm)
+        for optimizer in self._with_parameters():
+            muon = self.muon_of(optimizer)
+            if muon is not None:
+                muon.grad_factor = factor if self._scope == "all" else None
+            grads = [p.grad for p in self.adamw_parameters(optimizer) if p.grad is not None]
+            if factor is not None and grads:
+                torch._foreach_mul_(grads, factor)
         return super().step_with_ready_grads()
 
     def _with_parameters(self) -> list[MegatronOptimizer]:

@@ -44,9 +44,24 @@ def update_momentum(momentum: Tensor, grad: Tensor, mu: float, nesterov: bool) -
 
 
 def update_momenta(
-    momenta: list[Tensor], grads: list[Tensor], mu: float, nesterov: bool
+    momenta: list[Tensor],
+    grads: list[Tensor],
+    mu: float,
+    nesterov: bool,
+    grad_factor: float | Tensor | None = None,
 ) -> list[Tensor]:
-    """``update_momentum`` of many tensors, in three operations in all rather than three each."""
+    """``update_momentum`` of many tensors, in three operations in all rather than three each.
+
+    Args:
+        momenta: M of each.
+        grads: G of each.
+        mu: see ``update_momentum``.
+        nesterov: see ``update_momentum``.
+        grad_factor: of a clip, a number or a scalar on the device; ``grads`` are scaled by it in
+            place. None: as they are.
+    """
+    if grad_factor is not None:
+        torch._foreach_mul_(grads, grad_factor)
     torch._foreach_mul_(momenta, mu)
     torch._foreach_add_(momenta, grads)
     return list(torch._foreach_add(grads, momenta, alpha=mu)) if nesterov else momenta

@@ -19,6 +19,7 @@ from megatron.core.optimizer.emerging_optimizers import (
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_k2.optimizer.adamw import fuse_on_cpu
 from megatron_k2.optimizer.chain import MuonClipChain
 from megatron_k2.optimizer.distributed import DistributedMuonClip
 from megatron_k2.optimizer.domain import MuonClipSettings
@@ -66,6 +67,7 @@ def adopt_plain(optimizer: Any, settings: MuonClipSettings) -> PlainMuonClipChai
     """Turn the chain that the registry's ``muonclip`` gave into ours."""
     adopted = PlainMuonClipChain.adopt(optimizer)
     adopted.limit_clipping(settings.clip_grad_scope)
+    fuse_on_cpu(adopted)
     return adopted
 
 
@@ -112,6 +114,7 @@ def adopt_distributed(
                 seed_loads=_gather(expert_load, part.data_parallel_group, groups.tp),
             )
     chain.limit_clipping(settings.clip_grad_scope)
+    fuse_on_cpu(chain)
     chain.gather_weights_once()
     return chain
 

@@ -27,6 +27,9 @@ class MuonClip(torch.optim.Optimizer):
 
     Megatron chains one instance for dense parameters and, under expert parallelism, one for
     experts. State: ``momentum_buffer`` of each parameter, its shape, fp32.
+
+    Attributes:
+        grad_factor: of this step's clip, see ``muon.update_momenta``.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class MuonClip(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": 0.0})
         self._settings, self._max_logits = settings, max_logits
+        self.grad_factor: float | Tensor | None = None
         self._data_cp_group = pg_collection.dp_cp
         names = {p: n for chunk in model_chunks for n, p in chunk.named_parameters()}
         # Until Megatron swaps in fp32 masters, these are the model's own parameters.
@@ -74,6 +78,7 @@ class MuonClip(torch.optim.Optimizer):
         """One step on this rank's fp32 parameters; collective over tensor and data parallel."""
         if self._has_attention:
             self._max_logits.start(self._data_cp_group)
+        self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         self._domain.run(self._directions, self._apply)
         if self._has_attention:
             self._max_logits.finish()
@@ -88,16 +93,16 @@ class MuonClip(torch.optim.Optimizer):
             [main.grad for main in mains],
             self._settings.momentum,
             self._settings.nesterov,
+            self.grad_factor,
         )
         return {p: part.flatten() for p, part in zip(params, directions, strict=True)}
 
     def _apply(self, updates: dict[torch.nn.Parameter, Tensor]) -> None:
         """Weights of one parameter group and one RMS scale together."""
-        groups = {id(p): group for group in self.param_groups for p in group["params"]}
         alike: dict[tuple[float, float, float], tuple[list[Tensor], list[Tensor]]] = {}
         for param, update in updates.items():
             main = _main(param)
-            group = groups[id(main)]
+            group = self._group_of[id(main)]
             rows, cols = self._domain.block_shape(param)
             scale = rms_match_scale(rows, cols, self._settings.scale_factor)
             key = (group["lr"], group["weight_decay"], scale)

@@ -5,6 +5,7 @@ from typing import Any, override
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor
 
+from megatron_k2.optimizer.adamw import fuse_on_cpu
 from megatron_k2.optimizer.grad_scope import GradScopeChain
 from megatron_k2.optimizer.plain import MuonClip
 from megatron_k2.optimizer.saved_state import (
@@ -34,6 +35,10 @@ class PlainMuonClipChain(GradScopeChain):
         return [] if isinstance(optimizer.optimizer, MuonClip) else optimizer.get_parameters()
 
     @override
+    def muon_of(self, optimizer: MegatronOptimizer) -> MuonClip | None:
+        return optimizer.optimizer if isinstance(optimizer.optimizer, MuonClip) else None
+
+    @override
     def sharded_state_dict(
         self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any
     ) -> Any:
@@ -52,3 +57,4 @@ class PlainMuonClipChain(GradScopeChain):
         else:
             take_over(state_dict, mu, own_groups)
         super().load_state_dict(state_dict)
+        fuse_on_cpu(self)
