@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_k2.optimizer.coefficients import coefficient_set
 from megatron_k2.optimizer.exchange import MatrixExchange, joined
 from megatron_k2.optimizer.gram_restarts import restart_segments
-from megatron_k2.optimizer.newton_schulz import orthogonalize
+from megatron_k2.optimizer.newton_schulz import orthogonalize, symmetric_method
 from megatron_k2.optimizer.param_groups import K2_OPTIONS, MatrixOptions, MatrixSpec, as_matrix
 from megatron_k2.optimizer.plan import (
     Domain,
@@ -118,8 +118,10 @@ class MuonDomain:
         self._domain = domain
         self._blocks = [_placements(m, domain, is_data_replicated) for m in self.matrices]
         placements = [placement for blocks in self._blocks for placement in blocks]
-        self.plan: Plan = make_plan(placements, domain, settings.segments, seed_loads)
         device = self.matrices[0].param.device if self.matrices else torch.device("cpu")
+        self.plan: Plan = make_plan(
+            placements, domain, settings.segments, seed_loads, settings.dtype, device
+        )
         self.peaks = (
             torch.zeros(len(placements), device=device) if settings.has_idle_floor else None
         )
@@ -130,6 +132,7 @@ class MuonDomain:
                 coefficients=settings.coefficients,
                 steps=settings.steps,
                 dtype=settings.dtype,
+                symmetric=symmetric_method(*batch.shape[-2:], settings.dtype, device),
                 norms=norms,
             )
 

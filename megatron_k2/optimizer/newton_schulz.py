@@ -34,7 +34,7 @@ Form = Literal["auto", "plain", "gram"]
 Normalization = Literal["amax", "frobenius_eps"]
 
 FROBENIUS_EPS = 1e-7  # torch.optim.Muon's and Moonlight's
-CPU_BATCH_BYTES = 1 << 20
+CPU_BATCH_BYTES = 2 << 20
 """See ``batch_size``."""
 
 
@@ -113,6 +113,18 @@ def batch_size(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -
     if device.type != "cpu":
         return None
     return max(1, CPU_BATCH_BYTES // (rows * cols * dtype.itemsize))
+
+
+def symmetric_method(
+    rows: int, cols: int, dtype: torch.dtype, device: torch.device
+) -> SymmetricMethod:
+    """How to form symmetric products of matrices that come ``batch_size`` at once.
+
+    By blocks where a matrix is a batch of its own, so that a result never depends on which
+    matrices it was batched with. Elsewhere, and on a GPU, where neither blocks nor the Triton
+    kernel has been measured, as ordinary ones.
+    """
+    return "blocks" if batch_size(rows, cols, dtype, device) == 1 else "none"
 
 
 def frobenius_norm(X: Tensor) -> Tensor:

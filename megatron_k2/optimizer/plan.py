@@ -14,8 +14,11 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_k2.optimizer.newton_schulz import newton_schulz_flops
+import torch
 
+from megatron_k2.optimizer.newton_schulz import newton_schulz_flops, symmetric_method
+
+GPU = torch.device("cuda")
 BALANCE_SLACK = 1.05
 """A matrix stays where it lies while that rank's load is below this times the mean."""
 
@@ -128,9 +131,15 @@ def _within(piece: tuple[int, int], first: int, length: int) -> tuple[int, int]:
     return (start, end) if end > start else (0, 0)
 
 
-def cost(placement: Placement, segments: tuple[int, ...]) -> int:
+def cost(
+    placement: Placement,
+    segments: tuple[int, ...],
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device = GPU,
+) -> int:
     """FLOPs of orthogonalising ``placement``'s matrix, in the form that is cheaper."""
-    return newton_schulz_flops(*placement.shape, segments)
+    symmetric = symmetric_method(*placement.shape, dtype, device)
+    return newton_schulz_flops(*placement.shape, segments, symmetric=symmetric, dtype=dtype)
 
 
 def held(placement: Placement, domain: Domain, rank: int) -> tuple[int, int]:
@@ -177,6 +186,8 @@ def make_plan(
     domain: Domain,
     segments: tuple[int, ...],
     seed_loads: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device = GPU,
 ) -> Plan:
     """Assign homes.
 
@@ -186,9 +197,11 @@ def make_plan(
         segments: Newton-Schulz steps between restarts (``restart_segments``).
         seed_loads: FLOPs each rank has already from another domain, so that a rank busy with
             experts gets fewer dense matrices.
+        dtype: of the iteration.
+        device: that executes it.
     """
     loads = list(seed_loads) if seed_loads is not None else [0] * domain.size
-    costs = [cost(placement, segments) for placement in placements]
+    costs = [cost(placement, segments, dtype, device) for placement in placements]
     mean = (sum(loads) + sum(costs)) / domain.size
     homes = [-1] * len(placements)
     moving = []
