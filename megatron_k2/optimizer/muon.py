@@ -136,8 +136,7 @@ def idle_factor(
     if floor == 0:
         return torch.ones_like(norm)
     torch.maximum(peak_norm * peak_decay, norm, out=peak_norm)
-    faded = norm < floor * peak_norm
-    factor = torch.where(faded, norm / torch.where(faded, floor * peak_norm, 1), 1)
+    factor = (norm / (floor * peak_norm)).clamp_(max=1)
     return torch.where(norm < torch.finfo(norm.dtype).tiny, 0, factor)
 
 

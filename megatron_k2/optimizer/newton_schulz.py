@@ -31,7 +31,7 @@ from megatron_k2.optimizer.gram_restarts import raise_diagonal, restart_segments
 from megatron_k2.optimizer.symmetric import SymmetricMethod, num_computed_elements, product
 
 Form = Literal["auto", "plain", "gram"]
-Normalization = Literal["amax", "frobenius_eps"]
+Normalization = Literal["frobenius", "frobenius_eps"]
 
 FROBENIUS_EPS = 1e-7  # torch.optim.Muon's and Moonlight's
 CPU_BATCH_BYTES = 2 << 20
@@ -46,7 +46,7 @@ def orthogonalize(
     form: Form = "auto",
     dtype: torch.dtype | None = None,
     symmetric: SymmetricMethod = "none",
-    normalization: Normalization = "amax",
+    normalization: Normalization = "frobenius",
     segments: tuple[int, ...] | None = None,
     norms: Tensor | None = None,
 ) -> Tensor:
@@ -64,9 +64,8 @@ def orthogonalize(
         symmetric: how products known to be symmetric are formed, see ``symmetric.py``. Only with
             ``none`` is a batch bit-equal to its matrices one by one (seen on CPU).
         normalization: how the spectral norm is brought to at most 1 first.
-            ``amax``: divide by the largest magnitude, then by the Frobenius norm, in at least fp32,
-            and cast after; the result does not depend on the scale of ``G`` down to subnormal
-            numbers.
+            ``frobenius``: divide by the norm, which is formed in fp64, and cast after; the result
+            does not depend on the scale of ``G`` down to subnormal numbers.
             ``frobenius_eps``: cast to ``dtype``, divide by max(norm, 1e-7): torch.optim.Muon's
             order, for bit parity with it. Below that norm its result is no longer orthogonal: a
             gradient of norm 1e-9 moves the weights by half, one of 1e-20 not at all.
@@ -128,37 +127,33 @@ def symmetric_method(
 
 
 def frobenius_norm(X: Tensor) -> Tensor:
-    """‖X‖_F of each matrix, [...] in at least fp32. Squares do not underflow at any scale.
+    """‖X‖_F of each matrix, [...] in at least fp32.
+
+    Squares are added up in fp64, where those of no fp32 or bf16 number underflow.
 
     Args:
         X: [..., rows, cols].
     """
-    scaled, amax = _divide_by_amax(X)
-    return torch.linalg.vector_norm(scaled, dim=(-2, -1)) * amax[..., 0, 0]
-
-
-def _divide_by_amax(X: Tensor) -> tuple[Tensor, Tensor]:
-    """A new tensor in at least fp32 whose largest magnitude is exactly 1 or 0; amax [..., 1, 1]."""
-    X = X.to(torch.promote_types(X.dtype, torch.float32))
-    # Not vector_norm(ord=inf), which on CPU takes 20 times as long.
-    amax = torch.maximum(X.amax((-2, -1), keepdim=True), -X.amin((-2, -1), keepdim=True))
-    return X / torch.where(amax == 0, 1, amax), amax
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), dtype=torch.float64)
+    return norm.to(torch.promote_types(X.dtype, torch.float32))
 
 
 def _normalize(
     X: Tensor, dtype: torch.dtype, normalization: Normalization
 ) -> tuple[Tensor, Tensor]:
-    """(X of norm at most 1, what ‖X‖_F was [...])."""
-    if normalization not in ("amax", "frobenius_eps"):
-        raise ValueError(f"normalization={normalization!r}: expected amax or frobenius_eps")
+    """(X of norm at most 1 but for rounding, what ‖X‖_F was [...])."""
+    if normalization not in ("frobenius", "frobenius_eps"):
+        raise ValueError(f"normalization={normalization!r}: expected frobenius or frobenius_eps")
     if normalization == "frobenius_eps":
         X = X.to(dtype)
         norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
         return X / norm.clamp(min=FROBENIUS_EPS), norm[..., 0, 0]
-    X, amax = _divide_by_amax(X)
-    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-    # The largest entry is now exactly 1, so the norm is at least 1 unless the matrix is zero.
-    return X.div_(norm.clamp(min=1)).to(dtype), (norm * amax)[..., 0, 0]
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    # Divided before it is rounded, in no smaller range than bf16's and fp32's. The smallest
+    # subnormal beside the norm keeps zero at zero, and a norm near it from being rounded down.
+    X = X.to(torch.promote_types(torch.promote_types(X.dtype, dtype), torch.bfloat16))
+    info = torch.finfo(X.dtype)
+    return (X / (norm + info.tiny * info.eps).to(X.dtype)).to(dtype), norm[..., 0, 0]
 
 
 def _iterate_plain(X: Tensor, schedule: tuple[Step, ...], symmetric: SymmetricMethod) -> Tensor:
