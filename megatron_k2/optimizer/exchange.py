@@ -6,9 +6,8 @@ Outward, every rank sends each home the pieces of its matrices; the home puts th
 orthogonalises matrices of one shape in one batch, and sends each rank its part of the result. While
 one bucket is orthogonalised, the next one's pieces and the last one's results are under way.
 
-A step is bound by memory where it is not by matrix products. So directions are asked for, and local
-results applied, a batch of Newton-Schulz at a time: on a CPU, where a batch is chosen to fit into
-the cache, what one operation writes the next one finds there.
+Matrices that stay are taken a batch of Newton-Schulz at a time through the whole step; no more of
+their directions and results are alive than of one batch.
 """
 
 import itertools
@@ -113,7 +112,7 @@ class MatrixExchange:
         outward = [self._send_outward(members, directions) for members in shared[:1]]
         for bucket in self._local_buckets:
             for part in self._parts(self._mine(self._buckets[bucket])):
-                apply(self._alone(directions(part)))
+                self._give(self._alone(part, directions), apply)
         homeward: list[tuple[list[int], _Transfer]] = []
         for number, members in enumerate(shared):
             outward += [self._send_outward(after, directions) for after in shared[number + 1 :][:1]]
@@ -121,9 +120,9 @@ class MatrixExchange:
             homeward.append((members, self._send_back(members, results)))
             del results
             if number:
-                apply(self._unpack(*homeward.pop(0)))
+                self._give(self._unpack(*homeward.pop(0)), apply)
         for members, transfer in homeward:
-            apply(self._unpack(members, transfer))
+            self._give(self._unpack(members, transfer), apply)
 
     def _largest_batch(self, shape: tuple[int, int]) -> int | None:
         return batch_size(*shape, self._dtype, self._device)
@@ -131,7 +130,7 @@ class MatrixExchange:
     def _parts(self, members: list[int]) -> Iterator[list[int]]:
         """``members`` by shape, a batch of Newton-Schulz at a time, but parameters whole."""
         by_shape: dict[tuple[int, int], list[list[int]]] = defaultdict(list)
-        for _, blocks in itertools.groupby(members, lambda i: self._placements[i].name):
+        for _, blocks in itertools.groupby(members, self._name):
             same = list(blocks)
             by_shape[self._placements[same[0]].shape].append(same)
         for shape, parameters in by_shape.items():
@@ -144,10 +143,40 @@ class MatrixExchange:
                 part.extend(same)
             yield part
 
-    def _alone(self, directions: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Matrices that lie whole at this home: nothing moves."""
-        whole = {i: flat.view(self._placements[i].shape) for i, flat in directions.items()}
-        return {index: X.flatten() for index, X in self._newton_schulz(whole).items()}
+    def _asked(self, part: Sequence[int]) -> list[list[int]]:
+        """``part`` as its directions are asked for: on a CPU a parameter at a time.
+
+        What is written is then read while it is in the cache, and memory just freed is used again.
+        """
+        if self._device.type != "cpu":
+            return [list(part)]
+        return [list(same) for _, same in itertools.groupby(part, self._name)]
+
+    def _name(self, index: int) -> str:
+        return self._placements[index].name
+
+    def _fill(self, places: dict[int, Tensor], part: Sequence[int], make: Directions) -> None:
+        """Cast the directions of ``part`` into their places, flat; those without one are dropped."""
+        for asked in self._asked(part):
+            found = make(asked)
+            here = [index for index in asked if index in places]
+            if here:
+                torch._foreach_copy_([places[i] for i in here], [found[i] for i in here])
+
+    def _give(self, results: dict[int, Tensor], apply: Apply) -> None:
+        for asked in self._asked(list(results)):
+            apply({index: results[index] for index in asked})
+
+    def _alone(self, part: list[int], make: Directions) -> dict[int, Tensor]:
+        """Matrices of one shape that lie whole at this home: nothing moves."""
+        shape = self._placements[part[0]].shape
+        stack = self._empty(len(part), *shape)
+        self._fill(dict(zip(part, stack.flatten(1), strict=True)), part, make)
+        size = self._largest_batch(shape) or len(part)
+        results: dict[int, Tensor] = {}
+        for batch, X in zip(itertools.batched(part, size), stack.split(size), strict=True):
+            results.update(zip(batch, self._update(X, batch).flatten(1), strict=True))
+        return results
 
     def _mine(self, members: list[int]) -> list[int]:
         return [index for index in members if self._homes[index] == self.rank]
@@ -164,11 +193,7 @@ class MatrixExchange:
         send = self._empty(sum(self._length(index, self.rank) for index in order))
         take = reader(send)
         places = {index: take(self._length(index, self.rank)) for index in order}
-        for part in self._parts(members):
-            directions = make(part)
-            sent = [index for index in part if index in places]
-            if sent:  # cast and put in place at once
-                torch._foreach_copy_([places[i] for i in sent], [directions[i] for i in sent])
+        self._fill(places, members, make)
         mine = self._mine(members)
         sizes = [
             sum(self._length(index, rank) for index in mine if self._sends(index, rank))
@@ -213,7 +238,6 @@ class MatrixExchange:
             for batch in itertools.batched(indices, self._largest_batch(shape) or len(indices)):
                 matrices = self._stacked([whole[index] for index in batch])
                 results.update(zip(batch, self._update(matrices, batch), strict=True))
-        self.num_orthogonalized += len(results)
         return {index: results[index] for index in whole}  # the order in which all ranks unpack
 
     def _stacked(self, matrices: list[Tensor]) -> Tensor:
@@ -229,6 +253,7 @@ class MatrixExchange:
 
     def _update(self, batch: Tensor, indices: tuple[int, ...]) -> Tensor:
         """U Vᵀ of each [rows, cols] of ``batch``, faded where the matrix has gone idle."""
+        self.num_orthogonalized += len(indices)
         norms = torch.empty(len(indices), device=self._device)
         update = self._orthogonalize(batch, norms)
         if self._peaks is None:
