@@ -169,9 +169,9 @@ def muon_flops(model: torch.nn.Module, world_size: int) -> int:
 def our_flops(optimizer: Any) -> int:
     """FLOPs of MuonClip on this rank, by its plans."""
     domains = [
-        part.optimizer._domain
+        part.optimizer.domain
         for part in optimizer.chained_optimizers
-        if hasattr(part.optimizer, "_domain")
+        if hasattr(part.optimizer, "domain")
     ]
     return sum(domain.plan.loads[domain.exchange.rank] for domain in domains)
 

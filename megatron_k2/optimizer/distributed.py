@@ -35,7 +35,7 @@ from megatron_k2.optimizer.qk_clip import scale_rows_
 class DistributedMuonClip(DistributedOptimizer):
     """Made of a finished ``DistributedOptimizer`` over AdamW by ``adopt``."""
 
-    _settings: MuonClipSettings
+    settings: MuonClipSettings
     _max_logits: MaxLogits | None
     domain: MuonDomain
     num_steps: int
@@ -77,7 +77,7 @@ class DistributedMuonClip(DistributedOptimizer):
             )
         optimizer.__class__ = cls
         adopted: DistributedMuonClip = optimizer
-        adopted._settings, adopted._max_logits = settings, max_logits
+        adopted.settings, adopted._max_logits = settings, max_logits
         adopted._data_cp_group = data_cp_group
         matrices = adopted._matrices(specs)
         adopted.domain = MuonDomain(
@@ -149,8 +149,8 @@ class DistributedMuonClip(DistributedOptimizer):
         directions = update_momenta(
             [self._momentum_of(main) for main in mains],
             [main.grad for main in mains],
-            self._settings.momentum,
-            self._settings.nesterov,
+            self.settings.momentum,
+            self.settings.nesterov,
             self.grad_factor,
         )
         for main in mains:
@@ -161,11 +161,11 @@ class DistributedMuonClip(DistributedOptimizer):
         for param, update in updates.items():
             main, group = self._main_of[param]
             rows, cols = self.domain.block_shape(param)
-            scale = rms_match_scale(rows, cols, self._settings.scale_factor)
+            scale = rms_match_scale(rows, cols, self.settings.scale_factor)
             apply_update(main, update, group["lr"], group["weight_decay"], scale)
 
     def _qk_clip(self, max_logits: MaxLogits) -> None:
-        for param, scale in row_scales(max_logits, self._settings):
+        for param, scale in row_scales(max_logits, self.settings):
             if param in self.model_param_group_index_map:
                 piece = self._get_model_param_range_map(param)["param"]
                 main, _ = self._shard(param)

@@ -24,6 +24,7 @@ from megatron_k2.optimizer.plan import (
     matrix_placements,
 )
 from megatron_k2.optimizer.qk_clip import GroupedQueryMode
+from megatron_k2.optimizer.step_statistics import StepStatistics
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class MuonClipSettings:
     """What counts as one matrix."""
     clip_grad_scope: str = "all"
     """See ``grad_scope``."""
+    has_statistics: bool = False
+    """See ``step_statistics``."""
 
     @property
     def segments(self) -> tuple[int, ...]:
@@ -78,6 +81,7 @@ def settings_from(args: Any, transformer: Any) -> MuonClipSettings:
         has_idle_floor=not args.no_muon_idle_floor,
         matrices=MatrixOptions(args.muon_per_head, args.muon_router == "muon"),
         clip_grad_scope=args.clip_grad_scope,
+        has_statistics=args.log_muon_steps,
     )
 
 
@@ -101,6 +105,7 @@ class MuonDomain:
         plan: homes and loads.
         exchange: the collective part.
         peaks: idle-floor state, see ``MatrixExchange``.
+        statistics: of the last step, if asked for.
     """
 
     def __init__(
@@ -126,6 +131,15 @@ class MuonDomain:
             torch.zeros(len(placements), device=device) if settings.has_idle_floor else None
         )
 
+        self.statistics: StepStatistics | None = None
+        if settings.has_statistics:
+            are_experts = [
+                m.spec.is_expert
+                for m, blocks in zip(self.matrices, self._blocks, strict=True)
+                for _ in blocks
+            ]
+            self.statistics = StepStatistics(are_experts, device)
+
         def newton_schulz(batch: Tensor, norms: Tensor) -> Tensor:
             return orthogonalize(
                 batch,
@@ -145,6 +159,7 @@ class MuonDomain:
             device,
             newton_schulz,
             self.peaks,
+            self.statistics,
         )
         self._index = {m.param: i for i, m in enumerate(self.matrices)}
         counts = [len(blocks) for blocks in self._blocks]
@@ -180,6 +195,8 @@ class MuonDomain:
             own = dict.fromkeys(self._param_of[i] for i in results)
             apply({p: joined([results[i] for i, _, _ in self._own_blocks[p]]) for p in own})
 
+        if self.statistics is not None:
+            self.statistics.restart()
         self.exchange.run(parts, apply_parts)
 
     def _find_own_blocks(self, i: int) -> list[tuple[int, int, int]]:

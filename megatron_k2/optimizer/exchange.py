@@ -10,6 +10,7 @@ Matrices that stay are taken a batch of Newton-Schulz at a time through the whol
 their directions and results are alive than of one batch.
 """
 
+import contextlib
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from megatron_k2.optimizer.plan import (
     lies_whole_on,
     sends,
 )
+from megatron_k2.optimizer.step_statistics import Part, StepStatistics
 
 Orthogonalize = Callable[[Tensor, Tensor], Tensor]
 Directions = Callable[[list[int]], dict[int, Tensor]]
@@ -44,10 +46,6 @@ class _Transfer:
     sizes: list[int]
     work: dist.Work
     sent: Tensor = field(repr=False)  # alive until the exchange is done
-
-    def wait(self) -> list[Tensor]:
-        self.work.wait()
-        return list(self.received.split(self.sizes))
 
 
 class MatrixExchange:
@@ -64,6 +62,7 @@ class MatrixExchange:
             matrices' norms.
         peaks: state of Muon's idle floor, fp32, one a placement; only the entries of this rank's
             home matrices are used. ``None``: no floor.
+        statistics: told of every batch and of the time of the two parts. ``None``: not wanted.
     """
 
     def __init__(
@@ -76,11 +75,12 @@ class MatrixExchange:
         device: torch.device,
         orthogonalize: Orthogonalize,
         peaks: Tensor | None = None,
+        statistics: StepStatistics | None = None,
     ) -> None:
         self._placements, self._homes = placements, plan.homes
         self._domain, self.group = domain, group
         self._dtype, self._device, self._orthogonalize = dtype, device, orthogonalize
-        self._peaks = peaks
+        self._peaks, self._statistics = peaks, statistics
         self._positions: dict[tuple[int, ...], Tensor] = {}
         self.rank = group.rank()
         """This rank in the domain."""
@@ -156,7 +156,7 @@ class MatrixExchange:
         return self._placements[index].name
 
     def _fill(self, places: dict[int, Tensor], part: Sequence[int], make: Directions) -> None:
-        """Cast the directions of ``part`` into their places, flat; those without one are dropped."""
+        """Cast the directions of ``part`` into their flat places; those without one are dropped."""
         for asked in self._asked(part):
             found = make(asked)
             here = [index for index in asked if index in places]
@@ -208,7 +208,7 @@ class MatrixExchange:
 
     def _at_home(self, members: list[int], transfer: _Transfer) -> dict[int, Tensor]:
         """This home's matrices, put together and orthogonalised."""
-        received = [reader(chunk) for chunk in transfer.wait()]
+        received = self._received(transfer)
         whole: dict[int, Tensor] = {}
         for index in self._mine(members):
             shards: dict[int, list[Tensor]] = defaultdict(list)
@@ -255,7 +255,14 @@ class MatrixExchange:
         """U Vᵀ of each [rows, cols] of ``batch``, faded where the matrix has gone idle."""
         self.num_orthogonalized += len(indices)
         norms = torch.empty(len(indices), device=self._device)
-        update = self._orthogonalize(batch, norms)
+        with self._timing("newton_schulz"):
+            update = self._orthogonalize(batch, norms)
+        update = self._faded(update, norms, indices)
+        if self._statistics is not None:
+            self._statistics.add(update, indices)
+        return update
+
+    def _faded(self, update: Tensor, norms: Tensor, indices: tuple[int, ...]) -> Tensor:
         if self._peaks is None:
             return update
         if indices not in self._positions:
@@ -287,7 +294,7 @@ class MatrixExchange:
         return self._start(send, [sum(p.numel() for p in to_rank) for to_rank in parts], sizes)
 
     def _unpack(self, members: list[int], transfer: _Transfer) -> dict[int, Tensor]:
-        received = [reader(chunk) for chunk in transfer.wait()]
+        received = self._received(transfer)
         return {
             index: received[self._homes[index]](length)
             for index in members
@@ -296,10 +303,22 @@ class MatrixExchange:
 
     def _start(self, send: Tensor, send_sizes: list[int], sizes: list[int]) -> _Transfer:
         received = self._empty(sum(sizes))
-        work = dist.all_to_all_single(
-            received, send, sizes, send_sizes, group=self.group, async_op=True
-        )
+        with self._timing("exchange"):
+            work = dist.all_to_all_single(
+                received, send, sizes, send_sizes, group=self.group, async_op=True
+            )
         return _Transfer(received, sizes, work, send)
+
+    def _received(self, transfer: _Transfer) -> list[Callable[[int], Tensor]]:
+        """A reader of what each rank has sent."""
+        with self._timing("exchange"):
+            transfer.work.wait()
+        return [reader(chunk) for chunk in transfer.received.split(transfer.sizes)]
+
+    def _timing(self, part: Part) -> contextlib.AbstractContextManager[None]:
+        if self._statistics is None:
+            return contextlib.nullcontext()
+        return self._statistics.timing(part)
 
 
 def joined(parts: list[Tensor]) -> Tensor:

@@ -13,12 +13,16 @@ group of their own are scaled by the global norm like all others.
 """
 
 import copy
+import math
 from typing import Any, override
 
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
+
+from megatron_k2.optimizer.step_statistics import GROUPS, Part, adamw_update_sums
 
 SCOPES = ("all", "adam")
 NORM_EPS = 1e-6
@@ -77,7 +81,10 @@ class GradScopeChain(ChainedOptimizer):
         raise NotImplementedError
 
     def muon_of(self, optimizer: MegatronOptimizer) -> Any:
-        """What takes Muon's step in ``optimizer`` and reads ``grad_factor`` for it; or None."""
+        """What takes Muon's step in ``optimizer``, or None.
+
+        It has a ``domain``, and reads ``grad_factor`` as ``muon.update_momenta`` does.
+        """
         raise NotImplementedError
 
     @override
@@ -114,3 +121,42 @@ class GradScopeChain(ChainedOptimizer):
         """Begin to add up Σ g² of AdamW's gradients over the world, for the log, after the step."""
         total = self.adamw_square_sum.clone()
         return total, dist.all_reduce(total, async_op=True)
+
+    def reduce_update_sums(self) -> tuple[Tensor, dist.Work | None] | None:
+        """Begin to add up what the last step's updates were, for the log, after it; None unless so.
+
+        Returns:
+            [3, 2] fp64: of each of ``step_statistics.GROUPS`` the sum of squares, in units of η,
+            and the number of elements; of all ranks when the work is done.
+        """
+        domains = self._watched_domains()
+        if not domains:
+            return None
+        sums = torch.zeros(len(GROUPS), 2, dtype=torch.float64, device=self.adamw_square_sum.device)
+        for domain, factor in domains:
+            sums[:2] += domain.statistics.sums * sums.new_tensor([factor**2, 1.0])
+        for optimizer in self._with_parameters():
+            adamw = [
+                p
+                for p in self.adamw_parameters(optimizer)
+                if param_is_not_tensor_parallel_duplicate(
+                    p, tp_group=getattr(optimizer, "tp_group", None)
+                )
+            ]
+            if adamw:
+                sums[2] += adamw_update_sums(adamw, optimizer.optimizer)
+        return sums, dist.all_reduce(sums, async_op=True)
+
+    def part_seconds(self, part: Part) -> float:
+        """Of the last step on this rank, see ``StepStatistics.seconds``; -inf if not watched."""
+        domains = self._watched_domains()
+        return sum(d.statistics.seconds(part) for d, _ in domains) if domains else -math.inf
+
+    def _watched_domains(self) -> list[tuple[Any, float]]:
+        """Each domain that keeps statistics, and its RMS factor."""
+        muons = [muon for o in self._with_parameters() if (muon := self.muon_of(o)) is not None]
+        return [
+            (muon.domain, muon.settings.scale_factor)
+            for muon in muons
+            if muon.domain.statistics is not None
+        ]

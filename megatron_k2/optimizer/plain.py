@@ -44,7 +44,7 @@ class MuonClip(torch.optim.Optimizer):
         lr: float,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": 0.0})
-        self._settings, self._max_logits = settings, max_logits
+        self.settings, self._max_logits = settings, max_logits
         self.grad_factor: float | Tensor | None = None
         self._data_cp_group = pg_collection.dp_cp
         names = {p: n for chunk in model_chunks for n, p in chunk.named_parameters()}
@@ -53,7 +53,7 @@ class MuonClip(torch.optim.Optimizer):
         is_expert = any(not getattr(p, "allreduce", True) for p in own)
         data_group = pg_collection.expt_dp if is_expert else pg_collection.dp_cp
         before = itertools.accumulate((p.numel() for p in own), initial=0)
-        self._domain = MuonDomain(
+        self.domain = MuonDomain(
             [
                 MatrixParameter(
                     names[p],
@@ -79,11 +79,11 @@ class MuonClip(torch.optim.Optimizer):
         if self._has_attention:
             self._max_logits.start(self._data_cp_group)
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        self._domain.run(self._directions, self._apply)
+        self.domain.run(self._directions, self._apply)
         if self._has_attention:
             self._max_logits.finish()
             # On the fp32 weights, before Megatron casts them to the model's dtype.
-            for param, factors in row_scales(self._max_logits, self._settings):
+            for param, factors in row_scales(self._max_logits, self.settings):
                 _main(param).mul_(factors.view(-1, *[1] * (param.ndim - 1)))
 
     def _directions(self, params: list[torch.nn.Parameter]) -> dict[torch.nn.Parameter, Tensor]:
@@ -91,8 +91,8 @@ class MuonClip(torch.optim.Optimizer):
         directions = update_momenta(
             [self._momentum_of(main) for main in mains],
             [main.grad for main in mains],
-            self._settings.momentum,
-            self._settings.nesterov,
+            self.settings.momentum,
+            self.settings.nesterov,
             self.grad_factor,
         )
         return {p: part.flatten() for p, part in zip(params, directions, strict=True)}
@@ -103,8 +103,8 @@ class MuonClip(torch.optim.Optimizer):
         for param, update in updates.items():
             main = _main(param)
             group = self._group_of[id(main)]
-            rows, cols = self._domain.block_shape(param)
-            scale = rms_match_scale(rows, cols, self._settings.scale_factor)
+            rows, cols = self.domain.block_shape(param)
+            scale = rms_match_scale(rows, cols, self.settings.scale_factor)
             key = (group["lr"], group["weight_decay"], scale)
             weights, values = alike.setdefault(key, ([], []))
             weights.append(main)

@@ -81,6 +81,12 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         help="optimizer of the router's weight (not stated for K2)",
     )
     group.add_argument(
+        "--log-muon-steps",
+        action="store_true",
+        help="log the RMS of each group's updates and the seconds of Muon's exchange and "
+        "Newton-Schulz (costs one pass over the updates)",
+    )
+    group.add_argument(
         "--clip-grad-scope",
         choices=["all", "adam"],
         default="all",

@@ -111,6 +111,12 @@ def _write_tensorboard(record: StepRecord) -> None:
     tensorboard.add_scalar("train/tokens_per_second", record.tokens_per_second, record.iteration)
     tensorboard.add_scalar("optim/max_attn_logit", record.max_logit, record.iteration)
     tensorboard.add_scalar("optim/clipped_heads", record.num_clipped_heads, record.iteration)
+    for group, rms in (record.update_rms or {}).items():
+        tensorboard.add_scalar(f"optim/update_rms/{group}", rms, record.iteration)
+    for name in ("exchange_seconds", "newton_schulz_seconds"):
+        seconds = getattr(record, name)
+        if seconds is not None:
+            tensorboard.add_scalar(f"optim/{name}", seconds, record.iteration)
     tensorboard.add_scalar("moe/load_max_over_mean", record.load_max_over_mean, record.iteration)
 
 

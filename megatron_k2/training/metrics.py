@@ -46,6 +46,13 @@ class StepRecord:
     """Busiest expert's tokens over the mean, a layer with experts each."""
     adamw_grad_norm: float | None = None
     """Of AdamW's gradients alone, before clipping; none without MuonClip or in a skipped step."""
+    update_rms: dict[str, float] | None = None
+    """Root mean square of what the learning rate multiplied, a group of ``step_statistics`` each;
+    this and the seconds only with ``--log-muon-steps``."""
+    exchange_seconds: float | None = None
+    """Of Muon's exchange that computation did not hide, on the slowest rank."""
+    newton_schulz_seconds: float | None = None
+    """On the slowest rank."""
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_k2.model.moe import routers
 from megatron_k2.optimizer.grad_scope import GradScopeChain
 from megatron_k2.optimizer.max_logits import MaxLogits
+from megatron_k2.optimizer.step_statistics import GROUPS, PARTS
 from megatron_k2.training.metrics import StepRecord
 
 
@@ -36,6 +37,7 @@ class _Pending:
     seconds: float
     table: Tensor
     adamw_square_sum: Tensor | None
+    update_sums: Tensor | None
     works: tuple[dist.Work | None, ...]
 
 
@@ -82,14 +84,19 @@ class StepLog:
             self._max_logits.take(
                 parallel_state.get_data_parallel_group(with_context_parallel=True)
             )
-        table = self._fill_table()
+        chain = None if is_skipped else self.chain
+        table = self._fill_table(chain)
         works: list[dist.Work | None] = [
             dist.all_reduce(table, op=dist.ReduceOp.MAX, async_op=True)
         ]
-        square_sum = None
-        if self.chain is not None and not is_skipped:
-            square_sum, work = self.chain.reduce_adamw_square_sum()
+        square_sum, update_sums = None, None
+        if chain is not None:
+            square_sum, work = chain.reduce_adamw_square_sum()
             works.append(work)
+            reduction = chain.reduce_update_sums()
+            if reduction is not None:
+                update_sums, work = reduction
+                works.append(work)
         self.flush()
         self._pending = _Pending(
             iteration=iteration,
@@ -101,6 +108,7 @@ class StepLog:
             seconds=seconds,
             table=table,
             adamw_square_sum=square_sum,
+            update_sums=update_sums,
             works=tuple(works),
         )
 
@@ -112,7 +120,8 @@ class StepLog:
         for work in pending.works:
             if work is not None:
                 work.wait()
-        logits, loads = pending.table[:, :-1], pending.table[:, -1]
+        logits, loads = pending.table[:-1, :-1], pending.table[:-1, -1]
+        exchange, newton_schulz = pending.table[-1, : len(PARTS)].tolist()
         square_sum = pending.adamw_square_sum
         tokens = self._args.global_batch_size * self._args.seq_length
         is_clipping = self._args.muonclip and not pending.is_skipped
@@ -133,18 +142,28 @@ class StepLog:
             smallest_clip_factor=_smallest_factor(logits, threshold),
             load_max_over_mean_per_layer=tuple(x for x in loads.tolist() if x > 0),
             adamw_grad_norm=None if square_sum is None else math.sqrt(float(square_sum)),
+            update_rms=_update_rms(pending.update_sums),
+            exchange_seconds=exchange if math.isfinite(exchange) else None,
+            newton_schulz_seconds=newton_schulz if math.isfinite(newton_schulz) else None,
         )
         self._show(record, logits)
 
-    def _fill_table(self) -> Tensor:
-        """[layers, heads + 1]: this rank's maximum logits and, last, load max/mean; else -inf."""
+    def _fill_table(self, chain: GradScopeChain | None) -> Tensor:
+        """[layers + 1, heads + 1]: this rank's maximum logits and, last, load max/mean; else -inf.
+
+        The last row begins with the seconds of Muon's parts in the step, where they are watched.
+        """
         from megatron.core import parallel_state
         from megatron.core.utils import get_model_config
 
         config = get_model_config(self._model[0])
         latest = self._max_logits.latest
         num_rows = config.num_layers + (config.mtp_num_layers or 0)
-        table = latest.new_full((num_rows, config.num_attention_heads + 1), -math.inf)
+        num_cols = config.num_attention_heads + 1
+        table = latest.new_full((num_rows + 1, num_cols), -math.inf)
+        if chain is not None:
+            seconds = [chain.part_seconds(part) for part in PARTS]
+            table[-1, : len(PARTS)] = torch.tensor(seconds, dtype=table.dtype)
         first_head = parallel_state.get_tensor_model_parallel_rank() * latest.shape[1]
         for attention, row in zip(self._max_logits.attentions, latest, strict=True):
             at = self._row(attention, config)
@@ -157,6 +176,14 @@ class StepLog:
     def _row(self, module: Any, config: Any) -> int:
         """Decoder layers first, then multi-token prediction's, which are numbered from 1 again."""
         return int(module.layer_number) - 1 + (config.num_layers * (id(module) in self._in_mtp))
+
+
+def _update_rms(sums: Tensor | None) -> dict[str, float] | None:
+    """Of each group that has parameters; see ``GradScopeChain.reduce_update_sums``."""
+    if sums is None:
+        return None
+    rows = zip(GROUPS, sums.tolist(), strict=True)
+    return {group: math.sqrt(total / numel) for group, (total, numel) in rows if numel}
 
 
 def _smallest_factor(logits: Tensor, threshold: float) -> float:
