@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_k2.optimizer.coefficients import coefficient_set
-from megatron_k2.optimizer.exchange import MatrixExchange, joined
+from megatron_k2.optimizer.exchange import MatrixExchange
 from megatron_k2.optimizer.gram_restarts import restart_segments
 from megatron_k2.optimizer.newton_schulz import orthogonalize, symmetric_method
 from megatron_k2.optimizer.param_groups import K2_OPTIONS, MatrixOptions, MatrixSpec, as_matrix
@@ -25,6 +25,7 @@ from megatron_k2.optimizer.plan import (
 )
 from megatron_k2.optimizer.qk_clip import GroupedQueryMode
 from megatron_k2.optimizer.step_statistics import StepStatistics
+from megatron_k2.optimizer.transfer import joined
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import contextlib
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -32,20 +31,11 @@ from megatron_k2.optimizer.plan import (
     sends,
 )
 from megatron_k2.optimizer.step_statistics import Part, StepStatistics
+from megatron_k2.optimizer.transfer import Transfer, joined, reader, start
 
 Orthogonalize = Callable[[Tensor, Tensor], Tensor]
 Directions = Callable[[list[int]], dict[int, Tensor]]
 Apply = Callable[[dict[int, Tensor]], None]
-
-
-@dataclass
-class _Transfer:
-    """One all-to-all under way."""
-
-    received: Tensor
-    sizes: list[int]
-    work: dist.Work
-    sent: Tensor = field(repr=False)  # alive until the exchange is done
 
 
 class MatrixExchange:
@@ -113,7 +103,7 @@ class MatrixExchange:
         for bucket in self._local_buckets:
             for part in self._parts(self._mine(self._buckets[bucket])):
                 self._give(self._alone(part, directions), apply)
-        homeward: list[tuple[list[int], _Transfer]] = []
+        homeward: list[tuple[list[int], Transfer]] = []
         for number, members in enumerate(shared):
             outward += [self._send_outward(after, directions) for after in shared[number + 1 :][:1]]
             results = self._at_home(members, outward.pop(0))
@@ -184,7 +174,7 @@ class MatrixExchange:
     def _sends(self, index: int, rank: int) -> bool:
         return sends(self._placements[index], self._domain, self._homes[index], rank)
 
-    def _send_outward(self, members: list[int], make: Directions) -> _Transfer:
+    def _send_outward(self, members: list[int], make: Directions) -> Transfer:
         to_homes: list[list[int]] = [[] for _ in range(self._domain.size)]
         for index in members:
             if self._sends(index, self.rank):
@@ -206,7 +196,7 @@ class MatrixExchange:
         start, end = held(self._placements[index], self._domain, rank)
         return end - start
 
-    def _at_home(self, members: list[int], transfer: _Transfer) -> dict[int, Tensor]:
+    def _at_home(self, members: list[int], transfer: Transfer) -> dict[int, Tensor]:
         """This home's matrices, put together and orthogonalised."""
         received = self._received(transfer)
         whole: dict[int, Tensor] = {}
@@ -273,7 +263,7 @@ class MatrixExchange:
         self._peaks[where] = peaks
         return update.mul_(factor[:, None, None].to(update.dtype))
 
-    def _send_back(self, members: list[int], results: dict[int, Tensor]) -> _Transfer:
+    def _send_back(self, members: list[int], results: dict[int, Tensor]) -> Transfer:
         tensor_ranks = self._domain.tensor_ranks
         parts: list[list[Tensor]] = [[] for _ in range(self._domain.size)]
         for index, matrix in results.items():
@@ -293,7 +283,7 @@ class MatrixExchange:
         send = torch.cat(flat) if flat else self._empty(0)
         return self._start(send, [sum(p.numel() for p in to_rank) for to_rank in parts], sizes)
 
-    def _unpack(self, members: list[int], transfer: _Transfer) -> dict[int, Tensor]:
+    def _unpack(self, members: list[int], transfer: Transfer) -> dict[int, Tensor]:
         received = self._received(transfer)
         return {
             index: received[self._homes[index]](length)
@@ -301,46 +291,17 @@ class MatrixExchange:
             if (length := self._length(index, self.rank))
         }
 
-    def _start(self, send: Tensor, send_sizes: list[int], sizes: list[int]) -> _Transfer:
+    def _start(self, send: Tensor, send_sizes: list[int], sizes: list[int]) -> Transfer:
         received = self._empty(sum(sizes))
         with self._timing("exchange"):
-            work = dist.all_to_all_single(
-                received, send, sizes, send_sizes, group=self.group, async_op=True
-            )
-        return _Transfer(received, sizes, work, send)
+            return start(send, send_sizes, received, sizes, self.group)
 
-    def _received(self, transfer: _Transfer) -> list[Callable[[int], Tensor]]:
+    def _received(self, transfer: Transfer) -> list[Callable[[int], Tensor]]:
         """A reader of what each rank has sent."""
         with self._timing("exchange"):
-            transfer.work.wait()
-        return [reader(chunk) for chunk in transfer.received.split(transfer.sizes)]
+            return [reader(chunk) for chunk in transfer.wait()]
 
     def _timing(self, part: Part) -> contextlib.AbstractContextManager[None]:
         if self._statistics is None:
             return contextlib.nullcontext()
         return self._statistics.timing(part)
-
-
-def joined(parts: list[Tensor]) -> Tensor:
-    """``torch.cat`` of flat parts, without the copy where each follows the last in memory."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    storage, end = first.untyped_storage().data_ptr(), first.storage_offset()
-    for part in parts:
-        if part.untyped_storage().data_ptr() != storage or part.storage_offset() != end:
-            return torch.cat(parts)
-        end += part.numel()
-    return first.as_strided((end - first.storage_offset(),), (1,))
-
-
-def reader(flat: Tensor) -> Callable[[int], Tensor]:
-    """A reader that takes the next ``n`` elements of ``flat`` each time it is called."""
-    position = 0
-
-    def take(length: int) -> Tensor:
-        nonlocal position
-        position += length
-        return flat[position - length : position]
-
-    return take

@@ -110,9 +110,6 @@ def _report(hooks, optimizer, watches) -> dict:
             for buffer in o.buffers
             for p in buffer.params
         ),
-        "adamw_shards": sum(
-            param not in specs for o in parts for param in o.model_param_group_index_map
-        ),
         "num_matrices": sum(spec.num_blocks for spec in specs.values()),
     }
 

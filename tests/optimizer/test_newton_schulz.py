@@ -11,10 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_k2.optimizer.coefficients import COEFFICIENTS
 from megatron_k2.optimizer.newton_schulz import (
+    batch_size,
     choose_form,
     frobenius_norm,
     newton_schulz_flops,
     orthogonalize,
+    symmetric_method,
 )
 from tests.oracles.polar import (
     SPECTRA,
@@ -247,6 +249,22 @@ def test_flops_are_the_closed_form_and_auto_takes_the_cheaper():
     assert newton_schulz_flops(2048, 7168, (3, 2)) == newton_schulz_flops(
         2048, 7168, (3, 2), "gram"
     )
+
+
+def test_blocks_are_for_large_matrices_that_are_a_batch_of_their_own():
+    """Else a result would depend on which matrices it was batched with."""
+    cpu, bf16, fp32 = torch.device("cpu"), torch.bfloat16, torch.float32
+    sizes = (64, 256, 512, 896, 1024, 2048)
+    for dtype in (bf16, fp32):
+        shapes = [(rows, cols) for rows in sizes for cols in sizes]
+        blocked = [s for s in shapes if symmetric_method(*s, dtype, cpu) == "blocks"]
+        assert blocked
+        assert all(batch_size(*shape, dtype, cpu) == 1 for shape in blocked)
+    assert symmetric_method(1024, 3584, bf16, cpu) == "blocks"
+    assert symmetric_method(896, 1024, bf16, cpu) == "none"
+    assert symmetric_method(1024, 896, fp32, cpu) == "blocks"
+    assert symmetric_method(256, 896, fp32, cpu) == "none"
+    assert symmetric_method(1024, 3584, bf16, torch.device("cuda")) == "none"
 
 
 def test_flops_count_what_the_products_execute():
