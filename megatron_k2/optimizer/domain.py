@@ -142,12 +142,13 @@ class MuonDomain:
             self.statistics = StepStatistics(are_experts, device)
 
         def newton_schulz(batch: Tensor, norms: Tensor) -> Tensor:
+            rows, cols = batch.shape[-2:]
             return orthogonalize(
                 batch,
                 coefficients=settings.coefficients,
                 steps=settings.steps,
                 dtype=settings.dtype,
-                symmetric=symmetric_method(*batch.shape[-2:], settings.dtype, device),
+                symmetric=symmetric_method(rows, cols, settings.dtype, device),
                 norms=norms,
             )
 

@@ -14,12 +14,13 @@ class Transfer:
 
     received: Tensor
     sizes: list[int]
-    work: dist.Work
+    work: dist.Work | None
     sent: Tensor = field(repr=False)  # alive until the exchange is done
 
     def wait(self) -> list[Tensor]:
         """What each rank has sent."""
-        self.work.wait()
+        if self.work is not None:  # this rank is of the group
+            self.work.wait()
         return list(self.received.split(self.sizes))
 
 
