@@ -143,9 +143,14 @@ def test_batched_is_bit_equal_to_looped(dtype, form):
             assert torch.equal(batched[i, j], orthogonalize(G[i, j], form=form, dtype=dtype))
 
 
-def test_tall_is_wide_transposed():
-    G = torch.randn(40, 100, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(orthogonalize(G.mT), orthogonalize(G).mT)
+@pytest.mark.parametrize("form", ["plain", "gram"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tall_is_wide_transposed(dtype, form):
+    G = torch.randn(3, 40, 100, generator=torch.Generator().manual_seed(0))
+    for X in (G, G[0]):
+        tall, wide = (orthogonalize(Y, dtype=dtype, form=form) for Y in (X.mT.contiguous(), X))
+        assert torch.equal(tall, wide.mT)
+        assert tall.is_contiguous()
 
 
 def test_rows_and_columns_permute_through():
