@@ -17,10 +17,7 @@ NUM_GPUS = (256, 512, 1024, 2048)
 """Report 2.4.2: any multiple of 32 nodes of eight."""
 HARDWARE = ("h800", "h100", "h200")
 TOO_SMALL = {("yarn_128k", 256, "h800"), ("yarn_128k", 256, "h100")}
-"""What the planner says does not fit with optimizer states on the GPU."""
-
-ON_GPU = frozenset({"optimizer_offload"})
-"""Not to be fitted: ``planning/run_flags.py`` refuses it with MuonClip."""
+"""What the planner says does not fit."""
 
 SOURCES = (
     ("layout.world_size", "the recipe's name; report 2.4.2: any multiple of 32 nodes"),
@@ -33,7 +30,7 @@ SOURCES = (
     ("layout.recompute", "report 2.4.4, item 1"),
     ("layout.fp8_storage", "report 2.4.4, item 2"),
     ("layout.activation_offload", "planner; report 2.4.4, item 3: all of them"),
-    ("layout.optimizer_offload", "none: MuonClip cannot; report 2.4.2: on few nodes"),
+    ("layout.optimizer_offload", "planner: behind the activations; report 2.4.2: on few nodes"),
     ("layout.has_overlap", "report 2.4.2: interleaved 1F1B with expert parallel overlap"),
     ("phase", "planning/phases.py: report 2.5, with the choices named there"),
     ("precision", "report 2.4.2: weights bf16, gradients fp32"),
@@ -95,8 +92,7 @@ def _layout(num_gpus: int, gpu: str, phase: Phase) -> RunRequest:
             vpp=2,
             ep=16,
             cp=8 if phase.seq_length > 4096 else 1,
-        ),
-        fixed=ON_GPU,
+        )
     )
 
 
@@ -107,7 +103,6 @@ def _differences(layout: RunRequest, phase: Phase, before: str | None) -> tuple[
             "offload: Megatron's flags move all but the experts' activations, which are stored in "
             "FP8; the report does both and the plan counts so, so more stays on the GPU than shown"
         )
-    found.append("optimizer states: none on the host, which MuonClip cannot do yet")
     if before:
         found.append(
             f"start: weights of {before} with empty momentum; Megatron has no flag that keeps the "

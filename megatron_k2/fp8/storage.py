@@ -31,6 +31,9 @@ from torch import Tensor
 from megatron_k2.errors import UserError
 from megatron_k2.fp8 import tiles
 
+EXPERT_GROUPS = frozenset({"expert_fc1", "moe_act"})
+"""Of Megatron's ``--offload-modules``, those that act inside the experts (``offload.py``)."""
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -103,7 +106,7 @@ def store_activations(model: torch.nn.Module) -> None:
     """Keep what the MLPs and experts of ``model`` save for backward in FP8, from now on.
 
     Raises:
-        UserError: where another mechanism already moves the same tensors, or SwiGLU is a chain of
+        UserError: where another mechanism already stores the same tensors, or SwiGLU is a chain of
             operations that each save their own.
     """
     for layer in model.modules():
@@ -138,21 +141,24 @@ def check_storable(config: Any) -> None:
             "--fp8-activation-storage and Megatron's --activation-func-fp8-input-store (a cast "
             "without scales) keep the same tensor; drop the latter"
         )
-    moved = {"expert_fc1", "moe_act"} & set(config.offload_modules or ())
-    if config.fine_grained_activation_offloading and moved:
-        raise UserError(
-            f"--fp8-activation-storage with --offload-modules {' '.join(sorted(moved))}: both "
-            "take the experts' saved tensors; offload other modules, or drop one of the two"
-        )
 
 
 def _keep_in_fp8(module: torch.nn.Module, gate_up_width: int, *, is_input_stored: bool) -> None:
     compute = module.forward
+    config: Any = module.config
+    goes_to_host = config.fine_grained_activation_offloading and not EXPERT_GROUPS.isdisjoint(
+        config.offload_modules or ()
+    )
 
     @functools.wraps(compute)
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         hooks = ActivationStorage(hidden, gate_up_width, is_input_stored=is_input_stored)
         with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
-            return compute(hidden, *args, **kwargs)
+            if not (goes_to_host and is_input_stored):
+                return compute(hidden, *args, **kwargs)
+            from megatron_k2.fp8.offload import storing_before_offload
+
+            with storing_before_offload(hooks):
+                return compute(hidden, *args, **kwargs)
 
     module.forward = forward  # type: ignore[method-assign]

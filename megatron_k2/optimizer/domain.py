@@ -52,6 +52,8 @@ class MuonClipSettings:
     """What counts as one matrix."""
     clip_grad_scope: str = "all"
     """See ``grad_scope``."""
+    offload_fraction: float = 0.0
+    """Part of the optimizer's states in host memory (``offloaded.py``)."""
 
     @property
     def segments(self) -> tuple[int, ...]:
@@ -78,6 +80,7 @@ def settings_from(args: Any, transformer: Any) -> MuonClipSettings:
         has_idle_floor=not args.no_muon_idle_floor,
         matrices=MatrixOptions(args.muon_per_head, args.muon_router == "muon"),
         clip_grad_scope=args.clip_grad_scope,
+        offload_fraction=args.optimizer_offload_fraction if args.muonclip_cpu_offload else 0.0,
     )
 
 

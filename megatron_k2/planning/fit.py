@@ -94,6 +94,7 @@ def _ways_out(r: RunRequest, reserved_gb: float) -> list[str]:
         world, ep = r.world_size * factor, r.ep * wider
         if r.preset.num_moe_experts % ep or world % (r.pp * ep):
             continue
-        if shortfall(r.replace(world_size=world, ep=ep), reserved_gb) <= 0:
+        changed = r.replace(world_size=world, ep=ep)
+        if changed.num_microbatches and shortfall(changed, reserved_gb) <= 0:
             return [*found, f"--world-size {world} --ep {ep}"]
     return found or ["a smaller model, sequence or micro-batch would"]

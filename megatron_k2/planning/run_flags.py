@@ -3,7 +3,6 @@
 Architecture and schedule are the preset's (``training/flags.py``); these come after and win.
 """
 
-from megatron_k2.errors import UserError
 from megatron_k2.planning.activations import Recompute
 from megatron_k2.planning.chunks import megatron_layout
 from megatron_k2.planning.request import RunRequest
@@ -35,11 +34,7 @@ def layout_flags(r: RunRequest) -> list[str]:
 
 
 def memory_flags(r: RunRequest) -> list[str]:
-    """Recompute and offload; FP8 storage of activations.
-
-    Raises:
-        UserError: where the plan asks for what the flags cannot give.
-    """
+    """Recompute and offload; FP8 storage of activations."""
     flags: list[str] = []
     if r.recompute:
         names = [RECOMPUTE_MODULES[name] for name in RECOMPUTE_MODULES if name in r.recompute]
@@ -51,11 +46,8 @@ def memory_flags(r: RunRequest) -> list[str]:
         flags += ["--fine-grained-activation-offloading", "--offload-modules"]
         flags += [*OFFLOAD_MODULES, *experts]
     if r.optimizer_offload:
-        raise UserError(
-            f"the plan has {r.optimizer_offload:.0%} of the optimizer's states on the host, which "
-            "MuonClip cannot do yet (Megatron's hybrid optimizer keeps AdamW's states only); take "
-            "more GPUs, or larger ones, until --optimizer-offload 0 fits"
-        )
+        flags += ["--optimizer-cpu-offload", "--optimizer-offload-fraction"]
+        flags += [f"{r.optimizer_offload:g}"]
     return flags
 
 

@@ -27,6 +27,7 @@ from megatron_k2.planning.memory import (
     WEIGHT_BYTES,
     Parameters,
     optimizer_bytes,
+    optimizer_step_bytes,
     rank_parameters,
 )
 from megatron_k2.planning.pipeline import Shape, num_warmup
@@ -119,6 +120,8 @@ class QuickMemory:
     fixed: float
     """Weights and gradients."""
     optimizer: float
+    step: dict[bool, float]
+    """Worked on during the optimizer's step, without and with states on the host."""
     tokens_alive: float
     """Tokens times layers whose activations wait for their backward."""
     head_tokens: float
@@ -133,8 +136,19 @@ def quick_memory(r: RunRequest) -> QuickMemory:
     return QuickMemory(
         fixed=(WEIGHT_BYTES + GRADIENT_BYTES) * max(p.total for p in ranks),
         optimizer=max(optimizer_bytes(r, p) for p in ranks),
+        step={is_on_host: _step_bytes(r, is_on_host, ranks) for is_on_host in (False, True)},
         tokens_alive=float(live * longest * r.tokens_per_microbatch),
         head_tokens=float(r.tokens_per_microbatch),
+    )
+
+
+def _step_bytes(r: RunRequest, is_on_host: bool, ranks: list[Parameters]) -> float:
+    at = r.replace(optimizer_offload=float(is_on_host))
+    first, *rest = ranks
+    return max(
+        optimizer_step_bytes(at, first, has_dense_layer=True),
+        *(optimizer_step_bytes(at, p, has_dense_layer=False) for p in rest),
+        0.0,
     )
 
 
@@ -180,13 +194,18 @@ def _fitting(r: RunRequest, a: Assumptions) -> tuple[RunRequest | None, int, flo
     offloads = [(0.0, 0.0), *((most, part) for part in OPTIMIZER_OFFLOADS)]
     for activations, optimizer in offloads:
         states = memory.fixed + memory.optimizer * (1 - optimizer)
-        fits = [recompute for recompute, size in kept if states + size * (1 - activations) <= room]
+        fits = [
+            recompute
+            for recompute, size in kept
+            if states + max(size * (1 - activations), memory.step[optimizer > 0]) <= room
+        ]
         num_fitting = max(num_fitting, len(fits))
         if fits and chosen is None:
             chosen = r.replace(
                 recompute=fits[0], activation_offload=activations, optimizer_offload=optimizer
             )
-    least = memory.fixed + min(size for _, size in kept) * (1 - most)
+    kept_least = min(size for _, size in kept) * (1 - most)
+    least = memory.fixed + max(kept_least, memory.step[True])
     return chosen, num_fitting, least
 
 
