@@ -49,7 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     layout.add_argument("--cp", type=int, default=1)
     memory = parser.add_argument_group("memory (report, section 2.4.4)")
     memory.add_argument(
-        "--recompute", default="norm,swiglu,mla_up", help="of norm, swiglu, mla_up; or none"
+        "--transformer-impl",
+        choices=["transformer_engine", "local"],
+        default="transformer_engine",
+        help="whose modules: they keep different tensors for their backward",
+    )
+    memory.add_argument(
+        "--recompute",
+        help="of norm, swiglu, mla_up; or none (default: all three; local: the first two)",
     )
     memory.add_argument("--no-fp8-storage", action="store_true", help="activations stay bf16")
     memory.add_argument(
@@ -91,7 +98,8 @@ def request_from(arguments: argparse.Namespace) -> "RunRequest":
         gpu = replace(gpu, memory_gb=arguments.gpu_memory_gb)
     if arguments.gpu_tflops:
         gpu = replace(gpu, bf16_tflops=arguments.gpu_tflops)
-    names = arguments.recompute.replace(" ", "").split(",")
+    everything = "norm,swiglu" if arguments.transformer_impl == "local" else "norm,swiglu,mla_up"
+    names = (arguments.recompute or everything).replace(" ", "").split(",")
     return RunRequest(
         preset=preset,
         gpu=gpu,
@@ -106,6 +114,7 @@ def request_from(arguments: argparse.Namespace) -> "RunRequest":
         micro_batch_size=arguments.micro_batch_size,
         recompute=frozenset() if names == ["none"] else frozenset(names),
         fp8_storage=not arguments.no_fp8_storage,
+        modules=arguments.transformer_impl,
         has_overlap=not arguments.no_overlap,
     )
 

@@ -1,4 +1,4 @@
-"""What a layer keeps for its backward, tensor by tensor, on the Transformer Engine path.
+"""What a layer keeps for its backward, tensor by tensor, of Transformer Engine's modules.
 
 One row a tensor that autograd holds from forward to backward, bytes a token of a micro-batch, bf16
 unless said. Rows follow Megatron-Core 0.19.2's modules with its fused SwiGLU; a tensor that two
@@ -9,6 +9,7 @@ FlashAttention's papers). Transformer Engine's fused router and permutation keep
 here, by up to one per cent of a layer.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +19,9 @@ from megatron_k2.presets import ModelPreset
 Recompute = Literal["norm", "swiglu", "mla_up"]
 """What is computed again: norm outputs; the experts' SwiGLU outputs; queries, keys and values from
 the latents with the latents' norms (Megatron's ``layernorm``, ``moe_act``, ``mla_up_proj``)."""
+
+Modules = Literal["transformer_engine", "local"]
+"""``--transformer-impl``."""
 
 FP8_TILE = 128
 """Report 2.4.4: 1 x 128 tiles."""
@@ -34,6 +38,8 @@ class Kept:
     bytes_per_token: float
     recompute: Recompute | None = None
     """Dropped when this is recomputed."""
+    instead_of: Recompute | None = None
+    """Kept only when this is recomputed."""
     can_be_fp8: bool = False
     """Stored as FP8 tiles when that is on: inputs of the experts' up-projection and of SwiGLU."""
 
@@ -91,15 +97,20 @@ def head_rows(p: ModelPreset, tp: int) -> Iterator[Kept]:
 
 
 def kept_bytes(
-    rows: Iterator[Kept], recompute: frozenset[Recompute], *, fp8_storage: bool
+    rows: Iterator[Kept],
+    recompute: frozenset[Recompute],
+    *,
+    fp8_storage: bool,
+    element_bytes: int = BF16,
 ) -> float:
     """Bytes a token of what remains of ``rows``."""
     total = 0.0
     for row in rows:
-        if row.recompute in recompute:
+        is_replaced = row.instead_of is not None and row.instead_of not in recompute
+        if row.recompute in recompute or is_replaced:
             continue
         is_fp8 = fp8_storage and row.can_be_fp8
-        total += row.bytes_per_token * (FP8_BYTES / BF16 if is_fp8 else 1.0)
+        total += row.bytes_per_token * (FP8_BYTES / element_bytes if is_fp8 else 1.0)
     return total
 
 
@@ -110,11 +121,22 @@ def layer_bytes(
     is_moe: bool,
     recompute: frozenset[Recompute] = frozenset(),
     fp8_storage: bool = False,
+    modules: Modules = "transformer_engine",
 ) -> float:
-    """Bytes a token that one layer keeps on one rank."""
+    """Bytes a token that one layer keeps on one rank, in bf16."""
+    if modules == "local":
+        from megatron_k2.planning.local_activations import local_rows
 
-    def rows() -> Iterator[Kept]:
-        yield from attention_rows(p, tp)
-        yield from mlp_rows(p, tp, is_moe=is_moe)
+        rows = local_rows(p, tp, is_moe=is_moe, is_swiglu_fused=fp8_storage)
+    else:
+        rows = itertools.chain(attention_rows(p, tp), mlp_rows(p, tp, is_moe=is_moe))
+    return kept_bytes(rows, recompute, fp8_storage=fp8_storage)
 
-    return kept_bytes(rows(), recompute, fp8_storage=fp8_storage)
+
+def head_bytes(p: ModelPreset, tp: int, modules: Modules = "transformer_engine") -> float:
+    """Bytes a token that final norm, head and loss keep."""
+    if modules == "local":
+        from megatron_k2.planning.local_activations import local_head_rows
+
+        return kept_bytes(local_head_rows(p, tp), frozenset(), fp8_storage=False)
+    return kept_bytes(head_rows(p, tp), frozenset(), fp8_storage=False)

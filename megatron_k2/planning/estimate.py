@@ -110,7 +110,14 @@ def _layer_cost(r: RunRequest, a: Assumptions, *, is_moe: bool) -> ChunkCost:
     context = traffic.network_seconds(r, traffic.context_parallel(r), r.tp * r.cp, a.network)
     attention, mlp = attention_forward(p, r.seq_length), mlp_forward(p, is_moe=is_moe)
     again = Flops(up_projections(p) if "mla_up" in r.recompute else 0.0)
-    kept = layer_bytes(p, r.tp, is_moe=is_moe, recompute=r.recompute, fp8_storage=r.fp8_storage)
+    kept = layer_bytes(
+        p,
+        r.tp,
+        is_moe=is_moe,
+        recompute=r.recompute,
+        fp8_storage=r.fp8_storage,
+        modules=r.modules,
+    )
     to_host = kept * tokens * r.activation_offload / (r.gpu.pcie_gb_per_s * 1e9 * a.network)
 
     def seconds(flops: Flops) -> float:

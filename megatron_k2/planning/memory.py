@@ -11,7 +11,7 @@ of everything (experts evenly loaded), so there is one row a pipeline rank.
 from dataclasses import dataclass
 
 from megatron_k2.optimizer.host_share import AHEAD, WINDOW_BYTES
-from megatron_k2.planning.activations import head_rows, kept_bytes, layer_bytes
+from megatron_k2.planning.activations import head_bytes, layer_bytes
 from megatron_k2.planning.chunks import Chunk
 from megatron_k2.planning.pipeline import Shape, peak_live
 from megatron_k2.planning.request import RunRequest
@@ -157,6 +157,7 @@ def chunk_activation_bytes(r: RunRequest, chunk: Chunk) -> float:
             is_moe=layer >= p.num_dense_layers,
             recompute=r.recompute,
             fp8_storage=r.fp8_storage,
+            modules=r.modules,
         )
         for layer in chunk.layers
     )
@@ -164,7 +165,6 @@ def chunk_activation_bytes(r: RunRequest, chunk: Chunk) -> float:
 
 def activation_bytes(r: RunRequest, rank: int) -> float:
     """Kept for backward at the fullest moment of the schedule, before any offload."""
-    p, tokens = r.preset, r.tokens_per_microbatch
     weights = [0.0] * r.vpp
     head = 0.0
     for chunk in r.chunks():
@@ -172,7 +172,7 @@ def activation_bytes(r: RunRequest, rank: int) -> float:
             continue
         weights[chunk.virtual] += chunk_activation_bytes(r, chunk)
         if chunk.has_head:
-            head = tokens * kept_bytes(head_rows(p, r.tp), r.recompute, fp8_storage=r.fp8_storage)
+            head = r.tokens_per_microbatch * head_bytes(r.preset, r.tp, r.modules)
     has_extra = r.has_overlap and r.vpp > 1
     return head + peak_live(Shape(r.pp, r.vpp, r.num_microbatches, has_extra), rank, weights)
 

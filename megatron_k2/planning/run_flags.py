@@ -39,6 +39,8 @@ def memory_flags(r: RunRequest) -> list[str]:
     if r.recompute:
         names = [RECOMPUTE_MODULES[name] for name in RECOMPUTE_MODULES if name in r.recompute]
         flags += ["--recompute-granularity", "selective", "--recompute-modules", *names]
+    if "swiglu" in r.recompute and r.modules == "local":
+        flags.append("--moe-grouped-gemm")  # Megatron's condition for moe_act
     if r.fp8_storage:
         flags += ["--fp8-activation-storage"]
     if r.activation_offload:

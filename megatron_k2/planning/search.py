@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from megatron_k2.errors import UserError
-from megatron_k2.planning.activations import Recompute, head_rows, kept_bytes, layer_bytes
+from megatron_k2.planning.activations import Modules, Recompute, head_bytes, layer_bytes
 from megatron_k2.planning.chunks import split_into_chunks
 from megatron_k2.planning.estimate import (
     Assumptions,
@@ -101,9 +101,14 @@ def _can_split(num_layers: int, pp: int, vpp: int) -> bool:
 
 @functools.cache
 def _layer_bytes(
-    p: ModelPreset, tp: int, is_moe: bool, recompute: frozenset[Recompute], fp8: bool
+    p: ModelPreset,
+    tp: int,
+    is_moe: bool,
+    recompute: frozenset[Recompute],
+    fp8: bool,
+    modules: Modules,
 ) -> float:
-    return layer_bytes(p, tp, is_moe=is_moe, recompute=recompute, fp8_storage=fp8)
+    return layer_bytes(p, tp, is_moe=is_moe, recompute=recompute, fp8_storage=fp8, modules=modules)
 
 
 @functools.cache
@@ -154,14 +159,14 @@ def _step_bytes(r: RunRequest, is_on_host: bool, ranks: list[Parameters]) -> flo
 
 def _kept(r: RunRequest, memory: QuickMemory, recompute: frozenset[Recompute]) -> float:
     p, fp8 = r.preset, r.fp8_storage
-    layers = memory.tokens_alive * _layer_bytes(p, r.tp, True, recompute, fp8)
-    head = memory.head_tokens * _head_bytes(p, r.tp)
+    layers = memory.tokens_alive * _layer_bytes(p, r.tp, True, recompute, fp8, r.modules)
+    head = memory.head_tokens * _head_bytes(p, r.tp, r.modules)
     return max(layers, head) if r.pp > 1 else layers + head
 
 
 @functools.cache
-def _head_bytes(p: ModelPreset, tp: int) -> float:
-    return kept_bytes(head_rows(p, tp), frozenset(), fp8_storage=False)
+def _head_bytes(p: ModelPreset, tp: int, modules: Modules) -> float:
+    return head_bytes(p, tp, modules)
 
 
 @functools.cache
@@ -188,7 +193,8 @@ def _fitting(r: RunRequest, a: Assumptions) -> tuple[RunRequest | None, int, flo
     """(``r`` with the least offload, then recompute, that fits; choices that fit; least bytes)."""
     room = (r.gpu.memory_gb - a.reserved_gb) * 1e9
     memory = quick_memory(r)
-    kept = [(recompute, _kept(r, memory, recompute)) for recompute in RECOMPUTES]
+    choices = [c for c in RECOMPUTES if r.modules == "transformer_engine" or "mla_up" not in c]
+    kept = [(recompute, _kept(r, memory, recompute)) for recompute in choices]
     chosen, num_fitting = None, 0
     most = round(most_activations(r), 2)
     offloads = [(0.0, 0.0), *((most, part) for part in OPTIMIZER_OFFLOADS)]

@@ -62,6 +62,7 @@ def read_flags(flags: list[str]) -> argparse.Namespace:
     parser.add_argument("--save", default=None)
     parser.add_argument("--finetune", action="store_true")
     parser.add_argument("--qk-clip-threshold", type=float, default=None)
+    parser.add_argument("--recompute-modules", nargs="*", default=[])
     parser.add_argument("--optimizer-offload-fraction", type=float, default=1.0)
     try:
         values, _ = parser.parse_known_args(flags)
@@ -90,6 +91,12 @@ def check_run(flags: list[str], world_size: int) -> None:
         router_dtype=values.moe_router_dtype,
         te_version=installed_version("transformer-engine"),
     )
+    if values.transformer_impl == "local" and "mla_up_proj" in values.recompute_modules:
+        raise UserError(
+            "--recompute-modules mla_up_proj with --transformer-impl local frees nothing: this "
+            "attention keeps copies of queries, keys and values; drop it, or use "
+            "--transformer-impl transformer_engine"
+        )
     if "--muonclip-cpu-offload" in flags:
         _check_offload(flags, values.optimizer_offload_fraction)
     if values.transformer_impl == "transformer_engine":

@@ -16,7 +16,7 @@ from megatron_k2.planning.estimate import Assumptions, estimate
 from megatron_k2.planning.fit import fit_to_memory, most_activations, shortfall
 from megatron_k2.planning.flops import model_flops_per_token, newton_schulz
 from megatron_k2.planning.gpus import GPUS, get_gpu
-from megatron_k2.planning.memory import rank_parameters
+from megatron_k2.planning.memory import rank_memory, rank_parameters
 from megatron_k2.planning.params import count_parameters
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.planning.run_flags import megatron_flags
@@ -120,6 +120,7 @@ def test_what_cannot_fit_names_what_would():
         ({"pp": 32, "vpp": 3, "ep": 8}, "at most --vpp 1"),
         ({"activation_offload": 1.5}, "a part from 0 to 1"),
         ({"recompute": frozenset({"everything"})}, "everything is none of norm"),
+        ({"modules": "local"}, "mla_up with local modules frees nothing"),
         ({"vpp": 2, "sequences_per_step": 16 * 1001}, "do not divide by PP=16"),
     ],
 )
@@ -144,6 +145,17 @@ def test_the_search_finds_what_costing_every_layout_in_full_finds():
     rates = [e.tokens_per_second for e in found.best]
     assert rates == sorted(rates, reverse=True)
     assert all(e.fits for e in found.best)
+
+
+def test_local_modules_keep_more_than_transformer_engines():
+    r = request(vpp=2, recompute=frozenset({"norm", "swiglu"}))
+    theirs, ours = rank_memory(r, 1), rank_memory(r.replace(modules="local"), 1)
+    assert ours.activations > 1.3 * theirs.activations
+    assert ours.states == theirs.states
+    base = RunRequest(get_preset("k2-mini"), GPUS["h100"], 4, 1024, 16, modules="local")
+    found = search(base, top=1)
+    assert found.best[0].request.modules == "local"
+    assert "mla_up" not in found.best[0].request.recompute
 
 
 def test_a_search_without_a_result_says_what_is_missing():

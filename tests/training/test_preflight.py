@@ -73,6 +73,13 @@ def test_optimizer_offload_is_ours_with_muonclip_and_megatrons_with_adam():
     assert "--optimizer-cpu-offload" in theirs
 
 
+def test_recomputation_that_would_free_nothing_is_refused():
+    selective = ["--recompute-granularity", "selective", "--recompute-modules"]
+    check(*selective, "layernorm", "mlp")
+    with pytest.raises(UserError, match=r"mla_up_proj with --transformer-impl local frees nothing"):
+        check(*selective, "layernorm", "mla_up_proj")
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
