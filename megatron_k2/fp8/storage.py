@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_k2.errors import UserError
-from megatron_k2.fp8 import tiles
+from megatron_k2.fp8 import native_tiles, tiles
 
 EXPERT_GROUPS = frozenset({"expert_fc1", "moe_act"})
 """Of Megatron's ``--offload-modules``, those that act inside the experts (``offload.py``)."""
@@ -48,7 +48,7 @@ class StoredTensor:
 
 
 def store(x: Tensor) -> StoredTensor:
-    """``x`` [m, k] quantised, by the Triton kernel on a GPU that has E4M3."""
+    """``x`` [m, k] quantised: by C on a CPU, by the Triton kernel on a GPU that has E4M3."""
     kernels = _kernels(x)
     codes, scales = kernels.quantize_tiles(x.detach())
     return StoredTensor(codes, scales, x.dtype)
@@ -61,6 +61,8 @@ def restore(stored: StoredTensor) -> Tensor:
 
 
 def _kernels(x: Tensor) -> Any:
+    if x.device.type == "cpu":
+        return native_tiles
     if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (8, 9):
         return tiles
     from megatron_k2.fp8 import triton_tiles
