@@ -53,9 +53,8 @@ def _fingerprint() -> str:
     found = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode())
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found.update(
-            "".join(sorted({s for s in lines if s.startswith(("flags", "Feat"))})).encode()
-        )
+        features = {line for line in lines if line.startswith(("flags", "Features"))}
+        found.update("".join(sorted(features)).encode())
     return found.hexdigest()[:16]
 
 

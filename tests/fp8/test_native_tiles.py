@@ -62,12 +62,13 @@ def test_rows_with_a_stride_and_other_dtypes_are_taken_as_they_are():
     assert same_bytes(native_tiles.quantize_tiles(x), tiles.quantize_tiles(x.contiguous()))
     half = matrix(4, 256).clamp(-6e4, 6e4).half()
     assert same_bytes(native_tiles.quantize_tiles(half), tiles.quantize_tiles(half))
+    codes, scales = tiles.quantize_tiles(x)
     with pytest.raises(ValueError, match="scales"):
-        native_tiles.dequantize_tiles(*map(lambda t: t[:3], tiles.quantize_tiles(x)), torch.float32)
+        native_tiles.dequantize_tiles(codes[:3], scales, torch.float32)
 
 
 @pytest.fixture
-def _rebuilt(monkeypatch, tmp_path):
+def own_cache(monkeypatch, tmp_path):
     """A cache of this test's own, and the library forgotten before and after."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native_tiles._library.cache_clear()
@@ -75,19 +76,20 @@ def _rebuilt(monkeypatch, tmp_path):
     native_tiles._library.cache_clear()
 
 
-def test_ties_away_from_zero_are_seen(_rebuilt, monkeypatch):
+def test_ties_away_from_zero_are_seen(own_cache, monkeypatch):
     wrong = native_tiles.SOURCE.read_text().replace(
         "magnitude + 0x7ffffu + ((magnitude >> 20) & 1u)", "magnitude + 0x80000u"
     )
     assert wrong != native_tiles.SOURCE.read_text()
-    source = _rebuilt / "wrong.c"
+    source = own_cache / "wrong.c"
     source.write_text(wrong)
     monkeypatch.setattr(native_tiles, "SOURCE", source)
     x = awkward(128, torch.float32)
     assert not same_bytes(native_tiles.quantize_tiles(x)[:1], tiles.quantize_tiles(x)[:1])
 
 
-def test_without_a_compiler_torch_does_it(_rebuilt, monkeypatch):
+@pytest.mark.usefixtures("own_cache")
+def test_without_a_compiler_torch_does_it(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     x = matrix(4, 256)
     assert not native_tiles.is_available(x.dtype)
