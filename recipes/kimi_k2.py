@@ -98,10 +98,10 @@ def _layout(num_gpus: int, gpu: str, phase: Phase) -> RunRequest:
 
 def _differences(layout: RunRequest, phase: Phase, before: str | None) -> tuple[str, ...]:
     found = ["data: the report gives no weights of its four domains; these are equal"]
-    if layout.activation_offload and layout.fp8_storage:
+    if layout.activation_offload:
         found.append(
-            "offload: Megatron's flags move all but the experts' activations, which are stored in "
-            "FP8; the report does both and the plan counts so, so more stays on the GPU than shown"
+            "offload: Megatron's groups are norms' inputs, queries, keys and values, and the "
+            "experts' two tensors; the rest, which the plan moves too, stays on the GPU"
         )
     if before:
         found.append(

@@ -25,8 +25,9 @@ from megatron_k2.fp8.tiles import E4M3, num_tiles
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("tiles.c")
-# No contraction: a fused multiply-add would round once where torch rounds twice.
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
+# No contraction: a fused multiply-add would round once where torch rounds twice. No traps: else a
+# number that is then not chosen must not be computed, and a loop with a choice stays scalar.
+FLAGS = "-O3 -march=native -ffp-contract=off -fno-trapping-math -shared -fPIC".split()
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 

@@ -80,9 +80,11 @@ class ActivationStorage:
     """
 
     def __init__(self, hidden: Tensor, gate_up_width: int, *, is_input_stored: bool) -> None:
-        # An address identifies the storage only while it lives; ``hidden`` outlives the forward.
-        address = hidden.untyped_storage().data_ptr()
-        self._input_storage = address if is_input_stored else None
+        # An identity only while the storage lives: ``hidden`` outlives the forward. Its memory may
+        # not: offloading empties it before the down-projection's input is saved, which can then
+        # have the same address.
+        identity = hidden.untyped_storage()._cdata
+        self._input_storage = identity if is_input_stored else None
         self._dtype = hidden.dtype
         self._gate_up_width = gate_up_width
 
@@ -100,7 +102,7 @@ class ActivationStorage:
         if type(saved) is not torch.Tensor or saved.dtype != self._dtype or saved.ndim != 2:
             return False
         # An expert without tokens too: its empty view would keep the whole input alive.
-        is_input = saved.untyped_storage().data_ptr() == self._input_storage
+        is_input = saved.untyped_storage()._cdata == self._input_storage
         return is_input or (saved.requires_grad and saved.shape[1] == self._gate_up_width)
 
 

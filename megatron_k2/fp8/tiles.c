@@ -43,7 +43,8 @@ static inline uint8_t to_e4m3(float value) {
 static inline float from_e4m3(uint8_t code) {
     uint32_t magnitude = code & 0x7fu;
     uint32_t normal = (magnitude << 20) + (120u << 23);
-    uint32_t bits = magnitude < 8u ? as_bits((float)magnitude * 0x1p-9f) : normal;
+    uint32_t subnormal = as_bits((float)(int32_t)magnitude * 0x1p-9f);
+    uint32_t bits = magnitude < 8u ? subnormal : normal;
     bits = magnitude == 0x7fu ? 0x7fc00000u : bits;
     return as_float(bits | ((uint32_t)(code & 0x80u) << 24));
 }

@@ -13,10 +13,9 @@ RECOMPUTE_MODULES: dict[Recompute, str] = {
     "mla_up": "mla_up_proj",
 }
 """Megatron's names; ``moe_act`` recomputes the experts' SwiGLU, not the one dense layer's."""
-OFFLOAD_MODULES = "attn_norm mlp_norm core_attn".split()
-EXPERT_OFFLOAD_MODULES = "expert_fc1 moe_act".split()
-"""Inputs that Megatron's fine-grained offload moves to the host. The experts' are either stored in
-FP8 or moved, not both (``fp8/storage.py``); the report does both, and the plan counts so."""
+OFFLOAD_MODULES = "attn_norm mlp_norm core_attn expert_fc1 moe_act".split()
+"""Inputs that Megatron's fine-grained offload moves to the host; the experts' as they are stored,
+in FP8 (``fp8/offload.py``)."""
 
 
 def layout_flags(r: RunRequest) -> list[str]:
@@ -44,9 +43,8 @@ def memory_flags(r: RunRequest) -> list[str]:
     if r.fp8_storage:
         flags += ["--fp8-activation-storage"]
     if r.activation_offload:
-        experts = [] if r.fp8_storage else EXPERT_OFFLOAD_MODULES
-        flags += ["--fine-grained-activation-offloading", "--offload-modules"]
-        flags += [*OFFLOAD_MODULES, *experts]
+        flags += ["--fine-grained-activation-offloading", "--offload-modules", *OFFLOAD_MODULES]
+        flags += ["--activation-offload-fraction", f"{r.activation_offload:g}"]
     if r.optimizer_offload:
         flags += ["--optimizer-cpu-offload", "--optimizer-offload-fraction"]
         flags += [f"{r.optimizer_offload:g}"]
