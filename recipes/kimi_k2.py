@@ -98,11 +98,6 @@ def _layout(num_gpus: int, gpu: str, phase: Phase) -> RunRequest:
 
 def _differences(layout: RunRequest, phase: Phase, before: str | None) -> tuple[str, ...]:
     found = ["data: the report gives no weights of its four domains; these are equal"]
-    if layout.activation_offload:
-        found.append(
-            "offload: Megatron's groups are norms' inputs, queries, keys and values, and the "
-            "experts' two tensors; the rest, which the plan moves too, stays on the GPU"
-        )
     if before:
         found.append(
             f"start: weights of {before} with empty momentum; Megatron has no flag that keeps the "

@@ -3,7 +3,7 @@
 import argparse
 import json
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_k2.cli.plan_tables import (
     built_line,
@@ -99,7 +99,7 @@ def request_from(arguments: argparse.Namespace) -> "RunRequest":
     if arguments.gpu_tflops:
         gpu = replace(gpu, bf16_tflops=arguments.gpu_tflops)
     everything = "norm,swiglu" if arguments.transformer_impl == "local" else "norm,swiglu,mla_up"
-    names = (arguments.recompute or everything).replace(" ", "").split(",")
+    names: Any = (arguments.recompute or everything).replace(" ", "").split(",")
     return RunRequest(
         preset=preset,
         gpu=gpu,

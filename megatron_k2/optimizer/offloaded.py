@@ -37,6 +37,8 @@ class OffloadedMuonClip(DistributedMuonClip):
     """``DistributedMuonClip`` whose states live on the host in part (``offload_fraction``)."""
 
     residence: Residence
+    model_float16_groups: list[list[torch.nn.Parameter]]
+    shard_fp32_from_float16_groups: list[list[Tensor]]
 
     @classmethod
     @override

@@ -40,6 +40,9 @@ class Kept:
     """Dropped when this is recomputed."""
     instead_of: Recompute | None = None
     """Kept only when this is recomputed."""
+    can_be_on_host: bool = False
+    """Moved by Megatron's fine-grained offload: what norms, core attention, and the experts' two
+    parts save (its ``--offload-modules``), from a million elements on."""
     can_be_fp8: bool = False
     """Stored as FP8 tiles when that is on: inputs of the experts' up-projection and of SwiGLU."""
 
@@ -53,22 +56,23 @@ def attention_rows(p: ModelPreset, tp: int) -> Iterator[Kept]:
         yield from _norm_rows("query latent", p.q_lora_rank, "mla_up")
     yield from _norm_rows("key-value latent", p.kv_lora_rank, "mla_up")
     yield Kept("rotary tables", 4.0 * BF16 * p.qk_pos_emb_head_dim)
-    yield Kept("query", BF16 * heads * qk, "mla_up")
-    yield Kept("key", BF16 * heads * qk, "mla_up")
-    yield Kept("value", BF16 * heads * p.v_head_dim, "mla_up")
-    yield Kept("attention output", BF16 * heads * p.v_head_dim)
+    yield Kept("query", BF16 * heads * qk, "mla_up", can_be_on_host=True)
+    yield Kept("key", BF16 * heads * qk, "mla_up", can_be_on_host=True)
+    yield Kept("value", BF16 * heads * p.v_head_dim, "mla_up", can_be_on_host=True)
+    yield Kept("attention output", BF16 * heads * p.v_head_dim, can_be_on_host=True)
     yield Kept("softmax statistics", 4.0 * heads)
 
 
 def _norm_rows(name: str, width: float, recompute: Recompute) -> Iterator[Kept]:
-    yield Kept(f"{name}, input", BF16 * width)
+    yield Kept(f"{name}, input", BF16 * width, can_be_on_host=recompute == "norm")
     yield Kept(f"{name}, output", BF16 * width, recompute)
     yield Kept(f"{name}, statistic", 4.0)
 
 
 def swiglu_rows(name: str, width: float, recompute: Recompute | None = None) -> Iterator[Kept]:
     """Between the projections of one SwiGLU of ``width`` on this rank."""
-    yield Kept(f"{name} SwiGLU input", BF16 * 2 * width, can_be_fp8=True)
+    is_experts = recompute is not None
+    yield Kept(f"{name} SwiGLU input", BF16 * 2 * width, can_be_on_host=is_experts, can_be_fp8=True)
     yield Kept(f"{name} SwiGLU output", BF16 * width, recompute)
 
 
@@ -84,7 +88,8 @@ def mlp_rows(p: ModelPreset, tp: int, *, is_moe: bool) -> Iterator[Kept]:
     yield Kept("router scores, fp32, twice", 8.0 * p.num_moe_experts / tp)
     yield Kept("order of the tokens, int64", 8.0 * p.num_moe_experts / tp)
     yield Kept("chosen experts and their weights", (4 * 8.0 + 2 * 4.0) * p.moe_router_topk / tp)
-    yield Kept("expert input", BF16 * p.moe_router_topk * p.hidden_size / tp, can_be_fp8=True)
+    copies = p.moe_router_topk * p.hidden_size / tp
+    yield Kept("expert input", BF16 * copies, can_be_on_host=True, can_be_fp8=True)
     yield from swiglu_rows("expert", p.moe_router_topk * p.moe_ffn_hidden_size / tp, "swiglu")
     yield from swiglu_rows("shared expert", p.moe_shared_expert_intermediate_size / tp)
 
@@ -131,6 +136,18 @@ def layer_bytes(
     else:
         rows = itertools.chain(attention_rows(p, tp), mlp_rows(p, tp, is_moe=is_moe))
     return kept_bytes(rows, recompute, fp8_storage=fp8_storage)
+
+
+def part_on_host(
+    p: ModelPreset, tp: int, *, recompute: frozenset[Recompute], fp8_storage: bool
+) -> float:
+    """The part of an MoE layer's kept bytes that Megatron's offload can move."""
+    rows = [*attention_rows(p, tp), *mlp_rows(p, tp, is_moe=True)]
+    everything, movable = (
+        kept_bytes(iter(some), recompute, fp8_storage=fp8_storage)
+        for some in (rows, [row for row in rows if row.can_be_on_host])
+    )
+    return movable / everything
 
 
 def head_bytes(p: ModelPreset, tp: int, modules: Modules = "transformer_engine") -> float:

@@ -63,6 +63,11 @@ class RunRequest:
                 "recompute mla_up with local modules frees nothing: their attention keeps copies "
                 "of queries, keys and values; leave it out, or plan for transformer_engine"
             )
+        if self.modules == "local" and self.activation_offload:
+            raise UserError(
+                "activation offload with local modules: Megatron's is for Transformer Engine's; "
+                "leave it out, or plan for transformer_engine"
+            )
         check_layout(
             LayoutRequest(
                 world_size=self.world_size,

@@ -3,7 +3,8 @@
 Architecture and schedule are the preset's (``training/flags.py``); these come after and win.
 """
 
-from megatron_k2.planning.activations import Recompute
+from megatron_k2.errors import UserError
+from megatron_k2.planning.activations import Recompute, part_on_host
 from megatron_k2.planning.chunks import megatron_layout
 from megatron_k2.planning.request import RunRequest
 
@@ -33,7 +34,11 @@ def layout_flags(r: RunRequest) -> list[str]:
 
 
 def memory_flags(r: RunRequest) -> list[str]:
-    """Recompute and offload; FP8 storage of activations."""
+    """Recompute and offload; FP8 storage of activations.
+
+    Raises:
+        UserError: where the plan moves more than the flags can.
+    """
     flags: list[str] = []
     if r.recompute:
         names = [RECOMPUTE_MODULES[name] for name in RECOMPUTE_MODULES if name in r.recompute]
@@ -43,8 +48,16 @@ def memory_flags(r: RunRequest) -> list[str]:
     if r.fp8_storage:
         flags += ["--fp8-activation-storage"]
     if r.activation_offload:
+        movable = part_on_host(r.preset, r.tp, recompute=r.recompute, fp8_storage=r.fp8_storage)
+        if r.activation_offload > movable:
+            raise UserError(
+                f"the plan has {r.activation_offload:.0%} of the activations on the host, and "
+                f"Megatron's offload can move {movable:.1%} of what is kept; plan with "
+                f"--activation-offload {movable:.2f} at most"
+            )
+        part = r.activation_offload / movable
         flags += ["--fine-grained-activation-offloading", "--offload-modules", *OFFLOAD_MODULES]
-        flags += ["--activation-offload-fraction", f"{r.activation_offload:g}"]
+        flags += ["--activation-offload-fraction", f"{part:.3f}"]
     if r.optimizer_offload:
         flags += ["--optimizer-cpu-offload", "--optimizer-offload-fraction"]
         flags += [f"{r.optimizer_offload:g}"]

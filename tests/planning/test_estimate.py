@@ -65,8 +65,12 @@ def test_slower_assumptions_cost_time_where_they_act():
 
 def test_offload_is_the_least_that_fits_and_activations_go_first():
     r = request(vpp=2)
-    # rank 1 has 2 x 14 + 16 + 1 + 1 = 46 in flight, three of them on the device
-    assert most_activations(r) == pytest.approx(0.9)
+    # rank 1 has 2 x 14 + 16 + 1 + 1 = 46 in flight, three of them on the device: 0.93 could go, of
+    # which Megatron moves norms' inputs, attention's output and the experts' two stored tensors
+    movable = 2 * 2 * 7168 + 2 * 64 * 128 + 1.03125 * 8 * (7168 + 2 * 2048)
+    kept = layer_bytes(K2, 1, is_moe=True, recompute=r.recompute, fp8_storage=True)
+    assert 0.85 < movable / kept < 0.9
+    assert most_activations(r) == pytest.approx(0.85)
     assert most_activations(request(pp=1, ep=16)) == 0
     fitted = fit_to_memory(r)
     assert shortfall(fitted) <= 0
@@ -74,7 +78,7 @@ def test_offload_is_the_least_that_fits_and_activations_go_first():
     less = round(fitted.activation_offload - 0.05, 2)
     assert shortfall(fitted.replace(activation_offload=less)) > 0
     smaller = fit_to_memory(r.replace(gpu=replace(r.gpu, memory_gb=64)))
-    assert smaller.activation_offload == 0.9
+    assert smaller.activation_offload == 0.85
     assert shortfall(smaller) <= 0 < smaller.optimizer_offload
 
 
@@ -83,6 +87,11 @@ def test_the_plan_is_in_the_flags():
     assert flags[flags.index("--pipeline-model-parallel-layout") + 1].startswith("Et|tt|")
     assert "--fp8-activation-storage" in flags
     assert "--optimizer-cpu-offload" not in flags
+    assert float(flags[flags.index("--activation-offload-fraction") + 1]) == pytest.approx(
+        0.85 / 0.876, abs=5e-3
+    )
+    with pytest.raises(UserError, match=r"95% of the activations on the host.*can move 87\.\d%"):
+        megatron_flags(request(vpp=2, activation_offload=0.95))
     flags = megatron_flags(request(vpp=2, optimizer_offload=0.55))
     assert "--optimizer-cpu-offload --optimizer-offload-fraction 0.55" in " ".join(flags)
 
@@ -121,6 +130,10 @@ def test_what_cannot_fit_names_what_would():
         ({"activation_offload": 1.5}, "a part from 0 to 1"),
         ({"recompute": frozenset({"everything"})}, "everything is none of norm"),
         ({"modules": "local"}, "mla_up with local modules frees nothing"),
+        (
+            {"modules": "local", "recompute": frozenset(), "activation_offload": 0.5},
+            "activation offload with local modules",
+        ),
         ({"vpp": 2, "sequences_per_step": 16 * 1001}, "do not divide by PP=16"),
     ],
 )

@@ -177,9 +177,12 @@ def test_a_wrong_assignment_is_refused_with_the_way_out(assignment, words):
 
 def test_a_layout_that_does_not_fit_is_refused_unless_forced():
     recipe = get_recipe("kimi_k2_pretrain_256gpu_h800")
+    on_gpu = ["layout.vpp=1", "layout.activation_offload=0"]
+    assert apply(recipe, on_gpu).layout.optimizer_offload > 0
+    on_gpu.append("layout.optimizer_offload=0")
     with pytest.raises(UserError, match=r"GB a GPU too much.*--gpu h200"):
-        apply(recipe, ["layout.vpp=1", "layout.activation_offload=0"])
-    forced = apply(recipe, ["layout.vpp=1", "layout.activation_offload=0"], force=True)
+        apply(recipe, on_gpu)
+    forced = apply(recipe, on_gpu, force=True)
     assert (forced.layout.vpp, forced.layout.activation_offload) == (1, 0)
     for phase, num_gpus, gpu in kimi_k2.TOO_SMALL:
         with pytest.raises(UserError, match="GB a GPU too much"):
