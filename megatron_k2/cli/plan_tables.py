@@ -128,14 +128,15 @@ def summary(e: "Estimate", a: "Assumptions", tokens: float) -> str:
 
 def host_lines(e: "Estimate") -> list[str]:
     """What goes over PCIe, where anything does."""
-    once = e.host_traffic
-    if not once.activations + once.optimizer:
-        return []
-    return [
-        f"to host memory and as much back, a GPU and step: {once.activations / GB:,.0f} GB of "
-        f"activations (beside the arithmetic), {once.optimizer / GB:.1f} GB of optimizer states in "
-        f"{e.optimizer_copy_seconds:.2f} s, {e.exposed_copy_seconds:.2f} not hidden"
-    ]
+    once, parts = e.host_traffic, []
+    if once.activations:
+        parts.append(f"{once.activations / GB:,.0f} GB of activations, beside the arithmetic")
+    if once.optimizer:
+        parts.append(
+            f"{once.optimizer / GB:.1f} GB of optimizer states in {e.optimizer_copy_seconds:.2f} s "
+            f"({e.exposed_copy_seconds:.2f} not hidden)"
+        )
+    return [f"to host memory and back, a GPU and step: {'; '.join(parts)}"] if parts else []
 
 
 def built_line(built: "BuiltRank", r: "RunRequest") -> str:
