@@ -27,7 +27,7 @@ BOUND = 2e-3
 """Relative difference of the final validation loss."""
 RUNS = {"plain": (1.0, []), "fp8": (1.0, ["--fp8-activation-storage"]), "nudged": (1 + 1e-6, [])}
 """What each run of a seed has of its own: a factor of the learning rate, and flags."""
-COLOURS = {"plain": "#444444", "fp8": "#c8402f", "nudged": "#2467a8"}
+COLOURS = {"fp8": "#c8402f", "nudged": "#2467a8"}
 
 
 @dataclass(frozen=True)
@@ -90,21 +90,28 @@ def compare(arguments: argparse.Namespace, seed: int) -> Seed:
     return Seed(seed, losses, time.monotonic() - started)
 
 
+def losses(out: Path, name: str, seed: int) -> list[float]:
+    """Training loss of each step."""
+    return [record.loss for record in read_records(out / f"{name}{seed}" / METRICS_FILE)]
+
+
 def draw(out: Path, seeds: list[Seed]) -> bytes:
-    """Training loss of every run, and the differences at the end beside the bound, as a PNG."""
+    """Distance of the training losses from the plain run's, and at the end, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), dpi=130, facecolor="white")
     curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
     for number, seed in enumerate(seeds):
-        for name, colour in COLOURS.items():
-            records = read_records(out / f"{name}{seed.seed}" / METRICS_FILE)
-            label = {"fp8": "FP8 storage"}.get(name, name) if not number else None
-            style = {"color": colour, "label": label, "lw": 0.8, "alpha": 0.8}
-            curves.plot([r.iteration for r in records], [r.loss for r in records], **style)
+        plain = losses(out, "plain", seed.seed)
+        for name, label in (("fp8", "FP8 storage"), ("nudged", "learning rate x (1 + 1e-6)")):
+            pairs = zip(losses(out, name, seed.seed), plain, strict=True)
+            away = [100 * abs(loss / reference - 1) or None for loss, reference in pairs]
+            label = None if number else label
+            curves.plot(range(1, len(away) + 1), away, color=COLOURS[name], lw=0.7, label=label)
+    curves.set_yscale("log")
     curves.set_xlabel("step")
-    curves.set_ylabel("training loss, nats a token")
+    curves.set_ylabel("|training loss / plain − 1|, %")
     curves.legend(frameon=False)
     for offset, name in ((-0.2, "fp8"), (0.2, "nudged")):
         places = [number + offset for number in range(len(seeds))]
