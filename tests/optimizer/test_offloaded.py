@@ -2,9 +2,9 @@
 
 The oracle is the run without offload. Bytes on the device are read off the tensors' own storages,
 which are really emptied, on a CPU too. ``PinnedResidence`` runs here over the CPU host's stand-ins
-for streams, so its order of calls is exercised and its overlap is not; ``pytest -m gpu`` runs the
-same bodies on CUDA. Wrong variants: a visit whose result does not go back, and one whose weights
-are written before the clip. Over ranks and through checkpoints: ``tests/parallel/test_reshard.py``,
+for streams, so its order of calls is exercised and its overlap is not. Wrong variants: a visit
+whose result does not go back, and one whose weights are written before the clip. Over ranks,
+through checkpoints, and on NCCL with ``pytest -m gpu``: ``tests/parallel/test_reshard.py``,
 ``test_bf16_and_mtp.py``.
 """
 
@@ -18,7 +18,11 @@ from megatron_k2.optimizer.distributed import DistributedMuonClip
 from megatron_k2.optimizer.host_share import chosen_for_host
 from megatron_k2.optimizer.offloaded import OffloadedMuonClip
 from megatron_k2.optimizer.residence import PinnedResidence, Residence
-from tests.optimizer.test_memory import built
+from megatron_k2.planning.gpus import GPUS
+from megatron_k2.planning.memory import optimizer_bytes, rank_parameters
+from megatron_k2.planning.request import RunRequest
+from megatron_k2.planning.traffic import host_traffic
+from tests.optimizer.test_memory import MODEL, built
 from tests.single_rank import one_rank
 
 STEPS = 3
@@ -92,6 +96,12 @@ def test_steps_are_bit_equal_and_bytes_are_where_the_fraction_says(
     # Each byte on the host goes out and back once a step, and went there once in the beginning.
     assert home.bytes_to_device == STEPS * home.bytes_on_host
     assert home.bytes_to_host == (STEPS + 1) * home.bytes_on_host
+    # The planner's closed form is what a run keeps there at least, and less than a shard short.
+    r = RunRequest(MODEL, GPUS["h100"], 1, 64, 1, optimizer_offload=fraction)
+    parameters = rank_parameters(r, 0)
+    assert optimizer_bytes(r, parameters) == total
+    planned = host_traffic(r, 0, parameters).optimizer
+    assert planned <= home.bytes_to_device / STEPS < planned + max(sizes.values())
 
 
 def test_a_step_has_few_windows_and_adamws_states_on_the_device(plain, monkeypatch):
