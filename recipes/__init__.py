@@ -32,7 +32,6 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         for phase in kimi_k2.PHASES
         for n in kimi_k2.NUM_GPUS
         for gpu in kimi_k2.HARDWARE
-        if (phase, n, gpu) not in kimi_k2.TOO_SMALL
     },
     **{
         moonlight.name(n, gpu): functools.partial(moonlight.moonlight_pretrain, n, gpu)

@@ -16,8 +16,6 @@ PHASES = {phase.name.replace("-", "_"): phase for phase in kimi_k2_phases()}
 NUM_GPUS = (256, 512, 1024, 2048)
 """Report 2.4.2: any multiple of 32 nodes of eight."""
 HARDWARE = ("h800", "h100", "h200")
-TOO_SMALL = {("yarn_128k", 256, "h800"), ("yarn_128k", 256, "h100")}
-"""What the planner says does not fit."""
 
 SOURCES = (
     ("layout.world_size", "the recipe's name; report 2.4.2: any multiple of 32 nodes"),
