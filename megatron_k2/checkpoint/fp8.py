@@ -26,25 +26,10 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-BLOCK = 128
+from megatron_k2.checkpoint.fp8_layout import BLOCK, scale_shape
+
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
-
-QUANTIZED_SUFFIXES = (
-    *(f"{name}_proj.weight" for name in ("gate", "up", "down", "q_a", "q_b", "q", "kv_b", "o")),
-    "kv_a_proj_with_mqa.weight",
-)
-"""What a release quantises: every linear of attention and FFN; not router, norms, vocabulary."""
-
-SCALE_SUFFIX = "_scale_inv"
-
-QUANTIZATION_CONFIG = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [BLOCK, BLOCK],
-}
-"""``quantization_config`` of the released ``config.json``."""
 
 _VALUES = torch.arange(256, dtype=torch.uint8).view(E4M3).to(torch.float32)
 
@@ -60,17 +45,6 @@ class ScaleClass(enum.StrEnum):
     BF16_AMAX = "bf16 amax / 448"
     FP32_AMAX = "fp32 amax / 448"
     OTHER = "other"
-
-
-def is_quantized(hf_name: str) -> bool:
-    """Whether a release holds this Hugging Face tensor as FP8."""
-    return hf_name.endswith(QUANTIZED_SUFFIXES)
-
-
-def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Blocks of a weight [m, n], ceil-divided: kv_a_proj_with_mqa's 576 rows have 5."""
-    m, n = shape
-    return -(-m // BLOCK), -(-n // BLOCK)
 
 
 def _columns(per_block: Tensor, n: int) -> Tensor:

@@ -6,7 +6,7 @@ conversion killed at any moment and started again redoes only what was under way
 fingerprint (inputs and options) lies beside the receipts: of another job's leftovers nothing is
 taken.
 
-Workers are forked, so none imports torch anew, and end with their parent. Forking is safe here:
+Workers are forked, so none imports anything anew, and end with their parent. Forking is safe here:
 until then the parent has read headers and compared names, and no thread pool of torch has started;
 a worker computes in its one thread.
 """
@@ -18,6 +18,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -165,9 +166,8 @@ def _results(
 
 
 def _start_worker(parent: int) -> None:
-    import torch
-
-    torch.set_num_threads(1)  # the processes are the parallelism
+    if (torch := sys.modules.get("torch")) is not None:  # where there is FP8
+        torch.set_num_threads(1)  # the processes are the parallelism
 
     def watch() -> None:
         while os.getppid() == parent:
