@@ -208,7 +208,8 @@ def _rows(
 
             at = block_rows(top, end)
             kept = scales.rows(slot.name, slot.shape, at)
-            codes, fresh, num_kept = requantize(rows.tensor(), kept and kept.tensor())
+            source_scales = None if kept is None else kept.tensor()
+            codes, fresh, num_kept = requantize(rows.tensor(), source_scales)
             rows = rows_of(codes)
             made[slot.name + SCALE_SUFFIX][at] = fresh.numpy()
             blocks.update(kept=num_kept, fresh=fresh.numel() - num_kept)

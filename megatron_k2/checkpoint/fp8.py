@@ -23,6 +23,7 @@ import enum
 import math
 from collections import Counter
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,8 @@ _VALUES = torch.arange(256, dtype=torch.uint8).view(E4M3).to(torch.float32)
 
 _BIAS_SHIFT = 2.0**8
 """Between the exponents' biases of fp16, 15, and e4m3, 7."""
+
+_BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 class ScaleClass(enum.StrEnum):
@@ -114,8 +117,8 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 def requantize(weight: Tensor, source_scales: Tensor | None) -> tuple[Tensor, Tensor, int]:
     """``quantize``, but blocks that still hold a source's values get the source's scale and codes.
 
-    Per block: quantise by the source's scale, dequantise, compare bit for bit (NaN counts as
-    different); equal means training did not touch it.
+    Per block: quantise by the source's scale, dequantise, compare bit for bit; equal means training
+    did not touch it.
 
     Args:
         weight: [m, n] bf16 or fp32, the dtype it was dequantised to.
@@ -148,9 +151,10 @@ def _encode_as(strip: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Codes by given scales, and for each block whether they give ``strip`` back, [nb] bool."""
     codes = _encode(strip, scales)
     back = dequantize(codes, scales[None], strip.dtype)
-    if torch.equal(back, strip):  # 50 times faster than to see where it is not
+    bits, expected = (t.view(_BITS[strip.dtype]).numpy() for t in (back, strip))
+    if np.array_equal(bits, expected):  # ten times faster than torch, and than to see where not
         return codes, torch.ones(len(scales), dtype=torch.bool)
-    differs = (back != strip).any(0)
+    differs = torch.from_numpy((bits != expected).any(0))
     padded = torch.nn.functional.pad(differs, (0, -len(differs) % BLOCK))
     return codes, ~padded.view(-1, BLOCK).any(1)
 

@@ -112,6 +112,9 @@ class Persistent(tuple[Any, ...]):
 class _Pickler(pickle._Pickler):
     """The one in Python: the other insists on importing what it names."""
 
+    write: Callable[[bytes], Any]
+    memoize: Callable[[Any], None]
+
     dispatch: ClassVar[dict[type, Callable[..., None]]] = dict(pickle._Pickler.dispatch)
 
     def _save_name(self, named: StandIn) -> None:
