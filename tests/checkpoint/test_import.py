@@ -236,6 +236,24 @@ def test_leftovers_of_another_import_are_not_taken(releases, tmp_path, monkeypat
     assert location["output_layer.weight"].dtype is Dtype.FP32
 
 
+def test_a_receipt_torn_by_a_power_cut_is_taken_for_none(releases, imported, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(room, "_finish", fail)
+        with pytest.raises(RuntimeError):
+            import_hf(releases / "bf16", tmp_path / "out", ImportOptions())
+    partial = tmp_path / "out.partial"
+    torn, whole = (partial / ".work" / f"__{i}_0.distcp.json" for i in (0, 1))
+    torn.write_bytes(torn.read_bytes()[:50])
+    before = [(partial / "release" / path.stem).stat().st_ino for path in (torn, whole)]
+    import_hf(releases / "bf16", tmp_path / "out", ImportOptions())
+    after = [(tmp_path / "out" / "release" / path.stem).stat().st_ino for path in (torn, whole)]
+    assert [old == new for old, new in zip(before, after, strict=True)] == [False, True]
+    assert tensor_files(tmp_path / "out") == tensor_files(imported / "bf16")
+
+
 @pytest.mark.slow
 def test_two_workers_write_what_one_writes(releases, imported, tmp_path):
     import_hf(releases / "FP32_AMAX", tmp_path / "two", ImportOptions(num_workers=2))
