@@ -1,10 +1,10 @@
-# make demo | test | test-te | check | bench | clean      (the environment is .venv/, built once)
+# make demo | test | test-te | test-slurm | check | bench | clean      (the environment is .venv/, built once)
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv demo lint fast check test te-venv test-te bench clean
+.PHONY: venv demo lint fast check test te-venv test-te test-slurm bench clean
 
 venv: $(STAMP)
 
@@ -17,9 +17,9 @@ demo: venv
 	bash examples/demo/run.sh
 
 # Tests of one process share the cores by file; what starts ranks runs alone.
-FAST := -m "not slow and not dist and not gpu" --numprocesses 2 --dist loadfile
-SLOW := -m "slow and not dist and not gpu" --numprocesses 2 --dist loadfile
-RANKS := -m "dist and not gpu"
+FAST := -m "not slow and not dist and not gpu and not slurm" --numprocesses 2 --dist loadfile
+SLOW := -m "slow and not dist and not gpu and not slurm" --numprocesses 2 --dist loadfile
+RANKS := -m "dist and not gpu and not slurm"
 
 lint: venv
 	$(PY) -m ruff check --no-cache .
@@ -54,6 +54,11 @@ te-venv: $(TE_STAMP)
 
 test-te: te-venv
 	$(TE_PY) -m pytest -q --no-showlocals tests/te
+
+# A real Slurm with its accounting, private to the tests: Debian's packages, installed where absent.
+test-slurm: venv
+	bash scripts/install_slurm.sh
+	$(PY) -m pytest -q --no-showlocals tests/slurm
 
 # convert_slice.py is left out: it writes 20 GB.
 BENCHMARKS := train_step newton_schulz optimizer_step activation_fp8 convert

@@ -1,7 +1,8 @@
 """Complete run configurations, one function each. Importable as ``megatron_k2.recipes``.
 
 ``kimi_k2_<phase>_<N>gpu_<hw>``, ``moonlight_16b_a3b_pretrain_<N>gpu_<hw>`` and, for each phase,
-``kimi_k2_<phase>_cpu`` and ``moonlight_16b_a3b_pretrain_cpu``.
+``kimi_k2_<phase>_cpu`` and ``moonlight_16b_a3b_pretrain_cpu``. ``kimi_k2_phases_<N>gpu_<hw>`` and
+``kimi_k2_phases_cpu`` are chains of them.
 """
 
 import difflib
@@ -43,6 +44,22 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 """Name -> what builds it; building asks the planner, a few tenths of a second."""
 
+CHAINS: dict[str, tuple[str, ...]] = {
+    f"kimi_k2_phases_{where}": kimi_k2.chain(where)
+    for where in ("cpu", *(f"{n}gpu_{gpu}" for n in kimi_k2.NUM_GPUS for gpu in kimi_k2.HARDWARE))
+    if set(kimi_k2.chain(where)) <= set(RECIPES)
+}
+"""Name -> its recipes, each of which starts from the one before it."""
+
+
+def get_chain(name: str) -> tuple[Recipe, ...]:
+    """The recipes of a chain, or the one recipe called ``name``.
+
+    Raises:
+        UserError: see ``get_recipe``.
+    """
+    return tuple(get_recipe(part) for part in CHAINS.get(name, (name,)))
+
 
 def get_recipe(name: str) -> Recipe:
     """The recipe called ``name``.
@@ -52,6 +69,6 @@ def get_recipe(name: str) -> Recipe:
     """
     if name in RECIPES:
         return RECIPES[name]()
-    near = difflib.get_close_matches(name, RECIPES, n=1)
+    near = difflib.get_close_matches(name, [*RECIPES, *CHAINS], n=1)
     hint = f"did you mean '{near[0]}'?" if near else "list them: megatron-k2 launch --list"
     raise UserError(f"recipe '{name}' is not known; {hint}")

@@ -77,6 +77,11 @@ def kimi_k2_pretrain(num_gpus: int, gpu: str, phase: str) -> Recipe:
     )
 
 
+def chain(where: str) -> tuple[str, ...]:
+    """Names of all phases' recipes, in order; ``where`` as ``256gpu_h800`` or ``cpu``."""
+    return tuple(f"kimi_k2_{phase}_{where}" for phase in PHASES)
+
+
 def name(phase: str, num_gpus: int, gpu: str) -> str:
     """``kimi_k2_<phase>_<N>gpu_<hw>``."""
     return f"kimi_k2_{phase}_{num_gpus}gpu_{gpu}"

@@ -3,6 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from megatron_k2.cli.launch_jobs import ACTIONS
+
 if TYPE_CHECKING:
     from megatron_k2.launch.recipe import Recipe
     from megatron_k2.launch.slurm import Cluster
@@ -14,6 +16,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-k2 launch",
         description="Run a recipe. The same command goes on where the last one stopped.",
+        epilog="Once it is launched: megatron-k2 launch status|logs|cancel RECIPE",
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="see --list")
     parser.add_argument("--list", action="store_true", help="names of all recipes")
@@ -61,20 +64,29 @@ def _keys(recipe: "Recipe") -> str:
 
 def main(argv: list[str]) -> int:
     """Run the verb."""
+    if argv and argv[0] in ACTIONS:
+        from megatron_k2.cli.launch_jobs import main as of_launched
+
+        return of_launched(argv)
     parser = _parser()
     arguments = parser.parse_args(argv)
     from megatron_k2.errors import UserError
-    from megatron_k2.launch.recipe import Recipe
-    from megatron_k2.recipes import RECIPES, get_recipe
+    from megatron_k2.recipes import CHAINS, RECIPES, get_chain
 
     if arguments.list:
-        print("\n".join(RECIPES))
+        print("\n".join([*RECIPES, *CHAINS]))
         return 0
     if arguments.recipe is None:
         raise UserError("which recipe? --list names them")
     from megatron_k2.launch.overrides import apply
 
-    recipe: Recipe = apply(get_recipe(arguments.recipe), arguments.set, force=arguments.force)
+    recipes = [
+        apply(one, arguments.set, force=arguments.force) for one in get_chain(arguments.recipe)
+    ]
+    return _chain(recipes, arguments) if len(recipes) > 1 else _one(recipes[0], arguments)
+
+
+def _one(recipe: "Recipe", arguments: argparse.Namespace) -> int:
     if arguments.keys:
         print(_keys(recipe))
         return 0
@@ -88,6 +100,33 @@ def main(argv: list[str]) -> int:
         print(render_command(recipe, save, start_from), end="")
         return 0
     return _launch(recipe, save, start_from, arguments)
+
+
+def _chain(recipes: list["Recipe"], arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from megatron_k2.errors import UserError
+    from megatron_k2.launch.graph import chain_summary, places, run_chain, submit_chain
+    from megatron_k2.launch.table import rows, shown
+
+    if arguments.start_from or arguments.keys or arguments.print_args or arguments.nodes:
+        raise UserError(
+            f"{arguments.recipe} is {len(recipes)} runs: --keys, --print-args, --nodes and "
+            f"--start-from are one run's, for example {recipes[0].name}'s"
+        )
+    root = Path(arguments.save or "runs")
+    for recipe, save, start_from in places(recipes, root):
+        table = shown(rows(recipe, arguments.set, save, start_from))
+        print(f"{recipe.name}\n\n{table}\n", flush=True)
+    if arguments.dry_run:
+        return 0
+    if arguments.executor == "slurm":
+        jobs = submit_chain(recipes, root, arguments.set, _cluster(arguments))
+        print(f"submitted {' -> '.join(jobs) or 'nothing: every phase is done'}")
+        return 0
+    code = run_chain(recipes, root, arguments.set)
+    print(f"\n{chain_summary(recipes, root)}")
+    return code
 
 
 def _launch(

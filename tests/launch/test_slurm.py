@@ -135,7 +135,6 @@ def test_a_profile_is_read_and_its_mistakes_are_named(tmp_path):
         (lambda: Cluster(time="2 days"), "expected .*hours:minutes:seconds"),
         (lambda: Cluster(mounts=("/a:/a",)), "--mounts without --container"),
         (lambda: num_nodes(get_recipe("kimi_k2_pretrain_256gpu_h800"), 16), "32 nodes"),
-        (lambda: num_nodes(get_recipe("kimi_k2_pretrain_cpu")), "--executor local"),
     ],
 )
 def test_a_wrong_input_is_refused(call, words):
