@@ -127,6 +127,7 @@ class PrivateCluster:
             f"JobAcctGatherType=jobacct_gather/linux\n"
             f"AccountingStorageType=accounting_storage/slurmdbd\n"
             f"AccountingStorageHost=127.0.0.1\nAccountingStoragePort={ports['slurmdbd']}\n"
+            f"AccountingStoragePass={self.munge}\n"
             f"SelectType=select/cons_tres\nSelectTypeParameters=CR_Core\nReturnToService=2\n"
             f"PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE\nKillWait=5\n"
             f"StateSaveLocation={root}/state\nSlurmdSpoolDir={root}/spool\n"

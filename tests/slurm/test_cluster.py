@@ -53,7 +53,8 @@ def _state(save, wanted, seconds=300):
         state = states([job]).get(job.number)
         if state is not None and state.name in wanted:
             return state.name
-        assert time.monotonic() < deadline, (state, _log(save))
+        has_failed = state is not None and state.name in ("FAILED", "CANCELLED")
+        assert not has_failed and time.monotonic() < deadline, (state, _log(save))
         time.sleep(0.5)
 
 
@@ -116,7 +117,8 @@ def test_a_preempted_job_saves_is_queued_again_and_resumes(uninterrupted, profil
 
 
 def test_a_chain_of_phases_runs_in_order(profile, tmp_path, capsys):
-    _launch(profile, tmp_path, "kimi_k2_phases_cpu")
+    alone = ["--set", "layout.world_size=1"]  # the last phases' batches are too small for two
+    _launch(profile, tmp_path, "kimi_k2_phases_cpu", *alone)
     last = tmp_path / CHAINS["kimi_k2_phases_cpu"][-1]
     assert _state(last, ("COMPLETED", "FAILED", "CANCELLED"), 600) == "COMPLETED", _log(last)
     starts = [
