@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv demo lint fast check test te-venv test-te test-slurm bench clean
+.PHONY: venv demo lint fast check test te-venv test-te launch-venv test-slurm bench clean
 
 venv: $(STAMP)
 
@@ -55,10 +55,26 @@ te-venv: $(TE_STAMP)
 test-te: te-venv
 	$(TE_PY) -m pytest -q --no-showlocals tests/te
 
+# NeMo-Run over the packages of .venv; it calls python and torchrun by name.
+LAUNCH_VENV := .venv-launch
+LAUNCH_PY := $(LAUNCH_VENV)/bin/python
+LAUNCH_STAMP := $(LAUNCH_VENV)/.stamp
+
+$(LAUNCH_STAMP): $(STAMP)
+	$(PY) -m venv $(LAUNCH_VENV)
+	$(PY) -c "$(SITE)" > "$$($(LAUNCH_PY) -c "$(SITE)")/zz_shared.pth"
+	$(LAUNCH_PY) -m pip install --quiet 'nemo-run>=0.11,<0.12' 'leptonai<0.47' pyyaml
+	printf '#!%s\nfrom torch.distributed.run import main\nmain()\n' "$$($(LAUNCH_PY) -c \
+	  'import sys; print(sys.executable)')" > $(LAUNCH_VENV)/bin/torchrun
+	chmod +x $(LAUNCH_VENV)/bin/torchrun
+	@touch $@
+
+launch-venv: $(LAUNCH_STAMP)
+
 # A real Slurm with its accounting, private to the tests: Debian's packages, installed where absent.
-test-slurm: venv
+test-slurm: launch-venv
 	bash scripts/install_slurm.sh
-	$(PY) -m pytest -q --no-showlocals tests/slurm
+	$(LAUNCH_PY) -m pytest -q --no-showlocals tests/slurm
 
 # convert_slice.py is left out: it writes 20 GB.
 BENCHMARKS := train_step newton_schulz optimizer_step activation_fp8 convert
@@ -67,4 +83,4 @@ bench: venv
 	@for name in $(BENCHMARKS); do $(PY) benchmarks/$$name.py || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(TE_VENV) build *.egg-info runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TE_VENV) $(LAUNCH_VENV) build *.egg-info runs .pytest_cache .mypy_cache .ruff_cache

@@ -274,7 +274,7 @@ def test_megatrons_norm_recomputation_still_needs_transformer_engine():
 
 @pytest.mark.slow
 def test_megatrons_checkpoint_queue_still_dies_of_the_signal_that_asks_for_a_save(monkeypatch):
-    """If this fails, upstream is repaired: drop ``compat.keep_checkpoint_queue_through_sigterm``."""
+    """If this fails, upstream is repaired: ``keep_checkpoint_queue_through_sigterm`` can go."""
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
 
     unrepaired = filesystem_async.get_write_results_queue

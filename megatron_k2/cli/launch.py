@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from megatron_k2.cli.launch_jobs import ACTIONS
 
 if TYPE_CHECKING:
+    from megatron_k2.launch.graph import Run
     from megatron_k2.launch.recipe import Recipe
     from megatron_k2.launch.slurm import Cluster
 
@@ -24,6 +25,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value"
     )
+    parser.add_argument(
+        "--nemo-run", action="store_true", help="through NeMo-Run instead of torchrun or sbatch"
+    )
+    parser.add_argument("--detach", action="store_true", help="NeMo-Run: return once submitted")
     parser.add_argument("--keys", action="store_true", help="every key of --set, value and source")
     parser.add_argument("--save", metavar="DIR", help="of the run (default: runs/RECIPE)")
     parser.add_argument(
@@ -83,74 +88,68 @@ def main(argv: list[str]) -> int:
     recipes = [
         apply(one, arguments.set, force=arguments.force) for one in get_chain(arguments.recipe)
     ]
-    return _chain(recipes, arguments) if len(recipes) > 1 else _one(recipes[0], arguments)
-
-
-def _one(recipe: "Recipe", arguments: argparse.Namespace) -> int:
+    runs = _chain(recipes, arguments) if len(recipes) > 1 else [_single(recipes[0], arguments)]
     if arguments.keys:
-        print(_keys(recipe))
-        return 0
-    save = arguments.save or f"runs/{recipe.name}"
+        print(_keys(recipes[0]))
+    elif arguments.print_args:
+        from megatron_k2.launch.command import render_command
+
+        print(render_command(*runs[0]), end="")
+    else:
+        return _launch(runs, arguments)
+    return 0
+
+
+def _single(recipe: "Recipe", arguments: argparse.Namespace) -> "Run":
     start_from = arguments.start_from
     if start_from is None and recipe.previous:
         start_from = f"runs/{recipe.previous}"
-    if arguments.print_args:
-        from megatron_k2.launch.command import render_command
-
-        print(render_command(recipe, save, start_from), end="")
-        return 0
-    return _launch(recipe, save, start_from, arguments)
+    return recipe, arguments.save or f"runs/{recipe.name}", start_from
 
 
-def _chain(recipes: list["Recipe"], arguments: argparse.Namespace) -> int:
+def _chain(recipes: list["Recipe"], arguments: argparse.Namespace) -> list["Run"]:
     from pathlib import Path
 
     from megatron_k2.errors import UserError
-    from megatron_k2.launch.graph import chain_summary, places, run_chain, submit_chain
-    from megatron_k2.launch.table import rows, shown
+    from megatron_k2.launch.graph import places
 
     if arguments.start_from or arguments.keys or arguments.print_args or arguments.nodes:
         raise UserError(
             f"{arguments.recipe} is {len(recipes)} runs: --keys, --print-args, --nodes and "
             f"--start-from are one run's, for example {recipes[0].name}'s"
         )
-    root = Path(arguments.save or "runs")
-    for recipe, save, start_from in places(recipes, root):
+    return places(recipes, Path(arguments.save or "runs"))
+
+
+def _launch(runs: list["Run"], arguments: argparse.Namespace) -> int:
+    from megatron_k2.launch.slurm import render
+    from megatron_k2.launch.table import rows, shown
+
+    cluster = _cluster(arguments) if arguments.executor == "slurm" else None
+    scripts = [render(*run, cluster, arguments.nodes) for run in runs] if cluster else []
+    for recipe, save, start_from in runs:
         table = shown(rows(recipe, arguments.set, save, start_from))
         print(f"{recipe.name}\n\n{table}\n", flush=True)
     if arguments.dry_run:
+        if len(scripts) == 1:
+            print(scripts[0], end="")
         return 0
-    if arguments.executor == "slurm":
-        jobs = submit_chain(recipes, root, arguments.set, _cluster(arguments))
-        print(f"submitted {' -> '.join(jobs) or 'nothing: every phase is done'}")
+    if arguments.nemo_run:
+        from megatron_k2.launch.nemo_tasks import run_experiment
+
+        name = run_experiment(runs, arguments.set, cluster, waits=not arguments.detach)
+        print(f"experiment {name}; nemo experiment status {name}")
         return 0
-    code = run_chain(recipes, root, arguments.set)
-    print(f"\n{chain_summary(recipes, root)}")
+    if cluster:
+        from megatron_k2.launch.graph import submit_chain
+
+        jobs = submit_chain(runs, scripts, arguments.set)
+        print(f"submitted {' -> '.join(jobs) or 'nothing: done before'}")
+        print(f"megatron-k2 launch status|logs|cancel {arguments.recipe}")
+        return 0
+    from megatron_k2.launch.graph import chain_summary, run_chain
+
+    code = run_chain(runs, arguments.set)
+    if len(runs) > 1:
+        print(f"\n{chain_summary(runs)}")
     return code
-
-
-def _launch(
-    recipe: "Recipe", save: str, start_from: str | None, arguments: argparse.Namespace
-) -> int:
-    from megatron_k2.launch.table import rows, shown
-
-    is_slurm = arguments.executor == "slurm"
-    script = ""
-    if is_slurm:
-        from megatron_k2.launch.slurm import render
-
-        script = render(recipe, _cluster(arguments), save, start_from, arguments.nodes)
-    print(f"{recipe.name}\n\n{shown(rows(recipe, arguments.set, save, start_from))}\n", flush=True)
-    if arguments.dry_run:
-        print(script, end="")
-        return 0
-    from megatron_k2.launch.local import run_local, write_record
-
-    if not is_slurm:
-        return run_local(recipe, save, start_from, arguments.set)
-    from megatron_k2.launch.slurm import submit
-
-    job = submit(script, save)
-    write_record(recipe, save, start_from, arguments.set)
-    print(f"submitted {job}; squeue --job {job}; log {save}/slurm/{job}.log")
-    return 0

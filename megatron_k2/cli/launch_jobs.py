@@ -3,6 +3,10 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_k2.launch.recipe import Recipe
 
 ACTIONS = ("status", "logs", "cancel")
 
@@ -27,13 +31,16 @@ def main(argv: list[str]) -> int:
     else:
         runs = [(r, str(Path(arguments.save or "runs") / r.name)) for r in recipes]
     for recipe, save in runs:
-        {"status": _status, "logs": _logs, "cancel": _cancel}[arguments.action](
-            recipe, save, arguments.follow
-        )
+        if arguments.action == "status":
+            _status(recipe, save)
+        elif arguments.action == "logs":
+            _logs(save, follows=arguments.follow)
+        else:
+            _cancel(recipe, save)
     return 0
 
 
-def _status(recipe, save: str, _: bool) -> None:  # type: ignore[no-untyped-def]
+def _status(recipe: "Recipe", save: str) -> None:
     from megatron_k2.launch.graph import steps_saved
     from megatron_k2.launch.jobs import jobs_of, log_path, states
     from megatron_k2.training.metrics import METRICS_FILE, read_records
@@ -52,7 +59,7 @@ def _status(recipe, save: str, _: bool) -> None:  # type: ignore[no-untyped-def]
         print(f"  log {log_path(save)}; tensorboard --logdir {save}")
 
 
-def _logs(_, save: str, follows: bool) -> None:  # type: ignore[no-untyped-def]
+def _logs(save: str, *, follows: bool) -> None:
     from megatron_k2.errors import UserError
     from megatron_k2.launch.jobs import follow, log_path
 
@@ -67,7 +74,7 @@ def _logs(_, save: str, follows: bool) -> None:  # type: ignore[no-untyped-def]
     sys.stdout.write(path.read_text(errors="replace"))
 
 
-def _cancel(recipe, save: str, _: bool) -> None:  # type: ignore[no-untyped-def]
+def _cancel(recipe: "Recipe", save: str) -> None:
     from megatron_k2.launch.jobs import cancel
 
     numbers = cancel(save)

@@ -10,9 +10,12 @@ from pathlib import Path
 
 from megatron_k2.launch.local import run_local, write_record
 from megatron_k2.launch.recipe import Recipe
-from megatron_k2.launch.slurm import Cluster, render, submit
+from megatron_k2.launch.slurm import submit
 from megatron_k2.training.metrics import METRICS_FILE, read_records
 from megatron_k2.training.preflight import TRACKER
+
+type Run = tuple[Recipe, str, str | None]
+"""A recipe, its directory, and the directory it starts from while its own has no checkpoint."""
 
 
 def steps_saved(save: Path) -> int:
@@ -23,55 +26,63 @@ def steps_saved(save: Path) -> int:
         return 0
 
 
-def places(recipes: Sequence[Recipe], root: Path) -> list[tuple[Recipe, str, str | None]]:
-    """(recipe, its directory, where it starts from) of every phase, in order."""
+def places(recipes: Sequence[Recipe], root: Path) -> list[Run]:
+    """A run of every phase under ``root``, in order."""
     saves = [str(root / recipe.name) for recipe in recipes]
     return list(zip(recipes, saves, [None, *saves[:-1]], strict=True))
 
 
+def is_done(run: Run) -> bool:
+    """Whether its last step is in a checkpoint."""
+    recipe, save, _ = run
+    return steps_saved(Path(save)) >= recipe.steps
+
+
 def run_chain(
-    recipes: Sequence[Recipe],
-    root: Path,
+    runs: Sequence[Run],
     changed: list[str],
-    run: Callable[[Recipe, str, str | None, list[str]], int] = run_local,
+    train: Callable[[Recipe, str, str | None, list[str]], int] = run_local,
 ) -> int:
-    """Run every phase here, in order; returns the exit code of the first that failed, or 0."""
-    for number, (recipe, save, start_from) in enumerate(places(recipes, root), 1):
-        heading = f"phase {number} of {len(recipes)}: {recipe.name}"
-        if steps_saved(Path(save)) >= recipe.steps:
+    """Train every run here, in order; returns the exit code of the first that failed, or 0."""
+    for number, run in enumerate(runs, 1):
+        recipe, save, start_from = run
+        heading = f"{number} of {len(runs)}: {recipe.name}"
+        if is_done(run):
             print(f"{heading}: done before, {save}", flush=True)
             continue
         print(f"{heading}, {recipe.steps} steps, from {start_from or 'random weights'}", flush=True)
-        if code := run(recipe, save, start_from, changed):
+        if code := train(recipe, save, start_from, changed):
             return code
     return 0
 
 
-def submit_chain(
-    recipes: Sequence[Recipe], root: Path, changed: list[str], cluster: Cluster
-) -> list[str]:
-    """Queue every phase that is not done; returns the jobs' numbers.
+def submit_chain(runs: Sequence[Run], scripts: Sequence[str], changed: list[str]) -> list[str]:
+    """Queue every run that is not done, each after the one before it; returns the jobs' numbers.
+
+    Args:
+        runs: in order.
+        scripts: of each, from ``slurm.render``.
+        changed: assignments of ``--set``, for the record.
 
     Raises:
-        UserError: from ``render`` and ``submit``.
+        UserError: from ``slurm.submit``.
     """
     jobs: list[str] = []
-    for recipe, save, start_from in places(recipes, root):
-        if steps_saved(Path(save)) >= recipe.steps:
-            continue
-        script = render(recipe, cluster, save, start_from)
-        jobs.append(submit(script, save, after=jobs[-1] if jobs else None))
-        write_record(recipe, save, start_from, changed)
+    for run, script in zip(runs, scripts, strict=True):
+        if not is_done(run):
+            recipe, save, start_from = run
+            jobs.append(submit(script, save, after=jobs[-1] if jobs else None))
+            write_record(recipe, save, start_from, changed)
     return jobs
 
 
-def chain_summary(recipes: Sequence[Recipe], root: Path) -> str:
-    """What each phase did, a line each: steps, learning rate as planned and as seen, loss."""
+def chain_summary(runs: Sequence[Run]) -> str:
+    """What each run did, a line each: steps, learning rate as planned and as seen, loss."""
     lines = [
         f"{'phase':<28} {'steps':>11} {'sequence':>8} {'rate at the end':>15} {'seen':>9} "
         f"{'loss':>15}"
     ]
-    for recipe, save, _ in places(recipes, root):
+    for recipe, save, _ in runs:
         phase = recipe.phase
         tokens = recipe.steps * phase.tokens_per_step
         seen = read_records(Path(save) / METRICS_FILE)

@@ -20,6 +20,7 @@ from megatron_k2.launch.jobs import note
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.planning.gpus import GPUS_PER_NODE
 
+
 @dataclass(frozen=True)
 class Cluster:
     """What a site adds to a recipe; from a YAML profile, from flags, flags last."""
@@ -136,9 +137,9 @@ def wrapped(flags: list[str], indent: str = "  ") -> str:
 
 def render(
     recipe: Recipe,
-    cluster: Cluster,
     save: str,
-    start_from: str | None = None,
+    start_from: str | None,
+    cluster: Cluster,
     nodes: int | None = None,
 ) -> str:
     """The sbatch script.

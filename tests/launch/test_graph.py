@@ -9,7 +9,7 @@ from megatron_k2.cli.main import main
 from megatron_k2.errors import UserError
 from megatron_k2.launch import jobs
 from megatron_k2.launch.graph import chain_summary, places, run_chain, steps_saved, submit_chain
-from megatron_k2.launch.slurm import Cluster
+from megatron_k2.launch.slurm import Cluster, render
 from megatron_k2.planning.phases import kimi_k2_phases
 from megatron_k2.recipes import CHAINS, get_chain, get_recipe
 from megatron_k2.training.preflight import TRACKER
@@ -33,7 +33,7 @@ def _train(log, fails_at=None):
 
 def test_every_phase_starts_from_the_one_before_it(tmp_path):
     recipes, log = get_chain(NAME), []
-    assert run_chain(recipes, tmp_path, [], _train(log)) == 0
+    assert run_chain(places(recipes, tmp_path), [], _train(log)) == 0
     saves = [str(tmp_path / recipe.name) for recipe in recipes]
     assert log == list(zip([r.name for r in recipes], [None, *saves[:-1]], strict=True))
     assert [recipe.previous for recipe in recipes] == [None, *(r.name for r in recipes[:-1])]
@@ -41,18 +41,18 @@ def test_every_phase_starts_from_the_one_before_it(tmp_path):
 
 def test_a_failed_phase_stops_the_chain_and_the_same_command_goes_on_from_it(tmp_path, capsys):
     recipes, log = get_chain(NAME), []
-    broken = recipes[2].name
-    assert run_chain(recipes, tmp_path, [], _train(log, fails_at=broken)) == 7
+    runs, broken = places(recipes, tmp_path), recipes[2].name
+    assert run_chain(runs, [], _train(log, fails_at=broken)) == 7
     assert [name for name, _ in log] == [r.name for r in recipes[:3]]
     again = []
-    assert run_chain(recipes, tmp_path, [], _train(again)) == 0
+    assert run_chain(runs, [], _train(again)) == 0
     assert [name for name, _ in again] == [r.name for r in recipes[2:]]
     assert f"{recipes[0].name}: done before" in capsys.readouterr().out
-    assert f"{recipes[3].steps}/{recipes[3].steps}" in chain_summary(recipes, tmp_path)
+    assert f"{recipes[3].steps}/{recipes[3].steps}" in chain_summary(runs)
 
 
 def test_the_small_chain_is_the_reports_schedule_scaled_down():
-    """Rates at both ends of every phase keep their ratio, and lengths where they are not rounded."""
+    """Rates at both ends of a phase and sequence lengths keep their ratios."""
     for small, large in zip(get_chain(NAME), kimi_k2_phases(), strict=True):
         phase, ratio = small.phase, get_chain(NAME)[0].phase.lr / 2e-4
         assert phase.lr_at(0) == pytest.approx(large.lr_at(0) * ratio)
@@ -92,11 +92,13 @@ def test_jobs_of_a_chain_wait_for_one_another(tmp_path, slurm_log):
     recipes = get_chain(NAME)
     (tmp_path / recipes[0].name).mkdir()
     (tmp_path / recipes[0].name / TRACKER).write_text(str(recipes[0].steps))
-    assert submit_chain(recipes, tmp_path, [], Cluster()) == ["1", "2", "3"]
+    runs = places(recipes, tmp_path)
+    scripts = [render(*run, Cluster()) for run in runs]
+    assert submit_chain(runs, scripts, []) == ["1", "2", "3"]
     options = [line.rpartition(" ")[0] for line in slurm_log.read_text().splitlines()]
     waits = "--parsable --dependency=singleton,afterok:{} --kill-on-invalid-dep=yes"
     assert options == ["--parsable", waits.format(1), waits.format(2)]
-    for recipe, save, start_from in places(recipes, tmp_path)[1:]:
+    for recipe, save, start_from in runs[1:]:
         record = json.loads((tmp_path / recipe.name / "recipe.json").read_text())
         assert record["starts_from"] == start_from
         assert len(jobs.jobs_of(save)) == 1

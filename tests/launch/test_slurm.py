@@ -30,7 +30,7 @@ SITE = Cluster(
 
 
 def _long():
-    return render(get_recipe("kimi_k2_long_32k_512gpu_h100"), SITE, "runs/b", "runs/a")
+    return render(get_recipe("kimi_k2_long_32k_512gpu_h100"), "runs/b", "runs/a", SITE)
 
 
 def test_the_script_is_the_one_that_was_reviewed():
@@ -76,8 +76,8 @@ def _job(tmp_path, *, before, after, code=0, waits=False):
         stub.write_text(f"#!/bin/bash\n{body}\n")
         stub.chmod(0o755)
     (save / "latest_checkpointed_iteration.txt").write_text(f"{before}\n")
-    script = tmp_path / "job.sh"
-    script.write_text(render(get_recipe("kimi_k2_yarn_128k_512gpu_h200"), Cluster(), str(save)))
+    script, recipe = tmp_path / "job.sh", get_recipe("kimi_k2_yarn_128k_512gpu_h200")
+    script.write_text(render(recipe, str(save), None, Cluster()))
     own = {"SAVE": save, "AFTER": after, "CODE": code, "WAITS": int(waits)}
     slurm_own = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
     environment = os.environ | slurm_own | {name: str(v) for name, v in own.items()}
@@ -111,7 +111,7 @@ def test_context_parallel_ranks_without_overlap_get_one_queue():
     overlapped = get_recipe("kimi_k2_yarn_128k_512gpu_h200")
     assert overlapped.layout.vpp == 2
     alone = apply(overlapped, ["layout.has_overlap=false"])
-    scripts = [render(recipe, Cluster(), "r") for recipe in (overlapped, alone)]
+    scripts = [render(recipe, "r", None, Cluster()) for recipe in (overlapped, alone)]
     assert "CUDA_DEVICE_MAX_CONNECTIONS=32\n" in scripts[0]
     assert "CUDA_DEVICE_MAX_CONNECTIONS=1\n" in scripts[1]
 

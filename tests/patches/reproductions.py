@@ -1,4 +1,4 @@
-"""Upstream's defects, one function each, on two ranks: ``python -m tests.patches.reproductions OUT``.
+"""Upstream's defects, one function each, run on two ranks by ``test_megatron_core.py``.
 
 Each says what is wrong in a sentence, or "" where nothing is; an exception is a defect too. Rank 0
 writes all of them to ``OUT`` as JSON. Run over the released wheel and over the patched one.

@@ -1,4 +1,4 @@
-"""A private Slurm of one node with accounting, for tests: real daemons, nothing of them system-wide.
+"""A private Slurm of one node with accounting, for tests: real daemons, none of them system-wide.
 
 Needs root (slurmd changes users) and Debian's packages, see ``scripts/install_slurm.sh``. Every
 daemon has its directory, sockets and ports here and is ended by its pid.
@@ -50,7 +50,9 @@ class PrivateCluster:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.ports = {name: _free_port() for name in ("mariadbd", "slurmdbd", "slurmctld", "slurmd")}
+        self.ports = {
+            name: _free_port() for name in ("mariadbd", "slurmdbd", "slurmctld", "slurmd")
+        }
         self.munge = root / "munge" / "socket"
         for name in ("munge", "mysql", "state", "spool"):
             (root / name).mkdir(parents=True)
@@ -87,8 +89,10 @@ class PrivateCluster:
     def _start_database(self) -> None:
         data, sock = self.root / "mysql", self.root / "mysql.sock"
         subprocess.run(
-            ["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={data}"]
-            + ["--auth-root-authentication-method=normal"],
+            [
+                *("mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={data}"),
+                "--auth-root-authentication-method=normal",
+            ],
             check=True,
             capture_output=True,
         )
@@ -101,7 +105,8 @@ class PrivateCluster:
         statements = (
             "create database slurm; create user 'slurm'@'127.0.0.1' identified by 'x';"
             "create user 'slurm'@'localhost' identified by 'x';"
-            "grant all on slurm.* to 'slurm'@'127.0.0.1'; grant all on slurm.* to 'slurm'@'localhost'"
+            "grant all on slurm.* to 'slurm'@'127.0.0.1';"
+            "grant all on slurm.* to 'slurm'@'localhost'"
         )
         _wait(["mariadb", "--no-defaults", f"--socket={sock}", "--execute=select 1"])
         subprocess.run(
@@ -132,7 +137,7 @@ class PrivateCluster:
             f"PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE\nKillWait=5\n"
             f"StateSaveLocation={root}/state\nSlurmdSpoolDir={root}/spool\n"
             f"SlurmctldPidFile={root}/slurmctld.pid\nSlurmdPidFile={root}/slurmd.pid\n"
-            f"NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} RealMemory=4000 State=UNKNOWN\n"
+            f"NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} RealMemory=4000\n"
             f"PartitionName={LOW} Nodes={host} Default=YES PriorityTier=1 GraceTime=60 State=UP\n"
             f"PartitionName={HIGH} Nodes={host} PriorityTier=10 PreemptMode=OFF State=UP\n"
         )
