@@ -3,6 +3,7 @@
 Slurm's commands are stubs here: what srun, scancel and scontrol do on a cluster is not exercised.
 """
 
+import dataclasses
 import os
 import subprocess
 import time
@@ -127,6 +128,13 @@ def test_a_profile_is_read_and_its_mistakes_are_named(tmp_path):
         read_profile(path)
     with pytest.raises(UserError, match="no such file"):
         read_profile(tmp_path / "none.yaml")
+
+
+def test_the_example_profile_has_every_key():
+    read = read_profile(REPOSITORY / "examples" / "cluster" / "site.yaml")
+    assert (read.account, read.seconds_to_save) == ("k2", 600)
+    text = (REPOSITORY / "examples" / "cluster" / "site.yaml").read_text()
+    assert all(f"\n{field.name}:" in text for field in dataclasses.fields(Cluster))
 
 
 @pytest.mark.parametrize(
