@@ -23,20 +23,27 @@ def _cpu_twins() -> dict[str, Callable[[], Recipe]]:
         name = f"kimi_k2_{phase}_cpu"
         found[name] = functools.partial(cpu_twin, name, scaled, previous)
         previous = name
-    name = "moonlight_16b_a3b_pretrain_cpu"
-    return found | {name: functools.partial(cpu_twin, name, twins((moonlight.PRETRAIN,))[0])}
+    for model, run, published in (
+        ("kimi_k2", kimi_k2.CONTINUE, "an imported k2-tiny"),
+        ("moonlight_16b_a3b", moonlight.PRETRAIN, None),
+        ("moonlight_16b_a3b", moonlight.CONTINUE, "an imported k2-tiny"),
+    ):
+        name = f"{model}_{run.name}_cpu"
+        found[name] = functools.partial(cpu_twin, name, twins((run,))[0], imported=published)
+    return found
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     **{
         kimi_k2.name(phase, n, gpu): functools.partial(kimi_k2.kimi_k2_pretrain, n, gpu, phase)
-        for phase in kimi_k2.PHASES
+        for phase in kimi_k2.RUNS
         for n in kimi_k2.NUM_GPUS
         for gpu in kimi_k2.HARDWARE
         if (phase, n, gpu) not in kimi_k2.TOO_SMALL
     },
     **{
-        moonlight.name(n, gpu): functools.partial(moonlight.moonlight_pretrain, n, gpu)
+        moonlight.name(n, gpu, run): functools.partial(moonlight.moonlight_pretrain, n, gpu, run)
+        for run in moonlight.RUNS
         for n in moonlight.NUM_GPUS
         for gpu in moonlight.HARDWARE
     },

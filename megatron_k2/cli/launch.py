@@ -101,9 +101,16 @@ def main(argv: list[str]) -> int:
 
 
 def _single(recipe: "Recipe", arguments: argparse.Namespace) -> "Run":
+    from megatron_k2.errors import UserError
+
     start_from = arguments.start_from
     if start_from is None and recipe.previous:
         start_from = f"runs/{recipe.previous}"
+    if start_from is None and recipe.imported:
+        raise UserError(
+            f"{recipe.name} continues from {recipe.imported}: megatron-k2 convert import HF_DIR "
+            "DIR, then --start-from DIR"
+        )
     return recipe, arguments.save or f"runs/{recipe.name}", start_from
 
 

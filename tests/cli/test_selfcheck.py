@@ -5,7 +5,7 @@ import pytest
 from megatron_k2 import selfcheck
 from megatron_k2.cli.main import main
 from megatron_k2.errors import UserError
-from megatron_k2.selfcheck import CHECKS, chosen, read_report, checkout_tests
+from megatron_k2.selfcheck import CHECKS, checkout_tests, chosen, read_report
 
 REPORT = """<testsuites><testsuite>
 <testcase name="a" time="1.5"><properties><property name="difference" value="3e-7"/>

@@ -4,6 +4,7 @@ Needs NeMo-Run (``make launch-venv``); the jobs need a Slurm as well (``make tes
 """
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +14,6 @@ pytest.importorskip("nemo_run", reason="NeMo-Run is not in this environment: mak
 
 import nemo_run as run
 
-from megatron_k2.cli.main import main
 from megatron_k2.errors import UserError
 from megatron_k2.launch.graph import steps_saved
 from megatron_k2.launch.nemo_factories import pretrain_recipe
@@ -65,8 +65,12 @@ def test_the_older_style_finds_the_recipe_of_its_size(tmp_path):
 
 
 def _launch(save, *more):
+    """As from a shell: NeMo-Run reads standard input."""
     argv = ["launch", RECIPE, "--nemo-run", "--save", str(save), *more]
-    return main([*argv, "--set", "layout.world_size=2"])
+    program = [sys.executable, "-m", "megatron_k2.cli.main", *argv]
+    return subprocess.run(
+        [*program, "--set", "layout.world_size=2"], stdin=subprocess.DEVNULL, check=False
+    ).returncode
 
 
 def _losses(save):
