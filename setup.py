@@ -45,5 +45,8 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["megatron-k2 = megatron_k2.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["megatron-k2 = megatron_k2.cli.main:main"],
+        "nemo_run.cli": ["k2 = megatron_k2.launch.nemo_factories"],
+    },
 )

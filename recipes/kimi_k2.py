@@ -7,12 +7,26 @@ serves any multiple of 32 nodes. Offload is the planner's: the least that fits.
 from megatron_k2.launch.recipe import CheckpointPolicy, DataBlend, LossPolicy, Recipe
 from megatron_k2.planning.fit import fit_to_memory
 from megatron_k2.planning.gpus import get_gpu
-from megatron_k2.planning.phases import Phase, kimi_k2_phases
+from megatron_k2.planning.phases import TOKENS_PER_STEP, Phase, kimi_k2_phases
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.presets import KIMI_K2
 
 PHASES = {phase.name.replace("-", "_"): phase for phase in kimi_k2_phases()}
 """As recipes spell them: pretrain, anneal_4k, long_32k, yarn_128k."""
+CONTINUE = Phase(
+    name="continue",
+    source="choice: report 2.5's annealing on published weights, with a warm-up for empty momentum",
+    tokens=100 * 10**9,
+    seq_length=4096,
+    tokens_per_step=TOKENS_PER_STEP,
+    lr=2e-5,
+    min_lr=7e-6,
+    shape="wsd",
+    warmup_tokens=100 * TOKENS_PER_STEP,
+    decay_tokens=50 * 10**9,
+)
+"""More pretraining of Kimi-K2-Base on one's own data."""
+RUNS = PHASES | {"continue": CONTINUE}
 NUM_GPUS = (256, 512, 1024, 2048)
 """Report 2.4.2: any multiple of 32 nodes of eight."""
 HARDWARE = ("h800", "h100", "h200")
@@ -50,26 +64,32 @@ def kimi_k2_pretrain(num_gpus: int, gpu: str, phase: str) -> Recipe:
     Args:
         num_gpus: a multiple of 256.
         gpu: a name of ``planning/gpus.py``.
-        phase: a key of ``PHASES``.
+        phase: a key of ``RUNS``.
 
     Raises:
         UserError: where it does not fit.
     """
     names = list(PHASES)
-    before = names[names.index(phase) - 1] if phase != names[0] else None
-    layout = _layout(num_gpus, gpu, PHASES[phase])
+    before = names[names.index(phase) - 1] if phase in names[1:] else None
+    layout = _layout(num_gpus, gpu, RUNS[phase])
     return Recipe(
         name=name(phase, num_gpus, gpu),
         layout=layout,
-        phase=PHASES[phase],
+        phase=RUNS[phase],
         precision="bf16",
         checkpoint=CheckpointPolicy(interval=100, retain_interval=10_000, asynchronous=False),
         data=DataBlend("data", (0.25,) * 4, ("web", "code", "mathematics", "knowledge")),
         loss=LossPolicy(stop_on_nonfinite=True),
         sources=SOURCES,
-        differences=_differences(layout, PHASES[phase], before),
+        differences=_differences(layout, RUNS[phase], before),
         previous=name(before, num_gpus, gpu) if before else None,
+        imported="Kimi-K2-Base" if phase == "continue" else None,
     )
+
+
+def chain(where: str) -> tuple[str, ...]:
+    """Names of all phases' recipes, in order; ``where`` as ``256gpu_h800`` or ``cpu``."""
+    return tuple(f"kimi_k2_{phase}_{where}" for phase in PHASES)
 
 
 def name(phase: str, num_gpus: int, gpu: str) -> str:

@@ -27,13 +27,20 @@ BACKENDS = ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)]
 
 
 def start_ranks(
-    module: str, world_size: int, arguments: list[str], log_dir: Path, backend: str = "gloo"
+    module: str,
+    world_size: int,
+    arguments: list[str],
+    log_dir: Path,
+    backend: str = "gloo",
+    first_on_path: Path | None = None,
 ):
     """Start ``python -m module arguments`` on every rank; their output goes to ``log_dir``.
 
     With ``gloo`` the ranks see no GPU, so they run on CPU on any machine; with ``nccl`` each takes
-    one, and the test skips where there are too few.
+    one, and the test skips where there are too few. Packages in ``first_on_path`` come before the
+    installed ones.
     """
+    path = os.pathsep.join(map(str, filter(None, [first_on_path, REPOSITORY])))
     if backend == "nccl" and torch.cuda.device_count() < world_size:
         pytest.skip(f"{world_size} GPUs needed, {torch.cuda.device_count()} here")
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -47,7 +54,7 @@ def start_ranks(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONPATH": path,
         }
         if backend == "gloo":
             environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -89,10 +96,16 @@ def wait_for(processes, log_dir: Path, timeout: float = 600.0) -> None:
 
 
 def run_ranks(
-    module: str, world_size: int, payload: object, log_dir: Path, backend: str = "gloo"
+    module: str,
+    world_size: int,
+    payload: object,
+    log_dir: Path,
+    backend: str = "gloo",
+    first_on_path: Path | None = None,
 ) -> None:
     """Run ``module`` on ``world_size`` ranks with one JSON file as its argument."""
     log_dir.mkdir(parents=True, exist_ok=True)
     path = log_dir / "payload.json"
     path.write_text(json.dumps(payload))
-    wait_for(start_ranks(module, world_size, [str(path)], log_dir, backend), log_dir)
+    ranks = start_ranks(module, world_size, [str(path)], log_dir, backend, first_on_path)
+    wait_for(ranks, log_dir)

@@ -14,6 +14,7 @@ FIXED = {
     "sources",
     "differences",
     "previous",
+    "imported",
     "precision",
     "layout.preset",
     "layout.gpu",

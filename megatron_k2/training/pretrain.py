@@ -58,6 +58,7 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
     import torch
 
     from megatron_k2.compat import (
+        keep_checkpoint_queue_through_sigterm,
         recompute_without_te,
         restore_distributed_optimizer_without_te,
         skip_helpers_compilation,
@@ -77,6 +78,7 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
         skip_helpers_compilation()
         recompute_without_te()
         restore_distributed_optimizer_without_te()
+        keep_checkpoint_queue_through_sigterm()
         _pretrain(terminal)
 
 

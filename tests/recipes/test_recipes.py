@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_k2.cli.main import main
 from megatron_k2.errors import UserError
 from megatron_k2.launch.overrides import apply
 from megatron_k2.launch.recipe import DataBlend
@@ -93,6 +94,17 @@ def test_a_later_phase_starts_from_weights_and_resumes_from_its_own():
     flags = get_recipe("kimi_k2_long_32k_cpu").to_megatron_args("runs/b", "runs/a")
     assert last_value(flags, "--pretrained-checkpoint") == "runs/a"
     assert (last_value(flags, "--load"), last_value(flags, "--save")) == ("runs/b", "runs/b")
+
+
+def test_a_recipe_that_continues_published_weights_asks_where_they_are(capsys):
+    assert main(["launch", "kimi_k2_continue_cpu", "--dry-run"]) == 2
+    assert "continues from an imported k2-tiny" in capsys.readouterr().err
+    argv = ["launch", "kimi_k2_continue_256gpu_h800", "--start-from", "imported", "--print-args"]
+    assert main(argv) == 0
+    assert "--pretrained-checkpoint imported" in capsys.readouterr().out
+    recipe = get_recipe("moonlight_16b_a3b_continue_8gpu_h100")
+    assert recipe.imported == "Moonlight-16B-A3B"
+    assert recipe.phase.lr < get_recipe("moonlight_16b_a3b_pretrain_8gpu_h100").phase.lr
 
 
 @pytest.mark.slow
