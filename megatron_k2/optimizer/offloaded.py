@@ -16,6 +16,7 @@ host's copies.
 
 import contextlib
 import itertools
+import logging
 from collections.abc import Iterator, Set
 from typing import Any, Self, override
 
@@ -28,6 +29,8 @@ from megatron_k2.optimizer.distributed import DistributedMuonClip
 from megatron_k2.optimizer.host_share import chosen_for_host
 from megatron_k2.optimizer.max_logits import MaxLogits
 from megatron_k2.optimizer.residence import Residence, residence_for
+
+logger = logging.getLogger(__name__)
 
 STATE_BYTES = 4
 """fp32, each of momentum, moment and master."""
@@ -67,6 +70,11 @@ class OffloadedMuonClip(DistributedMuonClip):
             self._allocate_state(param)
             for tensor in self._states(param):
                 self.residence.take(tensor)
+        logger.info(
+            "optimizer states on the host: %.2f of %.2f GB of this rank's shards",
+            self.residence.bytes_on_host / 1e9,
+            sum(sizes) / 1e9,
+        )
         self._adamw_states = [
             tensor
             for param in chosen
