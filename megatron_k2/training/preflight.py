@@ -108,6 +108,7 @@ def check_run(flags: list[str], world_size: int) -> None:
 _NOT_OFFLOADED = {
     "--fp8-param-gather": "FP8 weights are quantised all at once, masters visit one after another",
     "--log-params-norm": "it reads masters, which are on the host between steps",
+    "--log-muon-steps": "it reads AdamW's moments, which are on the host between steps",
     "--async-save": "a step would change the host's copies while they are being written",
 }
 """Flags that optimizer states on the host do not go with -> why."""

@@ -89,6 +89,7 @@ def test_recomputation_that_would_free_nothing_is_refused():
         (["--use-distributed-optimizer", "--async-save"], "--async-save with"),
         (["--use-distributed-optimizer", "--log-params-norm"], "--log-params-norm with"),
         (["--use-distributed-optimizer", "--fp8-param-gather"], "--fp8-param-gather with"),
+        (["--use-distributed-optimizer", "--log-muon-steps"], "--log-muon-steps with"),
     ],
 )
 def test_optimizer_offload_that_could_not_be_exact_is_refused(flags, said):
