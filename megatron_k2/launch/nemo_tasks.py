@@ -101,7 +101,6 @@ def slurm_executor(recipe: Recipe, cluster: Cluster, base: Path) -> Any:
         container_mounts=list(cluster.mounts),
         env_vars=cluster_environment(recipe.layout) | dict(cluster.environment),
         additional_parameters={"requeue": True},
-        srun_args=["--kill-on-bad-exit=1"],
         # The checkout is on a file system that every node sees; nothing is packed.
         packager=run.Packager(),
         tunnel=run.LocalTunnel(job_dir=str(base.absolute() / "experiments")),
@@ -132,7 +131,7 @@ def run_experiment(
     """One experiment: a task for every run that is not done, each after the one before it.
 
     Args:
-        runs: in order; NeMo-Run's own directory is ``nemo_run`` beside the first's.
+        runs: in order; NeMo-Run's own directory is ``nemo`` beside the first's.
         overrides: of ``--set``, already applied to ``runs``.
         cluster: a Slurm's; ``None`` runs here.
         waits: return when all have ended, with their log on the terminal; else at once.
@@ -144,7 +143,8 @@ def run_experiment(
         UserError: without NeMo-Run, or when a run fell short and ``waits``.
     """
     run = nemo_run()
-    base = Path(runs[0][1]).parent / "nemo_run"
+    # Not "nemo_run": without a container NeMo-Run writes the job's directory over that name.
+    base = Path(runs[0][1]).parent / "nemo"
     with run.Experiment(
         "megatron_k2", base_dir=str(base.absolute()), clean_mode=True
     ) as experiment:
