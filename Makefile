@@ -1,10 +1,10 @@
-# make demo | test | test-te | check | bench | clean      (the environment is .venv/, built once)
+# make demo | test | test-te | test-slurm | check | bench | clean      (the environment is .venv/, built once)
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv demo lint fast check test te-venv test-te bench clean
+.PHONY: venv demo lint fast check test te-venv test-te launch-venv test-slurm bench clean
 
 venv: $(STAMP)
 
@@ -17,9 +17,9 @@ demo: venv
 	bash examples/demo/run.sh
 
 # Tests of one process share the cores by file; what starts ranks runs alone.
-FAST := -m "not slow and not dist and not gpu" --numprocesses 2 --dist loadfile
-SLOW := -m "slow and not dist and not gpu" --numprocesses 2 --dist loadfile
-RANKS := -m "dist and not gpu"
+FAST := -m "not slow and not dist and not gpu and not slurm" --numprocesses 2 --dist loadfile
+SLOW := -m "slow and not dist and not gpu and not slurm" --numprocesses 2 --dist loadfile
+RANKS := -m "dist and not gpu and not slurm"
 
 lint: venv
 	$(PY) -m ruff check --no-cache .
@@ -55,6 +55,27 @@ te-venv: $(TE_STAMP)
 test-te: te-venv
 	$(TE_PY) -m pytest -q --no-showlocals tests/te
 
+# NeMo-Run over the packages of .venv; it calls python and torchrun by name.
+LAUNCH_VENV := .venv-launch
+LAUNCH_PY := $(LAUNCH_VENV)/bin/python
+LAUNCH_STAMP := $(LAUNCH_VENV)/.stamp
+
+$(LAUNCH_STAMP): $(STAMP)
+	$(PY) -m venv $(LAUNCH_VENV)
+	$(PY) -c "$(SITE)" > "$$($(LAUNCH_PY) -c "$(SITE)")/zz_shared.pth"
+	$(LAUNCH_PY) -m pip install --quiet 'nemo-run>=0.11,<0.12' 'leptonai<0.47' pyyaml
+	printf '#!%s\nfrom torch.distributed.run import main\nmain()\n' "$$($(LAUNCH_PY) -c \
+	  'import sys; print(sys.executable)')" > $(LAUNCH_VENV)/bin/torchrun
+	chmod +x $(LAUNCH_VENV)/bin/torchrun
+	@touch $@
+
+launch-venv: $(LAUNCH_STAMP)
+
+# A real Slurm with its accounting, private to the tests: Debian's packages, installed where absent.
+test-slurm: launch-venv
+	bash scripts/install_slurm.sh
+	$(LAUNCH_PY) -m pytest -q --no-showlocals tests/slurm
+
 # convert_slice.py is left out: it writes 20 GB.
 BENCHMARKS := train_step newton_schulz optimizer_step activation_fp8 convert
 
@@ -62,4 +83,4 @@ bench: venv
 	@for name in $(BENCHMARKS); do $(PY) benchmarks/$$name.py || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(TE_VENV) build *.egg-info runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TE_VENV) $(LAUNCH_VENV) build *.egg-info runs .pytest_cache .mypy_cache .ruff_cache

@@ -32,6 +32,7 @@ setup(
         "megatron_k2.recipes",
     ],
     package_dir={"megatron_k2.recipes": "recipes"},
+    package_data={"megatron_k2.fp8": ["*.c"]},
     install_requires=[
         "torch>=2.9,<3",
         "megatron-core>=0.19.2,<0.20",
@@ -44,5 +45,8 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["megatron-k2 = megatron_k2.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["megatron-k2 = megatron_k2.cli.main:main"],
+        "nemo_run.cli": ["k2 = megatron_k2.launch.nemo_factories"],
+    },
 )

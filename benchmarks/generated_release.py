@@ -4,11 +4,19 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megatron_k2.checkpoint import fp8
 from megatron_k2.checkpoint.audit import released_shapes
+from megatron_k2.checkpoint.fp8_layout import (
+    QUANTIZATION_CONFIG,
+    SCALE_SUFFIX,
+    is_quantized,
+    scale_shape,
+)
 from megatron_k2.checkpoint.hf_config import hf_config
+from megatron_k2.checkpoint.rows import Dtype, Rows, rows_of
 from megatron_k2.checkpoint.safetensors_stream import TensorSlot, write_safetensors
 from megatron_k2.presets import ModelPreset
 
@@ -24,33 +32,29 @@ def generate(directory: Path, preset: ModelPreset, *, is_fp8: bool) -> int:
     slots = []
     for name, shape in released_shapes(preset).items():
         is_bias = name.endswith("e_score_correction_bias")
-        dtype = torch.float32 if is_bias else torch.bfloat16
-        if is_fp8 and fp8.is_quantized(name):
-            dtype = fp8.E4M3
-            scales = TensorSlot(name + fp8.SCALE_SUFFIX, fp8.scale_shape(shape), torch.float32)
+        dtype = Dtype.FP32 if is_bias else Dtype.BF16
+        if is_fp8 and is_quantized(name):
+            dtype = Dtype.E4M3
+            scales = TensorSlot(name + SCALE_SUFFIX, scale_shape(shape), Dtype.FP32)
             slots.append(scales)
         slots.append(TensorSlot(name, shape, dtype))
     slots.sort(key=lambda slot: -slot.dtype.itemsize)
     config = hf_config(preset, model_type="deepseek_v3")
     if is_fp8:
-        config["quantization_config"] = fp8.QUANTIZATION_CONFIG
+        config["quantization_config"] = QUANTIZATION_CONFIG
     (directory / "config.json").write_text(json.dumps(config))
     return write_safetensors(directory / SHARD, slots, _tensors(slots))
 
 
-def _tensors(slots: list[TensorSlot]) -> Iterator[torch.Tensor]:
+def _tensors(slots: list[TensorSlot]) -> Iterator[Rows]:
     noise = (torch.randn(4 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     codes = (noise.float() * (fp8.E4M3_MAX / noise.float().abs().max())).to(fp8.E4M3)
     for slot in slots:
-        if slot.dtype == torch.float32:
-            yield torch.full(slot.shape, 1e-4)
+        if slot.dtype is Dtype.FP32:
+            yield Rows(np.full(slot.shape, 1e-4, np.float32), slot.dtype)
             continue
-        block = (codes if slot.dtype == fp8.E4M3 else noise).view(torch.uint8)
-        yield (
-            block.repeat(-(-slot.num_bytes // len(block)))[: slot.num_bytes]
-            .view(slot.dtype)
-            .view(slot.shape)
-        )
+        block = rows_of(codes if slot.dtype is Dtype.E4M3 else noise).bits
+        yield Rows(np.resize(block, slot.shape), slot.dtype)
 
 
 def give_a_tokenizer(directory: Path) -> None:

@@ -107,7 +107,8 @@ flags=(
   --recompute-modules layernorm moe_act mla_up_proj
   --fp8-activation-storage
   --fine-grained-activation-offloading
-  --offload-modules attn_norm mlp_norm core_attn
+  --offload-modules attn_norm mlp_norm core_attn expert_fc1 moe_act
+  --activation-offload-fraction 0.971
   --seq-length 4096
   --max-position-embeddings 4096
   --global-batch-size 16384

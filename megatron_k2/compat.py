@@ -8,7 +8,9 @@ repair can be dropped.
 import functools
 import importlib.metadata
 import logging
+import signal
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from typing import Any
 
 from megatron_k2.errors import UserError
@@ -114,6 +116,34 @@ def recompute_without_te() -> None:
 
     checkpoint.__init__ = initialize
     checkpoint._k2_without_te = True
+
+
+def keep_checkpoint_queue_through_sigterm() -> None:
+    """Let a rank save after a SIGTERM that its whole process group got, as Slurm preempts.
+
+    Checkpoint writers report through a queue in a process of its own
+    (``core/dist_checkpointing/strategies/filesystem_async.py:65``), which dies of the signal that
+    ``--exit-signal-handler`` answers with a save: ``BrokenPipeError``, and nothing is saved. A
+    process started while the signal is blocked never gets it.
+    """
+    require_checked_megatron()
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
+
+    original = filesystem_async.get_write_results_queue
+    if hasattr(original, "_k2_survives_sigterm"):
+        return
+
+    @functools.wraps(original)
+    def get_write_results_queue(mp_mode: str = "spawn") -> Any:
+        resource_tracker.ensure_running()  # its start unblocks the signal again
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return original(mp_mode)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    get_write_results_queue._k2_survives_sigterm = True  # type: ignore[attr-defined]
+    filesystem_async.get_write_results_queue = get_write_results_queue
 
 
 def restore_distributed_optimizer_without_te() -> None:

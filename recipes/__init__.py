@@ -1,7 +1,8 @@
 """Complete run configurations, one function each. Importable as ``megatron_k2.recipes``.
 
 ``kimi_k2_<phase>_<N>gpu_<hw>``, ``moonlight_16b_a3b_pretrain_<N>gpu_<hw>`` and, for each phase,
-``kimi_k2_<phase>_cpu`` and ``moonlight_16b_a3b_pretrain_cpu``.
+``kimi_k2_<phase>_cpu`` and ``moonlight_16b_a3b_pretrain_cpu``. ``kimi_k2_phases_<N>gpu_<hw>`` and
+``kimi_k2_phases_cpu`` are chains of them.
 """
 
 import difflib
@@ -22,26 +23,48 @@ def _cpu_twins() -> dict[str, Callable[[], Recipe]]:
         name = f"kimi_k2_{phase}_cpu"
         found[name] = functools.partial(cpu_twin, name, scaled, previous)
         previous = name
-    name = "moonlight_16b_a3b_pretrain_cpu"
-    return found | {name: functools.partial(cpu_twin, name, twins((moonlight.PRETRAIN,))[0])}
+    for model, run, published in (
+        ("kimi_k2", kimi_k2.CONTINUE, "an imported k2-tiny"),
+        ("moonlight_16b_a3b", moonlight.PRETRAIN, None),
+        ("moonlight_16b_a3b", moonlight.CONTINUE, "an imported k2-tiny"),
+    ):
+        name = f"{model}_{run.name}_cpu"
+        found[name] = functools.partial(cpu_twin, name, twins((run,))[0], imported=published)
+    return found
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     **{
         kimi_k2.name(phase, n, gpu): functools.partial(kimi_k2.kimi_k2_pretrain, n, gpu, phase)
-        for phase in kimi_k2.PHASES
+        for phase in kimi_k2.RUNS
         for n in kimi_k2.NUM_GPUS
         for gpu in kimi_k2.HARDWARE
-        if (phase, n, gpu) not in kimi_k2.TOO_SMALL
     },
     **{
-        moonlight.name(n, gpu): functools.partial(moonlight.moonlight_pretrain, n, gpu)
+        moonlight.name(n, gpu, run): functools.partial(moonlight.moonlight_pretrain, n, gpu, run)
+        for run in moonlight.RUNS
         for n in moonlight.NUM_GPUS
         for gpu in moonlight.HARDWARE
     },
     **_cpu_twins(),
 }
 """Name -> what builds it; building asks the planner, a few tenths of a second."""
+
+CHAINS: dict[str, tuple[str, ...]] = {
+    f"kimi_k2_phases_{where}": kimi_k2.chain(where)
+    for where in ("cpu", *(f"{n}gpu_{gpu}" for n in kimi_k2.NUM_GPUS for gpu in kimi_k2.HARDWARE))
+    if set(kimi_k2.chain(where)) <= set(RECIPES)
+}
+"""Name -> its recipes, each of which starts from the one before it."""
+
+
+def get_chain(name: str) -> tuple[Recipe, ...]:
+    """The recipes of a chain, or the one recipe called ``name``.
+
+    Raises:
+        UserError: see ``get_recipe``.
+    """
+    return tuple(get_recipe(part) for part in CHAINS.get(name, (name,)))
 
 
 def get_recipe(name: str) -> Recipe:
@@ -52,6 +75,6 @@ def get_recipe(name: str) -> Recipe:
     """
     if name in RECIPES:
         return RECIPES[name]()
-    near = difflib.get_close_matches(name, RECIPES, n=1)
+    near = difflib.get_close_matches(name, [*RECIPES, *CHAINS], n=1)
     hint = f"did you mean '{near[0]}'?" if near else "list them: megatron-k2 launch --list"
     raise UserError(f"recipe '{name}' is not known; {hint}")

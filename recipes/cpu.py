@@ -34,13 +34,16 @@ def twins(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
     )
 
 
-def cpu_twin(name: str, phase: Phase, previous: str | None = None) -> Recipe:
+def cpu_twin(
+    name: str, phase: Phase, previous: str | None = None, imported: str | None = None
+) -> Recipe:
     """The recipe of a phase of ``twins``.
 
     Args:
         name: of the recipe.
         phase: already scaled down.
         previous: the twin whose checkpoint it starts from.
+        imported: the weights it continues from, in words.
     """
     return Recipe(
         name=name,
@@ -67,5 +70,6 @@ def cpu_twin(name: str, phase: Phase, previous: str | None = None) -> Recipe:
         sources=SOURCES,
         differences=("size: a twin for the CPU; nothing of it but the curve's shape is K2's",),
         previous=previous,
+        imported=imported,
         extra_flags=("--log-interval", "1"),
     )

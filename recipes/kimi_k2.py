@@ -7,20 +7,29 @@ serves any multiple of 32 nodes. Offload is the planner's: the least that fits.
 from megatron_k2.launch.recipe import CheckpointPolicy, DataBlend, LossPolicy, Recipe
 from megatron_k2.planning.fit import fit_to_memory
 from megatron_k2.planning.gpus import get_gpu
-from megatron_k2.planning.phases import Phase, kimi_k2_phases
+from megatron_k2.planning.phases import TOKENS_PER_STEP, Phase, kimi_k2_phases
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.presets import KIMI_K2
 
 PHASES = {phase.name.replace("-", "_"): phase for phase in kimi_k2_phases()}
 """As recipes spell them: pretrain, anneal_4k, long_32k, yarn_128k."""
+CONTINUE = Phase(
+    name="continue",
+    source="choice: report 2.5's annealing on published weights, with a warm-up for empty momentum",
+    tokens=100 * 10**9,
+    seq_length=4096,
+    tokens_per_step=TOKENS_PER_STEP,
+    lr=2e-5,
+    min_lr=7e-6,
+    shape="wsd",
+    warmup_tokens=100 * TOKENS_PER_STEP,
+    decay_tokens=50 * 10**9,
+)
+"""More pretraining of Kimi-K2-Base on one's own data."""
+RUNS = PHASES | {"continue": CONTINUE}
 NUM_GPUS = (256, 512, 1024, 2048)
 """Report 2.4.2: any multiple of 32 nodes of eight."""
 HARDWARE = ("h800", "h100", "h200")
-TOO_SMALL = {("yarn_128k", 256, "h800"), ("yarn_128k", 256, "h100")}
-"""What the planner says does not fit with optimizer states on the GPU."""
-
-ON_GPU = frozenset({"optimizer_offload"})
-"""Not to be fitted: ``planning/run_flags.py`` refuses it with MuonClip."""
 
 SOURCES = (
     ("layout.world_size", "the recipe's name; report 2.4.2: any multiple of 32 nodes"),
@@ -33,7 +42,7 @@ SOURCES = (
     ("layout.recompute", "report 2.4.4, item 1"),
     ("layout.fp8_storage", "report 2.4.4, item 2"),
     ("layout.activation_offload", "planner; report 2.4.4, item 3: all of them"),
-    ("layout.optimizer_offload", "none: MuonClip cannot; report 2.4.2: on few nodes"),
+    ("layout.optimizer_offload", "planner: behind the activations; report 2.4.2: on few nodes"),
     ("layout.has_overlap", "report 2.4.2: interleaved 1F1B with expert parallel overlap"),
     ("phase", "planning/phases.py: report 2.5, with the choices named there"),
     ("precision", "report 2.4.2: weights bf16, gradients fp32"),
@@ -55,26 +64,32 @@ def kimi_k2_pretrain(num_gpus: int, gpu: str, phase: str) -> Recipe:
     Args:
         num_gpus: a multiple of 256.
         gpu: a name of ``planning/gpus.py``.
-        phase: a key of ``PHASES``.
+        phase: a key of ``RUNS``.
 
     Raises:
         UserError: where it does not fit.
     """
     names = list(PHASES)
-    before = names[names.index(phase) - 1] if phase != names[0] else None
-    layout = _layout(num_gpus, gpu, PHASES[phase])
+    before = names[names.index(phase) - 1] if phase in names[1:] else None
+    layout = _layout(num_gpus, gpu, RUNS[phase])
     return Recipe(
         name=name(phase, num_gpus, gpu),
         layout=layout,
-        phase=PHASES[phase],
+        phase=RUNS[phase],
         precision="bf16",
         checkpoint=CheckpointPolicy(interval=100, retain_interval=10_000, asynchronous=False),
         data=DataBlend("data", (0.25,) * 4, ("web", "code", "mathematics", "knowledge")),
         loss=LossPolicy(stop_on_nonfinite=True),
         sources=SOURCES,
-        differences=_differences(layout, PHASES[phase], before),
+        differences=_differences(layout, RUNS[phase], before),
         previous=name(before, num_gpus, gpu) if before else None,
+        imported="Kimi-K2-Base" if phase == "continue" else None,
     )
+
+
+def chain(where: str) -> tuple[str, ...]:
+    """Names of all phases' recipes, in order; ``where`` as ``256gpu_h800`` or ``cpu``."""
+    return tuple(f"kimi_k2_{phase}_{where}" for phase in PHASES)
 
 
 def name(phase: str, num_gpus: int, gpu: str) -> str:
@@ -95,19 +110,12 @@ def _layout(num_gpus: int, gpu: str, phase: Phase) -> RunRequest:
             vpp=2,
             ep=16,
             cp=8 if phase.seq_length > 4096 else 1,
-        ),
-        fixed=ON_GPU,
+        )
     )
 
 
 def _differences(layout: RunRequest, phase: Phase, before: str | None) -> tuple[str, ...]:
     found = ["data: the report gives no weights of its four domains; these are equal"]
-    if layout.activation_offload and layout.fp8_storage:
-        found.append(
-            "offload: Megatron's flags move all but the experts' activations, which are stored in "
-            "FP8; the report does both and the plan counts so, so more stays on the GPU than shown"
-        )
-    found.append("optimizer states: none on the host, which MuonClip cannot do yet")
     if before:
         found.append(
             f"start: weights of {before} with empty momentum; Megatron has no flag that keeps the "

@@ -9,13 +9,15 @@ from megatron_k2.fp8.storage import ActivationStorage, StoredTensor
 
 
 @contextlib.contextmanager
-def saved_bytes() -> Iterator[Callable[[], int]]:
+def saved_bytes(model: torch.nn.Module | None = None) -> Iterator[Callable[[], int]]:
     """Yields a function that says how many bytes are kept now.
 
     Each storage counts once and whole, at its size when asked: Megatron's recomputation empties
-    storages that were saved. Parameters are left out; what is stored in FP8 counts as it is stored.
+    storages that were saved. Parameters are left out, and views of ``model``'s; what is stored in
+    FP8 counts as it is stored.
     """
     saved: list[torch.Tensor] = []
+    weights = {p.untyped_storage()._cdata for p in model.parameters()} if model else set()
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, torch.nn.Parameter):
@@ -24,7 +26,7 @@ def saved_bytes() -> Iterator[Callable[[], int]]:
 
     def total() -> int:
         storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in saved}
-        return sum(storage.nbytes() for storage in storages.values())
+        return sum(s.nbytes() for key, s in storages.items() if key not in weights)
 
     pack = ActivationStorage.pack
 

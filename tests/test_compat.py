@@ -4,10 +4,13 @@ A test named ``upstream_still_...`` fails when upstream has fixed the defect; th
 the test can go.
 """
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
+from multiprocessing import resource_tracker
 from types import SimpleNamespace
 
 import pytest
@@ -69,6 +72,7 @@ def test_the_installed_megatron_was_checked():
         compat.require_checked_megatron,
         compat.skip_helpers_compilation,
         compat.restore_distributed_optimizer_without_te,
+        compat.keep_checkpoint_queue_through_sigterm,
     ],
 )
 def test_every_repair_refuses_a_version_it_was_not_checked_against(
@@ -266,3 +270,33 @@ def test_megatrons_norm_recomputation_still_needs_transformer_engine():
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_megatrons_checkpoint_queue_still_dies_of_the_signal_that_asks_for_a_save(monkeypatch):
+    """If this fails, upstream is repaired: ``keep_checkpoint_queue_through_sigterm`` can go."""
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
+
+    unrepaired = filesystem_async.get_write_results_queue
+    monkeypatch.setattr(filesystem_async, "get_write_results_queue", unrepaired)
+
+    def passes_through_a_sigterm():
+        resource_tracker._resource_tracker._stop()  # as in a process that just started
+        monkeypatch.setattr(filesystem_async, "_results_queue", None)
+        others = set(multiprocessing.active_children())
+        queue = filesystem_async.get_write_results_queue()
+        (process,) = set(multiprocessing.active_children()) - others
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(2)
+        try:
+            queue.put("saved")
+            return queue.get() == "saved"
+        except OSError:
+            return False
+        finally:
+            process.kill()
+
+    assert not passes_through_a_sigterm()
+    compat.keep_checkpoint_queue_through_sigterm()
+    assert passes_through_a_sigterm()
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

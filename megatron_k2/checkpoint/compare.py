@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from megatron_k2.checkpoint.export import settle_preset
-from megatron_k2.checkpoint.fp8 import BLOCK, E4M3, SCALE_SUFFIX, dequantize, scale_shape
+from megatron_k2.checkpoint.fp8 import dequantize
+from megatron_k2.checkpoint.fp8_layout import SCALE_SUFFIX, block_rows, scale_shape
 from megatron_k2.checkpoint.hf_source import HfSource, is_hf_directory
+from megatron_k2.checkpoint.iterations import find_iteration
 from megatron_k2.checkpoint.mapping import expand
-from megatron_k2.checkpoint.megatron_source import MegatronSource, find_iteration
+from megatron_k2.checkpoint.megatron_source import MegatronSource
+from megatron_k2.checkpoint.rows import Dtype
 from megatron_k2.checkpoint.safetensors_stream import row_chunks
 from megatron_k2.checkpoint.selection import Selection
 from megatron_k2.errors import UserError
@@ -42,7 +45,7 @@ class HfWeights:
         self.shapes = {name: tensor.shape for name, tensor in source.weights.items()}
         for name, tensor in source.weights.items():
             scales = source.stored.get(name + SCALE_SUFFIX)
-            if tensor.dtype == E4M3 and (
+            if tensor.dtype is Dtype.E4M3 and (
                 scales is None or scales.shape != scale_shape(tensor.shape)
             ):
                 raise UserError(f"{source.directory}: '{name}' is FP8 without fitting scales")
@@ -50,10 +53,10 @@ class HfWeights:
     def values(self, name: str, rows: slice) -> Tensor:
         """See ``Weights``; FP8 as bf16, the dtype an import gives it."""
         stored = self._source.read(name, rows)
-        if stored.dtype != E4M3:
-            return stored
-        blocks = slice(rows.start // BLOCK, -(-rows.stop // BLOCK))
-        return dequantize(stored, self._source.read(name + SCALE_SUFFIX, blocks))
+        if stored.dtype is not Dtype.E4M3:
+            return stored.tensor()
+        scales = self._source.read(name + SCALE_SUFFIX, block_rows(rows.start, rows.stop))
+        return dequantize(stored.tensor(), scales.tensor())
 
 
 class MegatronWeights:
@@ -73,7 +76,7 @@ class MegatronWeights:
     def values(self, name: str, rows: slice) -> Tensor:
         """See ``Weights``."""
         megatron, begin = self._at[name]
-        return self._source.read(megatron, slice(begin + rows.start, begin + rows.stop))
+        return self._source.read(megatron, slice(begin + rows.start, begin + rows.stop)).tensor()
 
 
 def open_weights(directory: Path, preset_name: str | None = None) -> Weights:

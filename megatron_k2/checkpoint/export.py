@@ -22,12 +22,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_k2 import __version__
 from megatron_k2.checkpoint.audit import require_clean
 from megatron_k2.checkpoint.export_shards import DTYPES, ShardJob, plan_shards, write_shard
-from megatron_k2.checkpoint.fp8 import QUANTIZATION_CONFIG
+from megatron_k2.checkpoint.fp8_layout import QUANTIZATION_CONFIG
 from megatron_k2.checkpoint.hf_config import (
     TOKENIZER_FILES,
     generation_config,
@@ -37,8 +35,9 @@ from megatron_k2.checkpoint.hf_config import (
 )
 from megatron_k2.checkpoint.hf_preset import config_like
 from megatron_k2.checkpoint.hf_source import INDEX, read_json
+from megatron_k2.checkpoint.iterations import find_iteration
 from megatron_k2.checkpoint.mapping import expand
-from megatron_k2.checkpoint.megatron_source import MegatronSource, find_iteration
+from megatron_k2.checkpoint.megatron_source import MegatronSource
 from megatron_k2.checkpoint.model_card import model_card
 from megatron_k2.checkpoint.origin import SCALES_FILE, find_origin
 from megatron_k2.checkpoint.selection import Selection
@@ -163,6 +162,8 @@ def export(
 
     workplace = Workplace(hf_dir, _job_record(source, options, config))
     scales = origin / SCALES_FILE if origin and options.dtype == "fp8" else None
+    if options.dtype == "fp8":
+        import megatron_k2.checkpoint.fp8  # noqa: F401  torch, before workers are forked
     job = ShardJob(source.directory, options.check_finite, scales, workplace.fingerprint)
     receipts = run_units(
         workplace, units, functools.partial(write_shard, job), options.num_workers, progress
@@ -263,7 +264,7 @@ def _card(
         versions={
             "megatron-k2": __version__,
             "megatron-core": importlib.metadata.version("megatron-core"),
-            "torch": torch.__version__,
+            "torch": importlib.metadata.version("torch"),
         },
     )
 

@@ -13,20 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from megatron_k2.checkpoint.fp8 import (
-    BLOCK,
-    E4M3,
+from megatron_k2.checkpoint.fp8_layout import (
     SCALE_SUFFIX,
+    block_rows,
     is_quantized,
-    requantize,
     scale_shape,
 )
 from megatron_k2.checkpoint.hf_source import HfSource, StoredTensor, read_header
 from megatron_k2.checkpoint.mapping import Pair
 from megatron_k2.checkpoint.megatron_source import MegatronSource
+from megatron_k2.checkpoint.rows import Dtype, Rows, rows_of
 from megatron_k2.checkpoint.safetensors_stream import (
     EarlyWriteback,
     TensorSlot,
@@ -38,7 +36,7 @@ from megatron_k2.checkpoint.safetensors_stream import (
 from megatron_k2.checkpoint.units import Receipt, Unit, naming_a_full_disk
 from megatron_k2.errors import UserError
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
+DTYPES = {"bf16": Dtype.BF16, "fp32": Dtype.FP32, "fp8": Dtype.BF16}
 """``--dtype`` -> dtype of what is not FP8."""
 
 
@@ -63,7 +61,7 @@ class RowSource(Protocol):
 
     directory: Path
 
-    def read(self, name: str, rows: slice) -> Tensor:
+    def read(self, name: str, rows: slice) -> Rows:
         """Rows of one tensor, by its name in ``rules``; not to be written to."""
 
 
@@ -79,8 +77,8 @@ class Piece:
 def pieces_of(pair: Pair, dtype: str) -> Iterator[Piece]:
     """The Hugging Face tensors of a Megatron tensor."""
     for name, shape, begin in pair.parts():
-        kept = torch.float32 if pair.rule.is_fp32 else DTYPES[dtype]
-        stored = E4M3 if dtype == "fp8" and is_quantized(name) else kept
+        kept = Dtype.FP32 if pair.rule.is_fp32 else DTYPES[dtype]
+        stored = Dtype.E4M3 if dtype == "fp8" and is_quantized(name) else kept
         yield Piece(TensorSlot(name, shape, stored), pair.megatron, begin)
 
 
@@ -132,9 +130,9 @@ def _unit(file: str, pieces: list[Piece]) -> Unit:
 
 def scale_slot(slot: TensorSlot) -> TensorSlot | None:
     """The scales that go with an FP8 weight."""
-    if slot.dtype != E4M3:
+    if slot.dtype is not Dtype.E4M3:
         return None
-    return TensorSlot(slot.name + SCALE_SUFFIX, scale_shape(slot.shape), torch.float32)
+    return TensorSlot(slot.name + SCALE_SUFFIX, scale_shape(slot.shape), Dtype.FP32)
 
 
 class _Scales:
@@ -146,7 +144,7 @@ class _Scales:
             self._source = HfSource(path.parent, files=[path.name])
             self._stored = read_header(path)
 
-    def rows(self, name: str, shape: tuple[int, ...], blocks: slice) -> Tensor | None:
+    def rows(self, name: str, shape: tuple[int, ...], blocks: slice) -> Rows | None:
         """Scales of a weight's rows of blocks; None if the origin's weight was none of this."""
         stored = self._stored.get(name + SCALE_SUFFIX)
         if stored is None or stored.shape != scale_shape(shape):
@@ -169,7 +167,7 @@ def write_shard(job: ShardJob, path: Path, unit: Unit) -> Receipt:
     blocks: Counter[str] = Counter()
     # Before anything large: a small tensor made now and then, and kept, would keep the allocator
     # from reusing what large ones leave between them.
-    made = {slot.name: torch.empty(slot.shape) for slot in scale_slots}
+    made = {slot.name: np.empty(slot.shape, np.float32) for slot in scale_slots}
     with path.open("wb") as file:
         write_header(file, every)
         scales_at = file.tell()
@@ -182,7 +180,7 @@ def write_shard(job: ShardJob, path: Path, unit: Unit) -> Receipt:
                     writeback.step()
         file.seek(scales_at)
         for slot in scale_slots:
-            write_rows(file, made[slot.name])
+            write_rows(file, Rows(made[slot.name], slot.dtype))
         flush(file)
     return {
         "names": [slot.name for slot in every],
@@ -196,28 +194,31 @@ def _rows(
     source: RowSource,
     scales: _Scales,
     piece: Piece,
-    made: dict[str, Tensor],
+    made: dict[str, np.ndarray],
     blocks: Counter[str],
-) -> Iterator[Tensor]:
+) -> Iterator[Rows]:
     """One tensor's rows as they are stored; its scales, if it is FP8, go to ``made``."""
     slot = piece.slot
     for top, end in row_chunks(slot.shape, 4):
         rows = source.read(piece.megatron, slice(piece.first_row + top, piece.first_row + end))
         if job.check_finite:
             _require_finite(source, piece, top, rows)
-        if slot.dtype == E4M3:
-            at = slice(top // BLOCK, -(-end // BLOCK))
+        if slot.dtype is Dtype.E4M3:
+            from megatron_k2.checkpoint.fp8 import requantize
+
+            at = block_rows(top, end)
             kept = scales.rows(slot.name, slot.shape, at)
-            rows, fresh, num_kept = requantize(rows, kept)
-            made[slot.name + SCALE_SUFFIX][at] = fresh
+            source_scales = None if kept is None else kept.tensor()
+            codes, fresh, num_kept = requantize(rows.tensor(), source_scales)
+            rows = rows_of(codes)
+            made[slot.name + SCALE_SUFFIX][at] = fresh.numpy()
             blocks.update(kept=num_kept, fresh=fresh.numel() - num_kept)
         yield rows.to(slot.dtype)
 
 
-def _require_finite(source: RowSource, piece: Piece, top: int, rows: Tensor) -> None:
-    is_finite = torch.isfinite(rows)
-    if not is_finite.all():
-        row = piece.first_row + top + int((~is_finite.view(len(rows), -1)).any(1).nonzero()[0])
+def _require_finite(source: RowSource, piece: Piece, top: int, rows: Rows) -> None:
+    if (bad := rows.first_not_finite()) is not None:
+        row = piece.first_row + top + bad
         raise UserError(
             f"{source.directory}: '{piece.megatron}' has a NaN or an infinity in row {row}"
         )

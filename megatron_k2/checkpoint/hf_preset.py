@@ -8,7 +8,7 @@ package does not map, is refused by name rather than passed over.
 import dataclasses
 from typing import Any
 
-from megatron_k2.checkpoint.fp8 import BLOCK
+from megatron_k2.checkpoint.fp8_layout import BLOCK
 from megatron_k2.checkpoint.hf_config import hf_config, require_normalised_choice
 from megatron_k2.errors import UserError
 from megatron_k2.presets import PRESETS, ModelPreset, YarnScaling, get_preset

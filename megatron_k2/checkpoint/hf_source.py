@@ -13,22 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, override
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from megatron_k2.checkpoint.fp8 import E4M3, SCALE_SUFFIX
+from megatron_k2.checkpoint.fp8_layout import SCALE_SUFFIX
 from megatron_k2.checkpoint.mapped_files import MappedFiles
+from megatron_k2.checkpoint.rows import BY_SAFETENSORS_NAME, Dtype, Rows
 from megatron_k2.checkpoint.rules import IGNORED_HF_SUFFIXES
 from megatron_k2.errors import UserError
 
 INDEX = "model.safetensors.index.json"
-
-_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": E4M3,
-}
 
 _MAX_HEADER_BYTES = 100_000_000  # of the safetensors format
 
@@ -41,7 +34,7 @@ class StoredTensor:
     offset: int
     """Of its first byte in the file."""
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Dtype
 
     @property
     def num_bytes(self) -> int:
@@ -88,20 +81,20 @@ class HfSource:
     @property
     def is_fp8(self) -> bool:
         """Whether any weight is block FP8."""
-        return any(tensor.dtype == E4M3 for tensor in self.stored.values())
+        return any(tensor.dtype is Dtype.E4M3 for tensor in self.stored.values())
 
-    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+    def read(self, name: str, rows: slice = slice(None)) -> Rows:
         """Rows of a tensor as it is stored: a view of the mapped file; do not write to it."""
         tensor = self.stored[name]
         begin, end, _ = rows.indices(tensor.shape[0])
         row = tensor.shape[1:]
-        flat = torch.frombuffer(
+        bits = np.ndarray(
+            (end - begin, *row),
+            tensor.dtype.numpy,
             self._files.map(self.directory / tensor.file),
-            dtype=tensor.dtype,
-            count=(end - begin) * math.prod(row),
-            offset=tensor.offset + begin * math.prod(row) * tensor.dtype.itemsize,
+            tensor.offset + begin * math.prod(row) * tensor.dtype.itemsize,
         )
-        return flat.view(end - begin, *row)
+        return Rows(bits, tensor.dtype)
 
     @override
     def __repr__(self) -> str:
@@ -179,13 +172,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _entry(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:
-    if entry["dtype"] not in _DTYPES:
-        known = ", ".join(_DTYPES)
+    if entry["dtype"] not in BY_SAFETENSORS_NAME:
+        known = ", ".join(BY_SAFETENSORS_NAME)
         raise UserError(f"{path}: '{name}' has dtype {entry['dtype']}; readable are {known}")
     begin, _ = entry["data_offsets"]
-    return StoredTensor(
-        path.name, data_start + begin, tuple(entry["shape"]), _DTYPES[entry["dtype"]]
-    )
+    dtype = BY_SAFETENSORS_NAME[entry["dtype"]]
+    return StoredTensor(path.name, data_start + begin, tuple(entry["shape"]), dtype)
 
 
 def is_hf_directory(directory: Path) -> bool:

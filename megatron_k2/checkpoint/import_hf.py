@@ -17,39 +17,27 @@ import functools
 import shutil
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from megatron_k2.checkpoint.fp8 import BLOCK, E4M3, SCALE_SUFFIX, classify_scales, dequantize
+from megatron_k2.checkpoint.fp8_layout import SCALE_SUFFIX
 from megatron_k2.checkpoint.hf_config import TOKENIZER_FILES
 from megatron_k2.checkpoint.hf_preset import preset_from_hf
 from megatron_k2.checkpoint.hf_source import HfSource
+from megatron_k2.checkpoint.import_units import FileJob, file_units, placements, write_file
 from megatron_k2.checkpoint.imported_args import imported_args
-from megatron_k2.checkpoint.mapping import Pair, expand
-from megatron_k2.checkpoint.megatron_source import RELEASE, TRACKER
+from megatron_k2.checkpoint.iterations import RELEASE, TRACKER
+from megatron_k2.checkpoint.mapping import expand
 from megatron_k2.checkpoint.megatron_target import (
-    Chunk,
     Placement,
     chunk_from,
-    place,
-    without_crc,
-    write_chunk,
     write_common,
     write_metadata,
 )
 from megatron_k2.checkpoint.origin import SCALES_FILE, SOURCE_DIR
-from megatron_k2.checkpoint.safetensors_stream import (
-    EarlyWriteback,
-    TensorSlot,
-    flush,
-    row_chunks,
-    write_safetensors,
-)
+from megatron_k2.checkpoint.rows import Dtype
+from megatron_k2.checkpoint.safetensors_stream import TensorSlot, row_chunks, write_safetensors
 from megatron_k2.checkpoint.selection import Selection
 from megatron_k2.checkpoint.source_audit import SourceAudit, audit_source, require_clean_source
 from megatron_k2.checkpoint.stored_names import Modules
@@ -67,10 +55,7 @@ from megatron_k2.data.storage import write_atomically
 from megatron_k2.errors import UserError
 from megatron_k2.presets import ModelPreset
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-UNIT_BYTES = 2**30
-"""Of a file, unless one tensor is larger: what a kill costs, and a step of the progress."""
+DTYPES = {"bf16": Dtype.BF16, "fp32": Dtype.FP32}
 
 
 @dataclass(frozen=True)
@@ -102,16 +87,6 @@ class ImportResult:
     """Blocks of the source by ``fp8.ScaleClass``; empty if nothing was FP8."""
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What every worker is told."""
-
-    hf_dir: Path
-    check_finite: bool
-    fingerprint: str
-    """Of the job, so that a cached source is never another's."""
-
-
 def import_hf(
     hf_dir: Path,
     megatron_dir: Path,
@@ -140,17 +115,24 @@ def import_hf(
     audit = audit_source(source.stored, preset, options.only)
     require_clean_source(audit, hf_dir)
     _require_true_copies(source, preset, options)
-    placements = _placements(source, preset, options)
-    args = imported_args_of(preset, source.config, placements)
-    units = list(_units(placements))
+    placed = placements(
+        source,
+        options.only.take(expand(preset)),
+        preset.num_moe_experts,
+        None if options.dtype is None else DTYPES[options.dtype],
+        options.modules,
+    )
+    args = _arguments(preset, source.config, placed)
+    units = list(file_units(placed))
     require_space(megatron_dir, sum(unit.num_bytes for unit in units))
 
     workplace = Workplace(megatron_dir, _job_record(source, options))
     release = workplace.directory / RELEASE
     release.mkdir(exist_ok=True)
-    work = functools.partial(
-        _import_unit, _Job(hf_dir, options.check_finite, workplace.fingerprint)
-    )
+    if source.is_fp8:
+        import megatron_k2.checkpoint.fp8  # noqa: F401  torch, before workers are forked
+    job = FileJob(hf_dir, options.check_finite, workplace.fingerprint)
+    work = functools.partial(write_file, job)
     receipts = run_units(workplace, units, work, options.num_workers, progress)
     with naming_a_full_disk(workplace.directory):
         _finish(release, units, receipts, args, options.modules)
@@ -164,12 +146,10 @@ def import_hf(
     return ImportResult(megatron_dir, preset, audit, len(units), size, dict(classes))
 
 
-def imported_args_of(
-    preset: ModelPreset, config: dict[str, Any], placements: list[Placement]
-) -> Namespace:
+def _arguments(preset: ModelPreset, config: dict[str, Any], placed: list[Placement]) -> Namespace:
     """Megatron's arguments; bf16 if most of the weights are."""
-    dtypes = Counter(placement.dtype for placement in placements)
-    return imported_args(preset, config, is_bf16=dtypes.most_common(1)[0][0] == torch.bfloat16)
+    dtypes = Counter(placement.dtype for placement in placed)
+    return imported_args(preset, config, is_bf16=dtypes.most_common(1)[0][0] is Dtype.BF16)
 
 
 def _job_record(source: HfSource, options: ImportOptions) -> dict[str, Any]:
@@ -182,22 +162,8 @@ def _job_record(source: HfSource, options: ImportOptions) -> dict[str, Any]:
         "config": source.config,
         "options": [options.preset, options.dtype, str(options.only), options.check_finite],
         "modules": options.modules,
-        "schema_version": 2,
+        "schema_version": 3,
     }
-
-
-def _placements(source: HfSource, preset: ModelPreset, options: ImportOptions) -> list[Placement]:
-    """Every Megatron tensor with its place; one dtype for all experts of a stored key."""
-    pairs = (pair for pair in options.only.take(expand(preset)) if not pair.rule.is_copy)
-    placed = [
-        place(pair, preset.num_moe_experts, _dtype_of(source, pair, options), options.modules)
-        for pair in pairs
-    ]
-    widest: dict[str, torch.dtype] = {}
-    for placement in placed:
-        before = widest.get(placement.key, placement.dtype)
-        widest[placement.key] = torch.promote_types(before, placement.dtype)
-    return [dataclasses.replace(p, dtype=widest[p.key]) for p in placed]
 
 
 def _require_true_copies(source: HfSource, preset: ModelPreset, options: ImportOptions) -> None:
@@ -210,95 +176,11 @@ def _require_true_copies(source: HfSource, preset: ModelPreset, options: ImportO
         (name,), original = pair.hf, originals[pair.megatron]
         for top, end in row_chunks(pair.megatron_shape, 2):
             rows = slice(top, end)
-            if not torch.equal(source.read(name, rows), source.read(original, rows)):
+            if not source.read(name, rows).equals(source.read(original, rows)):
                 raise UserError(
                     f"{source.directory}: '{name}' differs from '{original}' in rows {top} to "
                     f"{end}; Megatron's prediction layers share the model's"
                 )
-
-
-def _dtype_of(source: HfSource, pair: Pair, options: ImportOptions) -> torch.dtype:
-    if pair.rule.is_fp32:
-        return torch.float32
-    if options.dtype is not None:
-        return DTYPES[options.dtype]
-    stored = [source.stored[name].dtype for name in pair.hf]
-    kept = [torch.bfloat16 if dtype == E4M3 else dtype for dtype in stored]
-    return functools.reduce(torch.promote_types, kept)
-
-
-def _units(placements: list[Placement]) -> Iterator[Unit]:
-    """Files of at most ``UNIT_BYTES`` that never cross a layer."""
-    group: list[Placement] = []
-    num_bytes, num_files = 0, 0
-    for placement in placements:
-        size = placement.pair.num_elements * placement.dtype.itemsize
-        crosses = bool(group) and group[-1].pair.layer != placement.pair.layer
-        if group and (crosses or num_bytes + size > UNIT_BYTES):
-            yield Unit(f"{RELEASE}/__{num_files}_0.distcp", num_bytes, tuple(group))
-            group, num_bytes, num_files = [], 0, num_files + 1
-        group.append(placement)
-        num_bytes += size
-    yield Unit(f"{RELEASE}/__{num_files}_0.distcp", num_bytes, tuple(group))
-
-
-@functools.lru_cache(maxsize=1)
-def _opened(job: _Job) -> HfSource:
-    """Once in a worker's life: K2's headers are 20 MB of JSON."""
-    return HfSource(job.hf_dir)
-
-
-def _import_unit(job: _Job, path: Path, unit: Unit) -> Receipt:
-    """Write one ``.distcp`` file; its receipt lists the chunks."""
-    source = _opened(job)
-    chunks: list[Chunk] = []
-    classes: Counter[str] = Counter()
-    with path.open("wb") as file, without_crc():
-        writeback = EarlyWriteback(file)
-        for placement in unit.payload:
-            for name, shape, begin in placement.pair.parts():
-                with naming_a_full_disk(path, name):
-                    for top, rows in _rows(source, name, shape, placement.dtype, classes):
-                        if job.check_finite:
-                            _require_finite(source, name, top, rows)
-                        chunks.append(write_chunk(file, placement, begin + top, rows))
-                        writeback.step()
-        flush(file)
-    return {
-        "chunks": [dataclasses.astuple(chunk) for chunk in chunks],
-        "scale_classes": {str(kind): number for kind, number in classes.items()},
-    }
-
-
-def _rows(
-    source: HfSource,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    classes: Counter[str],
-) -> Iterator[tuple[int, Tensor]]:
-    """Row chunks of a source tensor in ``dtype``, FP8 dequantised; first row and rows.
-
-    Rows in their own dtype are views of the mapped file: they go to disk without a copy.
-    """
-    is_fp8 = source.stored[name].dtype == E4M3
-    for top, end in row_chunks(shape, dtype.itemsize):
-        rows = source.read(name, slice(top, end))
-        if is_fp8:
-            blocks = slice(top // BLOCK, -(-end // BLOCK))
-            scales = source.read(name + SCALE_SUFFIX, blocks)
-            classes.update(classify_scales(rows, scales))
-            rows = dequantize(rows, scales, dtype)
-        yield top, rows.to(dtype)
-
-
-def _require_finite(source: HfSource, name: str, top: int, rows: Tensor) -> None:
-    is_finite = torch.isfinite(rows)
-    if is_finite.all():
-        return
-    row = top + int((~is_finite.view(len(rows), -1)).any(1).nonzero()[0])
-    file = source.directory / source.stored[name].file
-    raise UserError(f"{file}: '{name}' has a NaN or an infinity in row {row}")
 
 
 def _finish(
@@ -314,9 +196,8 @@ def _finish(
         for unit, receipt in zip(units, receipts, strict=True)
         for entry in receipt["chunks"]
     )
-    common_file = f"__{len(units)}_0.distcp"
-    common = write_common(release, common_file, args)
-    write_metadata(release, chunks, common_file, common, modules)
+    common = write_common(release, f"__{len(units)}_0.distcp", args)
+    write_metadata(release, chunks, common, modules)
 
 
 def _keep_source(directory: Path, source: HfSource, only: Selection) -> None:
@@ -328,5 +209,5 @@ def _keep_source(directory: Path, source: HfSource, only: Selection) -> None:
     names = sorted(name for name in source.stored if name.endswith(SCALE_SUFFIX))
     if not names or not only.is_all:
         return
-    slots = [TensorSlot(name, source.stored[name].shape, torch.float32) for name in names]
+    slots = [TensorSlot(name, source.stored[name].shape, Dtype.FP32) for name in names]
     write_safetensors(directory / SCALES_FILE, slots, (source.read(name) for name in names))

@@ -5,7 +5,7 @@ them with its own. They are the flags a preset stands for, by the names Megatron
 them, and the few values its validation derives; nothing of machine, layout or training, which an
 import does not decide. Whoever builds the model fills those in (``inference.saved_args``).
 
-Megatron is not imported: its parser takes three seconds to load, more than converting a gigabyte.
+Neither Megatron nor torch is imported: they take seconds to load, more than a gigabyte to convert.
 That each value is what Megatron's own parser and validation make of the flags is a test.
 """
 
@@ -14,8 +14,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from megatron_k2.checkpoint.rows import Dtype
+from megatron_k2.checkpoint.torch_pickle import stand_in
 from megatron_k2.presets import ModelPreset
 from megatron_k2.training.flags import model_flags
 
@@ -49,7 +49,7 @@ def imported_args(preset: ModelPreset, config: dict[str, Any], *, is_bf16: bool)
         max_position_embeddings=context,
         bf16=is_bf16,
         fp16=False,
-        params_dtype=torch.bfloat16 if is_bf16 else torch.float32,
+        params_dtype=stand_in("torch", (Dtype.BF16 if is_bf16 else Dtype.FP32).torch_name),
         kv_channels=p.hidden_size // p.num_attention_heads,
         add_position_embedding=True,
         # weights of one rank, as far as "saved at" goes

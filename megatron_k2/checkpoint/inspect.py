@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_k2.checkpoint.hf_source import HfSource, is_hf_directory
-from megatron_k2.checkpoint.megatron_source import MegatronSource, find_iteration
+from megatron_k2.checkpoint.iterations import find_iteration
+from megatron_k2.checkpoint.megatron_source import MegatronSource
+from megatron_k2.checkpoint.rows import Dtype
 
 _LAYOUT = (
     ("TP", "tensor_model_parallel_size"),
@@ -100,16 +100,16 @@ def _inspect_megatron(source: MegatronSource) -> Inspection:
 
 
 def _group(
-    tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]],
+    tensors: Iterable[tuple[str, tuple[int, ...], Dtype]],
 ) -> tuple[TensorGroup, ...]:
-    members: dict[str, list[tuple[tuple[int, ...], torch.dtype]]] = defaultdict(list)
+    members: dict[str, list[tuple[tuple[int, ...], Dtype]]] = defaultdict(list)
     for name, shape, dtype in tensors:
         members[re.sub(r"\.\d+\.", ".*.", name)].append((shape, dtype))
     return tuple(
         TensorGroup(
             pattern,
             tuple(sorted({shape for shape, _ in found})),
-            tuple(sorted({str(dtype).removeprefix("torch.") for _, dtype in found})),
+            tuple(sorted({dtype.torch_name for _, dtype in found})),
             len(found),
             sum(math.prod(shape) * dtype.itemsize for shape, dtype in found),
         )

@@ -7,9 +7,7 @@ the other. The in-memory conversions here do so for models that fit.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_k2.checkpoint.rules import (
     GATE_OVER_UP,
@@ -20,6 +18,9 @@ from megatron_k2.checkpoint.rules import (
 )
 from megatron_k2.errors import UserError
 from megatron_k2.presets import ModelPreset
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -115,21 +116,21 @@ def expand(preset: ModelPreset, rules: Sequence[Rule] = RULES) -> Iterator[Pair]
                 yield Pair(rule, layer, megatron, hf, joined, shapes, at)
 
 
-def _take(state: Mapping[str, Tensor], name: str, side: str) -> Tensor:
+def _take(state: "Mapping[str, Tensor]", name: str, side: str) -> "Tensor":
     if name not in state:
         raise UserError(f"{side} state has no '{name}', which the preset calls for")
     return state[name]
 
 
-def _expect_shape(name: str, tensor: Tensor, shape: Shape) -> None:
+def _expect_shape(name: str, tensor: "Tensor", shape: Shape) -> None:
     if tuple(tensor.shape) != shape:
         raise UserError(
             f"'{name}' has shape {list(tensor.shape)}, the preset expects {list(shape)}"
         )
 
 
-def _expect_copy(pair: Pair, tensor: Tensor, original: Tensor) -> None:
-    if not torch.equal(tensor, original[: len(tensor)]):
+def _expect_copy(pair: Pair, tensor: "Tensor", original: "Tensor") -> None:
+    if not tensor.equal(original[: len(tensor)]):
         raise UserError(f"'{pair.hf[0]}' is not the model's own, which Megatron shares with it")
 
 
@@ -140,8 +141,8 @@ def _expect_consumed(left: set[str], side: str) -> None:
 
 
 def hf_state_to_megatron(
-    hf_state: Mapping[str, Tensor], preset: ModelPreset, padded_vocab_size: int | None = None
-) -> dict[str, Tensor]:
+    hf_state: "Mapping[str, Tensor]", preset: ModelPreset, padded_vocab_size: int | None = None
+) -> "dict[str, Tensor]":
     """A whole Hugging Face state dict as ``GPTModel.state_dict()`` at TP1/EP1/PP1.
 
     Args:
@@ -157,6 +158,8 @@ def hf_state_to_megatron(
     Raises:
         UserError: naming the missing, unknown or misshapen tensor.
     """
+    import torch
+
     result: dict[str, Tensor] = {}
     left = {name for name in hf_state if not name.endswith(IGNORED_HF_SUFFIXES)}
     for pair in expand(preset):
@@ -177,8 +180,8 @@ def hf_state_to_megatron(
 
 
 def megatron_state_to_hf(
-    megatron_state: Mapping[str, Tensor | None], preset: ModelPreset
-) -> dict[str, Tensor]:
+    megatron_state: "Mapping[str, Tensor | None]", preset: ModelPreset
+) -> "dict[str, Tensor]":
     """``GPTModel.state_dict()`` at TP1/EP1/PP1 as a Hugging Face state dict, classic names.
 
     Vocabulary padding is cut; ``_extra_state`` entries (no weights) are passed over. dtypes are
@@ -203,7 +206,7 @@ def megatron_state_to_hf(
     return result
 
 
-def classic_from_transformers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def classic_from_transformers(state_dict: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
     """Transformers 5's in-memory ``DeepseekV3ForCausalLM.state_dict()`` under the released names.
 
     In memory it fuses a layer's experts, ``mlp.experts.gate_up_proj`` [e, 2F, H] (gate first) and

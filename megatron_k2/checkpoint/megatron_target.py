@@ -8,31 +8,20 @@ Megatron's loader asks for boxes of global tensors, so the result loads at any T
 say, are written too (they all point at one archive), because its loader asks for them.
 """
 
-import contextlib
 import io
-import pickle
 import re
 from argparse import Namespace
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-
+from megatron_k2.checkpoint import torch_archive
 from megatron_k2.checkpoint.mapping import Pair
+from megatron_k2.checkpoint.megatron_source import COMMON_STATE
+from megatron_k2.checkpoint.rows import BY_TORCH_NAME, Dtype, Rows
 from megatron_k2.checkpoint.stored_names import STACKED_EXPERTS, Modules, stored_key
+from megatron_k2.checkpoint.torch_dist import Extent, GlobalTensor, Index, StoredChunk, write_index
 from megatron_k2.data.storage import write_atomically
 
 _HAS_EXTRA_STATE: dict[Modules, re.Pattern[str]] = {
@@ -45,7 +34,7 @@ _HAS_EXTRA_STATE: dict[Modules, re.Pattern[str]] = {
 """Megatron's tensor-parallel linears; with Transformer Engine every linear, and norms that are
 modules of their own. A loader passes over what it does not ask for."""
 
-DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
+_EXTRA_STATE = "_extra_state"
 
 
 @dataclass(frozen=True)
@@ -58,12 +47,10 @@ class Placement:
     """(expert,) for a routed expert, else ()."""
     size: tuple[int, ...]
     """Of the stored tensor."""
-    dtype: torch.dtype
+    dtype: Dtype
 
 
-def place(
-    pair: Pair, num_experts: int, dtype: torch.dtype, modules: Modules = "local"
-) -> Placement:
+def place(pair: Pair, num_experts: int, dtype: Dtype, modules: Modules = "local") -> Placement:
     """As Megatron 0.19 stores it: a layer's experts are one tensor, layers are apart."""
     key = stored_key(pair, modules)
     if pair.expert is None:
@@ -90,42 +77,30 @@ def chunk_from(entry: Sequence[Any]) -> Chunk:
     return Chunk(*fields)
 
 
-def write_chunk(file: IO[bytes], placement: Placement, first_row: int, rows: Tensor) -> Chunk:
+def write_chunk(file: IO[bytes], placement: Placement, first_row: int, rows: Rows) -> Chunk:
     """Append rows of a tensor to an open ``.distcp`` file.
 
     Args:
         file: positioned at its end.
         placement: of the Megatron tensor.
         first_row: of the rows in it.
-        rows: contiguous and alone in its storage, of the placement's dtype.
+        rows: of the placement's dtype.
     """
-    ones, zeros = (1,) * len(placement.leading), (0,) * (rows.dim() - 1)
-    begin = file.tell()
-    torch.save(rows.view(*ones, *rows.shape), file)
+    ones, zeros = (1,) * len(placement.leading), (0,) * (len(rows.shape) - 1)
+    lengths = (*ones, *rows.shape)
+    stacked = Rows(rows.bits.reshape(lengths), rows.dtype)
     return Chunk(
         placement.key,
         placement.size,
-        DTYPE_NAMES[placement.dtype],
+        placement.dtype.torch_name,
         (*placement.leading, first_row, *zeros),
-        (*ones, *rows.shape),
-        begin,
-        file.tell() - begin,
+        lengths,
+        *torch_archive.write_tensor(file, stacked),
     )
 
 
-@contextlib.contextmanager
-def without_crc() -> Iterator[None]:
-    """Torch writes checksums that no reader of it checks; they are half of the time."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
-
-
-def write_common(directory: Path, file: str, args: Namespace) -> list[tuple[str, int, int]]:
-    """The objects beside the tensors, in one small file; (key, offset, length) of each.
+def write_common(directory: Path, file: str, args: Namespace) -> dict[str, Extent]:
+    """The objects beside the tensors, in one small file: key -> where it is.
 
     Args:
         directory: of the checkpoint.
@@ -139,58 +114,41 @@ def write_common(directory: Path, file: str, args: Namespace) -> list[tuple[str,
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
-    entries, content = [], b""
-    for key, value in (("common_state/shard_0_1", [state]), ("_extra_state", [None])):
-        archive = io.BytesIO()
-        torch.save(value, archive)
-        entries.append((key, len(content), len(archive.getvalue())))
-        content += archive.getvalue()
-    write_atomically(directory / file, content)
-    return entries
+    content = io.BytesIO()
+    objects = {COMMON_STATE: [state], _EXTRA_STATE: [None]}
+    extents = {
+        key: Extent(file, *torch_archive.write_object(content, value))
+        for key, value in objects.items()
+    }
+    write_atomically(directory / file, content.getvalue())
+    return extents
 
 
 def write_metadata(
     directory: Path,
     chunks: Iterable[tuple[str, Chunk]],
-    common_file: str,
-    common: Sequence[tuple[str, int, int]],
+    common: Mapping[str, Extent],
     modules: Modules = "local",
 ) -> None:
-    """``.metadata`` and ``metadata.json``, which make a directory of files a checkpoint.
+    """What makes a directory of files a checkpoint.
 
     Args:
         directory: of the checkpoint.
         chunks: file and chunk, of every tensor.
-        common_file: what ``write_common`` wrote.
-        common: its entries.
+        common: what ``write_common`` wrote.
         modules: whose the loading model is built of.
     """
-    tensors: dict[str, Any] = {}
-    by_key: dict[str, list[ChunkStorageMetadata]] = defaultdict(list)
-    storage: dict[MetadataIndex, _StorageInfo] = {}
+    tensors: dict[str, GlobalTensor] = {}
     for file, chunk in chunks:
-        offsets = torch.Size(chunk.offsets)
-        by_key[chunk.key].append(ChunkStorageMetadata(offsets, torch.Size(chunk.lengths)))
-        storage[MetadataIndex(chunk.key, offsets)] = _StorageInfo(
-            file, chunk.file_offset, chunk.file_length
-        )
         if chunk.key not in tensors:
-            properties = TensorProperties(dtype=getattr(torch, chunk.dtype))
-            tensors[chunk.key] = TensorStorageMetadata(
-                properties, torch.Size(chunk.size), by_key[chunk.key]
-            )
-    (common_key, *common_at), (_, *extra_at) = common
-    objects = dict.fromkeys(_extra_state_keys(tensors, modules), extra_at) | {common_key: common_at}
-    for key, (offset, length) in objects.items():
-        storage[MetadataIndex(key)] = _StorageInfo(common_file, offset, length)
-    stored = tensors | {key: BytesStorageMetadata() for key in objects}
-    metadata = Metadata(state_dict_metadata=stored, storage_data=storage)
-    write_atomically(directory / ".metadata", pickle.dumps(metadata))
-    backend = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
-    write_atomically(directory / "metadata.json", backend)
+            tensors[chunk.key] = GlobalTensor(chunk.size, BY_TORCH_NAME[chunk.dtype])
+        extent = Extent(file, chunk.file_offset, chunk.file_length)
+        tensors[chunk.key].chunks.append(StoredChunk(chunk.offsets, chunk.lengths, extent))
+    extra = dict.fromkeys(_extra_state_keys(tensors, modules), common[_EXTRA_STATE])
+    write_index(directory, Index(tensors, {**extra, COMMON_STATE: common[COMMON_STATE]}))
 
 
-def _extra_state_keys(tensors: dict[str, TensorStorageMetadata], modules: Modules) -> Iterator[str]:
+def _extra_state_keys(tensors: Mapping[str, GlobalTensor], modules: Modules) -> Iterator[str]:
     for key, stored in tensors.items():
         if modules == "te" and key.endswith("self_attention.linear_proj.weight"):
             yield key.replace("linear_proj.weight", "core_attention._extra_state/shard_0_1")

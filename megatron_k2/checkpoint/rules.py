@@ -25,10 +25,10 @@ Facts the operations rest on:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 Scope = Literal[
@@ -42,10 +42,10 @@ with layer 0 and norm and head with the last, so those two scopes occur once eac
 class Operation(Protocol):
     """A reversible step between one Megatron tensor and the Hugging Face tensors it holds."""
 
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+    def split(self, tensor: "Tensor") -> "tuple[Tensor, ...]":
         """Megatron tensor -> Hugging Face tensors, as views."""
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
+    def join(self, parts: "Sequence[Tensor]") -> "Tensor":
         """Hugging Face tensors -> Megatron tensor."""
 
     def split_shape(self, shape: Shape) -> tuple[Shape, ...]:
@@ -58,11 +58,11 @@ class Operation(Protocol):
 class Identity:
     """One tensor, the same on both sides."""
 
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+    def split(self, tensor: "Tensor") -> "tuple[Tensor, ...]":
         """The tensor itself."""
         return (tensor,)
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
+    def join(self, parts: "Sequence[Tensor]") -> "Tensor":
         """The only part."""
         (part,) = parts
         return part
@@ -80,12 +80,14 @@ class Identity:
 class StackedRows:
     """Two tensors [F, H] one above the other in [2F, H]: a SwiGLU's gate over its up."""
 
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+    def split(self, tensor: "Tensor") -> "tuple[Tensor, ...]":
         """Upper and lower half."""
         return tensor.chunk(2)
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
+    def join(self, parts: "Sequence[Tensor]") -> "Tensor":
         """First part on top."""
+        import torch
+
         upper, lower = parts
         return torch.cat((upper, lower))
 

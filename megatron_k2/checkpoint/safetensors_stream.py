@@ -16,17 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from megatron_k2.checkpoint.fp8 import BLOCK, E4M3
-
-DTYPE_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    E4M3: "F8_E4M3",
-}
+from megatron_k2.checkpoint.fp8_layout import BLOCK
+from megatron_k2.checkpoint.rows import Dtype, Rows
 
 CHUNK_BYTES = 64 * 2**20
 """What a tensor is cut into on its way, in bytes of the side with the wider dtype."""
@@ -46,7 +39,7 @@ class TensorSlot:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Dtype
 
     @property
     def num_bytes(self) -> int:
@@ -54,7 +47,7 @@ class TensorSlot:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, slots: Sequence[TensorSlot], tensors: Iterable[Tensor]) -> int:
+def write_safetensors(path: Path, slots: Sequence[TensorSlot], tensors: Iterable[Rows]) -> int:
     """Write ``path`` whole and flushed to the disk; the caller renames.
 
     Args:
@@ -72,11 +65,11 @@ def write_safetensors(path: Path, slots: Sequence[TensorSlot], tensors: Iterable
         write_header(file, slots)
         writeback = EarlyWriteback(file)
         for slot, tensor in zip(slots, tensors, strict=True):
-            if tuple(tensor.shape) != slot.shape:
+            if tensor.shape != slot.shape:
                 raise ValueError(
                     f"{slot.name}: got {list(tensor.shape)}, announced {list(slot.shape)}"
                 )
-            write_rows(file, tensor.detach().to(slot.dtype))
+            write_rows(file, tensor.to(slot.dtype))
             writeback.step()
         flush(file)
     return sum(slot.num_bytes for slot in slots)
@@ -115,7 +108,7 @@ def write_header(file: IO[bytes], slots: Sequence[TensorSlot]) -> None:
     for slot in slots:
         end = begin + slot.num_bytes
         entries[slot.name] = {
-            "dtype": DTYPE_NAMES[slot.dtype],
+            "dtype": slot.dtype.safetensors_name,
             "shape": list(slot.shape),
             "data_offsets": [begin, end],
         }
@@ -125,6 +118,6 @@ def write_header(file: IO[bytes], slots: Sequence[TensorSlot]) -> None:
     file.write(len(text).to_bytes(8, "little") + text)
 
 
-def write_rows(file: IO[bytes], rows: Tensor) -> None:
+def write_rows(file: IO[bytes], rows: Rows) -> None:
     """A tensor's bytes, row-major."""
-    file.write(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
+    file.write(rows.bits.reshape(-1).view(np.uint8).data)

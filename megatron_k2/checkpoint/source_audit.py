@@ -10,25 +10,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from megatron_k2.checkpoint.audit import Finding, released_shapes
-from megatron_k2.checkpoint.fp8 import (
-    E4M3,
-    SCALE_SUFFIX,
-    is_quantized,
-    scale_shape,
-)
+from megatron_k2.checkpoint.fp8_layout import SCALE_SUFFIX, is_quantized, scale_shape
 from megatron_k2.checkpoint.hf_source import StoredTensor
 from megatron_k2.checkpoint.mapping import Pair, expand
+from megatron_k2.checkpoint.rows import WEIGHTS, Dtype
 from megatron_k2.checkpoint.rules import IGNORED_HF_SUFFIXES, RULES, Rule
 from megatron_k2.checkpoint.selection import Selection
 from megatron_k2.errors import UserError
 from megatron_k2.presets import ModelPreset
 
 LEFTOVER_ROTARY = "model.layers.{layer}.self_attn.rotary_emb.inv_freq"
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -58,16 +50,16 @@ def released_tensors(preset: ModelPreset) -> dict[str, StoredTensor]:
     """
     tensors: dict[str, StoredTensor] = {}
     for name, shape in released_shapes(preset).items():
-        dtype = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
+        dtype = Dtype.FP32 if name.endswith("e_score_correction_bias") else Dtype.BF16
         if is_quantized(name):
-            dtype = E4M3
-            scales = StoredTensor("", 0, scale_shape(shape), torch.float32)
+            dtype = Dtype.E4M3
+            scales = StoredTensor("", 0, scale_shape(shape), Dtype.FP32)
             tensors[name + SCALE_SUFFIX] = scales
         tensors[name] = StoredTensor("", 0, shape, dtype)
     width = preset.hidden_size // preset.num_attention_heads // 2
     for layer in range(preset.num_layers):
         name = LEFTOVER_ROTARY.format(layer=layer)
-        tensors[name] = StoredTensor("", 0, (width,), torch.bfloat16)
+        tensors[name] = StoredTensor("", 0, (width,), Dtype.BF16)
     return tensors
 
 
@@ -102,7 +94,7 @@ def audit_source(
         for name, shape, _ in pair.parts():
             findings += _weight_findings(source, pair, name, shape)
             tensor = source.get(name)
-            if tensor is not None and tensor.dtype == E4M3 and name + SCALE_SUFFIX in source:
+            if tensor is not None and tensor.dtype is Dtype.E4M3 and name + SCALE_SUFFIX in source:
                 belonging.add(name + SCALE_SUFFIX)
     if selection is None or selection.is_all:
         orphans = scales - belonging
@@ -125,8 +117,8 @@ def _weight_findings(
         return [Finding(name, "belongs to the model, but is not in the source")]
     if tensor.shape != shape:
         return [Finding(name, f"has shape {list(tensor.shape)}, config.json says {list(shape)}")]
-    if tensor.dtype != E4M3:
-        is_known = tensor.dtype in _FLOATS
+    if tensor.dtype is not Dtype.E4M3:
+        is_known = tensor.dtype in WEIGHTS
         return [] if is_known else [Finding(name, f"has dtype {tensor.dtype}, expected a float")]
     if pair.rule.is_fp32 or len(shape) != 2:
         return [Finding(name, "is FP8, but a block scale fits matrices only")]
@@ -137,7 +129,7 @@ def _weight_findings(
         expected = list(scale_shape(shape))
         text = f"has shape {list(scales.shape)}, blocks of 128 need {expected}"
         return [Finding(name + SCALE_SUFFIX, text)]
-    if scales.dtype != torch.float32:
+    if scales.dtype != Dtype.FP32:
         return [Finding(name + SCALE_SUFFIX, f"has dtype {scales.dtype}, expected float32")]
     return []
 

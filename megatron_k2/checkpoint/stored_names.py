@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from megatron_k2.checkpoint.mapping import Pair
+from megatron_k2.checkpoint.rows import Dtype
 from megatron_k2.checkpoint.rules import RULES
 
 Modules = Literal["local", "te"]
@@ -46,7 +45,7 @@ class Location:
     """Layer and/or expert index, where the stored tensor stacks them."""
     shape: tuple[int, ...]
     """Of the tensor itself, vocabulary padding included."""
-    dtype: torch.dtype
+    dtype: Dtype
 
 
 def stored_key(pair: Pair, modules: Modules) -> str:
@@ -58,7 +57,7 @@ def stored_key(pair: Pair, modules: Modules) -> str:
     return key.replace(".mtp_model_layer.", ".transformer_layer.")
 
 
-def locate(key: str, size: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, Location]]:
+def locate(key: str, size: tuple[int, ...], dtype: Dtype) -> Iterator[tuple[str, Location]]:
     """The tensors one stored key holds, by unstacking layers and experts."""
     match = _LAYER_KEY.match(key)
     if match is None:

@@ -1,12 +1,13 @@
 """A conversion as units of work: one output file each, done once, by any number of processes.
 
 Crash safety: a unit's file is written under a temporary name, flushed and renamed, then its receipt
-(what the file holds) is written the same way. A unit whose receipt and file are there is done, so a
-conversion killed at any moment and started again redoes only what was under way. The job's
-fingerprint (inputs and options) lies beside the receipts: of another job's leftovers nothing is
-taken.
+(what the file holds) is written beside it. A unit whose receipt and file are there is done, so a
+conversion killed at any moment and started again redoes only what was under way. Receipts and names
+are not flushed one by one, which costs more than small files do: a power cut may lose or tear the
+last ones, and what they stood for is done again. The job's fingerprint (inputs and options) lies
+beside the receipts: of another job's leftovers nothing is taken.
 
-Workers are forked, so none imports torch anew, and end with their parent. Forking is safe here:
+Workers are forked, so none imports anything anew, and end with their parent. Forking is safe here:
 until then the parent has read headers and compared names, and no thread pool of torch has started;
 a worker computes in its one thread.
 """
@@ -18,6 +19,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -85,13 +87,17 @@ class Workplace:
         written = self.directory / unit.file
         if not path.is_file() or not written.is_file():
             return None
-        receipt: Receipt = json.loads(path.read_text())
+        try:
+            receipt: Receipt = json.loads(path.read_text())
+        except ValueError:
+            return None  # torn by a power cut
         return receipt if written.stat().st_size == receipt["num_bytes"] else None
 
     def publish(self) -> None:
         """Drop the receipts and give the directory its final name."""
         shutil.rmtree(self._receipts)
-        sync_directory(self.directory)
+        for folder, _, _ in os.walk(self.directory):
+            sync_directory(Path(folder))
         self.directory.rename(self.target)  # an empty target is replaced, as POSIX says
         sync_directory(self.target.parent)
 
@@ -165,9 +171,8 @@ def _results(
 
 
 def _start_worker(parent: int) -> None:
-    import torch
-
-    torch.set_num_threads(1)  # the processes are the parallelism
+    if (torch := sys.modules.get("torch")) is not None:  # where there is FP8
+        torch.set_num_threads(1)  # the processes are the parallelism
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -191,9 +196,10 @@ def do_unit(directory: Path, unit: Unit, work: Work) -> Receipt:
         receipt = work(temporary, unit)
         receipt["num_bytes"] = temporary.stat().st_size
         temporary.replace(final)
-        sync_directory(final.parent)
-        content = json.dumps(receipt, separators=(",", ":")).encode()
-        write_atomically(_receipt_path(directory, unit), content)
+        path = _receipt_path(directory, unit)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        unfinished.write_text(json.dumps(receipt, separators=(",", ":")))
+        unfinished.replace(path)
     return receipt
 
 

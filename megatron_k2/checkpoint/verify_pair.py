@@ -15,7 +15,8 @@ from megatron_k2.checkpoint.compare import HfWeights
 from megatron_k2.checkpoint.hf_config import hf_config
 from megatron_k2.checkpoint.hf_preset import preset_from_hf
 from megatron_k2.checkpoint.hf_source import HfSource, is_hf_directory
-from megatron_k2.checkpoint.megatron_source import MegatronSource, find_iteration
+from megatron_k2.checkpoint.iterations import find_iteration
+from megatron_k2.checkpoint.megatron_source import MegatronSource
 from megatron_k2.checkpoint.rules import GATE_OVER_UP
 from megatron_k2.checkpoint.verify import LogitComparison, compare_outputs
 from megatron_k2.errors import UserError

@@ -3,7 +3,10 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from megatron_k2.cli.launch_jobs import ACTIONS
+
 if TYPE_CHECKING:
+    from megatron_k2.launch.graph import Run
     from megatron_k2.launch.recipe import Recipe
     from megatron_k2.launch.slurm import Cluster
 
@@ -14,6 +17,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-k2 launch",
         description="Run a recipe. The same command goes on where the last one stopped.",
+        epilog="Once it is launched: megatron-k2 launch status|logs|cancel RECIPE",
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="see --list")
     parser.add_argument("--list", action="store_true", help="names of all recipes")
@@ -21,6 +25,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value"
     )
+    parser.add_argument(
+        "--nemo-run", action="store_true", help="through NeMo-Run instead of torchrun or sbatch"
+    )
+    parser.add_argument("--detach", action="store_true", help="NeMo-Run: return once submitted")
     parser.add_argument("--keys", action="store_true", help="every key of --set, value and source")
     parser.add_argument("--save", metavar="DIR", help="of the run (default: runs/RECIPE)")
     parser.add_argument(
@@ -61,57 +69,94 @@ def _keys(recipe: "Recipe") -> str:
 
 def main(argv: list[str]) -> int:
     """Run the verb."""
+    if argv and argv[0] in ACTIONS:
+        from megatron_k2.cli.launch_jobs import main as of_launched
+
+        return of_launched(argv)
     parser = _parser()
     arguments = parser.parse_args(argv)
     from megatron_k2.errors import UserError
-    from megatron_k2.launch.recipe import Recipe
-    from megatron_k2.recipes import RECIPES, get_recipe
+    from megatron_k2.recipes import CHAINS, RECIPES, get_chain
 
     if arguments.list:
-        print("\n".join(RECIPES))
+        print("\n".join([*RECIPES, *CHAINS]))
         return 0
     if arguments.recipe is None:
         raise UserError("which recipe? --list names them")
     from megatron_k2.launch.overrides import apply
 
-    recipe: Recipe = apply(get_recipe(arguments.recipe), arguments.set, force=arguments.force)
+    recipes = [
+        apply(one, arguments.set, force=arguments.force) for one in get_chain(arguments.recipe)
+    ]
+    runs = _chain(recipes, arguments) if len(recipes) > 1 else [_single(recipes[0], arguments)]
     if arguments.keys:
-        print(_keys(recipe))
-        return 0
-    save = arguments.save or f"runs/{recipe.name}"
+        print(_keys(recipes[0]))
+    elif arguments.print_args:
+        from megatron_k2.launch.command import render_command
+
+        print(render_command(*runs[0]), end="")
+    else:
+        return _launch(runs, arguments)
+    return 0
+
+
+def _single(recipe: "Recipe", arguments: argparse.Namespace) -> "Run":
+    from megatron_k2.errors import UserError
+
     start_from = arguments.start_from
     if start_from is None and recipe.previous:
         start_from = f"runs/{recipe.previous}"
-    if arguments.print_args:
-        from megatron_k2.launch.command import render_command
+    if start_from is None and recipe.imported:
+        raise UserError(
+            f"{recipe.name} continues from {recipe.imported}: megatron-k2 convert import HF_DIR "
+            "DIR, then --start-from DIR"
+        )
+    return recipe, arguments.save or f"runs/{recipe.name}", start_from
 
-        print(render_command(recipe, save, start_from), end="")
-        return 0
-    return _launch(recipe, save, start_from, arguments)
+
+def _chain(recipes: list["Recipe"], arguments: argparse.Namespace) -> list["Run"]:
+    from pathlib import Path
+
+    from megatron_k2.errors import UserError
+    from megatron_k2.launch.graph import places
+
+    if arguments.start_from or arguments.keys or arguments.print_args or arguments.nodes:
+        raise UserError(
+            f"{arguments.recipe} is {len(recipes)} runs: --keys, --print-args, --nodes and "
+            f"--start-from are one run's, for example {recipes[0].name}'s"
+        )
+    return places(recipes, Path(arguments.save or "runs"))
 
 
-def _launch(
-    recipe: "Recipe", save: str, start_from: str | None, arguments: argparse.Namespace
-) -> int:
+def _launch(runs: list["Run"], arguments: argparse.Namespace) -> int:
+    from megatron_k2.launch.slurm import render
     from megatron_k2.launch.table import rows, shown
 
-    is_slurm = arguments.executor == "slurm"
-    script = ""
-    if is_slurm:
-        from megatron_k2.launch.slurm import render
-
-        script = render(recipe, _cluster(arguments), save, start_from, arguments.nodes)
-    print(f"{recipe.name}\n\n{shown(rows(recipe, arguments.set, save, start_from))}\n", flush=True)
+    cluster = _cluster(arguments) if arguments.executor == "slurm" else None
+    scripts = [render(*run, cluster, arguments.nodes) for run in runs] if cluster else []
+    for recipe, save, start_from in runs:
+        table = shown(rows(recipe, arguments.set, save, start_from))
+        print(f"{recipe.name}\n\n{table}\n", flush=True)
     if arguments.dry_run:
-        print(script, end="")
+        if len(scripts) == 1:
+            print(scripts[0], end="")
         return 0
-    from megatron_k2.launch.local import run_local, write_record
+    if arguments.nemo_run:
+        from megatron_k2.launch.nemo_tasks import run_experiment
 
-    if not is_slurm:
-        return run_local(recipe, save, start_from, arguments.set)
-    from megatron_k2.launch.slurm import submit
+        name = run_experiment(runs, arguments.set, cluster, waits=not arguments.detach)
+        print(f"experiment {name}; nemo experiment status {name}")
+        return 0
+    if cluster:
+        from megatron_k2.launch.graph import submit_chain
 
-    job = submit(script, save)
-    write_record(recipe, save, start_from, arguments.set)
-    print(f"submitted {job}; squeue --job {job}; log {save}/slurm/{job}.log")
-    return 0
+        jobs = submit_chain(runs, scripts, arguments.set)
+        print(f"submitted {' -> '.join(jobs) or 'nothing: done before'}")
+        print(f"megatron-k2 launch status|logs|cancel {arguments.recipe}")
+        return 0
+    from megatron_k2.launch.graph import chain_summary, run_chain
+
+    code = run_chain(runs, arguments.set)
+    if len(runs) > 1:
+        print(f"\n{chain_summary(runs)}")
+    return code

@@ -15,6 +15,7 @@ from megatron_k2.errors import UserError
 VERBS = {
     "presets": "list the model presets with their exact parameter counts",
     "doctor": "what this machine has, and which features that turns on or off",
+    "selfcheck": "run the tests on this machine's devices, one table of what they measured",
     "plan": "memory, time and layout of a run on a cluster; schedule; MuonClip's plan (optimizer)",
     "data": "prepare: turn text, JSONL or directories into Megatron indexed datasets",
     "pretrain": "train a preset on Megatron's own loop (any Megatron flag may follow)",

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from megatron_k2.optimizer.full_plan import Layout
 
 ASSUMPTIONS = (
-    "Layers are split evenly over the stages, the longer stages last (our choice). Buffers are "
+    "Layers are split as in the plan of a whole run (planning/chunks.py, our choice). Buffers are "
     "in Megatron's default buckets; data-parallel ranks include context-parallel ones. FLOPs are "
     "those Newton-Schulz executes, a multiply-add counted as two. /item: the largest load over "
     "the larger of the mean and the costliest matrix; /floor, of both domains together: over the "
@@ -134,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     optimizer.add_argument("--world-size", type=int, required=True, help="ranks")
     optimizer.add_argument("--tp", type=int, default=1, help="tensor parallel (default 1)")
     optimizer.add_argument("--pp", type=int, default=1, help="pipeline parallel (default 1)")
+    optimizer.add_argument("--vpp", type=int, default=1, help="virtual stages (default 1)")
     optimizer.add_argument("--ep", type=int, default=1, help="expert parallel (default 1)")
     optimizer.add_argument(
         "--etp", type=int, default=1, help="expert tensor parallel: only 1 is planned"
@@ -164,7 +165,9 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--tflops {arguments.tflops:g}: a rate above 0 is expected")
     from megatron_k2.optimizer.full_plan import Layout
 
-    layout = Layout(arguments.world_size, arguments.tp, arguments.pp, arguments.ep)
+    layout = Layout(
+        arguments.world_size, arguments.tp, arguments.pp, arguments.ep, vpp=arguments.vpp
+    )
     found = facts(arguments.preset, layout, arguments.tflops)
     if arguments.json:
         print(json.dumps(found, indent=2))

@@ -31,6 +31,9 @@ RECIPES = {
 
 FP32_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
 
+OFFLOAD_V1 = "NVTE_CPU_OFFLOAD_V1"
+"""Transformer Engine's older CPU offload, which Megatron's fine-grained one insists on."""
+
 FORBIDDEN = {
     "--fp8-dot-product-attention": "S_max would be that of quantised logits, and Transformer "
     "Engine has no attention backend that returns it in FP8",
@@ -119,3 +122,11 @@ def choose_scale_format(
             "imported (0 keeps its power-of-two scales)"
         )
     environment[FP32_SCALES] = "1"
+
+
+def choose_offload_version(
+    flags: list[str], environment: MutableMapping[str, str] = os.environ
+) -> None:
+    """What Megatron's ``--fine-grained-activation-offloading`` asks of TE's environment."""
+    if "--fine-grained-activation-offloading" in flags:
+        environment.setdefault(OFFLOAD_V1, "1")

@@ -29,7 +29,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_k2.errors import UserError
-from megatron_k2.fp8 import tiles
+from megatron_k2.fp8 import native_tiles, tiles
+
+EXPERT_GROUPS = frozenset({"expert_fc1", "moe_act"})
+"""Of Megatron's ``--offload-modules``, those that act inside the experts (``offload.py``)."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class StoredTensor:
 
 
 def store(x: Tensor) -> StoredTensor:
-    """``x`` [m, k] quantised, by the Triton kernel on a GPU that has E4M3."""
+    """``x`` [m, k] quantised: by C on a CPU, by the Triton kernel on a GPU that has E4M3."""
     kernels = _kernels(x)
     codes, scales = kernels.quantize_tiles(x.detach())
     return StoredTensor(codes, scales, x.dtype)
@@ -58,6 +61,8 @@ def restore(stored: StoredTensor) -> Tensor:
 
 
 def _kernels(x: Tensor) -> Any:
+    if x.device.type == "cpu":
+        return native_tiles
     if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (8, 9):
         return tiles
     from megatron_k2.fp8 import triton_tiles
@@ -75,9 +80,11 @@ class ActivationStorage:
     """
 
     def __init__(self, hidden: Tensor, gate_up_width: int, *, is_input_stored: bool) -> None:
-        # An address identifies the storage only while it lives; ``hidden`` outlives the forward.
-        address = hidden.untyped_storage().data_ptr()
-        self._input_storage = address if is_input_stored else None
+        # An identity only while the storage lives: ``hidden`` outlives the forward. Its memory may
+        # not: offloading empties it before the down-projection's input is saved, which can then
+        # have the same address.
+        identity = hidden.untyped_storage()._cdata
+        self._input_storage = identity if is_input_stored else None
         self._dtype = hidden.dtype
         self._gate_up_width = gate_up_width
 
@@ -95,7 +102,7 @@ class ActivationStorage:
         if type(saved) is not torch.Tensor or saved.dtype != self._dtype or saved.ndim != 2:
             return False
         # An expert without tokens too: its empty view would keep the whole input alive.
-        is_input = saved.untyped_storage().data_ptr() == self._input_storage
+        is_input = saved.untyped_storage()._cdata == self._input_storage
         return is_input or (saved.requires_grad and saved.shape[1] == self._gate_up_width)
 
 
@@ -103,7 +110,7 @@ def store_activations(model: torch.nn.Module) -> None:
     """Keep what the MLPs and experts of ``model`` save for backward in FP8, from now on.
 
     Raises:
-        UserError: where another mechanism already moves the same tensors, or SwiGLU is a chain of
+        UserError: where another mechanism already stores the same tensors, or SwiGLU is a chain of
             operations that each save their own.
     """
     for layer in model.modules():
@@ -138,21 +145,24 @@ def check_storable(config: Any) -> None:
             "--fp8-activation-storage and Megatron's --activation-func-fp8-input-store (a cast "
             "without scales) keep the same tensor; drop the latter"
         )
-    moved = {"expert_fc1", "moe_act"} & set(config.offload_modules or ())
-    if config.fine_grained_activation_offloading and moved:
-        raise UserError(
-            f"--fp8-activation-storage with --offload-modules {' '.join(sorted(moved))}: both "
-            "take the experts' saved tensors; offload other modules, or drop one of the two"
-        )
 
 
 def _keep_in_fp8(module: torch.nn.Module, gate_up_width: int, *, is_input_stored: bool) -> None:
     compute = module.forward
+    config: Any = module.config
+    goes_to_host = config.fine_grained_activation_offloading and not EXPERT_GROUPS.isdisjoint(
+        config.offload_modules or ()
+    )
 
     @functools.wraps(compute)
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         hooks = ActivationStorage(hidden, gate_up_width, is_input_stored=is_input_stored)
         with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
-            return compute(hidden, *args, **kwargs)
+            if not (goes_to_host and is_input_stored):
+                return compute(hidden, *args, **kwargs)
+            from megatron_k2.fp8.offload import storing_before_offload
+
+            with storing_before_offload(hooks):
+                return compute(hidden, *args, **kwargs)
 
     module.forward = forward  # type: ignore[method-assign]

@@ -9,8 +9,10 @@ import copy
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from megatron_k2.checkpoint.megatron_source import MegatronSource, find_iteration
+from megatron_k2.checkpoint.iterations import find_iteration
+from megatron_k2.checkpoint.megatron_source import MegatronSource
 from megatron_k2.errors import UserError
 from megatron_k2.inference.options import Layout
 from megatron_k2.parallel.layout import LayoutRequest, check_layout
@@ -57,14 +59,26 @@ def read_saved_args(load: Path, iteration: int | None) -> tuple[Path, Namespace]
         UserError: no checkpoint there, a damaged one, or one that saved no arguments.
     """
     source = MegatronSource(find_iteration(load, iteration))
-    if source.args is None:
+    args = source.read_common(true_class).get("args")
+    if args is None:
         raise UserError(
             f"{source.directory} saved no arguments, so its model is not known; only checkpoints "
             "of megatron_k2.training.pretrain or Megatron's own pretraining can be run"
         )
-    if getattr(source.args, "num_layers", None) is None or not source.args.vocab_size:
+    if getattr(args, "num_layers", None) is None or not args.vocab_size:
         raise UserError(f"{source.directory}: saved args without num_layers or vocab_size")
-    return source.directory, source.args
+    return source.directory, args
+
+
+def true_class(module: str, name: str) -> Any:
+    """What saved arguments may hold: torch's dtypes, and classes on Megatron's own list."""
+    import torch
+    from megatron.core.safe_globals import SAFE_GLOBALS
+
+    if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+        return dtype
+    known = {(found.__module__, found.__name__): found for found in SAFE_GLOBALS}
+    return known.get((module, name))
 
 
 def check_model(

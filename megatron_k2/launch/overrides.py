@@ -14,6 +14,7 @@ FIXED = {
     "sources",
     "differences",
     "previous",
+    "imported",
     "precision",
     "layout.preset",
     "layout.gpu",
@@ -80,8 +81,8 @@ def _rebuilt(recipe: Recipe, changes: dict[str, dict[str, Any]], *, force: bool)
     )
     layout.check()
     if layout != recipe.layout and not recipe.is_cpu and not force:
-        typed = {"activation_offload"} & set(changes.get("layout", {}))
-        layout = fit_to_memory(layout, fixed=frozenset({"optimizer_offload", *typed}))
+        typed = {"activation_offload", "optimizer_offload"} & set(changes.get("layout", {}))
+        layout = fit_to_memory(layout, fixed=frozenset(typed))
     return recipe.replace(**{**changes.get("", {}), **parts, "layout": layout})
 
 

@@ -98,6 +98,8 @@ class Recipe:
     """What is not as in the report, and why."""
     previous: str | None = None
     """The recipe whose last checkpoint this one starts from."""
+    imported: str | None = None
+    """The published weights it continues from; ``--start-from`` says where they were imported."""
     extra_flags: tuple[str, ...] = ()
     """Megatron's or ours; after all others, so they win."""
 

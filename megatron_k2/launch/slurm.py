@@ -16,11 +16,9 @@ from typing import Any
 
 from megatron_k2.errors import UserError
 from megatron_k2.launch.environment import cluster_environment
+from megatron_k2.launch.jobs import note
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.planning.gpus import GPUS_PER_NODE
-
-SECONDS_TO_SAVE = 600
-"""Between the signal and the time limit: one step and one checkpoint. Ours."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,8 @@ class Cluster:
     mounts: tuple[str, ...] = ()
     """``from:to``, for the container."""
     python: str = "python"
+    seconds_to_save: int = 600
+    """Between the signal and the time limit: one step and one checkpoint. Ours."""
     environment: tuple[tuple[str, str], ...] = ()
     """(name, value), over ``launch/environment.py``."""
 
@@ -70,18 +70,21 @@ def read_profile(path: Path) -> Cluster:
     if not isinstance(pairs, dict) or not isinstance(mounts, (list, tuple)):
         raise UserError(f"--profile {path}: environment is a map and mounts a list")
     environment = tuple((str(name), str(value)) for name, value in pairs.items())
-    words: dict[str, Any] = {name: str(value) for name, value in read.items()}
+    numbers = {f.name for f in fields(Cluster) if f.type is int}
+    if wrong := [name for name in numbers & set(read) if not isinstance(read[name], int)]:
+        raise UserError(f"--profile {path}: {wrong[0]}: expected a whole number of seconds")
+    words: dict[str, Any] = {k: v if k in numbers else str(v) for k, v in read.items()}
     return Cluster(**words, mounts=tuple(map(str, mounts)), environment=environment)
 
 
 def num_nodes(recipe: Recipe, asked: int | None = None) -> int:
-    """Nodes of eight; ``asked`` must agree.
+    """Nodes of eight GPUs, or one of a twin for the CPU; ``asked`` must agree.
 
     Raises:
-        UserError: where it does not, or the recipe has no GPUs.
+        UserError: where it does not.
     """
     if recipe.is_cpu:
-        raise UserError(f"{recipe.name} runs on a CPU: --executor local")
+        return 1
     nodes = -(-recipe.layout.world_size // GPUS_PER_NODE)
     if asked is not None and asked != nodes:
         raise UserError(
@@ -92,19 +95,20 @@ def num_nodes(recipe: Recipe, asked: int | None = None) -> int:
 
 
 def _header(recipe: Recipe, cluster: Cluster, save: str, nodes: int) -> list[str]:
+    tasks = recipe.layout.world_size if nodes == 1 else GPUS_PER_NODE
+    on_gpus = {} if recipe.is_cpu else {"gpus-per-node": tasks, "exclusive": ""}
     options = {
         "job-name": recipe.name,
         "account": cluster.account,
         "partition": cluster.partition,
         "nodes": nodes,
-        "ntasks-per-node": min(GPUS_PER_NODE, recipe.layout.world_size),
-        "gpus-per-node": min(GPUS_PER_NODE, recipe.layout.world_size),
-        "exclusive": "",
+        "ntasks-per-node": tasks,
+        **on_gpus,
         "time": cluster.time,
         "output": f"{save}/slurm/%j.log",
         "open-mode": "append",
         "requeue": "",
-        "signal": f"B:USR1@{SECONDS_TO_SAVE}",
+        "signal": f"B:USR1@{cluster.seconds_to_save}",
         "dependency": "singleton",
     }
     return [
@@ -133,9 +137,9 @@ def wrapped(flags: list[str], indent: str = "  ") -> str:
 
 def render(
     recipe: Recipe,
-    cluster: Cluster,
     save: str,
-    start_from: str | None = None,
+    start_from: str | None,
+    cluster: Cluster,
     nodes: int | None = None,
 ) -> str:
     """The sbatch script.
@@ -211,8 +215,13 @@ fi
 """
 
 
-def submit(script: str, save: str) -> str:
+def submit(script: str, save: str, after: str | None = None) -> str:
     """Write the script beside the run and give it to sbatch; returns the job's number.
+
+    Args:
+        script: from ``render``.
+        save: the run's directory.
+        after: a job that must have ended well before.
 
     Raises:
         UserError: without sbatch, or with its own words where it refuses.
@@ -225,9 +234,12 @@ def submit(script: str, save: str) -> str:
     path = Path(save) / "slurm" / "job.sbatch"
     path.parent.mkdir(parents=True, exist_ok=True)  # Slurm opens the log before the script runs
     path.write_text(script)
-    done = subprocess.run(
-        ["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False
-    )
+    command = ["sbatch", "--parsable"]
+    if after is not None:  # a dependency named here replaces the script's
+        command += [f"--dependency=singleton,afterok:{after}", "--kill-on-invalid-dep=yes"]
+    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"sbatch refused {path}: {done.stderr.strip()}")
-    return done.stdout.strip().split(";")[0]
+    job = done.stdout.strip().split(";")[0]
+    note(save, job)
+    return job

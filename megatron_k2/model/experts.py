@@ -4,7 +4,8 @@
 weight for each expert and projection), the same checkpoint keys, the same communication, which for
 experts is the dispatcher's. What differs is that K2's 384 experts of width 2048 cost two products,
 one SwiGLU and three autograd nodes a layer and micro-batch in place of thousands, and that nothing
-waits for the token counts: they stay on the device.
+waits for the token counts: they stay on the device. ``--recompute-modules moe_act`` (with
+``--moe-grouped-gemm``, on which Megatron insists) keeps the SwiGLU's input and not its output.
 """
 
 from typing import Any, override
@@ -12,6 +13,7 @@ from typing import Any, override
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
@@ -130,6 +132,9 @@ class GroupedExperts(SequentialMLP):
                 "GroupedExperts weights the activation and not the input: unset "
                 "moe_apply_probs_on_input"
             )
+        self._is_activation_recomputed = (
+            config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
+        )
         sizes = {"hidden_size": config.hidden_size, "ffn_hidden_size": config.ffn_hidden_size}
         multiple = 16 // config.params_dtype.itemsize
         for name, size in sizes.items():
@@ -160,5 +165,11 @@ class GroupedExperts(SequentialMLP):
         up = [expert.linear_fc1() for expert in self.local_experts]
         down = [expert.linear_fc2() for expert in self.local_experts]
         gate_up = grouped_linear(permuted_local_hidden_states, tokens_per_expert, up)
-        activated = weighted_swiglu(gate_up, permuted_probs)
-        return grouped_linear(activated, tokens_per_expert, down), None
+        if not self._is_activation_recomputed:
+            activated = weighted_swiglu(gate_up, permuted_probs)
+            return grouped_linear(activated, tokens_per_expert, down), None
+        checkpoint = CheckpointWithoutOutput(fp8=None)
+        activated = checkpoint.checkpoint(weighted_swiglu, gate_up, permuted_probs)
+        output = grouped_linear(activated, tokens_per_expert, down)
+        checkpoint.discard_output_and_register_recompute(output)
+        return output, None

@@ -26,6 +26,7 @@ from megatron_k2.optimizer.clip_step import row_scales
 from megatron_k2.optimizer.domain import MatrixParameter, MuonClipSettings, MuonDomain
 from megatron_k2.optimizer.max_logits import MaxLogits
 from megatron_k2.optimizer.muon import apply_update, rms_match_scale, update_momenta
+from megatron_k2.optimizer.padding import default_bucket_size
 from megatron_k2.optimizer.param_groups import MatrixSpec
 from megatron_k2.optimizer.param_space import sharded_pieces, sharded_scalars
 from megatron_k2.optimizer.plan import shard_pieces
@@ -92,22 +93,27 @@ class DistributedMuonClip(DistributedOptimizer):
         return adopted
 
     def _matrices(self, specs: dict[torch.nn.Parameter, MatrixSpec]) -> list[MatrixParameter]:
-        """This optimizer's Muon parameters in buffer order, with every rank's cut of each."""
+        """This optimizer's Muon parameters in buffer order, with every rank's cut of each.
+
+        What is exchanged together is a bucket of the host's, or part of one: behind the first
+        pipeline stage, and without ``--overlap-grad-reduce``, the host makes one bucket of a whole
+        model chunk, and a step would then hold all its directions at once.
+        """
         names = self._names()
         size = self.data_parallel_group.size()
+        most = default_bucket_size(size)
         found: list[MatrixParameter] = []
-        first_bucket = 0
+        number = 0
         for buffer in self.buffers:
+            current, filled = -1, 0
             for param, (start, end, bucket_id) in buffer.param_index_map.items():
+                if bucket_id != current or filled >= most:
+                    current, filled, number = bucket_id, 0, number + 1
+                filled += end - start
                 if param in specs:
                     bucket = buffer.buckets[bucket_id]
                     pieces = shard_pieces(start, end, bucket.offset, bucket.grad_data.numel(), size)
-                    found.append(
-                        MatrixParameter(
-                            names[param], param, specs[param], pieces, first_bucket + bucket_id
-                        )
-                    )
-            first_bucket += len(buffer.buckets)
+                    found.append(MatrixParameter(names[param], param, specs[param], pieces, number))
         return found
 
     def _names(self) -> dict[torch.nn.Parameter, str]:
@@ -186,7 +192,8 @@ class DistributedMuonClip(DistributedOptimizer):
             Parameter name -> state -> ``ShardedTensor`` views of the live state, so that loading
             fills it in place.
         """
-        self._allocate_state()
+        for param in self.model_param_group_index_map:
+            self._allocate_state(param)
         self.domain.share_peaks()
         names = self._names()
         described: dict[str, Any] = {}
@@ -237,17 +244,15 @@ class DistributedMuonClip(DistributedOptimizer):
             named.append(("fp32_param", main))
         return named
 
-    def _allocate_state(self) -> None:
-        """Zero state for every shard that has none yet."""
-        is_torch_adam = isinstance(self.optimizer, torch.optim.AdamW)
-        for param in self.model_param_group_index_map:
-            main, _ = self._shard(param)
-            if param in self._main_of:
-                self._momentum_of(main)
-                continue
-            state = self.optimizer.state[main]
-            for name in ("exp_avg", "exp_avg_sq"):
-                if name not in state:
-                    state[name] = torch.zeros_like(main)
-            if is_torch_adam and "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+    def _allocate_state(self, param: torch.nn.Parameter) -> None:
+        """Zero state for the shard of ``param``, if it has none yet."""
+        main, _ = self._shard(param)
+        if param in self._main_of:
+            self._momentum_of(main)
+            return
+        state = self.optimizer.state[main]
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in state:
+                state[name] = torch.zeros_like(main)
+        if isinstance(self.optimizer, torch.optim.AdamW) and "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)

@@ -56,6 +56,8 @@ class MuonClipSettings:
     """See ``grad_scope``."""
     has_statistics: bool = False
     """See ``step_statistics``."""
+    offload_fraction: float = 0.0
+    """Part of the optimizer's states in host memory (``offloaded.py``)."""
 
     @property
     def segments(self) -> tuple[int, ...]:
@@ -83,6 +85,7 @@ def settings_from(args: Any, transformer: Any) -> MuonClipSettings:
         matrices=MatrixOptions(args.muon_per_head, args.muon_router == "muon"),
         clip_grad_scope=args.clip_grad_scope,
         has_statistics=args.log_muon_steps,
+        offload_fraction=args.optimizer_offload_fraction if args.muonclip_cpu_offload else 0.0,
     )
 
 

@@ -1,13 +1,12 @@
 """MuonClip's plan for a whole model at any world size, on one CPU and without a process group.
 
 What a run plans on its ranks (``distributed.py``, ``domain.py``) is repeated here for each distinct
-pipeline stage from shapes alone: Megatron's layout of ZeRO-1 buffers with our expert layout in it,
+pipeline rank from shapes alone: Megatron's layout of ZeRO-1 buffers with our expert layout in it,
 the cut of every matrix, the homes (``plan.make_plan``), and from them FLOPs and bytes of each rank.
 
-Assumed, and our choice: layers are split evenly over the stages with the longer stages last, since
-the first also holds the embedding. For K2 over 16 stages that is 3, 3, 3 and 13 times 4; the report
-says 16 stages and not which layers. Buffers are cut into Megatron's default buckets, as with
-``--overlap-grad-reduce``; context parallelism is part of data parallelism.
+Layers are split over ranks and virtual stages as everywhere (``planning/chunks.py``). Assumed:
+buffers are cut into Megatron's default buckets, as with ``--overlap-grad-reduce`` on the first
+stage; context parallelism is part of data parallelism.
 """
 
 from dataclasses import dataclass
@@ -27,7 +26,9 @@ from megatron_k2.optimizer.plan import (
     shard_pieces,
 )
 from megatron_k2.optimizer.stage_plan import DomainPlan, StagePlan
-from megatron_k2.planning.shapes import Weight, rank_weights, stage_layers
+from megatron_k2.planning.chunks import Chunk, distinct_ranks, split_into_chunks
+from megatron_k2.planning.memory import ADAMW_STATE_BYTES, MUON_STATE_BYTES
+from megatron_k2.planning.shapes import Weight, rank_weights
 from megatron_k2.presets import ModelPreset
 
 
@@ -39,6 +40,8 @@ class Layout:
     tp: int
     pp: int
     ep: int
+    vpp: int = 1
+    """Virtual stages of each pipeline rank."""
 
     @property
     def data_ranks(self) -> int:
@@ -112,29 +115,67 @@ def _first_and_numel(buffer: Any, bucket: int) -> tuple[int, int]:
     return first, last - first
 
 
+@dataclass(frozen=True)
+class _Buffer:
+    """One model chunk's parameters of one domain, as Megatron lays them out."""
+
+    layout: Any
+    members: list[tuple[Weight, Role]]
+    """In the buffer's order."""
+
+
+def _chunk_buffers(p: ModelPreset, layout: Layout, chunk: Chunk) -> dict[bool, _Buffer]:
+    """Buffers of a chunk by whether they hold experts."""
+    ends = {"has_embedding": chunk.has_embedding, "has_head": chunk.has_head}
+    weights = rank_weights(p, chunk.layers, tp=layout.tp, ep=layout.ep, **ends)
+    roles = weight_roles(p, chunk.layers, ep=layout.ep, **ends)
+    params, layouts = buffer_layouts(
+        weights,
+        data_ranks=layout.data_ranks,
+        expert_data_ranks=layout.expert_data_ranks,
+        bucket_size=default_bucket_size(layout.data_ranks),
+        has_expert_parallel=layout.ep > 1,
+    )
+    numbers = {param: number for number, param in enumerate(params)}
+    found = {}
+    for key, buffer in layouts.items():
+        order = [numbers[param] for param in buffer.param_index_map]
+        found[key.is_expert_parallel] = _Buffer(buffer, [(weights[n], roles[n]) for n in order])
+    return found
+
+
 def _plan_domain(
-    buffer: Any,
+    buffers: list[_Buffer],
     layout: Layout,
-    members: list[tuple[Weight, Role]],
     seed: tuple[int, ...],
     *,
     is_expert: bool,
     segments: tuple[int, ...],
 ) -> DomainPlan:
-    """Cut, place and cost one buffer; ``members`` in its order, ``seed`` FLOPs a domain rank."""
+    """Cut, place and cost a rank's buffers of one kind; ``seed`` is FLOPs a domain rank."""
     data_ranks = layout.expert_data_ranks if is_expert else layout.data_ranks
     domain = Domain(tensor_ranks=1 if is_expert else layout.tp, data_ranks=data_ranks)
     placements: list[Placement] = []
-    for (weight, role), (start, end, bucket) in zip(
-        members, buffer.param_index_map.values(), strict=True
-    ):
-        if role.num_blocks:
-            pieces = shard_pieces(start, end, *_first_and_numel(buffer, bucket), data_ranks)
-            rows, cols = weight.shape
-            template = Placement("", (rows, cols), pieces, role.partition_dim, bucket)
-            placements += matrix_placements(
-                template, role.num_blocks, is_listed=False, tensor_ranks=domain.tensor_ranks
-            )
+    states: list[list[int]] = [[] for _ in range(data_ranks)]
+    first_bucket = 0
+    for buffer in buffers:
+        places = buffer.layout.param_index_map.values()
+        for (weight, role), (start, end, bucket) in zip(buffer.members, places, strict=True):
+            where = _first_and_numel(buffer.layout, bucket)
+            pieces = shard_pieces(start, end, *where, data_ranks)
+            element = MUON_STATE_BYTES if role.num_blocks else ADAMW_STATE_BYTES
+            for shard, (low, high) in zip(states, pieces, strict=True):
+                if high > low:
+                    shard.append(element * (high - low))
+            if role.num_blocks:
+                rows, cols = weight.shape
+                template = Placement(
+                    "", (rows, cols), pieces, role.partition_dim, first_bucket + bucket
+                )
+                placements += matrix_placements(
+                    template, role.num_blocks, is_listed=False, tensor_ranks=domain.tensor_ranks
+                )
+        first_bucket += len(buffer.layout.bucket_indices)
     return DomainPlan(
         kind="expert" if is_expert else "dense",
         domain=domain,
@@ -143,48 +184,44 @@ def _plan_domain(
         plan=make_plan(placements, domain, segments, seed),
         seed=seed,
         segments=segments,
-        parameters=sum(param.numel() for param in buffer.param_index_map),
-        padded=buffer.bucket_indices[-1][1],
+        parameters=sum(p.numel() for buffer in buffers for p in buffer.layout.param_index_map),
+        padded=sum(buffer.layout.bucket_indices[-1][1] for buffer in buffers),
+        states=tuple(map(tuple, states)),
     )
 
 
-def _plan_stage(
-    p: ModelPreset, layout: Layout, stages: tuple[int, ...], layers: range
+def plan_stage(
+    p: ModelPreset, layout: Layout, stages: tuple[int, ...], chunks: list[Chunk]
 ) -> StagePlan:
-    """Experts first; the dense plan starts from their loads, as ``muonclip`` does it."""
-    ends = {"has_embedding": 0 in stages, "has_head": layout.pp - 1 in stages}
-    weights = rank_weights(p, layers, tp=layout.tp, ep=layout.ep, **ends)
-    roles = weight_roles(p, layers, ep=layout.ep, **ends)
-    params, buffers = buffer_layouts(
-        weights,
-        data_ranks=layout.data_ranks,
-        expert_data_ranks=layout.expert_data_ranks,
-        bucket_size=default_bucket_size(layout.data_ranks),
-        has_expert_parallel=layout.ep > 1,
-    )
-    numbers = {param: number for number, param in enumerate(params)}
+    """The plan of a pipeline rank that holds ``chunks``, and of all ``stages`` like it.
+
+    Experts first; the dense plan starts from their loads, as ``muonclip`` does it.
+    """
+    buffers = [_chunk_buffers(p, layout, chunk) for chunk in chunks]
     num_ranks = layout.tp * layout.data_ranks
     loads = (0,) * num_ranks
     # A preset's flags: --muon-coefficient-type simple, --muonclip-dtype bf16.
     jordan = coefficient_set("jordan").take(p.training.muon_ns_steps)
     segments = restart_segments(jordan, torch.bfloat16)
     domains = []
-    for key in sorted(buffers, key=lambda key: not key.is_expert_parallel):
-        is_expert = key.is_expert_parallel
-        order = [numbers[param] for param in buffers[key].param_index_map]
-        found = _plan_domain(
-            buffers[key],
-            layout,
-            [(weights[number], roles[number]) for number in order],
-            (0,) * layout.expert_data_ranks if is_expert else loads,
-            is_expert=is_expert,
-            segments=segments,
-        )
+    for is_expert in (True, False):
+        own = [by_kind[is_expert] for by_kind in buffers if is_expert in by_kind]
+        if not own:
+            continue
+        seed = (0,) * layout.expert_data_ranks if is_expert else loads
+        found = _plan_domain(own, layout, seed, is_expert=is_expert, segments=segments)
         domains.append(found)
         loads = found.plan.loads
         if is_expert:  # Megatron's order is tensor, expert, data: EP neighbours share a data rank
             loads = tuple(loads[rank // layout.ep] for rank in range(num_ranks))
-    return StagePlan(stages, len(layers), **ends, domains=tuple(domains), loads=loads)
+    return StagePlan(
+        stages,
+        sum(len(chunk.layers) for chunk in chunks),
+        has_embedding=any(chunk.has_embedding for chunk in chunks),
+        has_head=any(chunk.has_head for chunk in chunks),
+        domains=tuple(domains),
+        loads=loads,
+    )
 
 
 def plan_model(p: ModelPreset, layout: Layout) -> list[StagePlan]:
@@ -194,10 +231,8 @@ def plan_model(p: ModelPreset, layout: Layout) -> list[StagePlan]:
         UserError: if the model cannot be laid out so.
     """
     check_plannable(p, layout)
-    alike: dict[tuple[int, int, bool, bool], list[int]] = {}
-    split = stage_layers(p.num_layers, layout.pp)
-    for stage, layers in enumerate(split):
-        num_dense = sum(layer < p.num_dense_layers for layer in layers)
-        key = (len(layers), num_dense, stage == 0, stage == layout.pp - 1)
-        alike.setdefault(key, []).append(stage)
-    return [_plan_stage(p, layout, tuple(same), split[same[0]]) for same in alike.values()]
+    chunks = split_into_chunks(p.num_layers, layout.pp, layout.vpp)
+    return [
+        plan_stage(p, layout, same, [chunk for chunk in chunks if chunk.rank == rank])
+        for rank, same in distinct_ranks(chunks, p.num_dense_layers).items()
+    ]

@@ -4,7 +4,8 @@ Kimi K2 report (arXiv:2507.20534), Algorithm 1: a Muon step on every matrix, the
 heads whose largest logit exceeded τ. AdamW takes the rest.
 
 - With ``--use-distributed-optimizer``: ``distributed.DistributedMuonClip`` adopts the optimizers
-  that Megatron's factory built in ``adam`` mode.
+  that Megatron's factory built in ``adam`` mode (``offloaded.OffloadedMuonClip`` with part of their
+  states on the host).
 - Without: ``plain.MuonClip``, registered in Megatron's optimizer registry.
 """
 
@@ -24,6 +25,7 @@ from megatron_k2.optimizer.chain import MuonClipChain
 from megatron_k2.optimizer.distributed import DistributedMuonClip
 from megatron_k2.optimizer.domain import MuonClipSettings
 from megatron_k2.optimizer.max_logits import MaxLogits
+from megatron_k2.optimizer.offloaded import OffloadedMuonClip
 from megatron_k2.optimizer.param_groups import muon_matrices
 from megatron_k2.optimizer.plain import MuonClip
 from megatron_k2.optimizer.plain_chain import PlainMuonClipChain
@@ -88,13 +90,14 @@ def adopt_distributed(
     def is_expert(part: DistributedOptimizer) -> bool:
         return any(not getattr(b.params[0], "allreduce", True) for b in part.buffers if b.params)
 
+    kind = OffloadedMuonClip if settings.offload_fraction else DistributedMuonClip
     chain = MuonClipChain.adopt(optimizer)
     expert_load = 0
     for part in sorted(parts, key=is_expert, reverse=True):
         if part.is_stub_optimizer:
             continue
         if is_expert(part):
-            adopted = DistributedMuonClip.adopt(
+            adopted = kind.adopt(
                 part,
                 specs,
                 settings,
@@ -104,7 +107,7 @@ def adopt_distributed(
             )
             expert_load = adopted.domain.plan.loads[adopted.domain.exchange.rank]
         else:
-            DistributedMuonClip.adopt(
+            kind.adopt(
                 part,
                 specs,
                 settings,

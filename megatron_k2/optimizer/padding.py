@@ -12,7 +12,8 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_k2.optimizer.expert_layout import expert_layout
-from megatron_k2.planning.shapes import Weight, rank_weights, stage_layers
+from megatron_k2.planning.chunks import split_into_chunks
+from megatron_k2.planning.shapes import Weight, rank_weights
 from megatron_k2.presets import ModelPreset
 
 
@@ -92,13 +93,14 @@ def stage_buffers(
     Returns:
         ``dense`` and ``expert``.
     """
+    chunk = split_into_chunks(p.num_layers, pp)[stage]
     weights = rank_weights(
         p,
-        stage_layers(p.num_layers, pp)[stage],
+        chunk.layers,
         tp=tp,
         ep=ep,
-        has_embedding=stage == 0,
-        has_head=stage == pp - 1,
+        has_embedding=chunk.has_embedding,
+        has_head=chunk.has_head,
     )
     _, layouts = buffer_layouts(
         weights,

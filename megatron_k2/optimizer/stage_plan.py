@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from megatron_k2.optimizer.host_share import chosen_for_host
 from megatron_k2.optimizer.plan import Domain, Placement, Plan, cost, holders, sends
 
 EXCHANGE_BYTES = 2
@@ -46,6 +47,17 @@ class DomainPlan:
     parameters: int
     """Elements a tensor-parallel rank's buffers hold for ZeRO-1 to share, AdamW's included."""
     padded: int
+    states: tuple[tuple[int, ...], ...]
+    """Bytes of every shard's optimizer states, by data-parallel rank, in the buffers' order."""
+
+    def state_bytes(self, offload: float) -> list[tuple[int, int]]:
+        """(on the device, on the host) of each data-parallel rank, a part ``offload`` moved."""
+        found = []
+        for shards in self.states:
+            chosen = chosen_for_host(shards, offload)
+            on_host = sum(size for size, goes in zip(shards, chosen, strict=True) if goes)
+            found.append((sum(shards) - on_host, on_host))
+        return found
 
     @cached_property
     def loads(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What a layer keeps for its backward, tensor by tensor, on the Transformer Engine path.
+"""What a layer keeps for its backward, tensor by tensor, of Transformer Engine's modules.
 
 One row a tensor that autograd holds from forward to backward, bytes a token of a micro-batch, bf16
 unless said. Rows follow Megatron-Core 0.19.2's modules with its fused SwiGLU; a tensor that two
@@ -9,6 +9,7 @@ FlashAttention's papers). Transformer Engine's fused router and permutation keep
 here, by up to one per cent of a layer.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +19,9 @@ from megatron_k2.presets import ModelPreset
 Recompute = Literal["norm", "swiglu", "mla_up"]
 """What is computed again: norm outputs; the experts' SwiGLU outputs; queries, keys and values from
 the latents with the latents' norms (Megatron's ``layernorm``, ``moe_act``, ``mla_up_proj``)."""
+
+Modules = Literal["transformer_engine", "local"]
+"""``--transformer-impl``."""
 
 FP8_TILE = 128
 """Report 2.4.4: 1 x 128 tiles."""
@@ -34,6 +38,11 @@ class Kept:
     bytes_per_token: float
     recompute: Recompute | None = None
     """Dropped when this is recomputed."""
+    instead_of: Recompute | None = None
+    """Kept only when this is recomputed."""
+    can_be_on_host: bool = False
+    """Moved by Megatron's fine-grained offload: what norms, core attention, and the experts' two
+    parts save (its ``--offload-modules``), from a million elements on."""
     can_be_fp8: bool = False
     """Stored as FP8 tiles when that is on: inputs of the experts' up-projection and of SwiGLU."""
 
@@ -47,22 +56,23 @@ def attention_rows(p: ModelPreset, tp: int) -> Iterator[Kept]:
         yield from _norm_rows("query latent", p.q_lora_rank, "mla_up")
     yield from _norm_rows("key-value latent", p.kv_lora_rank, "mla_up")
     yield Kept("rotary tables", 4.0 * BF16 * p.qk_pos_emb_head_dim)
-    yield Kept("query", BF16 * heads * qk, "mla_up")
-    yield Kept("key", BF16 * heads * qk, "mla_up")
-    yield Kept("value", BF16 * heads * p.v_head_dim, "mla_up")
-    yield Kept("attention output", BF16 * heads * p.v_head_dim)
+    yield Kept("query", BF16 * heads * qk, "mla_up", can_be_on_host=True)
+    yield Kept("key", BF16 * heads * qk, "mla_up", can_be_on_host=True)
+    yield Kept("value", BF16 * heads * p.v_head_dim, "mla_up", can_be_on_host=True)
+    yield Kept("attention output", BF16 * heads * p.v_head_dim, can_be_on_host=True)
     yield Kept("softmax statistics", 4.0 * heads)
 
 
 def _norm_rows(name: str, width: float, recompute: Recompute) -> Iterator[Kept]:
-    yield Kept(f"{name}, input", BF16 * width)
+    yield Kept(f"{name}, input", BF16 * width, can_be_on_host=recompute == "norm")
     yield Kept(f"{name}, output", BF16 * width, recompute)
     yield Kept(f"{name}, statistic", 4.0)
 
 
 def swiglu_rows(name: str, width: float, recompute: Recompute | None = None) -> Iterator[Kept]:
     """Between the projections of one SwiGLU of ``width`` on this rank."""
-    yield Kept(f"{name} SwiGLU input", BF16 * 2 * width, can_be_fp8=True)
+    is_experts = recompute is not None
+    yield Kept(f"{name} SwiGLU input", BF16 * 2 * width, can_be_on_host=is_experts, can_be_fp8=True)
     yield Kept(f"{name} SwiGLU output", BF16 * width, recompute)
 
 
@@ -78,7 +88,8 @@ def mlp_rows(p: ModelPreset, tp: int, *, is_moe: bool) -> Iterator[Kept]:
     yield Kept("router scores, fp32, twice", 8.0 * p.num_moe_experts / tp)
     yield Kept("order of the tokens, int64", 8.0 * p.num_moe_experts / tp)
     yield Kept("chosen experts and their weights", (4 * 8.0 + 2 * 4.0) * p.moe_router_topk / tp)
-    yield Kept("expert input", BF16 * p.moe_router_topk * p.hidden_size / tp, can_be_fp8=True)
+    copies = p.moe_router_topk * p.hidden_size / tp
+    yield Kept("expert input", BF16 * copies, can_be_on_host=True, can_be_fp8=True)
     yield from swiglu_rows("expert", p.moe_router_topk * p.moe_ffn_hidden_size / tp, "swiglu")
     yield from swiglu_rows("shared expert", p.moe_shared_expert_intermediate_size / tp)
 
@@ -91,15 +102,20 @@ def head_rows(p: ModelPreset, tp: int) -> Iterator[Kept]:
 
 
 def kept_bytes(
-    rows: Iterator[Kept], recompute: frozenset[Recompute], *, fp8_storage: bool
+    rows: Iterator[Kept],
+    recompute: frozenset[Recompute],
+    *,
+    fp8_storage: bool,
+    element_bytes: int = BF16,
 ) -> float:
     """Bytes a token of what remains of ``rows``."""
     total = 0.0
     for row in rows:
-        if row.recompute in recompute:
+        is_replaced = row.instead_of is not None and row.instead_of not in recompute
+        if row.recompute in recompute or is_replaced:
             continue
         is_fp8 = fp8_storage and row.can_be_fp8
-        total += row.bytes_per_token * (FP8_BYTES / BF16 if is_fp8 else 1.0)
+        total += row.bytes_per_token * (FP8_BYTES / element_bytes if is_fp8 else 1.0)
     return total
 
 
@@ -110,11 +126,34 @@ def layer_bytes(
     is_moe: bool,
     recompute: frozenset[Recompute] = frozenset(),
     fp8_storage: bool = False,
+    modules: Modules = "transformer_engine",
 ) -> float:
-    """Bytes a token that one layer keeps on one rank."""
+    """Bytes a token that one layer keeps on one rank, in bf16."""
+    if modules == "local":
+        from megatron_k2.planning.local_activations import local_rows
 
-    def rows() -> Iterator[Kept]:
-        yield from attention_rows(p, tp)
-        yield from mlp_rows(p, tp, is_moe=is_moe)
+        rows = local_rows(p, tp, is_moe=is_moe, is_swiglu_fused=fp8_storage)
+    else:
+        rows = itertools.chain(attention_rows(p, tp), mlp_rows(p, tp, is_moe=is_moe))
+    return kept_bytes(rows, recompute, fp8_storage=fp8_storage)
 
-    return kept_bytes(rows(), recompute, fp8_storage=fp8_storage)
+
+def part_on_host(
+    p: ModelPreset, tp: int, *, recompute: frozenset[Recompute], fp8_storage: bool
+) -> float:
+    """The part of an MoE layer's kept bytes that Megatron's offload can move."""
+    rows = [*attention_rows(p, tp), *mlp_rows(p, tp, is_moe=True)]
+    everything, movable = (
+        kept_bytes(iter(some), recompute, fp8_storage=fp8_storage)
+        for some in (rows, [row for row in rows if row.can_be_on_host])
+    )
+    return movable / everything
+
+
+def head_bytes(p: ModelPreset, tp: int, modules: Modules = "transformer_engine") -> float:
+    """Bytes a token that final norm, head and loss keep."""
+    if modules == "local":
+        from megatron_k2.planning.local_activations import local_head_rows
+
+        return kept_bytes(local_head_rows(p, tp), frozenset(), fp8_storage=False)
+    return kept_bytes(head_rows(p, tp), frozenset(), fp8_storage=False)

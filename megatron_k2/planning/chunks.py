@@ -69,6 +69,24 @@ def split_into_chunks(num_layers: int, pp: int, vpp: int = 1) -> list[Chunk]:
     return chunks
 
 
+def distinct_ranks(chunks: list[Chunk], num_dense_layers: int) -> dict[int, tuple[int, ...]]:
+    """Pipeline rank -> all ranks that hold as many layers of each kind, in each virtual stage."""
+    alike: dict[tuple[tuple[int, int, bool, bool], ...], list[int]] = {}
+    for rank in sorted({chunk.rank for chunk in chunks}):
+        key = tuple(
+            (
+                sum(layer >= num_dense_layers for layer in chunk.layers),
+                sum(layer < num_dense_layers for layer in chunk.layers),
+                chunk.has_embedding,
+                chunk.has_head,
+            )
+            for chunk in chunks
+            if chunk.rank == rank
+        )
+        alike.setdefault(key, []).append(rank)
+    return {ranks[0]: tuple(ranks) for ranks in alike.values()}
+
+
 def megatron_layout(chunks: list[Chunk]) -> str:
     """``--pipeline-model-parallel-layout``: E, t for each layer, L; ``|`` between chunks."""
     return "|".join(

@@ -4,7 +4,8 @@ Megatron parses and validates the run's own flags, makes its process groups over
 communicates nothing (torch's ``fake`` backend), and builds each stage's modules without memory.
 What a cluster would say after hours in a queue is said here in seconds: flags that contradict each
 other, layers that fit no stage, a parameter that MuonClip cannot classify, a rank that holds more
-than was planned.
+than was planned. MuonClip's plan is made too, for all data-parallel ranks of the stage: who
+orthogonalises what, and the bytes of every rank's states, on the device and on the host.
 
 Modules that need Transformer Engine are replaced by ours of the same parameters (``SUBSTITUTES``);
 its own names and shapes at full size are checked in ``make test-te``.
@@ -23,7 +24,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_k2.errors import UserError
-from megatron_k2.planning.memory import Parameters, rank_parameters
+from megatron_k2.planning.chunks import distinct_ranks
+from megatron_k2.planning.memory import (
+    ADAMW_STATE_BYTES,
+    MUON_STATE_BYTES,
+    RESERVED_GB,
+    Parameters,
+    rank_memory,
+    rank_parameters,
+)
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.planning.run_flags import layout_flags, speed_flags
 
@@ -51,25 +60,23 @@ class BuiltRank:
     num_matrices: int
     """That MuonClip orthogonalises."""
     num_modules: int
+    optimizer: "BuiltOptimizer"
     seconds: float
 
 
-def distinct_ranks(r: RunRequest) -> dict[int, tuple[int, ...]]:
-    """Pipeline rank -> all ranks that hold as many layers of each kind, in each virtual stage."""
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for rank in range(r.pp):
-        key = tuple(
-            (
-                sum(layer >= r.preset.num_dense_layers for layer in chunk.layers),
-                sum(layer < r.preset.num_dense_layers for layer in chunk.layers),
-                chunk.has_embedding,
-                chunk.has_head,
-            )
-            for chunk in r.chunks()
-            if chunk.rank == rank
-        )
-        alike.setdefault(key, []).append(rank)
-    return {ranks[0]: tuple(ranks) for ranks in alike.values()}
+@dataclass(frozen=True)
+class BuiltOptimizer:
+    """MuonClip's plan over the ranks that share a stage."""
+
+    num_ranks: int
+    """That share its dense matrices."""
+    imbalance: float
+    """FLOPs of the busiest rank over the least that any plan could give it."""
+    on_device: int
+    """Bytes of states of the fullest rank."""
+    on_host: int
+    total_bytes: float
+    """Of everything on the fullest rank's device, at the fullest moment."""
 
 
 @contextlib.contextmanager
@@ -159,7 +166,55 @@ def _counted(model: list[torch.nn.Module]) -> tuple[Parameters, int]:
     return Parameters(muon - expert, expert, everything - muon), matrices
 
 
-def build_rank(r: RunRequest, rank: int, same: tuple[int, ...], extra: list[str]) -> BuiltRank:
+def plan_optimizer(
+    r: RunRequest, ranks: tuple[int, ...], num_matrices: int, reserved_gb: float
+) -> BuiltOptimizer:
+    """MuonClip's plan of the first of ``ranks``, which are alike.
+
+    Args:
+        r: the run.
+        ranks: pipeline ranks.
+        num_matrices: as the built model has them.
+        reserved_gb: for what is not counted.
+
+    Raises:
+        UserError: where the plan has other matrices than the model, or other bytes than the
+            closed form.
+    """
+    from megatron_k2.optimizer.full_plan import Layout, plan_stage
+
+    rank = ranks[0]
+    chunks = [chunk for chunk in r.chunks() if chunk.rank == rank]
+    plan = plan_stage(r.preset, Layout(r.world_size, r.tp, r.pp, r.ep, r.vpp), ranks, chunks)
+    planned_matrices = sum(domain.num_matrices for domain in plan.domains)
+    if planned_matrices != num_matrices:
+        raise UserError(
+            f"pipeline rank {rank}: MuonClip plans {planned_matrices} matrices, the model has "
+            f"{num_matrices}"
+        )
+    held = rank_parameters(r, rank)
+    expected = MUON_STATE_BYTES * (held.total - held.adamw) + ADAMW_STATE_BYTES * held.adamw
+    found = sum(size for domain in plan.domains for shards in domain.states for size in shards)
+    if found != expected:
+        raise UserError(
+            f"pipeline rank {rank}: optimizer states of all its ranks are {found:,} bytes, planned "
+            f"are {expected:,}"
+        )
+    fullest = [max(domain.state_bytes(r.optimizer_offload)) for domain in plan.domains]
+    on_device, on_host = (sum(part) for part in zip(*fullest, strict=True))
+    memory = rank_memory(r, rank, reserved_gb)
+    return BuiltOptimizer(
+        num_ranks=plan.domains[-1].domain.size,
+        imbalance=max(plan.loads) / plan.floor,
+        on_device=on_device,
+        on_host=on_host,
+        total_bytes=memory.total - memory.optimizer + on_device,
+    )
+
+
+def build_rank(
+    r: RunRequest, rank: int, same: tuple[int, ...], extra: list[str], reserved_gb: float
+) -> BuiltRank:
     """Build pipeline rank ``rank`` and compare it with the plan.
 
     Raises:
@@ -181,17 +236,21 @@ def build_rank(r: RunRequest, rank: int, same: tuple[int, ...], extra: list[str]
         parameters=parameters,
         num_matrices=num_matrices,
         num_modules=sum(1 for chunk in model for _ in chunk.modules()),
+        optimizer=plan_optimizer(r, same, num_matrices, reserved_gb),
         seconds=time.perf_counter() - start,
     )
 
 
-def dry_run(r: RunRequest, extra: list[str] | None = None) -> Iterator[BuiltRank]:
+def dry_run(
+    r: RunRequest, extra: list[str] | None = None, reserved_gb: float = RESERVED_GB
+) -> Iterator[BuiltRank]:
     """Build every distinct pipeline rank of ``r``, one after another.
 
     Args:
         r: the run; checked first.
         extra: further flags, Megatron's or ours, as they would follow ``pretrain``.
+        reserved_gb: for what is not counted.
     """
     r.check()
-    for rank, same in distinct_ranks(r).items():
-        yield build_rank(r, rank, same, extra or [])
+    for rank, same in distinct_ranks(r.chunks(), r.preset.num_dense_layers).items():
+        yield build_rank(r, rank, same, extra or [], reserved_gb)

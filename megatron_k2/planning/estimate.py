@@ -55,8 +55,15 @@ class Estimate:
     bubble_seconds: float
     """Idle time of the mean rank but for exposed all-to-all: fill, drain, unequal stages, sends."""
     optimizer_seconds: float
-    """Gradient and weight collectives (taken as not hidden), exchange, Newton-Schulz."""
+    """Gradient and weight collectives (taken as not hidden), exchange, Newton-Schulz, and copies of
+    states from and to the host that it does not hide."""
     newton_schulz_seconds: float
+    host_traffic: traffic.HostTraffic
+    """Of the rank that moves most."""
+    optimizer_copy_seconds: float
+    """Optimizer states over PCIe, each direction; both run at once."""
+    exposed_copy_seconds: float
+    """What of it Newton-Schulz does not hide; in ``optimizer_seconds``."""
     mfu: float
     """Model FLOPs, nothing recomputed, over the data sheet's bf16 rate."""
 
@@ -103,7 +110,14 @@ def _layer_cost(r: RunRequest, a: Assumptions, *, is_moe: bool) -> ChunkCost:
     context = traffic.network_seconds(r, traffic.context_parallel(r), r.tp * r.cp, a.network)
     attention, mlp = attention_forward(p, r.seq_length), mlp_forward(p, is_moe=is_moe)
     again = Flops(up_projections(p) if "mla_up" in r.recompute else 0.0)
-    kept = layer_bytes(p, r.tp, is_moe=is_moe, recompute=r.recompute, fp8_storage=r.fp8_storage)
+    kept = layer_bytes(
+        p,
+        r.tp,
+        is_moe=is_moe,
+        recompute=r.recompute,
+        fp8_storage=r.fp8_storage,
+        modules=r.modules,
+    )
     to_host = kept * tokens * r.activation_offload / (r.gpu.pcie_gb_per_s * 1e9 * a.network)
 
     def seconds(flops: Flops) -> float:
@@ -150,15 +164,36 @@ def _chunk_cost(
     )
 
 
-def _optimizer(r: RunRequest, memory: tuple[Memory, ...], a: Assumptions) -> tuple[float, float]:
-    """(all of it, Newton-Schulz alone): the slowest rank's."""
+@dataclass(frozen=True)
+class _OptimizerSeconds:
+    """The slowest rank's."""
+
+    collectives: float
+    newton_schulz: float
+    copy: float
+
+    @property
+    def exposed_copy(self) -> float:
+        """States visit one bucket ahead, so that copies run under the bucket before's products."""
+        return max(0.0, self.copy - self.newton_schulz)
+
+    @property
+    def total(self) -> float:
+        return self.collectives + self.newton_schulz + self.exposed_copy
+
+
+def _optimizer(r: RunRequest, memory: tuple[Memory, ...], a: Assumptions) -> _OptimizerSeconds:
     once = [traffic.step_traffic(r, m.parameters) for m in memory]
     moved = max(t.gradients + t.weights + t.muonclip for t in once)
     # Matrices are planned evenly over all ranks of the world (optimizer/plan.py).
     orthogonal = orthogonalisation(r.preset) / r.world_size / (r.gpu.bf16_tflops * 1e12 * a.gemm)
     group = r.tp * r.dense_shards
-    host = max(m.optimizer_on_host for m in memory) * 2 / (r.gpu.pcie_gb_per_s * 1e9 * a.network)
-    return traffic.network_seconds(r, moved, group, a.network) + orthogonal + host, orthogonal
+    moving = max(m.optimizer_on_host for m in memory)
+    return _OptimizerSeconds(
+        collectives=traffic.network_seconds(r, moved, group, a.network),
+        newton_schulz=orthogonal,
+        copy=moving / (r.gpu.pcie_gb_per_s * 1e9 * a.network),
+    )
 
 
 def schedule_shape(r: RunRequest, num_microbatches: int | None = None) -> Shape:
@@ -198,8 +233,9 @@ def estimate(r: RunRequest, a: Assumptions | None = None) -> Estimate:
     pipeline, exposed_expert = _pipeline(r, costs)
     arithmetic = r.num_microbatches / r.pp * sum(map(arithmetic_seconds, costs))
     by_rank = [sum(costs[v * r.pp + rank].dispatch for v in range(r.vpp)) for rank in range(r.pp)]
-    optimizer, orthogonal = _optimizer(r, memory, a)
-    step = pipeline + optimizer
+    optimizer = _optimizer(r, memory, a)
+    step = pipeline + optimizer.total
+    moved = [traffic.host_traffic(r, rank, m.parameters) for rank, m in enumerate(memory)]
     useful = model_flops_per_token(r.preset, r.seq_length) * r.tokens_per_step
     return Estimate(
         request=r,
@@ -209,8 +245,11 @@ def estimate(r: RunRequest, a: Assumptions | None = None) -> Estimate:
         expert_seconds=4 * r.num_microbatches * max(by_rank),
         exposed_expert_seconds=exposed_expert,
         bubble_seconds=pipeline - arithmetic - exposed_expert,
-        optimizer_seconds=optimizer,
-        newton_schulz_seconds=orthogonal,
+        optimizer_seconds=optimizer.total,
+        newton_schulz_seconds=optimizer.newton_schulz,
+        host_traffic=max(moved, key=lambda once: once.activations + once.optimizer),
+        optimizer_copy_seconds=optimizer.copy,
+        exposed_copy_seconds=optimizer.exposed_copy,
         mfu=useful / (step * r.world_size * r.gpu.bf16_tflops * 1e12),
     )
 

@@ -9,6 +9,7 @@ import itertools
 import math
 
 from megatron_k2.errors import UserError
+from megatron_k2.planning.activations import part_on_host
 from megatron_k2.planning.gpus import GPUS, GPUS_PER_NODE
 from megatron_k2.planning.memory import RESERVED_GB, rank_memory
 from megatron_k2.planning.pipeline import Shape, num_warmup
@@ -26,12 +27,16 @@ HOST_GB_PER_GPU = 2000 / GPUS_PER_NODE
 def most_activations(r: RunRequest) -> float:
     """The part of activations that can be on the host: all in flight but ``ON_DEVICE``.
 
-    Of the second rank, which holds the most; in whole ``STEP``.
+    Of the second rank, which holds the most; and no more than Megatron's offload can move; in whole
+    ``STEP``.
     """
+    if r.modules == "local":
+        return 0.0
     rank = min(1, r.pp - 1)
     shape = Shape(r.pp, r.vpp, r.num_microbatches, r.has_overlap and r.vpp > 1)
     in_flight = min(num_warmup(shape, rank) + 1, r.num_microbatches * r.vpp)
-    return max(0, math.floor((1 - ON_DEVICE / in_flight) / STEP + 1e-9)) * STEP
+    movable = part_on_host(r.preset, r.tp, recompute=r.recompute, fp8_storage=r.fp8_storage)
+    return max(0, math.floor(min(1 - ON_DEVICE / in_flight, movable) / STEP + 1e-9)) * STEP
 
 
 def shortfall(r: RunRequest, reserved_gb: float = RESERVED_GB) -> float:
@@ -94,6 +99,7 @@ def _ways_out(r: RunRequest, reserved_gb: float) -> list[str]:
         world, ep = r.world_size * factor, r.ep * wider
         if r.preset.num_moe_experts % ep or world % (r.pp * ep):
             continue
-        if shortfall(r.replace(world_size=world, ep=ep), reserved_gb) <= 0:
+        changed = r.replace(world_size=world, ep=ep)
+        if changed.num_microbatches and shortfall(changed, reserved_gb) <= 0:
             return [*found, f"--world-size {world} --ep {ep}"]
     return found or ["a smaller model, sequence or micro-batch would"]

@@ -2,19 +2,27 @@
 
 Weights bf16 and gradients fp32, as the report has them (section 2.4.2: together about 6 TB).
 Optimizer states are ZeRO-1 shards: a Muon parameter has a momentum and a master weight, 8 bytes, an
-AdamW parameter two moments and a master weight, 12. Ranks that differ only in TP, EP or DP hold the
-same number of everything (experts evenly loaded), so there is one row a pipeline rank.
+AdamW parameter two moments and a master weight, 12. Of a fraction on the host a run keeps at least
+that much there, and less than one shard's states more (``optimizer/host_share.py``), so what is
+planned on the device is not exceeded. Ranks that differ only in TP, EP or DP hold the same number
+of everything (experts evenly loaded), so there is one row a pipeline rank.
 """
 
 from dataclasses import dataclass
 
-from megatron_k2.planning.activations import head_rows, kept_bytes, layer_bytes
+from megatron_k2.optimizer.host_share import AHEAD, WINDOW_BYTES
+from megatron_k2.planning.activations import head_bytes, layer_bytes
+from megatron_k2.planning.chunks import Chunk
 from megatron_k2.planning.pipeline import Shape, peak_live
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.presets import ModelPreset
 
 WEIGHT_BYTES, GRADIENT_BYTES = 2, 4
 MUON_STATE_BYTES, ADAMW_STATE_BYTES = 8, 12
+BUCKET_ELEMENTS = 40_000_000
+"""Of the exchange: Megatron's default (``optimizer/padding.py``)."""
+BATCH_BYTES = 24
+"""An element being orthogonalised: fp32 copies, and the products in bf16."""
 RESERVED_GB = 6.0
 """CUDA context, NCCL buffers, cuBLAS workspaces, fragmentation: our estimate, to be overridden."""
 
@@ -98,6 +106,8 @@ class Memory:
     activations: float
     """On the device."""
     activations_on_host: float
+    optimizer_step: float
+    """Worked on during the optimizer's step, when no activations are kept."""
     reserved: float
 
     @property
@@ -107,8 +117,8 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All on the device."""
-        return self.states + self.activations + self.reserved
+        """All on the device at the fullest moment: of the pipeline, or of the optimizer's step."""
+        return self.states + max(self.activations, self.optimizer_step) + self.reserved
 
 
 def optimizer_bytes(r: RunRequest, parameters: Parameters) -> float:
@@ -117,24 +127,52 @@ def optimizer_bytes(r: RunRequest, parameters: Parameters) -> float:
     return dense / r.dense_shards + MUON_STATE_BYTES * parameters.expert_muon / r.expert_shards
 
 
+def optimizer_step_bytes(r: RunRequest, parameters: Parameters, *, has_dense_layer: bool) -> float:
+    """What one rank's step of MuonClip works on beside the states (``optimizer/distributed.py``).
+
+    Directions of two buckets in fp32, and of one bucket the matrices of one shape in the products,
+    as ``tests/optimizer/test_memory.py`` finds them; with states on the host, those that visit:
+    AdamW's for the whole step, Muon's in windows.
+    """
+    p = r.preset
+    width = p.ffn_hidden_size if has_dense_layer else p.num_attention_heads * p.v_head_dim
+    bucket = max(BUCKET_ELEMENTS, 1_000_000 * r.expert_shards) / r.expert_shards
+    one_more = 2 * p.moe_ffn_hidden_size * p.hidden_size  # a bucket ends behind a whole weight
+    experts = min(parameters.expert_muon / r.expert_shards, bucket + one_more)
+    batch = max(width * p.hidden_size, experts * 2 / 3)  # gate and up of three equal matrices
+    visiting = 0.0
+    if r.optimizer_offload:
+        adamw = ADAMW_STATE_BYTES * parameters.adamw / r.dense_shards
+        visiting = adamw * r.optimizer_offload + (AHEAD + 1) * WINDOW_BYTES
+    return 2 * GRADIENT_BYTES * experts + BATCH_BYTES * batch + visiting
+
+
+def chunk_activation_bytes(r: RunRequest, chunk: Chunk) -> float:
+    """Kept of one micro-batch by one chunk's layers, wherever it is kept."""
+    p = r.preset
+    return r.tokens_per_microbatch * sum(
+        layer_bytes(
+            p,
+            r.tp,
+            is_moe=layer >= p.num_dense_layers,
+            recompute=r.recompute,
+            fp8_storage=r.fp8_storage,
+            modules=r.modules,
+        )
+        for layer in chunk.layers
+    )
+
+
 def activation_bytes(r: RunRequest, rank: int) -> float:
     """Kept for backward at the fullest moment of the schedule, before any offload."""
-    p, tokens = r.preset, r.tokens_per_microbatch
     weights = [0.0] * r.vpp
     head = 0.0
     for chunk in r.chunks():
         if chunk.rank != rank:
             continue
-        for layer in chunk.layers:
-            weights[chunk.virtual] += tokens * layer_bytes(
-                p,
-                r.tp,
-                is_moe=layer >= p.num_dense_layers,
-                recompute=r.recompute,
-                fp8_storage=r.fp8_storage,
-            )
+        weights[chunk.virtual] += chunk_activation_bytes(r, chunk)
         if chunk.has_head:
-            head = tokens * kept_bytes(head_rows(p, r.tp), r.recompute, fp8_storage=r.fp8_storage)
+            head = r.tokens_per_microbatch * head_bytes(r.preset, r.tp, r.modules)
     has_extra = r.has_overlap and r.vpp > 1
     return head + peak_live(Shape(r.pp, r.vpp, r.num_microbatches, has_extra), rank, weights)
 
@@ -142,6 +180,8 @@ def activation_bytes(r: RunRequest, rank: int) -> float:
 def rank_memory(r: RunRequest, rank: int, reserved_gb: float = RESERVED_GB) -> Memory:
     """All bytes on a GPU of pipeline rank ``rank``."""
     parameters = rank_parameters(r, rank)
+    layers = [layer for chunk in r.chunks() if chunk.rank == rank for layer in chunk.layers]
+    has_dense_layer = any(layer < r.preset.num_dense_layers for layer in layers)
     optimizer = optimizer_bytes(r, parameters)
     activations = activation_bytes(r, rank)
     return Memory(
@@ -152,5 +192,6 @@ def rank_memory(r: RunRequest, rank: int, reserved_gb: float = RESERVED_GB) -> M
         optimizer_on_host=optimizer * r.optimizer_offload,
         activations=activations * (1 - r.activation_offload),
         activations_on_host=activations * r.activation_offload,
+        optimizer_step=optimizer_step_bytes(r, parameters, has_dense_layer=has_dense_layer),
         reserved=reserved_gb * 1e9,
     )

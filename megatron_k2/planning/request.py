@@ -5,7 +5,7 @@ from typing import get_args
 
 from megatron_k2.errors import UserError
 from megatron_k2.parallel.layout import LayoutRequest, check_layout
-from megatron_k2.planning.activations import Recompute
+from megatron_k2.planning.activations import Modules, Recompute
 from megatron_k2.planning.chunks import Chunk, split_into_chunks
 from megatron_k2.planning.gpus import GPUS_PER_NODE, Gpu
 from megatron_k2.presets import ModelPreset
@@ -40,6 +40,8 @@ class RunRequest:
     """Part of the activations kept in host memory, item 3."""
     optimizer_offload: float = 0.0
     """Part of the optimizer's states kept in host memory."""
+    modules: Modules = "transformer_engine"
+    """Whose modules are planned: they keep different tensors."""
     has_overlap: bool = True
     """Expert all-to-all of one micro-batch under another's arithmetic, by one extra warm-up."""
 
@@ -56,6 +58,16 @@ class RunRequest:
         if unknown:
             known = ", ".join(get_args(Recompute))
             raise UserError(f"recompute: {', '.join(sorted(unknown))} is none of {known}")
+        if self.modules == "local" and "mla_up" in self.recompute:
+            raise UserError(
+                "recompute mla_up with local modules frees nothing: their attention keeps copies "
+                "of queries, keys and values; leave it out, or plan for transformer_engine"
+            )
+        if self.modules == "local" and self.activation_offload:
+            raise UserError(
+                "activation offload with local modules: Megatron's is for Transformer Engine's; "
+                "leave it out, or plan for transformer_engine"
+            )
         check_layout(
             LayoutRequest(
                 world_size=self.world_size,

@@ -4,7 +4,7 @@ Architecture and schedule are the preset's (``training/flags.py``); these come a
 """
 
 from megatron_k2.errors import UserError
-from megatron_k2.planning.activations import Recompute
+from megatron_k2.planning.activations import Recompute, part_on_host
 from megatron_k2.planning.chunks import megatron_layout
 from megatron_k2.planning.request import RunRequest
 
@@ -14,10 +14,9 @@ RECOMPUTE_MODULES: dict[Recompute, str] = {
     "mla_up": "mla_up_proj",
 }
 """Megatron's names; ``moe_act`` recomputes the experts' SwiGLU, not the one dense layer's."""
-OFFLOAD_MODULES = "attn_norm mlp_norm core_attn".split()
-EXPERT_OFFLOAD_MODULES = "expert_fc1 moe_act".split()
-"""Inputs that Megatron's fine-grained offload moves to the host. The experts' are either stored in
-FP8 or moved, not both (``fp8/storage.py``); the report does both, and the plan counts so."""
+OFFLOAD_MODULES = "attn_norm mlp_norm core_attn expert_fc1 moe_act".split()
+"""Inputs that Megatron's fine-grained offload moves to the host; the experts' as they are stored,
+in FP8 (``fp8/offload.py``)."""
 
 
 def layout_flags(r: RunRequest) -> list[str]:
@@ -38,24 +37,30 @@ def memory_flags(r: RunRequest) -> list[str]:
     """Recompute and offload; FP8 storage of activations.
 
     Raises:
-        UserError: where the plan asks for what the flags cannot give.
+        UserError: where the plan moves more than the flags can.
     """
     flags: list[str] = []
     if r.recompute:
         names = [RECOMPUTE_MODULES[name] for name in RECOMPUTE_MODULES if name in r.recompute]
         flags += ["--recompute-granularity", "selective", "--recompute-modules", *names]
+    if "swiglu" in r.recompute and r.modules == "local":
+        flags.append("--moe-grouped-gemm")  # Megatron's condition for moe_act
     if r.fp8_storage:
         flags += ["--fp8-activation-storage"]
     if r.activation_offload:
-        experts = [] if r.fp8_storage else EXPERT_OFFLOAD_MODULES
-        flags += ["--fine-grained-activation-offloading", "--offload-modules"]
-        flags += [*OFFLOAD_MODULES, *experts]
+        movable = part_on_host(r.preset, r.tp, recompute=r.recompute, fp8_storage=r.fp8_storage)
+        if r.activation_offload > movable:
+            raise UserError(
+                f"the plan has {r.activation_offload:.0%} of the activations on the host, and "
+                f"Megatron's offload can move {movable:.1%} of what is kept; plan with "
+                f"--activation-offload {movable:.2f} at most"
+            )
+        part = r.activation_offload / movable
+        flags += ["--fine-grained-activation-offloading", "--offload-modules", *OFFLOAD_MODULES]
+        flags += ["--activation-offload-fraction", f"{part:.3f}"]
     if r.optimizer_offload:
-        raise UserError(
-            f"the plan has {r.optimizer_offload:.0%} of the optimizer's states on the host, which "
-            "MuonClip cannot do yet (Megatron's hybrid optimizer keeps AdamW's states only); take "
-            "more GPUs, or larger ones, until --optimizer-offload 0 fits"
-        )
+        flags += ["--optimizer-cpu-offload", "--optimizer-offload-fraction"]
+        flags += [f"{r.optimizer_offload:g}"]
     return flags
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from megatron_k2.errors import UserError
-from megatron_k2.planning.activations import Recompute, head_rows, kept_bytes, layer_bytes
+from megatron_k2.planning.activations import Modules, Recompute, head_bytes, layer_bytes
 from megatron_k2.planning.chunks import split_into_chunks
 from megatron_k2.planning.estimate import (
     Assumptions,
@@ -27,6 +27,7 @@ from megatron_k2.planning.memory import (
     WEIGHT_BYTES,
     Parameters,
     optimizer_bytes,
+    optimizer_step_bytes,
     rank_parameters,
 )
 from megatron_k2.planning.pipeline import Shape, num_warmup
@@ -100,9 +101,14 @@ def _can_split(num_layers: int, pp: int, vpp: int) -> bool:
 
 @functools.cache
 def _layer_bytes(
-    p: ModelPreset, tp: int, is_moe: bool, recompute: frozenset[Recompute], fp8: bool
+    p: ModelPreset,
+    tp: int,
+    is_moe: bool,
+    recompute: frozenset[Recompute],
+    fp8: bool,
+    modules: Modules,
 ) -> float:
-    return layer_bytes(p, tp, is_moe=is_moe, recompute=recompute, fp8_storage=fp8)
+    return layer_bytes(p, tp, is_moe=is_moe, recompute=recompute, fp8_storage=fp8, modules=modules)
 
 
 @functools.cache
@@ -119,6 +125,8 @@ class QuickMemory:
     fixed: float
     """Weights and gradients."""
     optimizer: float
+    step: dict[bool, float]
+    """Worked on during the optimizer's step, without and with states on the host."""
     tokens_alive: float
     """Tokens times layers whose activations wait for their backward."""
     head_tokens: float
@@ -133,21 +141,32 @@ def quick_memory(r: RunRequest) -> QuickMemory:
     return QuickMemory(
         fixed=(WEIGHT_BYTES + GRADIENT_BYTES) * max(p.total for p in ranks),
         optimizer=max(optimizer_bytes(r, p) for p in ranks),
+        step={is_on_host: _step_bytes(r, is_on_host, ranks) for is_on_host in (False, True)},
         tokens_alive=float(live * longest * r.tokens_per_microbatch),
         head_tokens=float(r.tokens_per_microbatch),
     )
 
 
+def _step_bytes(r: RunRequest, is_on_host: bool, ranks: list[Parameters]) -> float:
+    at = r.replace(optimizer_offload=float(is_on_host))
+    first, *rest = ranks
+    return max(
+        optimizer_step_bytes(at, first, has_dense_layer=True),
+        *(optimizer_step_bytes(at, p, has_dense_layer=False) for p in rest),
+        0.0,
+    )
+
+
 def _kept(r: RunRequest, memory: QuickMemory, recompute: frozenset[Recompute]) -> float:
     p, fp8 = r.preset, r.fp8_storage
-    layers = memory.tokens_alive * _layer_bytes(p, r.tp, True, recompute, fp8)
-    head = memory.head_tokens * _head_bytes(p, r.tp)
+    layers = memory.tokens_alive * _layer_bytes(p, r.tp, True, recompute, fp8, r.modules)
+    head = memory.head_tokens * _head_bytes(p, r.tp, r.modules)
     return max(layers, head) if r.pp > 1 else layers + head
 
 
 @functools.cache
-def _head_bytes(p: ModelPreset, tp: int) -> float:
-    return kept_bytes(head_rows(p, tp), frozenset(), fp8_storage=False)
+def _head_bytes(p: ModelPreset, tp: int, modules: Modules) -> float:
+    return head_bytes(p, tp, modules)
 
 
 @functools.cache
@@ -174,19 +193,25 @@ def _fitting(r: RunRequest, a: Assumptions) -> tuple[RunRequest | None, int, flo
     """(``r`` with the least offload, then recompute, that fits; choices that fit; least bytes)."""
     room = (r.gpu.memory_gb - a.reserved_gb) * 1e9
     memory = quick_memory(r)
-    kept = [(recompute, _kept(r, memory, recompute)) for recompute in RECOMPUTES]
+    choices = [c for c in RECOMPUTES if r.modules == "transformer_engine" or "mla_up" not in c]
+    kept = [(recompute, _kept(r, memory, recompute)) for recompute in choices]
     chosen, num_fitting = None, 0
     most = round(most_activations(r), 2)
     offloads = [(0.0, 0.0), *((most, part) for part in OPTIMIZER_OFFLOADS)]
     for activations, optimizer in offloads:
         states = memory.fixed + memory.optimizer * (1 - optimizer)
-        fits = [recompute for recompute, size in kept if states + size * (1 - activations) <= room]
+        fits = [
+            recompute
+            for recompute, size in kept
+            if states + max(size * (1 - activations), memory.step[optimizer > 0]) <= room
+        ]
         num_fitting = max(num_fitting, len(fits))
         if fits and chosen is None:
             chosen = r.replace(
                 recompute=fits[0], activation_offload=activations, optimizer_offload=optimizer
             )
-    least = memory.fixed + min(size for _, size in kept) * (1 - most)
+    kept_least = min(size for _, size in kept) * (1 - most)
+    least = memory.fixed + max(kept_least, memory.step[True])
     return chosen, num_fitting, least
 
 

@@ -13,16 +13,6 @@ class Weight:
     is_expert: bool = False
 
 
-def stage_layers(num_layers: int, num_stages: int) -> list[range]:
-    """Consecutive layers of each pipeline stage, as even as can be, the longer stages last.
-
-    Our choice; the report does not say. The first stage also holds the embedding.
-    """
-    size, longer = divmod(num_layers, num_stages)
-    ends = [(i + 1) * size + max(0, i + 1 - num_stages + longer) for i in range(num_stages)]
-    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-
-
 def _attention(p: ModelPreset, tp: int) -> list[Weight]:
     """Norm before, projections, the latent norms, in the order of Megatron's modules."""
     heads = p.num_attention_heads // tp

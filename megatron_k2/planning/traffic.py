@@ -7,7 +7,13 @@ collective likewise. Routing is taken as even.
 from dataclasses import dataclass
 
 from megatron_k2.planning.gpus import GPUS_PER_NODE
-from megatron_k2.planning.memory import GRADIENT_BYTES, WEIGHT_BYTES, Parameters
+from megatron_k2.planning.memory import (
+    GRADIENT_BYTES,
+    WEIGHT_BYTES,
+    Parameters,
+    chunk_activation_bytes,
+    optimizer_bytes,
+)
 from megatron_k2.planning.request import RunRequest
 
 PROBABILITY_BYTES = 4
@@ -100,6 +106,25 @@ def step_traffic(r: RunRequest, parameters: Parameters) -> StepTraffic:
         gradients=GRADIENT_BYTES * (dense + experts),
         weights=WEIGHT_BYTES * (dense + experts),
         muonclip=2 * EXCHANGE_BYTES * owned * _away(r.dense_shards),
+    )
+
+
+@dataclass(frozen=True)
+class HostTraffic:
+    """Once a step, one GPU of a pipeline rank: bytes to host memory, and as many back."""
+
+    activations: float
+    """Of all micro-batches."""
+    optimizer: float
+    """Momenta, moments and masters that live there."""
+
+
+def host_traffic(r: RunRequest, rank: int, parameters: Parameters) -> HostTraffic:
+    """Of pipeline rank ``rank``."""
+    kept = sum(chunk_activation_bytes(r, chunk) for chunk in r.chunks() if chunk.rank == rank)
+    return HostTraffic(
+        activations=kept * r.num_microbatches * r.activation_offload,
+        optimizer=optimizer_bytes(r, parameters) * r.optimizer_offload,
     )
 
 

@@ -37,6 +37,8 @@ TE_CUDA_FLAGS = (
 FlashAttention off, and ``auto`` could then fall back to holding every logit in memory. Megatron's
 fused rotary embedding of MLA knows YaRN only; TE's cross entropy is refused by Megatron."""
 
+OUR_OFFLOAD = "--muonclip-cpu-offload"
+
 APEX_WEIGHT_GRADIENTS = "fused_weight_gradient_mlp_cuda"
 """apex's extension, without which the output head cannot add its gradient up in its product."""
 
@@ -50,6 +52,12 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         "--muonclip",
         action="store_true",
         help="MuonClip in place of Megatron's muon (what '--optimizer muonclip' expands to)",
+    )
+    group.add_argument(
+        "--muonclip-cpu-offload",
+        action="store_true",
+        help="keep --optimizer-offload-fraction of MuonClip's states in host memory (what "
+        "'--optimizer-cpu-offload' expands to with '--optimizer muonclip')",
     )
     group.add_argument(
         "--muonclip-dtype",
@@ -306,6 +314,8 @@ def _muonclip(flags: list[str]) -> list[str]:
         return flags
     if optimizer != "muonclip":
         return [*rest, "--optimizer", optimizer]
+    # Megatron's flag makes its factory build AdamW's hybrid optimizer; the fraction stays as it is.
+    rest = [OUR_OFFLOAD if flag == "--optimizer-cpu-offload" else flag for flag in rest]
     if "--use-distributed-optimizer" not in rest:
         return [*rest, "--optimizer", "muon", "--muonclip"]
     # Megatron's validation must see adam: any other name makes ZeRO layer-wise. Our checkpoint

@@ -62,6 +62,8 @@ def read_flags(flags: list[str]) -> argparse.Namespace:
     parser.add_argument("--save", default=None)
     parser.add_argument("--finetune", action="store_true")
     parser.add_argument("--qk-clip-threshold", type=float, default=None)
+    parser.add_argument("--recompute-modules", nargs="*", default=[])
+    parser.add_argument("--optimizer-offload-fraction", type=float, default=1.0)
     try:
         values, _ = parser.parse_known_args(flags)
     except SystemExit:
@@ -89,15 +91,44 @@ def check_run(flags: list[str], world_size: int) -> None:
         router_dtype=values.moe_router_dtype,
         te_version=installed_version("transformer-engine"),
     )
-    if "--muonclip" in flags and "--optimizer-cpu-offload" in flags:
+    if values.transformer_impl == "local" and "mla_up_proj" in values.recompute_modules:
         raise UserError(
-            "--optimizer-cpu-offload with MuonClip: Megatron's hybrid optimizer keeps AdamW's "
-            "states only; drop it, or train with --optimizer adam"
+            "--recompute-modules mla_up_proj with --transformer-impl local frees nothing: this "
+            "attention keeps copies of queries, keys and values; drop it, or use "
+            "--transformer-impl transformer_engine"
         )
+    if "--muonclip-cpu-offload" in flags:
+        _check_offload(flags, values.optimizer_offload_fraction)
     if values.transformer_impl == "transformer_engine":
         require_transformer_engine()
     if values.load and not values.finetune:
         _check_checkpoint(Path(values.load), values)
+
+
+_NOT_OFFLOADED = {
+    "--fp8-param-gather": "FP8 weights are quantised all at once, masters visit one after another",
+    "--log-params-norm": "it reads masters, which are on the host between steps",
+    "--log-muon-steps": "it reads AdamW's moments, which are on the host between steps",
+    "--async-save": "a step would change the host's copies while they are being written",
+}
+"""Flags that optimizer states on the host do not go with -> why."""
+
+
+def _check_offload(flags: list[str], fraction: float) -> None:
+    """MuonClip's states in host memory: over ZeRO, a part of them, and nobody else reads them."""
+    if "--use-distributed-optimizer" not in flags:
+        raise UserError(
+            "--optimizer-cpu-offload with MuonClip moves a rank's ZeRO-1 shards; add "
+            "--use-distributed-optimizer"
+        )
+    if not 0 < fraction <= 1:
+        raise UserError(
+            f"--optimizer-offload-fraction {fraction:g}: a part above 0 and up to 1 is expected; "
+            "for none, drop --optimizer-cpu-offload"
+        )
+    for flag, reason in _NOT_OFFLOADED.items():
+        if flag in flags:
+            raise UserError(f"{flag} with --optimizer-cpu-offload: {reason}; drop one of the two")
 
 
 def _layout_request(values: argparse.Namespace, world_size: int) -> LayoutRequest:

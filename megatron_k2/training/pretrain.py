@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_k2.errors import UserError
-from megatron_k2.fp8.compute import choose_scale_format
+from megatron_k2.fp8.compute import choose_offload_version, choose_scale_format
 from megatron_k2.training.console import divert_output
 from megatron_k2.training.flags import add_k2_arguments, expand, last_value
 from megatron_k2.training.preflight import (
@@ -58,6 +58,7 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
     import torch
 
     from megatron_k2.compat import (
+        keep_checkpoint_queue_through_sigterm,
         recompute_without_te,
         restore_distributed_optimizer_without_te,
         skip_helpers_compilation,
@@ -68,6 +69,7 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
     world_size = int(os.environ["WORLD_SIZE"])
     check_run(flags, world_size)
     choose_scale_format(last_value(flags, "--fp8-recipe"))
+    choose_offload_version(flags)
     if os.environ["RANK"] == "0":
         _put_in_order(flags, world_size)
     # ft_integration.setup() parses sys.argv again, so it must hold what Megatron understands.
@@ -76,6 +78,7 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
         skip_helpers_compilation()
         recompute_without_te()
         restore_distributed_optimizer_without_te()
+        keep_checkpoint_queue_through_sigterm()
         _pretrain(terminal)
 
 

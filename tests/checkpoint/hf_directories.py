@@ -6,7 +6,9 @@ import torch
 
 from megatron_k2.checkpoint import fp8
 from megatron_k2.checkpoint.audit import released_shapes
+from megatron_k2.checkpoint.fp8_layout import SCALE_SUFFIX, is_quantized
 from megatron_k2.checkpoint.hf_config import hf_config
+from megatron_k2.checkpoint.rows import rows_of
 from megatron_k2.checkpoint.safetensors_stream import TensorSlot, write_safetensors
 
 QUANTIZATION = {
@@ -38,7 +40,7 @@ def as_fp8(weights, kind=fp8.ScaleClass.BF16_AMAX):
     """Quantised as a release is, with scales made in one of three ways."""
     result = {}
     for name, weight in weights.items():
-        if not fp8.is_quantized(name):
+        if not is_quantized(name):
             result[name] = weight
             continue
         if kind is fp8.ScaleClass.FP32_AMAX:
@@ -49,7 +51,7 @@ def as_fp8(weights, kind=fp8.ScaleClass.BF16_AMAX):
             wide = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
             wide = wide[: weight.shape[0], : weight.shape[1]]
             codes = (weight.float() / wide).to(fp8.E4M3)
-        result |= {name: codes, name + fp8.SCALE_SUFFIX: scales}
+        result |= {name: codes, name + SCALE_SUFFIX: scales}
     return result
 
 
@@ -66,8 +68,9 @@ def write_directory(directory, preset, weights, *, leftovers=False, **config):
         name = "model.layers.0.self_attn.rotary_emb.inv_freq"
         shards[f"model-1-of-{preset.num_layers}.safetensors"][name] = torch.ones(7).bfloat16()
     for file, tensors in shards.items():
-        slots = [TensorSlot(n, tuple(t.shape), t.dtype) for n, t in tensors.items()]
-        write_safetensors(directory / file, slots, tensors.values())
+        rows = {name: rows_of(tensor) for name, tensor in tensors.items()}
+        slots = [TensorSlot(name, row.shape, row.dtype) for name, row in rows.items()]
+        write_safetensors(directory / file, slots, rows.values())
     weight_map = {name: file for file, tensors in shards.items() for name in tensors}
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from megatron_k2.checkpoint import fp8
-from megatron_k2.checkpoint.fp8 import BLOCK, E4M3, ScaleClass
+from megatron_k2.checkpoint.fp8 import E4M3, ScaleClass
+from megatron_k2.checkpoint.fp8_layout import BLOCK, scale_shape
 
 SHAPES = [(1, 1), (128, 128), (130, 260), (5, 300), (256, 64)]
 
@@ -128,7 +129,7 @@ def test_a_row_chunk_from_a_block_boundary_is_that_part_of_the_whole(m):
 
 
 def test_kv_down_projections_half_block_has_a_scale_of_its_own():
-    assert fp8.scale_shape((576, 7168)) == (5, 56)
+    assert scale_shape((576, 7168)) == (5, 56)
     _, scales = fp8.quantize(torch.cat((torch.ones(512, 3), torch.full((64, 3), 4.48))))
     assert scales.flatten().tolist() == pytest.approx([1 / 448] * 4 + [0.01])
 

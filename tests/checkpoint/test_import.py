@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from megatron_k2.checkpoint import import_hf as room
-from megatron_k2.checkpoint import safetensors_stream
+from megatron_k2.checkpoint import import_units, safetensors_stream
 from megatron_k2.checkpoint.export import ExportOptions, export
-from megatron_k2.checkpoint.fp8 import SCALE_SUFFIX, ScaleClass, dequantize, is_quantized
+from megatron_k2.checkpoint.fp8 import ScaleClass, dequantize
+from megatron_k2.checkpoint.fp8_layout import SCALE_SUFFIX, is_quantized
 from megatron_k2.checkpoint.hf_source import HfSource
 from megatron_k2.checkpoint.import_hf import ImportOptions, import_hf
+from megatron_k2.checkpoint.iterations import find_iteration
 from megatron_k2.checkpoint.mapping import expand, hf_state_to_megatron
-from megatron_k2.checkpoint.megatron_source import MegatronSource, find_iteration
+from megatron_k2.checkpoint.megatron_source import MegatronSource
+from megatron_k2.checkpoint.rows import Dtype
 from megatron_k2.checkpoint.selection import Selection
 from megatron_k2.errors import UserError
 from tests.checkpoint.build_checkpoints import TINY
@@ -63,7 +66,7 @@ def _quiet():
 
 def tensors(directory):
     source = HfSource(directory)
-    return {name: source.read(name).clone() for name in source.stored}
+    return {name: source.read(name).tensor().clone() for name in source.stored}
 
 
 def assert_same_bytes(left, right):
@@ -95,7 +98,7 @@ def test_megatron_to_hugging_face_and_back_is_the_same_bytes(imported, tmp_path,
     )
     assert before.shapes == after.shapes
     for name in before.shapes:
-        assert torch.equal(before.read(name), after.read(name)), name
+        assert before.read(name).equals(after.read(name)), name
         assert before.locations[name].dtype == after.locations[name].dtype, name
 
 
@@ -105,7 +108,7 @@ def test_what_is_stored_is_the_rules_applied_in_memory(releases, imported):
     source = MegatronSource(find_iteration(imported / "bf16"))
     assert source.shapes == {name: tuple(tensor.shape) for name, tensor in expected.items()}
     for name, tensor in expected.items():
-        assert torch.equal(source.read(name), tensor), name
+        assert torch.equal(source.read(name).tensor(), tensor), name
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -156,7 +159,7 @@ def test_fp8_import_is_transformers_own_dequantisation_bit_for_bit(tmp_path):
                 scales = weights[name + SCALE_SUFFIX]
                 expected = theirs._dequantize_one(weights[name], scales, torch.bfloat16)
                 rows = slice(begin, begin + shape[0])
-                assert torch.equal(source.read(pair.megatron, rows), expected), name
+                assert torch.equal(source.read(pair.megatron, rows).tensor(), expected), name
 
 
 def test_fp8_can_be_widened_to_fp32_which_holds_the_products(releases, tmp_path):
@@ -164,8 +167,9 @@ def test_fp8_can_be_widened_to_fp32_which_holds_the_products(releases, tmp_path)
     source = MegatronSource(find_iteration(tmp_path / "out"))
     hf = HfSource(releases / "OTHER")
     name = "model.layers.0.self_attn.o_proj.weight"
-    expected = dequantize(hf.read(name), hf.read(name + SCALE_SUFFIX), torch.float32)
-    assert torch.equal(source.read("decoder.layers.0.self_attention.linear_proj.weight"), expected)
+    codes, scales = hf.read(name).tensor(), hf.read(name + SCALE_SUFFIX).tensor()
+    found = source.read("decoder.layers.0.self_attention.linear_proj.weight")
+    assert torch.equal(found.tensor(), dequantize(codes, scales, torch.float32))
 
 
 def test_the_result_does_not_depend_on_how_rows_are_cut(releases, imported, tmp_path, monkeypatch):
@@ -177,7 +181,7 @@ def test_the_result_does_not_depend_on_how_rows_are_cut(releases, imported, tmp_
         for directory in (imported / "FP32_AMAX", tmp_path / "cut")
     )
     for name in whole.shapes:
-        assert torch.equal(whole.read(name), cut.read(name)), name
+        assert whole.read(name).equals(cut.read(name)), name
     assert_same_bytes(tensors(tmp_path / "back"), tensors(releases / "FP32_AMAX"))
 
 
@@ -229,7 +233,25 @@ def test_leftovers_of_another_import_are_not_taken(releases, tmp_path, monkeypat
             import_hf(releases / "bf16", tmp_path / "out", ImportOptions())
     import_hf(releases / "fp32", tmp_path / "out", ImportOptions())
     location = MegatronSource(find_iteration(tmp_path / "out")).locations
-    assert location["output_layer.weight"].dtype == torch.float32
+    assert location["output_layer.weight"].dtype is Dtype.FP32
+
+
+def test_a_receipt_torn_by_a_power_cut_is_taken_for_none(releases, imported, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(room, "_finish", fail)
+        with pytest.raises(RuntimeError):
+            import_hf(releases / "bf16", tmp_path / "out", ImportOptions())
+    partial = tmp_path / "out.partial"
+    torn, whole = (partial / ".work" / f"__{i}_0.distcp.json" for i in (0, 1))
+    torn.write_bytes(torn.read_bytes()[:50])
+    before = [(partial / "release" / path.stem).stat().st_ino for path in (torn, whole)]
+    import_hf(releases / "bf16", tmp_path / "out", ImportOptions())
+    after = [(tmp_path / "out" / "release" / path.stem).stat().st_ino for path in (torn, whole)]
+    assert [old == new for old, new in zip(before, after, strict=True)] == [False, True]
+    assert tensor_files(tmp_path / "out") == tensor_files(imported / "bf16")
 
 
 @pytest.mark.slow
@@ -317,7 +339,7 @@ def test_nan_is_named_by_file_tensor_and_row_if_asked(tmp_path):
 def test_a_disk_that_fills_up_names_file_and_tensor_and_loses_nothing(
     releases, tmp_path, monkeypatch
 ):
-    real = room.write_chunk
+    real = import_units.write_chunk
 
     def full_at_the_second_layer(file, placement, *rest):
         if placement.pair.layer == 1:
@@ -325,7 +347,7 @@ def test_a_disk_that_fills_up_names_file_and_tensor_and_loses_nothing(
         return real(file, placement, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(room, "write_chunk", full_at_the_second_layer)
+        patched.setattr(import_units, "write_chunk", full_at_the_second_layer)
         message = r"__1_0.distcp.*: the disk is full at 'model.layers.1.*run the same command again"
         with pytest.raises(UserError, match=message):
             import_hf(releases / "bf16", tmp_path / "out", ImportOptions())

@@ -10,6 +10,7 @@ import pytest
 from megatron_k2.checkpoint import imported_args as room
 from megatron_k2.checkpoint.hf_config import preset_from_args
 from megatron_k2.checkpoint.imported_args import imported_args
+from megatron_k2.checkpoint.torch_archive import read_object, write_object
 from megatron_k2.parallel.cpu_host import megatron_host
 from megatron_k2.presets import K2_TINY, KIMI_K2, MOONLIGHT_16B_A3B
 from megatron_k2.training.flags import add_k2_arguments, model_flags, platform_flags
@@ -47,6 +48,15 @@ def megatrons(preset, config, is_bf16):
     return vars(args)
 
 
+def saved_args(preset, config, is_bf16):
+    """As a run finds them in the checkpoint."""
+    from megatron_k2.inference.saved_args import true_class
+
+    content = io.BytesIO()
+    write_object(content, imported_args(preset, config, is_bf16=is_bf16))
+    return read_object(content.getbuffer(), true_class)
+
+
 def fields(config):
     """Name and value of a built configuration's fields, those of its transformer too.
 
@@ -61,11 +71,11 @@ def fields(config):
 @pytest.mark.parametrize(("preset", "config", "is_bf16"), CASES.values(), ids=CASES)
 def test_every_argument_is_what_megatron_makes_of_the_flags(preset, config, is_bf16, monkeypatch):
     expected = megatrons(preset, config, is_bf16)
-    saved = vars(imported_args(preset, config, is_bf16=is_bf16))
+    saved = vars(saved_args(preset, config, is_bf16))
     assert {name: expected.get(name) for name in saved} == saved
     # a switch read the wrong way round would be seen
     monkeypatch.setattr(room, "_SWITCHES_OFF", ())
-    wrong = vars(imported_args(preset, config, is_bf16=is_bf16))
+    wrong = vars(saved_args(preset, config, is_bf16))
     assert {k for k in wrong if wrong[k] != expected.get(k)} == {"add_bias_linear"}
 
 
@@ -78,7 +88,7 @@ def test_the_model_megatron_builds_from_them_is_the_one_of_the_flags(preset, con
     from megatron_k2.inference.saved_args import model_args
     from megatron_k2.model.build import model_config_from_args
 
-    saved = imported_args(preset, config, is_bf16=is_bf16)
+    saved = saved_args(preset, config, is_bf16)
     whole = Namespace(**megatrons(preset, config, is_bf16))
     ours, theirs = (
         model_config_from_args(model_args(args, Layout(), cuda=False)) for args in (saved, whole)
@@ -94,7 +104,7 @@ def test_the_model_megatron_builds_from_them_is_the_one_of_the_flags(preset, con
 
 @pytest.mark.parametrize(("preset", "config", "is_bf16"), CASES.values(), ids=CASES)
 def test_the_preset_comes_back_from_them(preset, config, is_bf16):
-    saved = imported_args(preset, config, is_bf16=is_bf16)
+    saved = saved_args(preset, config, is_bf16)
     other = K2_TINY if preset is not K2_TINY else MOONLIGHT_16B_A3B
     shape = {"training", "name", "source", "bos_token_id", "eos_token_id", "moe_aux_loss_coeff"}
     found = preset_from_args(saved, dataclasses.replace(other, yarn=preset.yarn))

@@ -3,7 +3,8 @@ import shutil
 import pytest
 import torch
 
-from megatron_k2.checkpoint.megatron_source import MegatronSource, find_iteration
+from megatron_k2.checkpoint.iterations import find_iteration
+from megatron_k2.checkpoint.megatron_source import MegatronSource
 from megatron_k2.errors import UserError
 from tests.checkpoint.build_checkpoints import ITERATION, LAYOUTS, PADDED_VOCAB, TINY
 
@@ -27,14 +28,14 @@ def test_every_tensor_is_the_state_dicts_bit_for_bit_at_any_layout(checkpoints, 
     assert source.shapes == {name: tuple(tensor.shape) for name, tensor in state.items()}
     assert not torch.distributed.is_initialized()
     for name, tensor in state.items():
-        assert torch.equal(source.read(name), tensor), name
+        assert torch.equal(source.read(name).tensor(), tensor), name
 
 
 def test_a_wrong_expert_index_would_be_seen(checkpoints):
     state = torch.load(checkpoints / "state.pt")
     name = "decoder.layers.1.mlp.experts.local_experts.{}.linear_fc1.weight"
     assert not torch.equal(
-        source_of(checkpoints, "ep2").read(name.format(0)), state[name.format(1)]
+        source_of(checkpoints, "ep2").read(name.format(0)).tensor(), state[name.format(1)]
     )
 
 
@@ -61,8 +62,8 @@ def test_layers_stacked_in_one_tensor_come_apart(tmp_path):
     source = MegatronSource(tmp_path)
     assert len(source.shapes) == 3 * 4 + 3
     name = "decoder.layers.2.mlp.experts.local_experts.1.linear_fc1.weight"
-    assert torch.equal(source.read(name), experts[2, 1])
-    assert torch.equal(source.read("decoder.layers.1.input_layernorm.weight"), norms[1])
+    assert torch.equal(source.read(name).tensor(), experts[2, 1])
+    assert torch.equal(source.read("decoder.layers.1.input_layernorm.weight").tensor(), norms[1])
     assert source.args is None
 
 
@@ -71,7 +72,8 @@ def test_rows_of_padding_need_not_be_read(checkpoints):
     source = source_of(checkpoints, "tp2")
     name = "output_layer.weight"
     assert source.shapes[name] == (PADDED_VOCAB, TINY.hidden_size)
-    assert torch.equal(source.read(name, slice(TINY.vocab_size)), state[name][: TINY.vocab_size])
+    rows = source.read(name, slice(TINY.vocab_size))
+    assert torch.equal(rows.tensor(), state[name][: TINY.vocab_size])
 
 
 def test_saved_arguments_are_read_without_a_process_group(checkpoints):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_k2.checkpoint.rows import Dtype, rows_of
 from megatron_k2.checkpoint.safetensors_stream import TensorSlot, write_safetensors
 
 
@@ -14,8 +15,9 @@ def test_the_reference_reader_gets_back_every_bit(tmp_path):
         "scalar": torch.tensor(2.5),
         "empty": torch.empty(0, 4),
     }
-    slots = [TensorSlot(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
-    num_bytes = write_safetensors(tmp_path / "x.safetensors", slots, iter(tensors.values()))
+    rows = {name: rows_of(tensor) for name, tensor in tensors.items()}
+    slots = [TensorSlot(name, row.shape, row.dtype) for name, row in rows.items()]
+    num_bytes = write_safetensors(tmp_path / "x.safetensors", slots, iter(rows.values()))
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -26,7 +28,7 @@ def test_the_reference_reader_gets_back_every_bit(tmp_path):
 
 def test_a_tensor_is_rounded_to_the_announced_dtype(tmp_path):
     exact = torch.tensor([1.0 + 2**-10])
-    write_safetensors(tmp_path / "x", [TensorSlot("a", (1,), torch.bfloat16)], [exact])
+    write_safetensors(tmp_path / "x", [TensorSlot("a", (1,), Dtype.BF16)], [rows_of(exact)])
     assert torch.equal(load_file(tmp_path / "x")["a"], exact.bfloat16())
 
 
@@ -34,5 +36,6 @@ def test_a_tensor_is_rounded_to_the_announced_dtype(tmp_path):
     "tensors", [[], [torch.ones(3)], [torch.ones(2)] * 2], ids=["few", "shape", "many"]
 )
 def test_tensors_that_were_not_announced_are_refused(tmp_path, tensors):
+    slot = TensorSlot("a", (2,), Dtype.FP32)
     with pytest.raises(ValueError, match=r"announced|zip"):
-        write_safetensors(tmp_path / "x", [TensorSlot("a", (2,), torch.float32)], tensors)
+        write_safetensors(tmp_path / "x", [slot], map(rows_of, tensors))

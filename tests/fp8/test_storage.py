@@ -140,8 +140,6 @@ def _config(**changes):
         "use_te_activation_func": False,
         "transformer_impl": "transformer_engine",
         "activation_func_fp8_input_store": False,
-        "fine_grained_activation_offloading": False,
-        "offload_modules": [],
     }
     return SimpleNamespace(**plain | changes)
 
@@ -151,10 +149,6 @@ def _config(**changes):
     [
         ({"use_te_activation_func": True}, "only Megatron's fused SwiGLU"),
         ({"activation_func_fp8_input_store": True}, "cast without scales"),
-        (
-            {"fine_grained_activation_offloading": True, "offload_modules": ["moe_act", "x"]},
-            "--offload-modules moe_act: both",
-        ),
     ],
 )
 def test_what_would_not_be_stored_or_twice_is_refused(changes, message):

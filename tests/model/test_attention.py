@@ -68,8 +68,10 @@ def _compare(dtype, oracle):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_output_gradients_and_maxima_equal_the_einsum(dtype, bound):
+def test_output_gradients_and_maxima_equal_the_einsum(dtype, bound, record_property):
     differences = _compare(dtype, einsum_attention)
+    record_property("difference", max(differences))
+    record_property("bar", bound)
     assert max(differences) < bound, differences
 
 

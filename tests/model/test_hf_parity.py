@@ -85,13 +85,15 @@ def _both(preset, yarn, mutate=None):
 
 @pytest.mark.parametrize("yarn", [False, True], ids=["rope", "yarn"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_logits_and_every_gradient_equal_transformers(shape, yarn):
+def test_logits_and_every_gradient_equal_transformers(shape, yarn, record_property):
     (logits, expected), grads, parameters = _both(SHAPES[shape], yarn)
     assert _relative(logits, expected) < 1e-5, f"logits differ by {_relative(logits, expected):.1e}"
     without_tokens = set(parameters) - set(grads)
     assert all("local_experts" in name for name in without_tokens)
     differences = {name: _relative(*pair) for name, pair in grads.items()}
     worst = max(differences, key=lambda name: differences[name])
+    record_property("difference", differences[worst])
+    record_property("bar", 1e-5)
     assert differences[worst] < 1e-5, f"{worst}: {differences[worst]:.1e}"
 
 

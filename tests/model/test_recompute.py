@@ -1,8 +1,7 @@
 """Megatron's selective recomputation on this model: gradients, S_max, and the bytes it frees.
 
-The same operations run twice on the same numbers, so gradients are equal bit for bit. Not
-exercised: recomputation of the experts' activation, which needs Transformer Engine's grouped
-experts (``tests/te/test_recompute.py``); memory of a GPU.
+The same operations run twice on the same numbers, so gradients are equal bit for bit. Transformer
+Engine's modules: ``tests/te/test_recompute.py``. Not exercised: memory of a GPU.
 """
 
 import pytest
@@ -52,6 +51,7 @@ FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-
 CASES = {
     "norms": selective("layernorm"),
     "dense SwiGLU": selective("mlp"),
+    "experts' SwiGLU": [*selective("moe_act"), "--moe-grouped-gemm"],
     "experts": selective("moe"),
     "norms and experts": selective("layernorm", "moe"),
     "everything": FULL,
@@ -66,6 +66,13 @@ def test_gradients_and_maximum_logits_are_bit_equal_and_fewer_bytes_are_kept(pla
         assert torch.equal(gradient, plain[1][name]), name
     assert torch.equal(maxima, plain[2])
     assert kept < plain[3]
+
+
+def test_recomputing_the_experts_swiglu_frees_exactly_its_output(plain):
+    *_, kept = train(*CASES["experts' SwiGLU"])
+    num_moe_layers = SMALL.num_layers - SMALL.num_dense_layers
+    tokens = SEQUENCE * BATCH * SMALL.moe_router_topk
+    assert plain[3] - kept == 4 * num_moe_layers * tokens * SMALL.moe_ffn_hidden_size
 
 
 def test_a_weight_that_changes_between_forward_and_recomputation_is_seen(plain):

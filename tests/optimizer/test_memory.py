@@ -31,8 +31,8 @@ def _rank():
         yield
 
 
-def built(is_sharded):
-    """(model in bf16 in Megatron's wrapper, its optimizer)."""
+def built(is_sharded, *extra):
+    """(model in bf16 in Megatron's wrapper, its optimizer), with ``extra`` flags."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.transformer.module import Float16Module
@@ -41,7 +41,7 @@ def built(is_sharded):
     from megatron_k2.training.hooks import TrainingHooks
 
     host = ["--optimizer", "adam", "--use-distributed-optimizer"] if is_sharded else []
-    args = arguments(MODEL, *FLAGS, *host, "--bf16")
+    args = arguments(MODEL, *FLAGS, *host, "--bf16", *extra)
     args.optimizer = "adam" if is_sharded else "muonclip"
     model = build(MODEL, *FLAGS, "--bf16")
     config = DistributedDataParallelConfig(

@@ -52,10 +52,12 @@ def error(before, after, gamma):
 
 @pytest.mark.parametrize("alpha", [0.25, 0.5, 0.75])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_every_logit_is_scaled_by_its_heads_gamma(dtype, alpha):
+def test_every_logit_is_scaled_by_its_heads_gamma(dtype, alpha, record_property):
     before, after, gamma, _, _ = clipped(dtype, alpha)
     hot = gamma < 1
     assert 0 < hot.sum() < LAYER.num_heads
+    record_property("difference", error(before, after, gamma))
+    record_property("bar", TOLERANCE[dtype])
     assert error(before, after, gamma) <= TOLERANCE[dtype]
     largest = after.amax((0, 2, 3))
     assert ((largest - THRESHOLD).abs() / THRESHOLD)[hot].max().item() <= TOLERANCE[dtype]

@@ -23,7 +23,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 BF16 = ["--bf16"]
 MTP = "--mtp-num-layers 1".split()
-LAYOUTS = {"DP2 overlap": OVERLAP, "EP2": EP2, "TP2": TP2}
+ON_HOST = [*EP2, *OVERLAP, "--optimizer-cpu-offload", "--optimizer-offload-fraction", "0.7"]
+LAYOUTS = {"DP2 overlap": OVERLAP, "EP2": EP2, "TP2": TP2, "EP2, 0.7 on the host": ON_HOST}
 CASES = [(kind, layout) for kind in ("bf16", "mtp") for layout in LAYOUTS]
 
 

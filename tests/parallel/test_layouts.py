@@ -158,7 +158,7 @@ def test_injected_gradients_leave_weights_and_momentum_bit_equal(runs, layout):
 
 
 @pytest.mark.parametrize("layout", ALL)
-def test_five_steps_equal_one_rank(runs, layout):
+def test_five_steps_equal_one_rank(runs, layout, record_property):
     found, expected = (_directory(runs, n, "real") for n in (layout, _reference(layout)))
     losses = [[r.loss for r in read_records(d / METRICS_FILE)] for d in (found, expected)]
     relative = [abs(a - b) / b for a, b in zip(*losses, strict=True)]
@@ -169,6 +169,8 @@ def test_five_steps_equal_one_rank(runs, layout):
         if not key.startswith("momentum_buffer")
     }
     worst = max(differences, key=lambda key: differences[key])
+    record_property("difference", differences[worst])
+    record_property("bar", 1e-6)
     assert differences[worst] < 1e-6, f"{layout}: {worst} differs by {differences[worst]:.1e}"
 
 

@@ -19,11 +19,15 @@ from tests.parallel.test_layouts import EP2, MODEL, OVERLAP, PP2, STEPS, TP2, ZE
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 SAVED_AT = 3
+ON_HOST = ["--optimizer-cpu-offload"]
+HALF = "--optimizer-offload-fraction 0.5".split()
 PAIRS = {
     "one rank -> EP2": ((1, []), (2, EP2)),
     "EP2xDP2, many buckets -> one rank": ((4, [*EP2, *OVERLAP]), (1, [])),
     "DP3, ragged -> TP2": ((3, OVERLAP), (2, TP2)),
     "PP2 -> DP2, many buckets": ((2, PP2), (2, OVERLAP)),
+    "DP2, states on the host -> one rank": ((2, [*OVERLAP, *ON_HOST]), (1, [])),
+    "one rank -> EP2, half the states on the host": ((1, []), (2, [*EP2, *ON_HOST, *HALF])),
 }
 
 

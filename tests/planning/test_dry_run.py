@@ -7,8 +7,9 @@ import pytest
 
 from megatron_k2.errors import UserError
 from megatron_k2.planning import dry_run as room
-from megatron_k2.planning.dry_run import distinct_ranks, dry_run
-from megatron_k2.planning.memory import Parameters, rank_parameters
+from megatron_k2.planning.chunks import distinct_ranks
+from megatron_k2.planning.dry_run import dry_run, plan_optimizer
+from megatron_k2.planning.memory import Parameters, rank_memory, rank_parameters
 from tests.planning.test_memory import request
 
 
@@ -30,6 +31,23 @@ def test_tensor_parallel_shards_are_built_as_planned():
     r = request(preset="moonlight-16b-a3b", world=16, pp=4, tp=2, ep=4, vpp=2)
     for built in dry_run(r.replace(seq_length=8192, sequences_per_step=2048)):
         assert built.parameters == rank_parameters(r, built.ranks[0])
+
+
+@pytest.mark.parametrize("world", [256, 2048])
+def test_a_ranks_optimizer_states_are_the_planners_within_one_shard(world):
+    """Ranks hold equal parts of a stage, of which one may have more of AdamW's than another."""
+    r = request(world=world, vpp=2, optimizer_offload=0.85)
+    planned = rank_memory(r, 1)
+    found = plan_optimizer(r, tuple(range(1, 15)), 4 * 81, 6.0)
+    largest_shard = 8 * 2 * 2048 * 7168
+    assert found.on_host + found.on_device == pytest.approx(
+        planned.optimizer + planned.optimizer_on_host, rel=2e-3
+    )
+    assert planned.optimizer_on_host * 0.998 <= found.on_host
+    assert found.on_host < planned.optimizer_on_host * 1.002 + largest_shard
+    assert found.imbalance < 1.05
+    with pytest.raises(UserError, match="plans 324 matrices, the model has 323"):
+        plan_optimizer(r, tuple(range(1, 15)), 323, 6.0)
 
 
 def test_a_rank_that_is_not_what_was_planned_is_seen(monkeypatch):
@@ -57,9 +75,12 @@ def test_flags_that_megatron_refuses_are_answered_with_its_words(extra, words):
 
 
 def test_ranks_alike_are_built_once():
-    assert len(distinct_ranks(request(vpp=2))) == 3
-    assert len(distinct_ranks(request(vpp=1))) == 3
-    assert sum(map(len, distinct_ranks(request(pp=8, ep=32)).values())) == 8
+    def alike(**layout):
+        return distinct_ranks(request(**layout).chunks(), 1)
+
+    assert len(alike(vpp=2)) == 3
+    assert len(alike(vpp=1)) == 3
+    assert sum(map(len, alike(pp=8, ep=32).values())) == 8
 
 
 @pytest.mark.slow

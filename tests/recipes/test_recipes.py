@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_k2.cli.main import main
 from megatron_k2.errors import UserError
 from megatron_k2.launch.overrides import apply
 from megatron_k2.launch.recipe import DataBlend
@@ -14,7 +15,7 @@ from megatron_k2.planning.dry_run import NEEDS_TE, dry_run
 from megatron_k2.planning.fit import shortfall
 from megatron_k2.planning.memory import rank_parameters
 from megatron_k2.planning.phases import kimi_k2_phases
-from megatron_k2.recipes import RECIPES, get_recipe, kimi_k2
+from megatron_k2.recipes import RECIPES, get_recipe
 from megatron_k2.recipes.cpu import twins
 from megatron_k2.training.flags import add_k2_arguments, last_value
 
@@ -93,6 +94,17 @@ def test_a_later_phase_starts_from_weights_and_resumes_from_its_own():
     flags = get_recipe("kimi_k2_long_32k_cpu").to_megatron_args("runs/b", "runs/a")
     assert last_value(flags, "--pretrained-checkpoint") == "runs/a"
     assert (last_value(flags, "--load"), last_value(flags, "--save")) == ("runs/b", "runs/b")
+
+
+def test_a_recipe_that_continues_published_weights_asks_where_they_are(capsys):
+    assert main(["launch", "kimi_k2_continue_cpu", "--dry-run"]) == 2
+    assert "continues from an imported k2-tiny" in capsys.readouterr().err
+    argv = ["launch", "kimi_k2_continue_256gpu_h800", "--start-from", "imported", "--print-args"]
+    assert main(argv) == 0
+    assert "--pretrained-checkpoint imported" in capsys.readouterr().out
+    recipe = get_recipe("moonlight_16b_a3b_continue_8gpu_h100")
+    assert recipe.imported == "Moonlight-16B-A3B"
+    assert recipe.phase.lr < get_recipe("moonlight_16b_a3b_pretrain_8gpu_h100").phase.lr
 
 
 @pytest.mark.slow
@@ -177,13 +189,16 @@ def test_a_wrong_assignment_is_refused_with_the_way_out(assignment, words):
 
 def test_a_layout_that_does_not_fit_is_refused_unless_forced():
     recipe = get_recipe("kimi_k2_pretrain_256gpu_h800")
+    on_gpu = ["layout.vpp=1", "layout.activation_offload=0"]
+    assert apply(recipe, on_gpu).layout.optimizer_offload > 0
+    on_gpu.append("layout.optimizer_offload=0")
     with pytest.raises(UserError, match=r"GB a GPU too much.*--gpu h200"):
-        apply(recipe, ["layout.vpp=1", "layout.activation_offload=0"])
-    forced = apply(recipe, ["layout.vpp=1", "layout.activation_offload=0"], force=True)
+        apply(recipe, on_gpu)
+    forced = apply(recipe, on_gpu, force=True)
     assert (forced.layout.vpp, forced.layout.activation_offload) == (1, 0)
-    for phase, num_gpus, gpu in kimi_k2.TOO_SMALL:
-        with pytest.raises(UserError, match="GB a GPU too much"):
-            kimi_k2.kimi_k2_pretrain(num_gpus, gpu, phase)
+    long = get_recipe("kimi_k2_yarn_128k_256gpu_h800")
+    assert 0 < long.layout.optimizer_offload < 1
+    assert "--optimizer-cpu-offload" in long.pretrain_flags("runs/x")
 
 
 def test_assignments_reach_the_flags_and_the_plan_follows():

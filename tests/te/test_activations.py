@@ -2,8 +2,8 @@
 
 Bytes are those of the storages that saved tensors lie in, once each and at the end of the forward,
 parameters aside. What the core attention keeps is left out on both sides: the stand-in's attention
-is the unfused one. Wrong variant: a plan that recomputes nothing. Not exercised: FP8 storage, whose
-bytes ``test_fp8_storage.py`` counts, and a GPU's fused router and permutation.
+is the unfused one. Wrong variants: a plan that recomputes nothing, or stores nothing in FP8, where
+the model does. Not exercised: a GPU's fused router and permutation.
 """
 
 import pytest
@@ -18,6 +18,7 @@ from megatron_k2.planning.activations import (
 )
 from megatron_k2.presets import get_preset
 from tests import single_rank
+from tests.saved_tensors import saved_bytes
 from tests.single_rank import build, one_rank
 from tests.te.models import TE_FLAGS, batch
 
@@ -46,51 +47,58 @@ def fused_swiglu(monkeypatch):
     destroy_moe_metrics_tracker()  # it has as many rows as the first model had layers
 
 
+def left_out(module):
+    """From here on nothing that ``module`` saves is counted."""
+    compute = module.forward
+
+    def forward(*args, **kwargs):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            return compute(*args, **kwargs)
+
+    module.forward = forward
+
+
 def kept_by_autograd(model, preset):
     """Bytes a token that one forward leaves for the backward, core attention aside."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    storages, inside = {}, [0]
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if not inside[0] and storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage
-        return tensor
-
     for name, module in model.named_modules():
         if name.endswith("core_attention"):
-            module.register_forward_pre_hook(lambda *_: inside.__setitem__(0, inside[0] + 1))
-            module.register_forward_hook(lambda *_: inside.__setitem__(0, inside[0] - 1))
+            left_out(module)
     tokens, positions, labels = batch(preset, sequence=SEQUENCE, size=1)
     mask = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu_(1)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_bytes(model) as total:
         loss = model(tokens, positions, mask, labels=labels)
-    total = sum(storage.nbytes() for storage in storages.values())
+        kept = total()
     del loss
-    return total / SEQUENCE
+    return kept / SEQUENCE
 
 
-def planned(preset, recompute):
+def planned(preset, recompute, fp8_storage=False):
     rows = []
     for layer in range(preset.num_layers):
         rows += attention_rows(preset, 1)
         rows += mlp_rows(preset, 1, is_moe=layer >= preset.num_dense_layers)
     rows += head_rows(preset, 1)
     left = [row for row in rows if row.name not in IN_CORE_ATTENTION]
-    return kept_bytes(iter(left), frozenset(recompute), fp8_storage=False)
+    return kept_bytes(iter(left), frozenset(recompute), fp8_storage=fp8_storage)
 
 
 ALL = ("norm", "swiglu", "mla_up")
-CASES = [("k2-tiny", part) for part in [(), ("norm",), ("mla_up",), ("swiglu",), ALL]]
+PARTS = [(), ("norm",), ("mla_up",), ("swiglu",), ALL]
+CASES = [("k2-tiny", part, fp8) for part in PARTS for fp8 in (False, True)]
 
 
-@pytest.mark.parametrize(("name", "recompute"), [*CASES, ("k2-mini", ()), ("k2-mini", ALL)])
-def test_activation_bytes_are_within_two_per_cent_of_autograds(fused_swiglu, name, recompute):
+@pytest.mark.parametrize(
+    ("name", "recompute", "fp8"), [*CASES, ("k2-mini", (), False), ("k2-mini", ALL, True)]
+)
+def test_activation_bytes_are_within_two_per_cent_of_autograds(fused_swiglu, name, recompute, fp8):
     preset = get_preset(name)
     flags = ["--recompute-granularity", "selective"] if recompute else []
     flags += ["--recompute-modules", *(MODULES[r] for r in recompute)] if recompute else []
+    flags += ["--fp8-activation-storage"] if fp8 else []
     model = build(preset, *TE_FLAGS, "--bf16", *flags).train()
     found = kept_by_autograd(model, preset)
-    assert found == pytest.approx(planned(preset, recompute), rel=0.02)
+    assert found == pytest.approx(planned(preset, recompute, fp8), rel=0.02)
     if recompute:
-        assert found != pytest.approx(planned(preset, ()), rel=0.02)
+        assert found != pytest.approx(planned(preset, (), fp8), rel=0.02)
+    if fp8:
+        assert found != pytest.approx(planned(preset, recompute), rel=0.02)

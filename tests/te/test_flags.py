@@ -77,3 +77,27 @@ def test_the_reports_activation_memory_scheme_is_accepted(validated):
     assert model.fp8_activation_storage
     assert model.transformer.recompute_modules == scheme
     check_storable(model.transformer)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.55])
+def test_a_plan_of_256_gpus_is_accepted_as_flags(validated, monkeypatch, part):
+    """Layout, overlap, recompute, FP8 storage, both offloads: all that the planner writes."""
+    from megatron_k2.fp8.compute import OFFLOAD_V1, choose_offload_version
+    from megatron_k2.planning.fit import fit_to_memory
+    from megatron_k2.planning.run_flags import megatron_flags
+    from tests.planning.test_memory import request
+
+    planned = fit_to_memory(request(vpp=2, optimizer_offload=part), fixed={"optimizer_offload"})
+    flags = megatron_flags(planned)
+    environment: dict[str, str] = {}
+    choose_offload_version(flags, environment)
+    monkeypatch.setenv(OFFLOAD_V1, environment[OFFLOAD_V1])
+    args, model = validated(*flags)
+    config = model.transformer
+    assert config.fine_grained_activation_offloading
+    assert {"expert_fc1", "moe_act"} <= set(config.offload_modules)
+    assert planned.activation_offload < config.activation_offload_fraction < 1
+    assert args.virtual_pipeline_model_parallel_size == 2
+    assert args.muonclip_cpu_offload == bool(part)
+    assert not args.optimizer_cpu_offload
+    assert not part or args.optimizer_offload_fraction == part

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_k2.training.metrics import METRICS_FILE, read_records
-from tests.distributed import run_ranks
+from tests.distributed import BACKENDS, run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -38,8 +38,8 @@ def _case(root, name, *flags, steps=STEPS, load=None, record=False):
     }
 
 
-@pytest.fixture(scope="module")
-def root(_transformer_engine, tmp_path_factory):
+@pytest.fixture(scope="module", params=BACKENDS)
+def root(request, _transformer_engine, tmp_path_factory):
     root = tmp_path_factory.mktemp("te_training")
     start = ["--load", str(root / "start"), "--finetune"]  # the two draw weights in another order
     half = STEPS // 2
@@ -53,7 +53,7 @@ def root(_transformer_engine, tmp_path_factory):
         _case(root, "te then local", *ZERO, load="te half"),
         _case(root, "fp8", *ZERO, *TE, *FP8, record=True, steps=1),
     ]
-    run_ranks("tests.te.training_worker", 1, cases, root / "logs")
+    run_ranks("tests.te.training_worker", 1, cases, root / "logs", request.param)
     return root
 
 

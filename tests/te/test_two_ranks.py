@@ -7,7 +7,7 @@ exercised: both at once, communication overlapped with TE's GEMMs.
 import pytest
 import torch
 
-from tests.distributed import run_ranks
+from tests.distributed import BACKENDS, run_ranks
 from tests.single_rank import SMALL, build, one_rank
 from tests.te.models import LOCAL_FLAGS, batch, largest_difference
 from tests.te.worker import FLAGS, LAYOUTS, whole_weight
@@ -15,11 +15,11 @@ from tests.te.worker import FLAGS, LAYOUTS, whole_weight
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module")
-def results(_transformer_engine, tmp_path_factory):
+@pytest.fixture(scope="module", params=BACKENDS)
+def results(request, _transformer_engine, tmp_path_factory):
     root = tmp_path_factory.mktemp("te_ranks")
     payload = [{"case": layout, "out": str(root / layout)} for layout in LAYOUTS]
-    run_ranks("tests.te.worker", 2, payload, root / "logs")
+    run_ranks("tests.te.worker", 2, payload, root / "logs", request.param)
     return {
         layout: [torch.load(root / layout / f"{rank}.pt") for rank in range(2)]
         for layout in LAYOUTS
@@ -32,10 +32,12 @@ def expected(_transformer_engine):
         model = build(SMALL, *LOCAL_FLAGS, *FLAGS).train()
         for name, param in model.named_parameters():
             param.data.copy_(whole_weight(name, list(param.shape)))
-        tokens, positions, labels = batch()
+        device = next(model.parameters()).device
+        tokens, positions, labels = (t.to(device) for t in batch())
         loss = model(tokens, positions, None, labels=labels).mean()
         loss.backward()
-        return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters()}
+        found = {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters()}
+        return {name: value.cpu() for name, value in found.items()}
 
 
 def _whole(of_ranks):

@@ -24,6 +24,14 @@ def _fp8_weights(model):
     return found
 
 
+def _on_cpu(values):
+    if isinstance(values, dict):
+        return {key: _on_cpu(value) for key, value in values.items()}
+    if isinstance(values, tuple):
+        return tuple(_on_cpu(value) for value in values)
+    return values.cpu() if torch.is_tensor(values) else values
+
+
 def run_case(case: dict) -> None:
     import megatron_k2.optimizer.distributed as distributed
     import megatron_k2.training.flags as flags_module
@@ -69,15 +77,15 @@ def run_case(case: dict) -> None:
         distributed.DistributedMuonClip._copy_main_params_to_model_params = copy_masters
         reset_megatron()
     if case["record"]:
-        torch.save(record, case["record"])
+        torch.save(_on_cpu(record), case["record"])
 
 
 def main() -> None:
     from megatron_k2.fp8.compute import choose_scale_format
-    from tests.te.standin import install
+    from tests.te.standin import prepare
 
     choose_scale_format("blockwise")
-    install()
+    prepare()
     for case in json.loads(Path(sys.argv[1]).read_text()):
         run_case(case)
 

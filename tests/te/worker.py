@@ -118,21 +118,24 @@ def run(layout: str) -> dict[str, torch.Tensor]:
         model = build(SMALL, *TE_FLAGS, *FLAGS, *LAYOUTS[layout]).train()
         rank = dist.get_rank()
         fill(model, layout, rank)
-        tokens, positions, labels = batch()
+        device = next(model.parameters()).device
+        tokens, positions, labels = (t.to(device) for t in batch())
         if layout == "EP2":
             tokens, positions, labels = (t[rank : rank + 1] for t in (tokens, positions, labels))
-        mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu_(1)
+        length = tokens.shape[1]
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu_(1)
         loss = model(tokens, positions, mask, labels=labels).mean()
         loss.backward()
-        return {"loss": loss.detach()} | summed(model, layout, rank)
+        found = {"loss": loss.detach()} | summed(model, layout, rank)
+        return {name: value.cpu() for name, value in found.items()}
     finally:
         parallel_state.destroy_model_parallel()
 
 
 def main() -> None:
-    from tests.te.standin import install
+    from tests.te.standin import prepare
 
-    install()
+    prepare()
     from megatron_k2.parallel.cpu_host import megatron_host
 
     with megatron_host() as backend:

@@ -63,10 +63,38 @@ def test_a_size_that_is_missing_is_asked_for():
         check_run(["--seq-length", "64"], 1)
 
 
-def test_megatrons_optimizer_offload_is_refused_with_muonclip():
-    with pytest.raises(UserError, match=r"--optimizer-cpu-offload with MuonClip.*--optimizer adam"):
-        check("--optimizer-cpu-offload")
-    check("--optimizer-cpu-offload", "--optimizer", "adam")
+def test_optimizer_offload_is_ours_with_muonclip_and_megatrons_with_adam():
+    offload = ["--optimizer-cpu-offload", "--optimizer-offload-fraction", "0.5"]
+    check(*offload, "--use-distributed-optimizer")
+    ours = expand([*TINY, *offload, "--use-distributed-optimizer"], cuda=False)
+    assert "--muonclip-cpu-offload" in ours
+    assert "--optimizer-cpu-offload" not in ours
+    theirs = expand([*TINY, *offload, "--optimizer", "adam"], cuda=False)
+    assert "--optimizer-cpu-offload" in theirs
+
+
+def test_recomputation_that_would_free_nothing_is_refused():
+    selective = ["--recompute-granularity", "selective", "--recompute-modules"]
+    check(*selective, "layernorm", "mlp")
+    with pytest.raises(UserError, match=r"mla_up_proj with --transformer-impl local frees nothing"):
+        check(*selective, "layernorm", "mla_up_proj")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "add --use-distributed-optimizer"),
+        (["--use-distributed-optimizer", "--optimizer-offload-fraction", "1.5"], "fraction 1.5"),
+        (["--use-distributed-optimizer", "--optimizer-offload-fraction", "0"], "for none, drop"),
+        (["--use-distributed-optimizer", "--async-save"], "--async-save with"),
+        (["--use-distributed-optimizer", "--log-params-norm"], "--log-params-norm with"),
+        (["--use-distributed-optimizer", "--fp8-param-gather"], "--fp8-param-gather with"),
+        (["--use-distributed-optimizer", "--log-muon-steps"], "--log-muon-steps with"),
+    ],
+)
+def test_optimizer_offload_that_could_not_be_exact_is_refused(flags, said):
+    with pytest.raises(UserError, match=said):
+        check("--optimizer-cpu-offload", *flags)
 
 
 def test_a_checkpoint_of_another_preset_is_refused_with_the_fields_that_differ(tmp_path):

@@ -30,6 +30,21 @@ def require_known_version(version: str) -> None:
         )
 
 
+def has_compiled_part() -> bool:
+    """Whether Transformer Engine is here with its extension: on a machine with GPUs."""
+    try:
+        importlib.metadata.version("transformer-engine-torch")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def prepare() -> None:
+    """Of a worker: ``install``, unless Transformer Engine itself is to run, on NCCL."""
+    if not has_compiled_part():
+        install()
+
+
 def install() -> None:
     """Put the stand-in in place and import TE over it; once a process."""
     if "transformer_engine_torch" in sys.modules:

@@ -1,0 +1,95 @@
+"""A chain of recipes as one launch: each starts from the checkpoint of the one before it.
+
+Every command is the same each time: phases that are done are passed over, the one that stopped goes
+on from its last checkpoint. On Slurm all jobs are queued at once, each to start when the one before
+it has ended well; a job that queues itself again has not ended yet.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_k2.launch.local import run_local, write_record
+from megatron_k2.launch.recipe import Recipe
+from megatron_k2.launch.slurm import submit
+from megatron_k2.training.metrics import METRICS_FILE, read_records
+from megatron_k2.training.preflight import TRACKER
+
+type Run = tuple[Recipe, str, str | None]
+"""A recipe, its directory, and the directory it starts from while its own has no checkpoint."""
+
+
+def steps_saved(save: Path) -> int:
+    """Step of the last whole checkpoint of a run, 0 without one."""
+    try:
+        return int((save / TRACKER).read_text())
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def places(recipes: Sequence[Recipe], root: Path) -> list[Run]:
+    """A run of every phase under ``root``, in order."""
+    saves = [str(root / recipe.name) for recipe in recipes]
+    return list(zip(recipes, saves, [None, *saves[:-1]], strict=True))
+
+
+def is_done(run: Run) -> bool:
+    """Whether its last step is in a checkpoint."""
+    recipe, save, _ = run
+    return steps_saved(Path(save)) >= recipe.steps
+
+
+def run_chain(
+    runs: Sequence[Run],
+    changed: list[str],
+    train: Callable[[Recipe, str, str | None, list[str]], int] = run_local,
+) -> int:
+    """Train every run here, in order; returns the exit code of the first that failed, or 0."""
+    for number, run in enumerate(runs, 1):
+        recipe, save, start_from = run
+        heading = f"{number} of {len(runs)}: {recipe.name}"
+        if is_done(run):
+            print(f"{heading}: done before, {save}", flush=True)
+            continue
+        print(f"{heading}, {recipe.steps} steps, from {start_from or 'random weights'}", flush=True)
+        if code := train(recipe, save, start_from, changed):
+            return code
+    return 0
+
+
+def submit_chain(runs: Sequence[Run], scripts: Sequence[str], changed: list[str]) -> list[str]:
+    """Queue every run that is not done, each after the one before it; returns the jobs' numbers.
+
+    Args:
+        runs: in order.
+        scripts: of each, from ``slurm.render``.
+        changed: assignments of ``--set``, for the record.
+
+    Raises:
+        UserError: from ``slurm.submit``.
+    """
+    jobs: list[str] = []
+    for run, script in zip(runs, scripts, strict=True):
+        if not is_done(run):
+            recipe, save, start_from = run
+            jobs.append(submit(script, save, after=jobs[-1] if jobs else None))
+            write_record(recipe, save, start_from, changed)
+    return jobs
+
+
+def chain_summary(runs: Sequence[Run]) -> str:
+    """What each run did, a line each: steps, learning rate as planned and as seen, loss."""
+    lines = [
+        f"{'phase':<28} {'steps':>11} {'sequence':>8} {'rate at the end':>15} {'seen':>9} "
+        f"{'loss':>15}"
+    ]
+    for recipe, save, _ in runs:
+        phase = recipe.phase
+        tokens = recipe.steps * phase.tokens_per_step
+        seen = read_records(Path(save) / METRICS_FILE)
+        rate = f"{seen[-1].learning_rate:>9.3g}" if seen else f"{'-':>9}"
+        loss = f"{seen[0].loss:.3f} -> {seen[-1].loss:.3f}" if seen else "-"
+        lines.append(
+            f"{recipe.name:<28} {steps_saved(Path(save)):>5}/{recipe.steps:<5} "
+            f"{phase.seq_length:>8} {phase.lr_at(tokens):>15.3g} {rate} {loss:>15}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,119 @@
+"""Jobs of a run after they were submitted: which, how they stand, their log, their end."""
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_k2.errors import UserError
+
+JOBS = "slurm/jobs.jsonl"
+ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted job."""
+
+    number: str
+    submitted: str
+    """Local time, ISO 8601."""
+
+
+@dataclass(frozen=True)
+class State:
+    """How Slurm's accounting sees a job."""
+
+    name: str
+    """PENDING, RUNNING, COMPLETED, …"""
+    elapsed: str
+    """[days-]hours:minutes:seconds of its last start."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it will not run again."""
+        return self.name in ENDED
+
+
+def note(save: str, number: str) -> None:
+    """Write down that ``number`` runs ``save``."""
+    path = Path(save) / JOBS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    job = Job(number, time.strftime("%Y-%m-%dT%H:%M:%S"))
+    with path.open("a") as lines:
+        lines.write(json.dumps(asdict(job)) + "\n")
+
+
+def jobs_of(save: str) -> list[Job]:
+    """Every job that was submitted for a run, oldest first."""
+    path = Path(save) / JOBS
+    if not path.is_file():
+        return []
+    return [Job(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def states(jobs: list[Job]) -> dict[str, State]:
+    """Each job's state by its number, from ``sacct``; of a requeued job its last start's.
+
+    Raises:
+        UserError: without sacct, or with its own words where it fails.
+    """
+    if not jobs:
+        return {}
+    numbers = ",".join(job.number for job in jobs)
+    columns = "--format=JobID,State,Elapsed"
+    lines = _ask("sacct", "-X", "--noheader", "--parsable2", columns, f"--jobs={numbers}")
+    found = {}
+    for line in lines.splitlines():
+        number, state, elapsed = line.split("|")
+        found[number] = State(state.split()[0], elapsed)  # "CANCELLED by 0"
+    return found
+
+
+def cancel(save: str) -> list[str]:
+    """Cancel every job of a run that has not ended; returns their numbers."""
+    known = states(jobs_of(save))
+    alive = [number for number, state in known.items() if not state.has_ended]
+    for number in alive:
+        _ask("scancel", number)
+    return alive
+
+
+def log_path(save: str) -> Path:
+    """The log of a run's last job.
+
+    Raises:
+        UserError: if nothing was submitted.
+    """
+    jobs = jobs_of(save)
+    if not jobs:
+        raise UserError(f"{save}: nothing was submitted from here (no {JOBS})")
+    return Path(save) / "slurm" / f"{jobs[-1].number}.log"
+
+
+def follow(save: str, poll_seconds: float = 1.0) -> Iterator[str]:
+    """What the run's last log says, as it grows, until its job has ended."""
+    path, job = log_path(save), jobs_of(save)[-1]
+    position = 0
+    while True:
+        has_ended = (state := states([job]).get(job.number)) is not None and state.has_ended
+        if path.is_file():
+            with path.open(errors="replace") as log:
+                log.seek(position)
+                yield log.read()
+                position = log.tell()
+        if has_ended:
+            return
+        time.sleep(poll_seconds)
+
+
+def _ask(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        raise UserError(f"{command[0]} is not on PATH: run this on a node of the Slurm cluster")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout

@@ -1,0 +1,180 @@
+"""Recipes through NeMo-Run: a task for each, executors, an experiment for a chain.
+
+``nemo_run`` is imported by the functions that need it (``pip install -e '.[launch]'``). A task is
+a ``run.Partial`` of ``train_recipe``, which names its recipe, so that what NeMo-Run writes down
+beside the experiment is a handful of words.
+
+NeMo-Run's own sbatch script queues a job again when it fails, up to ``max_retries``; ours
+(``launch/slurm.py``) when it was interrupted and has saved. Both resume from the last checkpoint.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_k2.errors import UserError
+from megatron_k2.launch.environment import cluster_environment
+from megatron_k2.launch.graph import Run, is_done
+from megatron_k2.launch.recipe import Recipe
+from megatron_k2.launch.slurm import Cluster, num_nodes
+
+MAX_RETRIES = 3
+"""Starts after a failure. Ours."""
+
+SLURM_RANKS = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+
+
+def train_recipe(
+    recipe: str,
+    save: str,
+    start_from: str | None = None,
+    overrides: list[str] | None = None,
+    force: bool = False,
+) -> None:
+    """Train one recipe; what every rank of a task runs.
+
+    Args:
+        recipe: a name of ``megatron-k2 launch --list``.
+        save: the run's directory; the same task resumes from it.
+        start_from: the previous phase's directory.
+        overrides: assignments of ``--set``.
+        force: also where the planner says it does not fit.
+    """
+    from megatron_k2.launch.local import write_record
+    from megatron_k2.launch.overrides import apply
+    from megatron_k2.recipes import get_recipe
+    from megatron_k2.training.pretrain import run
+
+    for name, slurms in SLURM_RANKS.items():
+        if name not in os.environ and slurms in os.environ:
+            os.environ[name] = os.environ[slurms]
+    os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+    if "SLURM_JOB_ID" in os.environ:
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+    chosen = apply(get_recipe(recipe), overrides or [], force=force)
+    if os.environ.get("RANK", "0") == "0":
+        write_record(chosen, save, start_from, overrides or [])
+    run(chosen.pretrain_flags(save, start_from))
+
+
+def task(recipe: str, save: str, start_from: str | None, overrides: Sequence[str] = ()) -> Any:
+    """A ``run.Partial`` of ``train_recipe``.
+
+    Raises:
+        UserError: without NeMo-Run.
+    """
+    return nemo_run().Partial(
+        train_recipe,
+        recipe=recipe,
+        save=os.path.abspath(save),
+        start_from=os.path.abspath(start_from) if start_from else None,
+        overrides=list(overrides),
+    )
+
+
+def slurm_executor(recipe: Recipe, cluster: Cluster, base: Path) -> Any:
+    """A ``run.SlurmExecutor``: one task a GPU, what ``launch/slurm.py`` renders where it can.
+
+    Args:
+        recipe: its size and environment.
+        cluster: as for the plain script; NeMo-Run insists on an account and a partition.
+        base: NeMo-Run's own directory; jobs run in ``<base>/experiments``.
+
+    Raises:
+        UserError: without NeMo-Run, an account or a partition.
+    """
+    if not cluster.account or not cluster.partition:
+        raise UserError("NeMo-Run asks for --account and --partition (or a --profile with them)")
+    run = nemo_run()
+    nodes = num_nodes(recipe)
+    tasks = recipe.layout.world_size // nodes
+    on_gpus = {} if recipe.is_cpu else {"gpus_per_node": tasks, "exclusive": True}
+    return run.SlurmExecutor(
+        account=cluster.account,
+        partition=cluster.partition,
+        time=cluster.time,
+        nodes=nodes,
+        ntasks_per_node=tasks,
+        container_image=cluster.container,
+        container_mounts=list(cluster.mounts),
+        env_vars=cluster_environment(recipe.layout) | dict(cluster.environment),
+        additional_parameters={"requeue": True},
+        # The checkout is on a file system that every node sees; nothing is packed.
+        packager=run.Packager(),
+        tunnel=run.LocalTunnel(job_dir=str(base.absolute() / "experiments")),
+        retries=MAX_RETRIES,
+        **on_gpus,
+    )
+
+
+def local_executor(recipe: Recipe) -> Any:
+    """A ``run.LocalExecutor`` with torchrun where there are several ranks.
+
+    Raises:
+        UserError: without NeMo-Run, or torchrun on PATH where it is needed.
+    """
+    size = recipe.layout.world_size
+    if size > 1 and shutil.which("torchrun") is None:
+        raise UserError("NeMo-Run starts torchrun, which is not on PATH: activate the environment")
+    return nemo_run().LocalExecutor(
+        ntasks_per_node=size,
+        launcher="torchrun" if size > 1 else None,
+        env_vars={"OMP_NUM_THREADS": "1"},
+    )
+
+
+def run_experiment(
+    runs: Sequence[Run], overrides: Sequence[str], cluster: Cluster | None, *, waits: bool
+) -> str:
+    """One experiment: a task for every run that is not done, each after the one before it.
+
+    Args:
+        runs: in order; NeMo-Run's own directory is ``nemo`` beside the first's.
+        overrides: of ``--set``, already applied to ``runs``.
+        cluster: a Slurm's; ``None`` runs here.
+        waits: return when all have ended, with their log on the terminal; else at once.
+
+    Returns:
+        The experiment's id, for ``nemo experiment status`` and its like.
+
+    Raises:
+        UserError: without NeMo-Run, or when a run fell short and ``waits``.
+    """
+    run = nemo_run()
+    # Not "nemo_run": without a container NeMo-Run writes the job's directory over that name.
+    base = Path(runs[0][1]).parent / "nemo"
+    with run.Experiment(
+        "megatron_k2", base_dir=str(base.absolute()), clean_mode=True
+    ) as experiment:
+        before: list[str] = []
+        for recipe, save, start_from in (one for one in runs if not is_done(one)):
+            executor = slurm_executor(recipe, cluster, base) if cluster else local_executor(recipe)
+            one = task(recipe.name, save, start_from, overrides)
+            before = [
+                experiment.add(
+                    one, executor=executor, name=recipe.name, dependencies=before or None
+                )
+            ]
+        experiment.run(sequential=cluster is None, detach=not waits, tail_logs=waits)
+    # NeMo-Run does not know how a local task ended; the checkpoint does.
+    if waits and (short := [one[0].name for one in runs if not is_done(one)]):
+        raise UserError(f"{', '.join(short)} did not reach the last step; logs are below {base}")
+    return str(experiment._id)
+
+
+def nemo_run() -> Any:
+    """The module ``nemo_run``.
+
+    Raises:
+        UserError: where it, or what it needs, is not installed.
+    """
+    try:
+        import nemo_run as module
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"NeMo-Run cannot be imported ({error}); pip install 'nemo-run>=0.11,<0.12' "
+            "'leptonai<0.47', or launch without --nemo-run"
+        ) from None
+    return module

@@ -1,0 +1,174 @@
+"""Proof on the user's own machine: which tests are run where, and what they said, as one table.
+
+The tests are the checkout's own, the same bodies on GPUs over NCCL (marker ``gpu``) and on CPU over
+gloo. What they measured they record as properties (``difference``: the largest one to the oracle,
+``bar``: what it must stay under), which pytest writes to its JUnit file.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_k2.errors import UserError
+
+
+@dataclass(frozen=True)
+class Check:
+    """A row of the table: tests that show one thing."""
+
+    name: str
+    tests: tuple[str, ...]
+    on_cpu: bool = True
+    on_gpu: bool = True
+    is_quick: bool = False
+    """Under half a minute on two cores."""
+
+
+CHECKS = (
+    Check(
+        "logits, gradients = transformers",
+        ("model/test_hf_parity.py",),
+        on_gpu=False,
+        is_quick=True,
+    ),
+    Check("attention, largest logits", ("model/test_attention.py",), on_gpu=False, is_quick=True),
+    Check(
+        "MuonClip against its oracles", ("optimizer/test_qk_clip.py",), on_gpu=False, is_quick=True
+    ),
+    Check("every layout = one rank", ("parallel/test_layouts.py",)),
+    Check("bf16 masters, MTP layers", ("parallel/test_bf16_and_mtp.py",)),
+    Check("save, load at another layout", ("parallel/test_reshard.py",)),
+    Check("killed rank, exact resume", ("training/test_resume.py",)),
+    Check("FP8 tiles by Triton", ("fp8/test_triton_tiles.py",), is_quick=True),
+    Check("Transformer Engine's modules", ("te",)),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the tests of a check said."""
+
+    check: Check
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    difference: float | None = None
+    """The largest recorded, next to its bar."""
+    bar: float | None = None
+    note: str = ""
+    """Why tests were skipped, or the first failure's first line."""
+
+    @property
+    def verdict(self) -> str:
+        """pass, FAIL, or skip where nothing ran."""
+        if self.failed:
+            return "FAIL"
+        return "pass" if self.passed else "skip"
+
+
+def chosen(only: str | None, *, on_gpu: bool, is_quick: bool) -> list[Check]:
+    """Checks that exist for the device.
+
+    Args:
+        only: part of a name.
+        on_gpu: the GPU column, else the CPU's.
+        is_quick: those under half a minute only.
+
+    Raises:
+        UserError: if nothing is left.
+    """
+    found = [
+        check
+        for check in CHECKS
+        if (check.on_gpu if on_gpu else check.on_cpu)
+        and (check.is_quick or not is_quick)
+        and (only is None or only in check.name)
+    ]
+    if not found:
+        raise UserError(
+            f"no check is called '{only}'; they are: {', '.join(c.name for c in CHECKS)}"
+        )
+    return found
+
+
+def checkout_tests() -> Path:
+    """The checkout's tests.
+
+    Raises:
+        UserError: if the package was installed without them.
+    """
+    path = Path(__file__).resolve().parent.parent / "tests"
+    if not path.is_dir():
+        raise UserError(
+            "selfcheck runs the tests of a checkout, and this package was installed without them; "
+            "clone the repository and pip install -e '.[data,dev]' there"
+        )
+    return path
+
+
+def run_check(check: Check, *, on_gpu: bool) -> Outcome:
+    """Run a check's tests in a process of their own; nothing is printed."""
+    tests = checkout_tests()
+    with tempfile.TemporaryDirectory() as folder:
+        report, log = Path(folder) / "report.xml", Path(folder) / "log"
+        command = [sys.executable, "-m", "pytest", "-q", "--no-showlocals", f"--junitxml={report}"]
+        command += ["-m", "gpu" if on_gpu else "not gpu and not slurm"]
+        command += [str(tests / name) for name in check.tests]
+        with log.open("w") as output:
+            subprocess.run(
+                command,
+                cwd=tests.parent,
+                env={"OMP_NUM_THREADS": "1"} | os.environ,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        if not report.is_file():
+            return Outcome(check, failed=1, note=log.read_text().strip().splitlines()[-1])
+        return read_report(check, report.read_text())
+
+
+def read_report(check: Check, xml: str) -> Outcome:
+    """What a JUnit report says."""
+    cases = list(ElementTree.fromstring(xml).iter("testcase"))
+    bad = [case for case in cases if case.find("failure") is not None or _error(case) is not None]
+    left_out = [case for case in cases if case.find("skipped") is not None]
+    measured = [
+        (float(value), float(properties.get("bar", "nan")))
+        for case in cases
+        if (value := (properties := _properties(case)).get("difference")) is not None
+    ]
+    difference, bar = max(measured, default=(None, None), key=lambda pair: pair[0] or 0.0)
+    note = ""
+    if bad:
+        found = bad[0].find("failure")
+        found = _error(bad[0]) if found is None else found
+        assert found is not None
+        note = f"{bad[0].get('name')}: {(found.get('message') or '').splitlines()[0]}"
+    elif left_out:
+        skipped = left_out[0].find("skipped")
+        assert skipped is not None
+        note = (skipped.get("message") or "").splitlines()[0]
+    return Outcome(
+        check,
+        passed=len(cases) - len(bad) - len(left_out),
+        failed=len(bad),
+        skipped=len(left_out),
+        seconds=sum(float(case.get("time", 0)) for case in cases),
+        difference=difference,
+        bar=bar,
+        note=note,
+    )
+
+
+def _error(case: ElementTree.Element) -> ElementTree.Element | None:
+    return case.find("error")
+
+
+def _properties(case: ElementTree.Element) -> dict[str, str]:
+    return {str(p.get("name")): str(p.get("value")) for p in case.iter("property")}

@@ -1,0 +1,107 @@
+"""Recipes through NeMo-Run: what its partials hold, its script, a local run, jobs on a real Slurm.
+
+Needs NeMo-Run (``make launch-venv``); the jobs need a Slurm as well (``make test-slurm``).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("nemo_run", reason="NeMo-Run is not in this environment: make test-slurm")
+
+import nemo_run as run
+
+from megatron_k2.errors import UserError
+from megatron_k2.launch.graph import steps_saved
+from megatron_k2.launch.nemo_factories import pretrain_recipe
+from megatron_k2.launch.nemo_tasks import slurm_executor, task, train_recipe
+from megatron_k2.launch.slurm import Cluster
+from megatron_k2.recipes import RECIPES, get_recipe
+from megatron_k2.training.metrics import METRICS_FILE, read_records
+from tests.slurm.cluster import LOW, missing, private_cluster
+
+pytestmark = pytest.mark.slurm
+RECIPE = "kimi_k2_pretrain_cpu"
+
+
+def test_a_task_names_its_recipe_and_nothing_else():
+    one = task("kimi_k2_anneal_4k_cpu", "runs/b", "runs/a", ["phase.lr=1e-3"])
+    assert one.__fn_or_cls__ is train_recipe
+    assert one.recipe == "kimi_k2_anneal_4k_cpu"
+    assert (one.save, one.start_from) == tuple(str(Path(f"runs/{x}").absolute()) for x in "ba")
+
+
+def test_the_executor_has_the_recipes_size_and_the_sites_names(tmp_path):
+    site = Cluster(account="k2", partition="big", container="i.sqsh", mounts=("/a:/a",))
+    recipe = get_recipe("kimi_k2_pretrain_256gpu_h800")
+    executor = slurm_executor(recipe, site, tmp_path)
+    assert (executor.nodes, executor.ntasks_per_node, executor.gpus_per_node) == (32, 8, 8)
+    assert (executor.account, executor.partition, executor.container_image) == (
+        "k2",
+        "big",
+        "i.sqsh",
+    )
+    assert executor.env_vars["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+    assert executor.tunnel.job_dir == str(tmp_path / "experiments")
+    with pytest.raises(UserError, match="--account and --partition"):
+        slurm_executor(recipe, Cluster(), tmp_path)
+
+
+def test_every_recipe_is_a_factory_of_the_entry_point():
+    factories = run.cli.list_factories("k2")
+    found = {factory.__name__ for factory in factories}
+    assert found >= set(RECIPES)
+
+
+def test_the_older_style_finds_the_recipe_of_its_size(tmp_path):
+    partial = pretrain_recipe(dir=str(tmp_path), name="x", num_nodes=64, hardware="h100")
+    assert partial.recipe == "kimi_k2_pretrain_512gpu_h100"
+    assert partial.save == str(tmp_path / "x")
+    with pytest.raises(UserError, match="did you mean"):
+        pretrain_recipe(num_nodes=65)
+
+
+def _launch(save, *more):
+    """As from a shell: NeMo-Run reads standard input."""
+    argv = ["launch", RECIPE, "--nemo-run", "--save", str(save), *more]
+    program = [sys.executable, "-m", "megatron_k2.cli.main", *argv]
+    return subprocess.run(
+        [*program, "--set", "layout.world_size=2"], stdin=subprocess.DEVNULL, check=False
+    ).returncode
+
+
+def _losses(save):
+    return [r.loss for r in read_records(Path(save) / METRICS_FILE)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment():
+    """As in an activated environment: NeMo-Run calls python and torchrun by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        yield
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    save = tmp_path_factory.mktemp("local") / "run"
+    assert _launch(save, "--executor", "local") == 0
+    return save
+
+
+def test_a_local_experiment_trains(local):
+    assert steps_saved(local) == 20
+    assert len(_losses(local)) == 20
+
+
+@pytest.mark.skipif(bool(missing()), reason=missing())
+def test_two_tasks_on_slurm_train_the_same_numbers(local, tmp_path):
+    site = tmp_path / "site.yaml"
+    site.write_text(f"account: root\npartition: {LOW}\ntime: '00:30:00'\n")
+    save = tmp_path / "run"
+    with private_cluster(tmp_path / "slurm"):
+        assert _launch(save, "--executor", "slurm", "--profile", str(site)) == 0
+    assert _losses(save) == _losses(local)
