@@ -10,14 +10,17 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 
 def fuse_on_cpu(chain: ChainedOptimizer) -> None:
-    """Let every torch AdamW of ``chain`` whose parameters are on a CPU run fused.
+    """Let every torch AdamW of ``chain`` that steps on a CPU run fused.
 
-    To be called again after a checkpoint was loaded, which brings its own parameter groups.
+    That is where the gradients are: states kept on the host (``offloaded.py``) visit a GPU. To be
+    called again after a checkpoint was loaded, which brings its own parameter groups.
     """
     for optimizer in chain.chained_optimizers:
         inner = getattr(optimizer, "optimizer", None)
         if not isinstance(inner, torch.optim.AdamW):
             continue
+        buffers = getattr(optimizer, "buffers", ())
         for group in inner.param_groups:
-            if all(param.device.type == "cpu" for param in group["params"]):
+            gradients = [buffer.grad_data for buffer in buffers] or group["params"]
+            if all(tensor.device.type == "cpu" for tensor in gradients):
                 group["fused"], group["foreach"] = True, False
