@@ -5,12 +5,16 @@ version it repairs; ``tests/test_compat.py`` fails when upstream has fixed the d
 repair can be dropped.
 """
 
+import ctypes
 import functools
 import importlib.metadata
 import logging
+import multiprocessing
 import signal
+import sys
 from collections.abc import Callable
 from multiprocessing import resource_tracker
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 from megatron_k2.errors import UserError
@@ -118,13 +122,19 @@ def recompute_without_te() -> None:
     checkpoint._k2_without_te = True
 
 
+def _end_with_parent() -> None:
+    """Have the kernel kill this process when its parent is gone, however that ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def keep_checkpoint_queue_through_sigterm() -> None:
     """Let a rank save after a SIGTERM that its whole process group got, as Slurm preempts.
 
     Checkpoint writers report through a queue in a process of its own
     (``core/dist_checkpointing/strategies/filesystem_async.py:65``), which dies of the signal that
     ``--exit-signal-handler`` answers with a save: ``BrokenPipeError``, and nothing is saved. A
-    process started while the signal is blocked never gets it.
+    process started while the signal is blocked never gets it; it ends with its rank instead.
     """
     require_checked_megatron()
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
@@ -135,12 +145,17 @@ def keep_checkpoint_queue_through_sigterm() -> None:
 
     @functools.wraps(original)
     def get_write_results_queue(mp_mode: str = "spawn") -> Any:
+        if filesystem_async._results_queue is not None:
+            return filesystem_async._results_queue
+        manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
         resource_tracker.ensure_running()  # its start unblocks the signal again
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
-            return original(mp_mode)
+            manager.start(_end_with_parent)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        filesystem_async._results_queue = manager.Queue()
+        return filesystem_async._results_queue
 
     get_write_results_queue._k2_survives_sigterm = True  # type: ignore[attr-defined]
     filesystem_async.get_write_results_queue = get_write_results_queue

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError
 from multiprocessing import resource_tracker
 from types import SimpleNamespace
@@ -300,3 +301,32 @@ def test_megatrons_checkpoint_queue_still_dies_of_the_signal_that_asks_for_a_sav
     compat.keep_checkpoint_queue_through_sigterm()
     assert passes_through_a_sigterm()
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+@pytest.mark.slow
+def test_the_queue_ends_with_a_rank_that_is_killed():
+    program = (
+        "import multiprocessing, os, signal\n"
+        "from megatron.core.dist_checkpointing.strategies import filesystem_async\n"
+        "from megatron_k2.compat import keep_checkpoint_queue_through_sigterm\n"
+        "if __name__ == '__main__':\n"
+        "    keep_checkpoint_queue_through_sigterm()\n"
+        "    filesystem_async.get_write_results_queue().put(1)\n"
+        "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    left_over = int(done.stdout)
+    for _ in range(50):
+        if not os.path.exists(f"/proc/{left_over}"):
+            return
+        time.sleep(0.1)
+    os.kill(left_over, signal.SIGKILL)
+    raise AssertionError("the queue's process outlived its rank")

@@ -143,8 +143,12 @@ class PrivateCluster:
         )
 
     def stop(self) -> None:
-        """End what was started, last first, by pid."""
-        os.environ.pop("SLURM_CONF", None)
+        """End every job, then the daemons by pid, last first."""
+        if "SLURM_CONF" in os.environ:
+            subprocess.run(["scancel", "--full", "--user=root"], check=False)
+            with contextlib.suppress(TimeoutError):
+                _wait(["bash", "-c", 'test -z "$(squeue --noheader)"'])
+            del os.environ["SLURM_CONF"]
         for process in reversed(self.processes):
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
