@@ -91,18 +91,42 @@ def _differing(config, flags):
 @pytest.mark.parametrize(
     "name", ["kimi_k2_pretrain_cpu", "kimi_k2_yarn_128k_cpu", "moonlight_16b_a3b_continue_cpu"]
 )
-def test_every_field_is_the_flags(name):
+def test_every_field_is_the_flags_and_bridge_accepts_it(name, tmp_path, monkeypatch):
     recipe = get_recipe(name)
     with pytest.warns(UserWarning, match="MuonClip has no place there, Megatron's muon"):
-        config = to_bridge_config(recipe, "runs/x", "runs/a")
-    flags = recipe.to_megatron_args("runs/x", "runs/a")
+        config = to_bridge_config(recipe, "runs/x", str(tmp_path))
+    flags = recipe.to_megatron_args("runs/x", str(tmp_path))
     wrong, compared = _differing(config, flags)
     assert wrong == []
     assert compared > 20
     other = apply(recipe, ["phase.lr=3e-3", "checkpoint.interval=1"])
-    found, _ = _differing(config, other.to_megatron_args("runs/x", "runs/a"))
+    found, _ = _differing(config, other.to_megatron_args("runs/x", str(tmp_path)))
     assert {flag for flag, _, _ in found} == {"--lr", "--save-interval"}
     assert config.model.builder == "megatron_k2.model.build.K2ModelBuilder"
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    config.validate()
+    assert config.train.train_iters == recipe.steps
+    assert config.scheduler.lr_decay_steps == recipe.steps * recipe.phase.sequences_per_step
+
+
+@with_bridge
+@pytest.mark.slow
+@pytest.mark.usefixtures("_host")
+@pytest.mark.filterwarnings("ignore:.*MuonClip has no place there.*adam")
+def test_the_whole_layout_of_a_cluster_is_carried():
+    """Without what Megatron refuses where Transformer Engine is absent: no size's."""
+    recipe = get_recipe("kimi_k2_long_32k_256gpu_h800")
+    memory = {"recompute": frozenset(), "fp8_storage": False, "activation_offload": 0.0}
+    layout = recipe.layout.replace(**memory, has_overlap=False)
+    recipe = recipe.replace(layout=layout, extra_flags=("--transformer-impl", "local"))
+    config = to_bridge_config(recipe, "runs/x")
+    wrong, compared = _differing(config, recipe.to_megatron_args("runs/x"))
+    assert (wrong, compared > 20) == ([], True)
+    assert config.model.transformer.virtual_pipeline_model_parallel_size == layout.vpp
+    assert config.ddp.use_distributed_optimizer
+    names, weights = config.dataset.blend_per_split[0]
+    assert names == [f"data/{name}" for name in recipe.data.prefixes]
+    assert tuple(weights) == recipe.data.weights
 
 
 @pytest.mark.skipif(HAS_BRIDGE, reason="megatron-bridge is installed")
