@@ -106,11 +106,17 @@ def verdict(facts: list[NodeFacts]) -> str:
 def _agreed(
     store: Any, key: str, rank: int, mine: object, judge: Callable[[list[Any]], str]
 ) -> str:
-    """What ``judge`` makes on rank 0 of every rank's ``mine``; every rank returns it."""
+    """What ``judge`` makes on rank 0 of every rank's ``mine``; every rank returns it.
+
+    Rank 0 prints it before any other knows: the first rank that ends with a code ends them all.
+    """
     world = int(os.environ["WORLD_SIZE"])
     store.set(f"{key}/{rank}", json.dumps(mine))
     if rank == 0:
-        store.set(key, judge([json.loads(_of_rank(store, key, r)) for r in range(world)]))
+        said = judge([json.loads(_of_rank(store, key, r)) for r in range(world)])
+        if said:
+            print(f"node check: {said}", flush=True)
+        store.set(key, said)
     answer: str = store.get(key).decode()
     if store.add(f"{key}/read", 1) == world:
         store.set(f"{key}/all", "")
@@ -130,14 +136,14 @@ def _of_rank(store: Any, key: str, rank: int) -> bytes:
     return found
 
 
-def check(argv: list[str]) -> str:
-    """The check of this rank; returns what rank 0 prints.
+def check(argv: list[str]) -> int:
+    """The check of this rank; returns its exit code.
 
     Args:
         argv: the options above, then the training's flags.
 
     Raises:
-        UserError: for what is wrong, on every rank alike.
+        UserError: for what this rank alone found wrong: a rank that did not come, a wrong sum.
     """
     import torch
 
@@ -151,26 +157,27 @@ def check(argv: list[str]) -> str:
             *master, world, rank == 0, timeout=limit, wait_for_workers=False
         )
         mine = asdict(look(rank, wanted, flags.save))
-        if wrong := _agreed(
+        if _agreed(
             store, "facts", rank, mine, lambda all_: verdict([NodeFacts(**one) for one in all_])
         ):
-            raise UserError(wrong)
+            return 1
     timed = timed_sums(flags, torch.distributed.PrefixStore("groups", store), rank, wanted.seconds)
-    report = _agreed(store, "timed", rank, (socket.gethostname(), timed), slow_groups)
-    return f"node check: {world} ranks agree\n{report}"
+    here = (socket.gethostname(), timed)
+    _agreed(
+        store, "timed", rank, here, lambda all_: f"{world} ranks agree\n{slow_groups(all_)}".strip()
+    )
+    return 0
 
 
 def main() -> None:
     """Entry point of each rank."""
-    rank = os.environ["RANK"]
     try:
-        report = check(sys.argv[1:])
+        code = check(sys.argv[1:])
     except UserError as error:
-        if rank == "0":
-            print(f"node check: {error}", file=sys.stderr)
-        sys.exit(1)
-    if rank == "0":
-        print(report)
+        where = f"{socket.gethostname()}, rank {os.environ['RANK']}"
+        print(f"node check: {where}: {error}", file=sys.stderr, flush=True)
+        code = 1
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,19 @@ def test_another_number_of_ranks_and_a_full_disk_are_named_with_host_and_rank(tm
     assert "GB free, one checkpoint is 1,000,000,000.0 GB" in words
 
 
+@pytest.mark.dist
+def test_a_rank_that_does_not_come_is_named(tmp_path):
+    arguments = [*_wanted(), "--seconds", "3", *FLAGS]
+    ranks = start_ranks("megatron_k2.launch.node_check", 2, arguments, tmp_path / "logs")
+    end(ranks[1])
+    try:
+        assert ranks[0].wait(60) == 1
+    finally:
+        end(ranks[0])
+    words = (tmp_path / "logs" / "rank0.log").read_text()
+    assert f"{HOST}, rank 0: rank 1 has not come to 127.0.0.1:" in words
+
+
 def test_a_node_with_another_version_is_named():
     good = NodeFacts(0, "n1", {"torch": "2.14.1"}, [])
     assert verdict([good, NodeFacts(1, "n1", {"torch": "2.14.1"}, [])]) == ""
