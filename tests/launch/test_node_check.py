@@ -1,5 +1,6 @@
 """The check before the first step: on two ranks as it runs, and what it says of nodes by hand."""
 
+import signal
 import socket
 import time
 
@@ -63,11 +64,12 @@ def test_another_number_of_ranks_and_a_full_disk_are_named_with_host_and_rank(tm
 def test_a_rank_that_does_not_come_is_named(tmp_path):
     arguments = [*_wanted(), "--seconds", "3", *FLAGS]
     ranks = start_ranks("megatron_k2.launch.node_check", 2, arguments, tmp_path / "logs")
-    end(ranks[1])
+    ranks[1].send_signal(signal.SIGKILL)
     try:
         assert _code(ranks[0]) == 1
     finally:
-        end(ranks[0])
+        for rank in ranks:
+            end(rank)
     words = (tmp_path / "logs" / "rank0.log").read_text()
     assert f"{HOST}, rank 0: rank 1 has not come to 127.0.0.1:" in words
 
