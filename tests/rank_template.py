@@ -3,12 +3,13 @@
 ``python -m tests.rank_template`` reads JSON from standard input, an object a line, and answers so:
 
 - ``{"module", "arguments", "environment", "log"}`` starts ``python -m module arguments`` in a
-  session of its own, its output in ``log``: ``{"pid"}``;
+  process group of its own, its output in ``log``: ``{"pid"}``;
 - ``{"poll": pid}``: ``{"code"}``, ``null`` while it runs.
 
 Nothing of CUDA may be touched before the fork, so only imports are done here.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -33,7 +34,7 @@ PRELOADED = (
 
 def _become(request: dict) -> None:
     """What ``python -m`` would be: this process's last act."""
-    os.setsid()  # the helpers Megatron starts are ended with it
+    os.setpgid(0, 0)  # the helpers Megatron starts are ended with it
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for target, source in ((0, nothing), (1, log), (2, log)):
@@ -61,6 +62,8 @@ def serve() -> None:
             pid = os.fork()
             if pid == 0:
                 return _become(request)
+            with contextlib.suppress(OSError):  # it may have done so itself, or have ended
+                os.setpgid(pid, pid)
             answer = {"pid": pid}
         print(json.dumps(answer), flush=True)
     return None

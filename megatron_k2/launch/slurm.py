@@ -1,6 +1,7 @@
 """A recipe as one plain sbatch script, and its submission.
 
-One task a GPU, started by srun, so that a signal reaches every rank. The script ends in one of
+One task a GPU, started by srun, so that a signal reaches every rank. Nodes are checked first
+(``launch/node_check.py``). The script ends in one of
 three ways: the run is done; a rank failed (the job fails with it); or the run ended early and well,
 which is a signal before the time limit or before preemption: it saved, so the job queues itself
 again. Lost nodes are Slurm's to requeue. The same ``--save`` makes every start a resume.
@@ -19,6 +20,8 @@ from megatron_k2.launch.environment import cluster_environment
 from megatron_k2.launch.jobs import note
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.planning.gpus import GPUS_PER_NODE
+from megatron_k2.planning.memory import MUON_STATE_BYTES, WEIGHT_BYTES
+from megatron_k2.planning.params import count_parameters
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,17 @@ def render(
         flags=wrapped(recipe.pretrain_flags(save, start_from)),
         srun=shlex.join(srun),
         python=shlex.quote(cluster.python),
+        check=_check(recipe, num_nodes(recipe, nodes)),
     )
+
+
+def _check(recipe: Recipe, nodes: int) -> str:
+    """What ``launch/node_check.py`` is to expect."""
+    gpus = 0 if recipe.is_cpu else recipe.layout.world_size // nodes
+    parameters = count_parameters(recipe.preset).total
+    gigabytes = parameters * (WEIGHT_BYTES + MUON_STATE_BYTES) / 1e9
+    ranks = recipe.layout.world_size
+    return f"--ranks {ranks} --gpus {gpus} --checkpoint-gb {gigabytes:.0f}"
 
 
 TEMPLATE = """\
@@ -190,9 +203,14 @@ before=$(step_saved)
 interrupted=0
 trap 'interrupted=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
-{srun} bash -c '
-  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-  exec "$@"' task {python} -m megatron_k2.training.pretrain "${{flags[@]}}" &
+on_every_rank() {{
+  {srun} bash -c '
+    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+    exec "$@"' task {python} -m "$@"
+}}
+on_every_rank megatron_k2.launch.node_check {check} "${{flags[@]}}" || exit
+
+on_every_rank megatron_k2.training.pretrain "${{flags[@]}}" &
 ranks=$!
 while true; do
   interrupted=0

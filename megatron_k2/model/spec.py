@@ -8,6 +8,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec_for_backend,
     get_mlp_module_spec_for_backend,
 )
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
@@ -174,10 +175,7 @@ def decoder_block_spec(
     pp_rank: int | None = None,
     latent_norm_epsilon: float = DEFAULT_LATENT_NORM_EPSILON,
 ) -> TransformerBlockSubmodules:
-    """The layers that this pipeline (and virtual pipeline) stage holds.
-
-    Also what stock ``pretrain_gpt.py`` gets from ``--spec megatron_k2.model.spec block_spec``.
-    """
+    """The layers that this pipeline (and virtual pipeline) stage holds."""
     layers = [
         layer_spec(config, is_moe=is_moe, latent_norm_epsilon=latent_norm_epsilon)
         for is_moe in moe_layer_pattern(config)
@@ -213,5 +211,41 @@ def mtp_block_spec(
 
 
 def block_spec(model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The ``--spec`` seam of Megatron's training: takes its ``GPTModelConfig``."""
+    """``--spec megatron_k2.model.spec block_spec``: called by Megatron with its model config."""
     return decoder_block_spec(model_config.transformer, vp_stage=vp_stage)
+
+
+class NumberedLayer(TransformerLayer):
+    """A decoder layer that is dense or has experts by its number, and so is one spec for all.
+
+    For programs that take ``--spec``'s object as the layers' spec without calling it
+    (``gpt_builders.py`` of Megatron's repository): they know no pattern of layers.
+    """
+
+    def __init__(
+        self,
+        config: MLATransformerConfig,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+        **rest: Any,
+    ) -> None:
+        stage = pg_collection.pp.rank() if pg_collection is not None else None
+        first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=stage)
+        own = layer_spec(
+            config,
+            is_moe=moe_layer_pattern(config)[first + layer_number - 1],
+            latent_norm_epsilon=DEFAULT_LATENT_NORM_EPSILON,
+        )
+        super().__init__(
+            config,
+            own.submodules,
+            layer_number,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+            **rest,
+        )
+
+
+numbered_layer = ModuleSpec(module=NumberedLayer)
+"""``--spec megatron_k2.model.spec numbered_layer``; the final norm is Megatron's choice."""

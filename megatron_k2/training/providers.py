@@ -10,6 +10,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import (
+    StragglerDetector,
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
@@ -18,6 +19,8 @@ from megatron.training import get_args, get_timers
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
+STRAGGLERS = StragglerDetector()
+"""Megatron's one instance; it times what is inside ``with`` under ``--log-straggler``, on GPUs."""
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 _LOADER_KEYS = (
     *BATCH_KEYS,
@@ -118,7 +121,9 @@ def forward_step(
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
-    tokens, labels, loss_mask, attention_mask, position_ids = get_batch(iterator, vp_stage)
+    with STRAGGLERS(bdata=True):
+        tokens, labels, loss_mask, attention_mask, position_ids = get_batch(iterator, vp_stage)
     timers("batch-generator").stop()
-    output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
+    with STRAGGLERS:
+        output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
     return output, partial(loss_func, loss_mask)

@@ -59,7 +59,8 @@ def test_the_example_is_the_recipes_own_flags(monkeypatch):
 
 
 STUBS = {
-    "srun": 'trap "echo $AFTER > $SAVE/latest_checkpointed_iteration.txt; exit $CODE" TERM\n'
+    "srun": 'case "$*" in *launch.node_check*) exit $CHECK;; esac\n'
+    'trap "echo $AFTER > $SAVE/latest_checkpointed_iteration.txt; exit $CODE" TERM\n'
     'echo $$ > "$SAVE/pid"\n'
     'if [ "$WAITS" = 1 ]; then for i in $(seq 200); do sleep 0.05; done; fi\n'
     'echo $AFTER > "$SAVE/latest_checkpointed_iteration.txt"; exit $CODE',
@@ -68,7 +69,7 @@ STUBS = {
 }
 
 
-def _job(tmp_path, *, before, after, code=0, waits=False):
+def _job(tmp_path, *, before, after, code=0, waits=False, check=0):
     """The script run with stubs; (exit code, what scontrol was asked last)."""
     save = tmp_path / "run"
     save.mkdir()
@@ -79,7 +80,7 @@ def _job(tmp_path, *, before, after, code=0, waits=False):
     (save / "latest_checkpointed_iteration.txt").write_text(f"{before}\n")
     script, recipe = tmp_path / "job.sh", get_recipe("kimi_k2_yarn_128k_512gpu_h200")
     script.write_text(render(recipe, str(save), None, Cluster()))
-    own = {"SAVE": save, "AFTER": after, "CODE": code, "WAITS": int(waits)}
+    own = {"SAVE": save, "AFTER": after, "CODE": code, "WAITS": int(waits)} | {"CHECK": check}
     slurm_own = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
     environment = os.environ | slurm_own | {name: str(v) for name, v in own.items()}
     environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
@@ -102,6 +103,11 @@ def test_a_finished_run_is_not_queued_again(tmp_path):
 
 def test_a_failed_run_is_not_queued_again(tmp_path):
     assert _job(tmp_path, before=0, after=100, code=9) == (9, "show hostnames n1")
+
+
+def test_a_node_that_is_not_as_it_should_be_ends_the_job_before_the_first_step(tmp_path):
+    assert _job(tmp_path, before=0, after=100, check=1) == (1, "show hostnames n1")
+    assert not (tmp_path / "run" / "pid").exists()
 
 
 def test_a_run_that_makes_no_progress_is_not_queued_for_ever(tmp_path):
