@@ -1,8 +1,9 @@
 """Import and export of a generated Hugging Face directory, beside ``cp`` and Megatron-Bridge.
 
-Three tables. The conversion alone, in one process with everything imported: seconds, GB/s of source
-bytes, share of ``cp`` of the same bytes (flushed, as the conversions flush), peak anonymous memory
-(RssAnon) above the imports. The same as commands, from start to exit. And, where a Python with
+Three tables. The conversion alone, with everything imported, in one process and with a worker a
+core (the command's default): seconds, GB/s of source bytes, share of ``cp`` of the same bytes
+(flushed, as the conversions flush), peak anonymous memory (RssAnon) above the imports of the one
+process. The same as commands, from start to exit. And, where a Python with
 Megatron-Bridge is given, its ``import_ckpt`` and ``export_ckpt`` on the same directory in the same
 rounds. The fastest round counts.
 
@@ -134,6 +135,13 @@ def one_round(rounds: Rounds, folder: Path, dtype: str, peer: str | None) -> Non
     rounds.take("export", measured(lambda: export(megatron, back, options)))
     shutil.rmtree(megatron)
     shutil.rmtree(back)
+    parallel = {"num_workers": os.cpu_count() or 1}
+    many = ImportOptions(**parallel)
+    rounds.take("import, a worker a core", measured(lambda: import_hf(source, megatron, many)))
+    split = ExportOptions(dtype=dtype, **parallel)
+    rounds.take("export, a worker a core", measured(lambda: export(megatron, back, split)))
+    shutil.rmtree(megatron)
+    shutil.rmtree(back)
     convert = [sys.executable, "-m", "megatron_k2.cli.main", "convert"]
     commands = {
         "import command": [*convert, "import", str(source), str(megatron)],
@@ -177,6 +185,10 @@ def report(rounds: Rounds, num_bytes: int) -> None:
             f"| {share:.2f} | {peak} |"
         )
     figures: dict[str, object] = {"gigabytes": num_bytes / 1e9}
+    for name in ("import", "export"):
+        if (peer := best.get(f"Bridge {name}")) is not None:
+            wall = best[f"{name}, a worker a core"].wall_seconds
+            figures[f"bridge_over_{name}_by_a_worker_a_core"] = peer.wall_seconds / wall
     for name in ("import", "export", "import command", "export command"):
         figures[f"{name.replace(' ', '_')}_seconds"] = best[name].wall_seconds
         if (peer := best.get(f"Bridge {name}")) is not None:

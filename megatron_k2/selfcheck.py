@@ -39,6 +39,7 @@ CHECKS = (
     Check(
         "MuonClip against its oracles", ("optimizer/test_qk_clip.py",), on_gpu=False, is_quick=True
     ),
+    Check("an allocation before its first step", ("launch/test_node_check.py",)),
     Check("every layout = one rank", ("parallel/test_layouts.py",)),
     Check("bf16 masters, MTP layers", ("parallel/test_bf16_and_mtp.py",)),
     Check("save, load at another layout", ("parallel/test_reshard.py",)),

@@ -237,6 +237,7 @@ def test_a_repair_applied_twice_is_applied_once():
     assert all(getattr(DistributedOptimizer, name) is getattr(once, name) for name in REPAIRED)
 
 
+@pytest.mark.slow
 def test_megatrons_norm_recomputation_still_needs_transformer_engine():
     """If this fails, upstream has been repaired: drop ``compat.recompute_without_te``."""
     program = (

@@ -79,6 +79,7 @@ def _interpreted(*arguments):
     return run_python(code, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_give_the_bytes_of_the_torch_implementation():
     assert "wrong bytes 0\n" in _interpreted()
 
@@ -99,10 +100,12 @@ def test_kernels_on_a_gpu_give_the_bytes_of_the_cpu(dtype):
     assert torch.equal(restore(stored).cpu(), tiles.dequantize_tiles(codes, scales, dtype))
 
 
+@pytest.mark.slow
 def test_the_stock_interpreter_still_rounds_wrongly():
     """If this fails, Triton has been repaired: drop ``tests/triton_interpreter.py``."""
     assert int(_interpreted("stock").split()[-1]) > 100
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_hopper(tmp_path):
     assert run_python(COMPILED, TRITON_CACHE_DIR=str(tmp_path)).count("cubin") == 2

@@ -113,11 +113,13 @@ def test_blocks_save_three_eighths_where_they_pay():
     assert num_computed_elements(256, 256, "triton", fp32) == 64 * 64 * 10
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_kernel_equals_the_gemm_under_the_interpreter():
     assert "interpreted" in run_python(INTERPRETED, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_kernel_compiles_for_hopper(tmp_path):
     assert "cubin" in run_python(COMPILED, TRITON_CACHE_DIR=str(tmp_path))

@@ -235,6 +235,7 @@ def test_planning_needs_neither_torch_nor_megatron():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 def test_the_figure_is_a_png():
     from megatron_k2.planning.figure import draw_plan
 
