@@ -17,6 +17,7 @@ FIXED = {
     "imported",
     "precision",
     "layout.preset",
+    "layout.modules",
     "layout.gpu",
     "layout.seq_length",
     "layout.sequences_per_step",

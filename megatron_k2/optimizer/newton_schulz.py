@@ -155,10 +155,12 @@ def _normalize(
         return X / norm.clamp(min=FROBENIUS_EPS), norm[..., 0, 0]
     norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
     # Divided before it is rounded, in no smaller range than bf16's and fp32's. The smallest
-    # subnormal beside the norm keeps zero at zero, and a norm near it from being rounded down.
+    # subnormal beside the norm keeps a norm near it from being rounded down. Zero stays zero, also
+    # where subnormals count as such (GPUs, the CPU host).
     X = X.to(torch.promote_types(torch.promote_types(X.dtype, dtype), torch.bfloat16))
     info = torch.finfo(X.dtype)
-    return (X / (norm + info.tiny * info.eps).to(X.dtype)).to(dtype), norm[..., 0, 0]
+    divisor = (norm + info.tiny * info.eps).to(X.dtype)
+    return (X / torch.where(divisor == 0, 1, divisor)).to(dtype), norm[..., 0, 0]
 
 
 def _iterate_plain(

@@ -331,3 +331,17 @@ def test_wrong_choices_are_named_with_the_right_ones(kwargs, word):
 def test_a_vector_is_refused():
     with pytest.raises(ValueError, match=r"\(5,\)"):
         orthogonalize(torch.randn(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_stays_zero_where_subnormals_are_flushed(dtype):
+    """As on a GPU and under the CPU host: an expert without tokens must not become NaN."""
+    batch = torch.stack([torch.zeros(4, 8), torch.randn(4, 8), torch.full((4, 8), 1e-42)])
+    torch.set_flush_denormal(True)
+    try:
+        found = orthogonalize(batch, dtype=dtype)
+    finally:
+        torch.set_flush_denormal(False)
+    assert found[0].count_nonzero() == 0
+    assert found.isfinite().all()
+    assert found[1].float().norm() > 1

@@ -82,7 +82,8 @@ def test_importing_the_package_patches_nothing():
     assert found["changed"] == []
     assert "megatron_k2.parallel.cpu_host" in found["imported"]
     assert "megatron_k2.optimizer.muonclip" in found["imported"]
-    assert {name for name, _ in found["failed"]} <= {"megatron_k2.optimizer.triton_symmetric"}
+    others = {"megatron_k2.optimizer.triton_symmetric", "megatron_k2.launch.nemo_factories"}
+    assert {name for name, _ in found["failed"]} <= others  # need Triton, and NeMo-Run
 
 
 @pytest.mark.slow
