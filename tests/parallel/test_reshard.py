@@ -59,9 +59,11 @@ def root(request, tmp_path_factory) -> Path:
         second[after].append(_case(b, a, other))
     for half, phases in enumerate((first, second)):
         for world_size, cases in phases.items():
-            if cases:
-                logs = root / f"logs{half}_{world_size}"
-                run_ranks("tests.parallel.worker", world_size, cases, logs, request.param)
+            # --exit-interval ends the process: what is to be saved midway has one of its own
+            for number, batch in enumerate([[c] for c in cases] if half == 0 else [cases]):
+                logs = root / f"logs{half}_{world_size}_{number}"
+                if batch:
+                    run_ranks("tests.parallel.worker", world_size, batch, logs, request.param)
     return root
 
 
