@@ -47,7 +47,7 @@ def clip_factor(limit: float, norm: Any) -> float | Tensor | None:
         return None
     factor = limit / (norm + NORM_EPS)
     if isinstance(factor, Tensor):
-        return factor.clamp(max=1.0)
+        return factor.reshape(()).clamp(max=1.0)  # Transformer Engine's norm is [1]
     return factor if factor < 1 else None
 
 
