@@ -48,6 +48,18 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     group = parser.add_argument_group("megatron_k2")
     group.add_argument("--preset", default=None, help="name of the preset these flags came from")
     group.add_argument("--data", default=None, help="directory made by 'megatron-k2 data prepare'")
+    _add_optimizer_arguments(group)
+    _add_model_arguments(group)
+    group.add_argument(
+        "--console",
+        choices=["k2", "megatron"],
+        default="k2",
+        help="k2: one line a log interval, Megatron's own output to SAVE/logs; megatron: as is",
+    )
+    return parser
+
+
+def _add_optimizer_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--muonclip",
         action="store_true",
@@ -101,6 +113,9 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         help="gradients that --clip-grad scales: all (Megatron's rule; not stated for K2), or "
         "AdamW's alone; the norm is over all either way",
     )
+
+
+def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--yarn-mla-beta-fast",
         type=float,
@@ -134,13 +149,6 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         help="keep the inputs of the routed experts' up-projection and of SwiGLU for backward in "
         "FP8 (E4M3, 1x128 tiles, fp32 scales), as the report does; computation is untouched",
     )
-    group.add_argument(
-        "--console",
-        choices=["k2", "megatron"],
-        default="k2",
-        help="k2: one line a log interval, Megatron's own output to SAVE/logs; megatron: as is",
-    )
-    return parser
 
 
 def model_flags(p: ModelPreset, *, yarn: bool = False) -> list[str]:
