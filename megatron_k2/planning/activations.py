@@ -119,6 +119,26 @@ def kept_bytes(
     return total
 
 
+PASSES: dict[Recompute, int] = {"norm": 2, "swiglu": 3}
+"""Memory passes over a dropped row to form it again: input (SwiGLU's is twice as wide) and output.
+What ``mla_up`` forms again is bound by its products, which ``flops.up_projections`` counts."""
+
+
+def formed_again_bytes(
+    p: ModelPreset, tp: int, recompute: frozenset[Recompute], *, is_moe: bool
+) -> tuple[float, float]:
+    """Bytes a token read and written by elementwise recompute, (of attention, of the MLP)."""
+    attention, mlp = (
+        sum(
+            PASSES[row.recompute] * row.bytes_per_token
+            for row in rows
+            if row.recompute in recompute and row.recompute in PASSES
+        )
+        for rows in (attention_rows(p, tp), mlp_rows(p, tp, is_moe=is_moe))
+    )
+    return attention, mlp
+
+
 def layer_bytes(
     p: ModelPreset,
     tp: int,
