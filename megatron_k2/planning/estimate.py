@@ -7,7 +7,7 @@ and the efficiencies are assumptions of ours, printed beside every result and op
 from dataclasses import dataclass
 
 from megatron_k2.planning import traffic
-from megatron_k2.planning.activations import formed_again_bytes, layer_bytes
+from megatron_k2.planning.activations import formed_again_bytes
 from megatron_k2.planning.chunks import Chunk
 from megatron_k2.planning.flops import (
     Flops,
@@ -20,7 +20,7 @@ from megatron_k2.planning.flops import (
     up_projections,
     weight_gradients,
 )
-from megatron_k2.planning.memory import RESERVED_GB, Memory, rank_memory
+from megatron_k2.planning.memory import RESERVED_GB, Memory, layer_activations, rank_memory
 from megatron_k2.planning.pipeline import Shape
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.planning.timeline import ChunkCost, exposed, simulate_tasks, span
@@ -107,6 +107,7 @@ def chunk_costs(r: RunRequest, a: Assumptions) -> list[ChunkCost]:
 
 
 def layer_cost(r: RunRequest, a: Assumptions, *, is_moe: bool = True) -> ChunkCost:
+    """Of one layer and micro-batch; ``send`` is the chunk's."""
     p, tokens = r.preset, r.tokens_per_microbatch
     split = traffic.tensor_parallel(r)
     context = traffic.network_seconds(r, traffic.context_parallel(r), r.tp * r.cp, a.network)
@@ -116,15 +117,7 @@ def layer_cost(r: RunRequest, a: Assumptions, *, is_moe: bool = True) -> ChunkCo
     attention_again, mlp_again = (
         per_byte * size for size in formed_again_bytes(p, r.tp, r.recompute, is_moe=is_moe)
     )
-    kept = layer_bytes(
-        p,
-        r.tp,
-        is_moe=is_moe,
-        recompute=r.recompute,
-        fp8_storage=r.fp8_storage,
-        modules=r.modules,
-    )
-    to_host = kept * tokens * r.activation_offload / (r.gpu.pcie_gb_per_s * 1e9 * a.network)
+    moved = layer_activations(r, is_moe=is_moe).on_host
 
     def seconds(flops: Flops) -> float:
         return _seconds(flops * tokens, r, a)
@@ -142,7 +135,7 @@ def layer_cost(r: RunRequest, a: Assumptions, *, is_moe: bool = True) -> ChunkCo
         weight_gradients=seconds(weight_gradients(attention) + weight_gradients(mlp)),
         dispatch=_dispatch_seconds(r, a) if is_moe else 0.0,
         send=0.0,
-        offload=to_host,
+        offload=moved / (r.gpu.pcie_gb_per_s * 1e9 * a.network),
     )
 
 

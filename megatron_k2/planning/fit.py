@@ -9,9 +9,9 @@ import itertools
 import math
 
 from megatron_k2.errors import UserError
-from megatron_k2.planning.activations import part_on_host
 from megatron_k2.planning.gpus import GPUS, GPUS_PER_NODE
 from megatron_k2.planning.memory import RESERVED_GB, rank_memory
+from megatron_k2.planning.offload import movable
 from megatron_k2.planning.pipeline import Shape, num_warmup
 from megatron_k2.planning.request import RunRequest
 
@@ -35,8 +35,8 @@ def most_activations(r: RunRequest) -> float:
     rank = min(1, r.pp - 1)
     shape = Shape(r.pp, r.vpp, r.num_microbatches, r.has_overlap and r.vpp > 1)
     in_flight = min(num_warmup(shape, rank) + 1, r.num_microbatches * r.vpp)
-    movable = part_on_host(r.preset, r.tp, recompute=r.recompute, fp8_storage=r.fp8_storage)
-    return max(0, math.floor(min(1 - ON_DEVICE / in_flight, movable) / STEP + 1e-9)) * STEP
+    part = min(1 - ON_DEVICE / in_flight, movable(r).part)
+    return max(0, math.floor(part / STEP + 1e-9)) * STEP
 
 
 def shortfall(r: RunRequest, reserved_gb: float = RESERVED_GB) -> float:
