@@ -9,6 +9,7 @@ FlashAttention's papers). Transformer Engine's fused router and permutation keep
 here, by up to one per cent of a layer.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -160,6 +161,7 @@ def layer_rows(
     return itertools.chain(attention_rows(p, tp), mlp_rows(p, tp, is_moe=is_moe))
 
 
+@functools.cache
 def layer_bytes(
     p: ModelPreset,
     tp: int,

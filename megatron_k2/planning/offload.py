@@ -6,6 +6,7 @@ counted in groups (``core/pipeline_parallel/fine_grained_activation_offload.py``
 counts bytes. What is stored in FP8 goes as codes and scales (``fp8/offload.py``).
 """
 
+import functools
 from dataclasses import dataclass
 from typing import get_args
 
@@ -72,9 +73,15 @@ def movable(r: RunRequest, *, is_moe: bool = True) -> Movable:
     """Under the offload of all ``layer_groups``."""
     if r.modules == "local":
         return Movable(0.0, 1.0)
-    fp8 = r.fp8_storage
-    groups = layer_groups(r.preset, r.tp, r.recompute, is_moe=is_moe, fp8_storage=fp8)
-    kept = layer_bytes(r.preset, r.tp, is_moe=is_moe, recompute=r.recompute, fp8_storage=fp8)
+    return _movable(r.preset, r.tp, r.recompute, is_moe, r.fp8_storage)
+
+
+@functools.cache
+def _movable(
+    p: ModelPreset, tp: int, recompute: frozenset[Recompute], is_moe: bool, fp8_storage: bool
+) -> Movable:
+    groups = layer_groups(p, tp, recompute, is_moe=is_moe, fp8_storage=fp8_storage)
+    kept = layer_bytes(p, tp, is_moe=is_moe, recompute=recompute, fp8_storage=fp8_storage)
     off = sum(group.off_device for group in groups)
     return Movable(off / kept, sum(group.to_host for group in groups) / off)
 

@@ -108,18 +108,6 @@ def _can_split(num_layers: int, pp: int, vpp: int) -> bool:
 
 
 @functools.cache
-def _layer_bytes(
-    p: ModelPreset,
-    tp: int,
-    is_moe: bool,
-    recompute: frozenset[Recompute],
-    fp8: bool,
-    modules: Modules,
-) -> float:
-    return layer_bytes(p, tp, is_moe=is_moe, recompute=recompute, fp8_storage=fp8, modules=modules)
-
-
-@functools.cache
 def _parameters(p: ModelPreset, tp: int, pp: int, vpp: int, ep: int) -> list[Parameters]:
     """Of the ranks that could be fullest: the first two and the last."""
     r = RunRequest(p, next(iter(GPUS.values())), tp * pp * ep, 1, 1, tp=tp, pp=pp, vpp=vpp, ep=ep)
@@ -167,7 +155,9 @@ def _step_bytes(r: RunRequest, is_on_host: bool, ranks: list[Parameters]) -> flo
 
 def _kept(r: RunRequest, memory: QuickMemory, recompute: frozenset[Recompute]) -> float:
     p, fp8 = r.preset, r.fp8_storage
-    layers = memory.tokens_alive * _layer_bytes(p, r.tp, True, recompute, fp8, r.modules)
+    layers = memory.tokens_alive * layer_bytes(
+        p, r.tp, is_moe=True, recompute=recompute, fp8_storage=fp8, modules=r.modules
+    )
     head = memory.head_tokens * _head_bytes(p, r.tp, r.modules)
     return max(layers, head) if r.pp > 1 else layers + head
 
@@ -225,23 +215,25 @@ def _fitting(r: RunRequest, a: Assumptions, recomputes: list[frozenset[Recompute
     room = (r.gpu.memory_gb - a.reserved_gb) * 1e9
     memory = quick_memory(r)
     kept = [_kept(r, memory, recompute) for recompute in recomputes]
-    most = round(most_activations(r), 2)
-    offloads = [(0.0, 0.0), *((most, part) for part in OPTIMIZER_OFFLOADS)]
+    most = [round(most_activations(r.replace(recompute=recompute)), 2) for recompute in recomputes]
+    left = [size * (1 - part) for size, part in zip(kept, most, strict=True)]
     choices, cheapest, count = [], len(recomputes), 0
-    for activations, optimizer in offloads:
+    for has_offload, optimizer in [(False, 0.0), *((True, part) for part in OPTIMIZER_OFFLOADS)]:
         states = memory.fixed + memory.optimizer * (1 - optimizer)
         step = memory.step[optimizer > 0]
-        fits = [
-            index
-            for index, size in enumerate(kept)
-            if states + max(size * (1 - activations), step) <= room
-        ]
+        sizes = left if has_offload else kept
+        fits = [i for i, size in enumerate(sizes) if states + max(size, step) <= room]
         count = max(count, len(fits))
         if fits and fits[0] < cheapest:
             cheapest = fits[0]
-            chosen = r.replace(recompute=recomputes[cheapest], activation_offload=activations)
-            choices.append(chosen.replace(optimizer_offload=optimizer))
-    least = memory.fixed + max(min(kept) * (1 - most), memory.step[True])
+            choices.append(
+                r.replace(
+                    recompute=recomputes[cheapest],
+                    activation_offload=most[cheapest] if has_offload else 0.0,
+                    optimizer_offload=optimizer,
+                )
+            )
+    least = memory.fixed + max(min(left), memory.step[True])
     return _Fitting(choices, count, least)
 
 
@@ -272,7 +264,8 @@ def search(base: RunRequest, a: Assumptions | None = None, top: int = 10) -> Fou
             nearest = (found.least, layout)
     if not costed:
         raise UserError(_nothing_fits(base, nearest, a))
-    best = [estimate(_least_offload(r, a), a) for _, _, r in sorted(costed)[: 2 * top]]
+    exact = (estimate(_least_offload(r, a), a) for _, _, r in sorted(costed))
+    best = list(itertools.islice((e for e in exact if e.fits), 2 * top))
     best.sort(key=lambda e: -e.tokens_per_second)
     return Found(best[:top], num_layouts, num_fitting)
 

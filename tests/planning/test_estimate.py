@@ -215,6 +215,15 @@ def test_the_search_finds_what_costing_every_choice_in_full_finds(gigabytes):
         assert shortfall(r.replace(activation_offload=r.activation_offload - 0.05)) > 0
 
 
+@pytest.mark.slow
+def test_what_the_search_shows_of_the_whole_model_fits():
+    """Each recompute leaves another part for the host; taking one's for all showed 87 GB of 80."""
+    found = search(RunRequest(K2, GPUS["h100"], 1024, 4096, 16384), top=8)
+    assert len(found.best) == 8
+    assert all(e.fits for e in found.best)
+    assert {e.request.recompute for e in found.best} != {found.best[0].request.recompute}
+
+
 def test_recompute_of_norms_and_swiglu_costs_their_bytes_over_the_memorys_rate():
     r = request(vpp=2, recompute=frozenset())
     plain = layer_cost(r, Assumptions())
