@@ -107,8 +107,10 @@ flags=(
   --recompute-modules layernorm moe_act mla_up_proj
   --fp8-activation-storage
   --fine-grained-activation-offloading
-  --offload-modules attn_norm mlp_norm core_attn expert_fc1 moe_act
-  --activation-offload-fraction 0.971
+  --offload-modules attn_norm mlp_norm expert_fc1 moe_act
+  --activation-offload-fraction 0.88
+  --muonclip-cpu-offload
+  --optimizer-offload-fraction 0.15
   --seq-length 4096
   --max-position-embeddings 4096
   --global-batch-size 16384

@@ -33,11 +33,11 @@ HARDWARE = ("h800", "h100", "h200")
 
 SOURCES = (
     ("layout.world_size", "the recipe's name; report 2.4.2: any multiple of 32 nodes"),
-    ("layout.tp", "report 2.4.2 names no tensor parallelism"),
+    ("layout.tp", "report 2.4.2 names none; planner: 4 at 128k where a GPU has 80 GB"),
     ("layout.pp", "report 2.4.2: PP 16 x EP 16, ZeRO-1; the rest is the planner's"),
     ("layout.vpp", "report 2.4.2: number not stated; planner: 2"),
     ("layout.ep", "report 2.4.2: 16"),
-    ("layout.cp", "not stated; planner: a node's 8 GPUs at 32k and 128k"),
+    ("layout.cp", "not stated; planner: a node's 8 GPUs at 32k and 128k, or 4 beside TP 4"),
     ("layout.micro_batch_size", "not stated; planner: 1"),
     ("layout.recompute", "report 2.4.4, item 1"),
     ("layout.fp8_storage", "report 2.4.4, item 2"),
@@ -98,7 +98,14 @@ def name(phase: str, num_gpus: int, gpu: str) -> str:
 
 
 def _layout(num_gpus: int, gpu: str, phase: Phase) -> RunRequest:
-    """The report's layout; 32k and 128k are split over the GPUs of a node."""
+    """The report's layout; long sequences are split, of which it says nothing.
+
+    Over the GPUs of a node; at 128k over two nodes where a GPU has 80 GB, half of it by tensor
+    parallelism: with CP 16 more of the ring would cross the network (planner: half the rate).
+    """
+    tp, cp = (1, 1) if phase.seq_length == 4096 else (1, 8)
+    if phase.seq_length > 32768 and get_gpu(gpu).memory_gb <= 80:
+        tp, cp = 4, 4
     return fit_to_memory(
         RunRequest(
             preset=KIMI_K2,
@@ -109,7 +116,8 @@ def _layout(num_gpus: int, gpu: str, phase: Phase) -> RunRequest:
             pp=16,
             vpp=2,
             ep=16,
-            cp=8 if phase.seq_length > 4096 else 1,
+            tp=tp,
+            cp=cp,
         )
     )
 

@@ -121,7 +121,7 @@ def summary(e: "Estimate", a: "Assumptions", tokens: float) -> str:
             f"{e.days(tokens):.1f} days, {e.gpu_hours(tokens):,.0f} GPU-hours",
             f"assumed: GEMM {a.gemm:.0%}, grouped {a.grouped:.0%}, attention {a.attention:.0%} of "
             f"{r.gpu.bf16_tflops:g} TFLOP/s, network {a.network:.0%}, elementwise "
-            f"+{a.elementwise:.0%}; {a.reserved_gb:g} GB reserved",
+            f"+{a.elementwise:.0%}, HBM {a.hbm:.0%}; {a.reserved_gb:g} GB reserved",
         ]
     )
 

@@ -191,7 +191,7 @@ def _plan_domain(
 
 
 def plan_stage(
-    p: ModelPreset, layout: Layout, stages: tuple[int, ...], chunks: list[Chunk]
+    p: ModelPreset, layout: Layout, stages: tuple[int, ...], chunks: tuple[Chunk, ...]
 ) -> StagePlan:
     """The plan of a pipeline rank that holds ``chunks``, and of all ``stages`` like it.
 
@@ -233,6 +233,6 @@ def plan_model(p: ModelPreset, layout: Layout) -> list[StagePlan]:
     check_plannable(p, layout)
     chunks = split_into_chunks(p.num_layers, layout.pp, layout.vpp)
     return [
-        plan_stage(p, layout, same, [chunk for chunk in chunks if chunk.rank == rank])
+        plan_stage(p, layout, same, tuple(chunk for chunk in chunks if chunk.rank == rank))
         for rank, same in distinct_ranks(chunks, p.num_dense_layers).items()
     ]

@@ -9,6 +9,7 @@ FlashAttention's papers). Transformer Engine's fused router and permutation keep
 here, by up to one per cent of a layer.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ the latents with the latents' norms (Megatron's ``layernorm``, ``moe_act``, ``ml
 
 Modules = Literal["transformer_engine", "local"]
 """``--transformer-impl``."""
+
+OffloadModule = Literal["attn_norm", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"]
+"""In the forward's order."""
 
 FP8_TILE = 128
 """Report 2.4.4: 1 x 128 tiles."""
@@ -40,9 +44,11 @@ class Kept:
     """Dropped when this is recomputed."""
     instead_of: Recompute | None = None
     """Kept only when this is recomputed."""
-    can_be_on_host: bool = False
-    """Moved by Megatron's fine-grained offload: what norms, core attention, and the experts' two
-    parts save (its ``--offload-modules``), from a million elements on."""
+    offload: OffloadModule | None = None
+    """Of Megatron's ``--offload-modules``, the one whose group takes it off the device, where it
+    has a million elements."""
+    copies_on_host: int = 1
+    """Groups that hand over this tensor, each a copy of its own."""
     can_be_fp8: bool = False
     """Stored as FP8 tiles when that is on: inputs of the experts' up-projection and of SwiGLU."""
 
@@ -51,28 +57,32 @@ def attention_rows(p: ModelPreset, tp: int) -> Iterator[Kept]:
     """MLA and the norm before it, of one rank."""
     heads = p.num_attention_heads // tp
     qk = p.qk_head_dim + p.qk_pos_emb_head_dim
-    yield from _norm_rows("attention norm", p.hidden_size / tp, "norm")
+    yield from _norm_rows("attention norm", p.hidden_size / tp, "norm", "attn_norm")
     if p.q_lora_rank is not None:
         yield from _norm_rows("query latent", p.q_lora_rank, "mla_up")
     yield from _norm_rows("key-value latent", p.kv_lora_rank, "mla_up")
     yield Kept("rotary tables", 4.0 * BF16 * p.qk_pos_emb_head_dim)
-    yield Kept("query", BF16 * heads * qk, "mla_up", can_be_on_host=True)
-    yield Kept("key", BF16 * heads * qk, "mla_up", can_be_on_host=True)
-    yield Kept("value", BF16 * heads * p.v_head_dim, "mla_up", can_be_on_host=True)
-    yield Kept("attention output", BF16 * heads * p.v_head_dim, can_be_on_host=True)
+    yield Kept("query", BF16 * heads * qk, "mla_up", offload="core_attn")
+    yield Kept("key", BF16 * heads * qk, "mla_up", offload="core_attn")
+    yield Kept("value", BF16 * heads * p.v_head_dim, "mla_up", offload="core_attn")
+    # The attention keeps it and so does the projection: the device has it until both let go.
+    output = BF16 * heads * p.v_head_dim
+    yield Kept("attention output", output, offload="attn_proj", copies_on_host=2)
     yield Kept("softmax statistics", 4.0 * heads)
 
 
-def _norm_rows(name: str, width: float, recompute: Recompute) -> Iterator[Kept]:
-    yield Kept(f"{name}, input", BF16 * width, can_be_on_host=recompute == "norm")
+def _norm_rows(
+    name: str, width: float, recompute: Recompute, offload: OffloadModule | None = None
+) -> Iterator[Kept]:
+    yield Kept(f"{name}, input", BF16 * width, offload=offload)
     yield Kept(f"{name}, output", BF16 * width, recompute)
     yield Kept(f"{name}, statistic", 4.0)
 
 
 def swiglu_rows(name: str, width: float, recompute: Recompute | None = None) -> Iterator[Kept]:
     """Between the projections of one SwiGLU of ``width`` on this rank."""
-    is_experts = recompute is not None
-    yield Kept(f"{name} SwiGLU input", BF16 * 2 * width, can_be_on_host=is_experts, can_be_fp8=True)
+    offload: OffloadModule | None = None if recompute is None else "moe_act"
+    yield Kept(f"{name} SwiGLU input", BF16 * 2 * width, offload=offload, can_be_fp8=True)
     yield Kept(f"{name} SwiGLU output", BF16 * width, recompute)
 
 
@@ -81,7 +91,8 @@ def mlp_rows(p: ModelPreset, tp: int, *, is_moe: bool) -> Iterator[Kept]:
 
     Experts are taken as evenly loaded: a rank then works on ``topk`` copies of each of its tokens.
     """
-    yield from _norm_rows("MLP norm", p.hidden_size / tp, "norm")
+    # A dense layer's norm is inside its first linear, which no group brackets.
+    yield from _norm_rows("MLP norm", p.hidden_size / tp, "norm", "mlp_norm" if is_moe else None)
     if not is_moe:
         yield from swiglu_rows("dense", p.ffn_hidden_size / tp)
         return
@@ -89,7 +100,7 @@ def mlp_rows(p: ModelPreset, tp: int, *, is_moe: bool) -> Iterator[Kept]:
     yield Kept("order of the tokens, int64", 8.0 * p.num_moe_experts / tp)
     yield Kept("chosen experts and their weights", (4 * 8.0 + 2 * 4.0) * p.moe_router_topk / tp)
     copies = p.moe_router_topk * p.hidden_size / tp
-    yield Kept("expert input", BF16 * copies, can_be_on_host=True, can_be_fp8=True)
+    yield Kept("expert input", BF16 * copies, offload="expert_fc1", can_be_fp8=True)
     yield from swiglu_rows("expert", p.moe_router_topk * p.moe_ffn_hidden_size / tp, "swiglu")
     yield from swiglu_rows("shared expert", p.moe_shared_expert_intermediate_size / tp)
 
@@ -119,6 +130,38 @@ def kept_bytes(
     return total
 
 
+PASSES: dict[Recompute, int] = {"norm": 2, "swiglu": 3}
+"""Memory passes over a dropped row to form it again: input (SwiGLU's is twice as wide) and output.
+What ``mla_up`` forms again is bound by its products, which ``flops.up_projections`` counts."""
+
+
+def formed_again_bytes(
+    p: ModelPreset, tp: int, recompute: frozenset[Recompute], *, is_moe: bool
+) -> tuple[float, float]:
+    """Bytes a token read and written by elementwise recompute, (of attention, of the MLP)."""
+    attention, mlp = (
+        sum(
+            PASSES[row.recompute] * row.bytes_per_token
+            for row in rows
+            if row.recompute in recompute and row.recompute in PASSES
+        )
+        for rows in (attention_rows(p, tp), mlp_rows(p, tp, is_moe=is_moe))
+    )
+    return attention, mlp
+
+
+def layer_rows(
+    p: ModelPreset, tp: int, *, is_moe: bool, fp8_storage: bool, modules: Modules
+) -> Iterator[Kept]:
+    """All that one layer of ``modules`` keeps."""
+    if modules == "local":
+        from megatron_k2.planning.local_activations import local_rows
+
+        return local_rows(p, tp, is_moe=is_moe, is_swiglu_fused=fp8_storage)
+    return itertools.chain(attention_rows(p, tp), mlp_rows(p, tp, is_moe=is_moe))
+
+
+@functools.cache
 def layer_bytes(
     p: ModelPreset,
     tp: int,
@@ -129,25 +172,8 @@ def layer_bytes(
     modules: Modules = "transformer_engine",
 ) -> float:
     """Bytes a token that one layer keeps on one rank, in bf16."""
-    if modules == "local":
-        from megatron_k2.planning.local_activations import local_rows
-
-        rows = local_rows(p, tp, is_moe=is_moe, is_swiglu_fused=fp8_storage)
-    else:
-        rows = itertools.chain(attention_rows(p, tp), mlp_rows(p, tp, is_moe=is_moe))
+    rows = layer_rows(p, tp, is_moe=is_moe, fp8_storage=fp8_storage, modules=modules)
     return kept_bytes(rows, recompute, fp8_storage=fp8_storage)
-
-
-def part_on_host(
-    p: ModelPreset, tp: int, *, recompute: frozenset[Recompute], fp8_storage: bool
-) -> float:
-    """The part of an MoE layer's kept bytes that Megatron's offload can move."""
-    rows = [*attention_rows(p, tp), *mlp_rows(p, tp, is_moe=True)]
-    everything, movable = (
-        kept_bytes(iter(some), recompute, fp8_storage=fp8_storage)
-        for some in (rows, [row for row in rows if row.can_be_on_host])
-    )
-    return movable / everything
 
 
 def head_bytes(p: ModelPreset, tp: int, modules: Modules = "transformer_engine") -> float:

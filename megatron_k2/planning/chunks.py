@@ -7,6 +7,7 @@ is 64 units, four a rank of 16. Chunks one short go to each rank in turn, the fi
 whose activations live longest.
 """
 
+import functools
 from dataclasses import dataclass
 
 from megatron_k2.errors import UserError
@@ -31,7 +32,8 @@ class Chunk:
         return len(self.layers) + ends
 
 
-def split_into_chunks(num_layers: int, pp: int, vpp: int = 1) -> list[Chunk]:
+@functools.cache
+def split_into_chunks(num_layers: int, pp: int, vpp: int = 1) -> tuple[Chunk, ...]:
     """Every chunk in the order a token passes through them.
 
     Raises:
@@ -66,10 +68,10 @@ def split_into_chunks(num_layers: int, pp: int, vpp: int = 1) -> list[Chunk]:
             )
         )
         start += length
-    return chunks
+    return tuple(chunks)
 
 
-def distinct_ranks(chunks: list[Chunk], num_dense_layers: int) -> dict[int, tuple[int, ...]]:
+def distinct_ranks(chunks: tuple[Chunk, ...], num_dense_layers: int) -> dict[int, tuple[int, ...]]:
     """Pipeline rank -> all ranks that hold as many layers of each kind, in each virtual stage."""
     alike: dict[tuple[tuple[int, int, bool, bool], ...], list[int]] = {}
     for rank in sorted({chunk.rank for chunk in chunks}):
@@ -87,7 +89,7 @@ def distinct_ranks(chunks: list[Chunk], num_dense_layers: int) -> dict[int, tupl
     return {ranks[0]: tuple(ranks) for ranks in alike.values()}
 
 
-def megatron_layout(chunks: list[Chunk]) -> str:
+def megatron_layout(chunks: tuple[Chunk, ...]) -> str:
     """``--pipeline-model-parallel-layout``: E, t for each layer, L; ``|`` between chunks."""
     return "|".join(
         "E" * chunk.has_embedding + "t" * len(chunk.layers) + "L" * chunk.has_head

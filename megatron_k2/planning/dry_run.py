@@ -184,7 +184,7 @@ def plan_optimizer(
     from megatron_k2.optimizer.full_plan import Layout, plan_stage
 
     rank = ranks[0]
-    chunks = [chunk for chunk in r.chunks() if chunk.rank == rank]
+    chunks = tuple(chunk for chunk in r.chunks() if chunk.rank == rank)
     plan = plan_stage(r.preset, Layout(r.world_size, r.tp, r.pp, r.ep, r.vpp), ranks, chunks)
     planned_matrices = sum(domain.num_matrices for domain in plan.domains)
     if planned_matrices != num_matrices:

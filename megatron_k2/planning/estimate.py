@@ -7,7 +7,7 @@ and the efficiencies are assumptions of ours, printed beside every result and op
 from dataclasses import dataclass
 
 from megatron_k2.planning import traffic
-from megatron_k2.planning.activations import layer_bytes
+from megatron_k2.planning.activations import formed_again_bytes
 from megatron_k2.planning.chunks import Chunk
 from megatron_k2.planning.flops import (
     Flops,
@@ -20,7 +20,7 @@ from megatron_k2.planning.flops import (
     up_projections,
     weight_gradients,
 )
-from megatron_k2.planning.memory import RESERVED_GB, Memory, rank_memory
+from megatron_k2.planning.memory import RESERVED_GB, Memory, layer_activations, rank_memory
 from megatron_k2.planning.pipeline import Shape
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.planning.timeline import ChunkCost, exposed, simulate_tasks, span
@@ -36,6 +36,8 @@ class Assumptions:
     network: float = 0.75
     elementwise: float = 0.15
     """Norms, SwiGLU, routing, permutation, casts: time added, as a part of the products' time."""
+    hbm: float = 0.75
+    """Of what recompute of norms and SwiGLU reads and writes once more."""
     reserved_gb: float = RESERVED_GB
 
 
@@ -100,25 +102,22 @@ def _seconds(flops: Flops, r: RunRequest, a: Assumptions) -> float:
 
 def chunk_costs(r: RunRequest, a: Assumptions) -> list[ChunkCost]:
     """Of every chunk, in the forward's order; tensor and context parallel traffic is not hidden."""
-    kinds = {is_moe: _layer_cost(r, a, is_moe=is_moe) for is_moe in (False, True)}
+    kinds = {is_moe: layer_cost(r, a, is_moe=is_moe) for is_moe in (False, True)}
     return [_chunk_cost(chunk, kinds, r, a) for chunk in r.chunks()]
 
 
-def _layer_cost(r: RunRequest, a: Assumptions, *, is_moe: bool) -> ChunkCost:
+def layer_cost(r: RunRequest, a: Assumptions, *, is_moe: bool = True) -> ChunkCost:
+    """Of one layer and micro-batch; ``send`` is the chunk's."""
     p, tokens = r.preset, r.tokens_per_microbatch
     split = traffic.tensor_parallel(r)
     context = traffic.network_seconds(r, traffic.context_parallel(r), r.tp * r.cp, a.network)
     attention, mlp = attention_forward(p, r.seq_length), mlp_forward(p, is_moe=is_moe)
     again = Flops(up_projections(p) if "mla_up" in r.recompute else 0.0)
-    kept = layer_bytes(
-        p,
-        r.tp,
-        is_moe=is_moe,
-        recompute=r.recompute,
-        fp8_storage=r.fp8_storage,
-        modules=r.modules,
+    per_byte = tokens / (r.gpu.hbm_gb_per_s * 1e9 * a.hbm)
+    attention_again, mlp_again = (
+        per_byte * size for size in formed_again_bytes(p, r.tp, r.recompute, is_moe=is_moe)
     )
-    to_host = kept * tokens * r.activation_offload / (r.gpu.pcie_gb_per_s * 1e9 * a.network)
+    moved = layer_activations(r, is_moe=is_moe).on_host
 
     def seconds(flops: Flops) -> float:
         return _seconds(flops * tokens, r, a)
@@ -129,13 +128,14 @@ def _layer_cost(r: RunRequest, a: Assumptions, *, is_moe: bool) -> ChunkCost:
         + traffic.network_seconds(r, split.forward, r.tp, a.network),
         mlp_forward=seconds(mlp),
         attention_backward=seconds(input_gradients(attention) + again)
+        + attention_again
         + 2 * context
         + traffic.network_seconds(r, split.backward, r.tp, a.network),
-        mlp_backward=seconds(input_gradients(mlp)),
+        mlp_backward=seconds(input_gradients(mlp)) + mlp_again,
         weight_gradients=seconds(weight_gradients(attention) + weight_gradients(mlp)),
         dispatch=_dispatch_seconds(r, a) if is_moe else 0.0,
         send=0.0,
-        offload=to_host,
+        offload=moved / (r.gpu.pcie_gb_per_s * 1e9 * a.network),
     )
 
 

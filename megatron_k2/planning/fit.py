@@ -5,13 +5,14 @@ optimizer's states on few nodes (2.4.2). Here: activations first, since they are
 arithmetic, up to all but what the current micro-batches use; then optimizer states.
 """
 
+import bisect
 import itertools
 import math
 
 from megatron_k2.errors import UserError
-from megatron_k2.planning.activations import part_on_host
 from megatron_k2.planning.gpus import GPUS, GPUS_PER_NODE
 from megatron_k2.planning.memory import RESERVED_GB, rank_memory
+from megatron_k2.planning.offload import movable
 from megatron_k2.planning.pipeline import Shape, num_warmup
 from megatron_k2.planning.request import RunRequest
 
@@ -30,13 +31,11 @@ def most_activations(r: RunRequest) -> float:
     Of the second rank, which holds the most; and no more than Megatron's offload can move; in whole
     ``STEP``.
     """
-    if r.modules == "local":
-        return 0.0
     rank = min(1, r.pp - 1)
     shape = Shape(r.pp, r.vpp, r.num_microbatches, r.has_overlap and r.vpp > 1)
     in_flight = min(num_warmup(shape, rank) + 1, r.num_microbatches * r.vpp)
-    movable = part_on_host(r.preset, r.tp, recompute=r.recompute, fp8_storage=r.fp8_storage)
-    return max(0, math.floor(min(1 - ON_DEVICE / in_flight, movable) / STEP + 1e-9)) * STEP
+    part = min(1 - ON_DEVICE / in_flight, movable(r).part)
+    return max(0, math.floor(part / STEP + 1e-9)) * STEP
 
 
 def shortfall(r: RunRequest, reserved_gb: float = RESERVED_GB) -> float:
@@ -46,12 +45,14 @@ def shortfall(r: RunRequest, reserved_gb: float = RESERVED_GB) -> float:
 
 
 def _least(r: RunRequest, field: str, most: float, reserved_gb: float) -> RunRequest:
-    """The smallest value of ``field`` that fits, else the largest allowed."""
-    for step in range(math.floor(most / STEP + 1e-9)):
-        changed = r.replace(**{field: round(step * STEP, 2)})
-        if shortfall(changed, reserved_gb) <= 0:
-            return changed
-    return r.replace(**{field: round(most, 2)})
+    """The smallest value of ``field`` that fits, else the largest allowed; more needs less."""
+
+    def at(step: int) -> RunRequest:
+        return r.replace(**{field: round(step * STEP, 2)})
+
+    steps = range(math.floor(most / STEP + 1e-9))
+    found = bisect.bisect_left(steps, True, key=lambda step: shortfall(at(step), reserved_gb) <= 0)
+    return at(found) if found < len(steps) else r.replace(**{field: round(most, 2)})
 
 
 def fit_to_memory(

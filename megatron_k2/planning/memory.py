@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megatron_k2.optimizer.host_share import AHEAD, WINDOW_BYTES
 from megatron_k2.planning.activations import head_bytes, layer_bytes
 from megatron_k2.planning.chunks import Chunk
+from megatron_k2.planning.offload import movable
 from megatron_k2.planning.pipeline import Shape, peak_live
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.presets import ModelPreset
@@ -147,34 +148,50 @@ def optimizer_step_bytes(r: RunRequest, parameters: Parameters, *, has_dense_lay
     return 2 * GRADIENT_BYTES * experts + BATCH_BYTES * batch + visiting
 
 
-def chunk_activation_bytes(r: RunRequest, chunk: Chunk) -> float:
-    """Kept of one micro-batch by one chunk's layers, wherever it is kept."""
-    p = r.preset
-    return r.tokens_per_microbatch * sum(
-        layer_bytes(
-            p,
-            r.tp,
-            is_moe=layer >= p.num_dense_layers,
-            recompute=r.recompute,
-            fp8_storage=r.fp8_storage,
-            modules=r.modules,
-        )
-        for layer in chunk.layers
+@dataclass(frozen=True)
+class Activations:
+    """Bytes kept for backward."""
+
+    on_device: float
+    on_host: float
+
+
+def layer_activations(r: RunRequest, *, is_moe: bool) -> Activations:
+    """Of one micro-batch and layer; a layer of which less can be moved moves what it can."""
+    kept = r.tokens_per_microbatch * layer_bytes(
+        r.preset,
+        r.tp,
+        is_moe=is_moe,
+        recompute=r.recompute,
+        fp8_storage=r.fp8_storage,
+        modules=r.modules,
     )
+    if not r.activation_offload:
+        return Activations(kept, 0.0)
+    can = movable(r, is_moe=is_moe)
+    moved = kept * min(r.activation_offload, can.part)
+    return Activations(kept - moved, moved * can.copies)
 
 
-def activation_bytes(r: RunRequest, rank: int) -> float:
-    """Kept for backward at the fullest moment of the schedule, before any offload."""
-    weights = [0.0] * r.vpp
-    head = 0.0
-    for chunk in r.chunks():
-        if chunk.rank != rank:
-            continue
-        weights[chunk.virtual] += chunk_activation_bytes(r, chunk)
+def chunk_activations(r: RunRequest, chunk: Chunk) -> Activations:
+    """Of one micro-batch and chunk, head aside."""
+    kinds = {is_moe: layer_activations(r, is_moe=is_moe) for is_moe in (False, True)}
+    layers = [kinds[layer >= r.preset.num_dense_layers] for layer in chunk.layers]
+    return Activations(sum(a.on_device for a in layers), sum(a.on_host for a in layers))
+
+
+def rank_activations(r: RunRequest, rank: int) -> Activations:
+    """Of one rank at the fullest moment of the schedule; the head's never leave the device."""
+    ours = [chunk for chunk in r.chunks() if chunk.rank == rank]
+    device, host, head = [0.0] * r.vpp, [0.0] * r.vpp, 0.0
+    for chunk in ours:
+        kept = chunk_activations(r, chunk)
+        device[chunk.virtual] += kept.on_device
+        host[chunk.virtual] += kept.on_host
         if chunk.has_head:
             head = r.tokens_per_microbatch * head_bytes(r.preset, r.tp, r.modules)
-    has_extra = r.has_overlap and r.vpp > 1
-    return head + peak_live(Shape(r.pp, r.vpp, r.num_microbatches, has_extra), rank, weights)
+    shape = Shape(r.pp, r.vpp, r.num_microbatches, r.has_overlap and r.vpp > 1)
+    return Activations(head + peak_live(shape, rank, device), peak_live(shape, rank, host))
 
 
 def rank_memory(r: RunRequest, rank: int, reserved_gb: float = RESERVED_GB) -> Memory:
@@ -183,15 +200,15 @@ def rank_memory(r: RunRequest, rank: int, reserved_gb: float = RESERVED_GB) -> M
     layers = [layer for chunk in r.chunks() if chunk.rank == rank for layer in chunk.layers]
     has_dense_layer = any(layer < r.preset.num_dense_layers for layer in layers)
     optimizer = optimizer_bytes(r, parameters)
-    activations = activation_bytes(r, rank)
+    activations = rank_activations(r, rank)
     return Memory(
         parameters=parameters,
         weights=WEIGHT_BYTES * parameters.total,
         gradients=GRADIENT_BYTES * parameters.total,
         optimizer=optimizer * (1 - r.optimizer_offload),
         optimizer_on_host=optimizer * r.optimizer_offload,
-        activations=activations * (1 - r.activation_offload),
-        activations_on_host=activations * r.activation_offload,
+        activations=activations.on_device,
+        activations_on_host=activations.on_host,
         optimizer_step=optimizer_step_bytes(r, parameters, has_dense_layer=has_dense_layer),
         reserved=reserved_gb * 1e9,
     )

@@ -96,7 +96,7 @@ class RunRequest:
             )
         self.chunks()
 
-    def chunks(self) -> list[Chunk]:
+    def chunks(self) -> tuple[Chunk, ...]:
         """Layers of every chunk."""
         return split_into_chunks(self.preset.num_layers, self.pp, self.vpp)
 

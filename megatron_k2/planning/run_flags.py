@@ -4,8 +4,9 @@ Architecture and schedule are the preset's (``training/flags.py``); these come a
 """
 
 from megatron_k2.errors import UserError
-from megatron_k2.planning.activations import Recompute, part_on_host
+from megatron_k2.planning.activations import Recompute
 from megatron_k2.planning.chunks import megatron_layout
+from megatron_k2.planning.offload import movable, offload_fraction, offload_modules
 from megatron_k2.planning.request import RunRequest
 
 RECOMPUTE_MODULES: dict[Recompute, str] = {
@@ -14,9 +15,6 @@ RECOMPUTE_MODULES: dict[Recompute, str] = {
     "mla_up": "mla_up_proj",
 }
 """Megatron's names; ``moe_act`` recomputes the experts' SwiGLU, not the one dense layer's."""
-OFFLOAD_MODULES = "attn_norm mlp_norm core_attn expert_fc1 moe_act".split()
-"""Inputs that Megatron's fine-grained offload moves to the host; the experts' as they are stored,
-in FP8 (``fp8/offload.py``)."""
 
 
 def layout_flags(r: RunRequest) -> list[str]:
@@ -48,16 +46,16 @@ def memory_flags(r: RunRequest) -> list[str]:
     if r.fp8_storage:
         flags += ["--fp8-activation-storage"]
     if r.activation_offload:
-        movable = part_on_host(r.preset, r.tp, recompute=r.recompute, fp8_storage=r.fp8_storage)
-        if r.activation_offload > movable:
+        most = movable(r).part
+        if r.activation_offload > most:
             raise UserError(
                 f"the plan has {r.activation_offload:.0%} of the activations on the host, and "
-                f"Megatron's offload can move {movable:.1%} of what is kept; plan with "
-                f"--activation-offload {movable:.2f} at most"
+                f"Megatron's offload can move {most:.1%} of what is kept; plan with "
+                f"--activation-offload {most:.2f} at most"
             )
-        part = r.activation_offload / movable
-        flags += ["--fine-grained-activation-offloading", "--offload-modules", *OFFLOAD_MODULES]
-        flags += ["--activation-offload-fraction", f"{part:.3f}"]
+        flags += ["--fine-grained-activation-offloading", "--offload-modules"]
+        flags += [*offload_modules(r.recompute)]
+        flags += ["--activation-offload-fraction", f"{offload_fraction(r):.2f}"]
     if r.optimizer_offload:
         flags += ["--optimizer-cpu-offload", "--optimizer-offload-fraction"]
         flags += [f"{r.optimizer_offload:g}"]

@@ -19,8 +19,9 @@ from megatron_k2.planning.estimate import (
     arithmetic_seconds,
     chunk_costs,
     estimate,
+    layer_cost,
 )
-from megatron_k2.planning.fit import most_activations
+from megatron_k2.planning.fit import fit_to_memory, most_activations
 from megatron_k2.planning.gpus import GPUS, GPUS_PER_NODE
 from megatron_k2.planning.memory import (
     GRADIENT_BYTES,
@@ -56,12 +57,19 @@ def _powers_of_two(most: int) -> Iterator[int]:
 def _recomputes() -> list[frozenset[Recompute]]:
     names: tuple[Recompute, ...] = get_args(Recompute)
     sizes = range(len(names) + 1)
-    found = [frozenset(c) for size in sizes for c in itertools.combinations(names, size)]
-    return sorted(found, key=lambda choice: ("mla_up" in choice, len(choice)))
+    return [frozenset(c) for size in sizes for c in itertools.combinations(names, size)]
 
 
 RECOMPUTES = _recomputes()
-"""Cheapest first: only the up-projections cost products."""
+
+
+def cheapest_first(base: RunRequest, a: Assumptions) -> list[frozenset[Recompute]]:
+    """The choices by what they compute again in an MoE layer; layouts do not change that order."""
+    one_gpu = base.replace(world_size=1, tp=1, pp=1, vpp=1, ep=1, cp=1)
+    allowed = (c for c in RECOMPUTES if base.modules == "transformer_engine" or "mla_up" not in c)
+    return sorted(
+        allowed, key=lambda c: arithmetic_seconds(layer_cost(one_gpu.replace(recompute=c), a))
+    )
 
 
 def layouts(base: RunRequest) -> Iterator[RunRequest]:
@@ -97,18 +105,6 @@ def _can_split(num_layers: int, pp: int, vpp: int) -> bool:
     except UserError:
         return False
     return True
-
-
-@functools.cache
-def _layer_bytes(
-    p: ModelPreset,
-    tp: int,
-    is_moe: bool,
-    recompute: frozenset[Recompute],
-    fp8: bool,
-    modules: Modules,
-) -> float:
-    return layer_bytes(p, tp, is_moe=is_moe, recompute=recompute, fp8_storage=fp8, modules=modules)
 
 
 @functools.cache
@@ -159,7 +155,9 @@ def _step_bytes(r: RunRequest, is_on_host: bool, ranks: list[Parameters]) -> flo
 
 def _kept(r: RunRequest, memory: QuickMemory, recompute: frozenset[Recompute]) -> float:
     p, fp8 = r.preset, r.fp8_storage
-    layers = memory.tokens_alive * _layer_bytes(p, r.tp, True, recompute, fp8, r.modules)
+    layers = memory.tokens_alive * layer_bytes(
+        p, r.tp, is_moe=True, recompute=recompute, fp8_storage=fp8, modules=r.modules
+    )
     head = memory.head_tokens * _head_bytes(p, r.tp, r.modules)
     return max(layers, head) if r.pp > 1 else layers + head
 
@@ -176,7 +174,10 @@ def _longest_chunk(num_layers: int, pp: int, vpp: int) -> int:
 
 
 def quick_seconds(r: RunRequest, a: Assumptions) -> float:
-    """Of one step: the busiest rank's arithmetic, what cannot be hidden, fill and drain."""
+    """Of one step: the busiest rank's arithmetic, what cannot be hidden, fill and drain.
+
+    Copies to the host run beside the arithmetic until they take longer; optimizer states' do not.
+    """
     costs = chunk_costs(r, a)
     busy = [arithmetic_seconds(cost) for cost in costs]
     is_hidden = r.has_overlap and r.vpp > 1
@@ -186,33 +187,54 @@ def quick_seconds(r: RunRequest, a: Assumptions) -> float:
     ]
     both = [seconds + wait for seconds, wait in zip(busy, exposed, strict=True)]
     by_rank = max(sum(both[rank :: r.pp]) for rank in range(r.pp))
-    return r.num_microbatches * by_rank + (r.pp - 1) * max(both)
+    copies = max(sum(cost.offload for cost in costs[rank :: r.pp]) for rank in range(r.pp))
+    seconds = r.num_microbatches * max(by_rank, copies) + (r.pp - 1) * max(both)
+    return seconds + _states_copy_seconds(r, a)
 
 
-def _fitting(r: RunRequest, a: Assumptions) -> tuple[RunRequest | None, int, float]:
-    """(``r`` with the least offload, then recompute, that fits; choices that fit; least bytes)."""
+def _states_copy_seconds(r: RunRequest, a: Assumptions) -> float:
+    if not r.optimizer_offload:
+        return 0.0
+    moved = r.optimizer_offload * quick_memory(r).optimizer
+    return moved / (r.gpu.pcie_gb_per_s * 1e9 * a.network)
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """What fits of one layout."""
+
+    choices: list[RunRequest]
+    """For each amount of offload that allows a cheaper recompute than less does, that one."""
+    count: int
+    """Recomputes that fit with some offload."""
+    least: float
+    """Bytes with everything recomputed and offloaded that can be."""
+
+
+def _fitting(r: RunRequest, a: Assumptions, recomputes: list[frozenset[Recompute]]) -> _Fitting:
     room = (r.gpu.memory_gb - a.reserved_gb) * 1e9
     memory = quick_memory(r)
-    choices = [c for c in RECOMPUTES if r.modules == "transformer_engine" or "mla_up" not in c]
-    kept = [(recompute, _kept(r, memory, recompute)) for recompute in choices]
-    chosen, num_fitting = None, 0
-    most = round(most_activations(r), 2)
-    offloads = [(0.0, 0.0), *((most, part) for part in OPTIMIZER_OFFLOADS)]
-    for activations, optimizer in offloads:
+    kept = [_kept(r, memory, recompute) for recompute in recomputes]
+    most = [round(most_activations(r.replace(recompute=recompute)), 2) for recompute in recomputes]
+    left = [size * (1 - part) for size, part in zip(kept, most, strict=True)]
+    choices, cheapest, count = [], len(recomputes), 0
+    for has_offload, optimizer in [(False, 0.0), *((True, part) for part in OPTIMIZER_OFFLOADS)]:
         states = memory.fixed + memory.optimizer * (1 - optimizer)
-        fits = [
-            recompute
-            for recompute, size in kept
-            if states + max(size * (1 - activations), memory.step[optimizer > 0]) <= room
-        ]
-        num_fitting = max(num_fitting, len(fits))
-        if fits and chosen is None:
-            chosen = r.replace(
-                recompute=fits[0], activation_offload=activations, optimizer_offload=optimizer
+        step = memory.step[optimizer > 0]
+        sizes = left if has_offload else kept
+        fits = [i for i, size in enumerate(sizes) if states + max(size, step) <= room]
+        count = max(count, len(fits))
+        if fits and fits[0] < cheapest:
+            cheapest = fits[0]
+            choices.append(
+                r.replace(
+                    recompute=recomputes[cheapest],
+                    activation_offload=most[cheapest] if has_offload else 0.0,
+                    optimizer_offload=optimizer,
+                )
             )
-    kept_least = min(size for _, size in kept) * (1 - most)
-    least = memory.fixed + max(kept_least, memory.step[True])
-    return chosen, num_fitting, least
+    least = memory.fixed + max(min(left), memory.step[True])
+    return _Fitting(choices, count, least)
 
 
 def search(base: RunRequest, a: Assumptions | None = None, top: int = 10) -> Found:
@@ -227,22 +249,33 @@ def search(base: RunRequest, a: Assumptions | None = None, top: int = 10) -> Fou
         UserError: where nothing fits.
     """
     a = a or Assumptions()
+    recomputes = cheapest_first(base, a)
     num_layouts = num_fitting = 0
     costed: list[tuple[float, int, RunRequest]] = []
     nearest: tuple[float, RunRequest] | None = None
     for layout in layouts(base):
-        num_layouts += len(RECOMPUTES)
-        chosen, count, least = _fitting(layout, a)
-        num_fitting += count
-        if chosen is not None:
-            costed.append((quick_seconds(chosen, a), len(costed), chosen))
-        elif nearest is None or least < nearest[0]:
-            nearest = (least, layout)
+        num_layouts += len(recomputes)
+        found = _fitting(layout, a, recomputes)
+        num_fitting += found.count
+        if found.choices:
+            seconds, index = min((quick_seconds(r, a), i) for i, r in enumerate(found.choices))
+            costed.append((seconds, len(costed), found.choices[index]))
+        elif nearest is None or found.least < nearest[0]:
+            nearest = (found.least, layout)
     if not costed:
         raise UserError(_nothing_fits(base, nearest, a))
-    best = [estimate(r, a) for _, _, r in sorted(costed)[: 2 * top]]
+    exact = (estimate(_least_offload(r, a), a) for _, _, r in sorted(costed))
+    best = list(itertools.islice((e for e in exact if e.fits), 2 * top))
     best.sort(key=lambda e: -e.tokens_per_second)
     return Found(best[:top], num_layouts, num_fitting)
+
+
+def _least_offload(r: RunRequest, a: Assumptions) -> RunRequest:
+    """``r`` with no more on the host than the exact bytes need; as it is where they need more."""
+    try:
+        return fit_to_memory(r, a.reserved_gb)
+    except UserError:
+        return r
 
 
 def _nothing_fits(

@@ -11,7 +11,7 @@ from megatron_k2.planning.memory import (
     GRADIENT_BYTES,
     WEIGHT_BYTES,
     Parameters,
-    chunk_activation_bytes,
+    chunk_activations,
     optimizer_bytes,
 )
 from megatron_k2.planning.request import RunRequest
@@ -121,9 +121,10 @@ class HostTraffic:
 
 def host_traffic(r: RunRequest, rank: int, parameters: Parameters) -> HostTraffic:
     """Of pipeline rank ``rank``."""
-    kept = sum(chunk_activation_bytes(r, chunk) for chunk in r.chunks() if chunk.rank == rank)
+    ours = [chunk for chunk in r.chunks() if chunk.rank == rank]
+    moved = sum(chunk_activations(r, chunk).on_host for chunk in ours)
     return HostTraffic(
-        activations=kept * r.num_microbatches * r.activation_offload,
+        activations=moved * r.num_microbatches,
         optimizer=optimizer_bytes(r, parameters) * r.optimizer_offload,
     )
 

@@ -11,16 +11,17 @@ import pytest
 from megatron_k2.cli import plan_tables
 from megatron_k2.cli.main import main
 from megatron_k2.errors import UserError
-from megatron_k2.planning.activations import layer_bytes
-from megatron_k2.planning.estimate import Assumptions, estimate
+from megatron_k2.planning.activations import head_bytes, layer_bytes
+from megatron_k2.planning.estimate import Assumptions, estimate, layer_cost
 from megatron_k2.planning.fit import fit_to_memory, most_activations, shortfall
 from megatron_k2.planning.flops import model_flops_per_token, newton_schulz
 from megatron_k2.planning.gpus import GPUS, get_gpu
 from megatron_k2.planning.memory import rank_memory, rank_parameters
+from megatron_k2.planning.offload import Movable, layer_groups, movable
 from megatron_k2.planning.params import count_parameters
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.planning.run_flags import megatron_flags
-from megatron_k2.planning.search import layouts, search
+from megatron_k2.planning.search import RECOMPUTES, cheapest_first, layouts, search
 from megatron_k2.planning.trace import step_lanes, trace_events
 from megatron_k2.presets import get_preset
 from tests.planning.test_memory import request
@@ -66,34 +67,81 @@ def test_slower_assumptions_cost_time_where_they_act():
 def test_offload_is_the_least_that_fits_and_activations_go_first():
     r = request(vpp=2)
     # rank 1 has 2 x 14 + 16 + 1 + 1 = 46 in flight, three of them on the device: 0.93 could go, of
-    # which Megatron moves norms' inputs, attention's output and the experts' two stored tensors
-    movable = 2 * 2 * 7168 + 2 * 64 * 128 + 1.03125 * 8 * (7168 + 2 * 2048)
+    # which Megatron moves norms' inputs and the experts' two stored tensors
+    can_go = 2 * 2 * 7168 + 1.03125 * 8 * (7168 + 2 * 2048)
     kept = layer_bytes(K2, 1, is_moe=True, recompute=r.recompute, fp8_storage=True)
-    assert 0.85 < movable / kept < 0.9
-    assert most_activations(r) == pytest.approx(0.85)
+    assert movable(r) == Movable(pytest.approx(can_go / kept), 1.0)
+    assert 0.75 < can_go / kept < 0.8
+    assert most_activations(r) == pytest.approx(0.75)
     assert most_activations(request(pp=1, ep=16)) == 0
-    fitted = fit_to_memory(r)
+    fitted = fit_to_memory(r.replace(world_size=512))
     assert shortfall(fitted) <= 0
     assert fitted.optimizer_offload == 0
     less = round(fitted.activation_offload - 0.05, 2)
     assert shortfall(fitted.replace(activation_offload=less)) > 0
     smaller = fit_to_memory(r.replace(gpu=replace(r.gpu, memory_gb=64)))
-    assert smaller.activation_offload == 0.85
+    assert smaller.activation_offload == 0.75
     assert shortfall(smaller) <= 0 < smaller.optimizer_offload
 
 
 def test_the_plan_is_in_the_flags():
-    flags = megatron_flags(fit_to_memory(request(vpp=2)))
+    flags = megatron_flags(fit_to_memory(request(vpp=2, world=512)))
     assert flags[flags.index("--pipeline-model-parallel-layout") + 1].startswith("Et|tt|")
     assert "--fp8-activation-storage" in flags
     assert "--optimizer-cpu-offload" not in flags
-    assert float(flags[flags.index("--activation-offload-fraction") + 1]) == pytest.approx(
-        0.85 / 0.876, abs=5e-3
-    )
-    with pytest.raises(UserError, match=r"95% of the activations on the host.*can move 87\.\d%"):
+    with pytest.raises(UserError, match=r"95% of the activations on the host.*can move 77\.1%"):
         megatron_flags(request(vpp=2, activation_offload=0.95))
     flags = megatron_flags(request(vpp=2, optimizer_offload=0.55))
     assert "--optimizer-cpu-offload --optimizer-offload-fraction 0.55" in " ".join(flags)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "modules"),
+    [
+        (("norm", "swiglu", "mla_up"), "attn_norm mlp_norm expert_fc1 moe_act"),
+        (("norm",), "attn_norm core_attn attn_proj mlp_norm expert_fc1 moe_act"),
+    ],
+)
+def test_the_offload_fraction_moves_the_planned_bytes_and_hardly_more(recompute, modules):
+    """Megatron counts groups from the end of a chunk, the plan bytes."""
+    for planned in (0.1, 0.35, 0.5, 0.7):
+        r = request(vpp=2, recompute=frozenset(recompute), activation_offload=planned)
+        flags = " ".join(megatron_flags(r))
+        assert f"--offload-modules {modules} --activation-offload-fraction " in flags
+        fraction = float(flags.split("--activation-offload-fraction ")[1].split()[0])
+        layer = layer_groups(K2, 1, r.recompute, is_moe=True, fp8_storage=True)
+        kept = layer_bytes(K2, 1, is_moe=True, recompute=r.recompute, fp8_storage=True)
+        moved = {}
+        for length in (1, 2):
+            groups = layer * length
+            for at in (fraction, fraction - 0.01):
+                num_kept = int(len(groups) * (1 - at))
+                off = sum(group.off_device for group in groups[: len(groups) - num_kept])
+                moved[length, at] = off / length / kept
+        assert min(moved[1, fraction], moved[2, fraction]) >= planned
+        assert min(moved[1, fraction - 0.01], moved[2, fraction - 0.01]) < planned
+
+
+def test_what_two_groups_hand_over_is_on_the_host_twice():
+    r = request(vpp=2, recompute=frozenset(), activation_offload=0.5)
+    output = 2 * 64 * 128
+    inputs = 2 * 2 * 7168 + 2 * 64 * (192 + 192 + 128) + 1.03125 * 8 * (7168 + 2 * 2048)
+    assert movable(r).copies == pytest.approx((inputs + 2 * output) / (inputs + output))
+    m = rank_memory(r, 1)
+    kept = rank_memory(r.replace(activation_offload=0.0), 1).activations
+    assert m.activations == pytest.approx(0.5 * kept)
+    assert m.activations_on_host == pytest.approx(0.5 * kept * movable(r).copies)
+
+
+def test_the_heads_activations_and_a_dense_layers_mlp_stay_on_the_device():
+    r = request(pp=1, vpp=1, ep=16, activation_offload=0.5)
+    plain, moved = (rank_memory(x, 0).activations for x in (r.replace(activation_offload=0.0), r))
+    tokens = r.tokens_per_microbatch
+    head = tokens * head_bytes(K2, 1)
+    moe = tokens * layer_bytes(K2, 1, is_moe=True, recompute=r.recompute, fp8_storage=True)
+    dense = tokens * layer_bytes(K2, 1, is_moe=False, recompute=r.recompute, fp8_storage=True)
+    assert plain == pytest.approx(60 * moe + dense + head)
+    assert moved == pytest.approx(60 * moe / 2 + dense - tokens * 2 * 7168 + head)
 
 
 def test_states_on_the_host_cost_one_direction_of_pcie_less_what_newton_schulz_hides():
@@ -142,22 +190,54 @@ def test_impossible_runs_are_refused(change, message):
         request(**change).check()
 
 
-def test_the_search_finds_what_costing_every_layout_in_full_finds():
-    small = replace(get_gpu("h100"), memory_gb=9.0)  # three gigabytes beside what is reserved
-    base = RunRequest(get_preset("k2-mini"), small, 4, 1024, 16)
+@pytest.mark.slow
+@pytest.mark.parametrize("gigabytes", [9.0, 7.6, 7.2])
+def test_the_search_finds_what_costing_every_choice_in_full_finds(gigabytes):
+    """From room for all activations, by some offload, to hardly room for the states."""
+    gpu = replace(get_gpu("h100"), memory_gb=gigabytes)  # of which 6 are reserved
+    base = RunRequest(get_preset("k2-mini"), gpu, 4, 1024, 16)
     found = search(base, top=3)
-    best = 0.0
-    for r in layouts(base):
+    rates: dict[frozenset, list[float]] = {}
+    for r, recompute in itertools.product(layouts(base), RECOMPUTES):
         try:
-            fitted = fit_to_memory(r.replace(recompute=frozenset()))
+            fitted = fit_to_memory(r.replace(recompute=recompute))
         except UserError:
             continue
-        best = max(best, estimate(fitted).tokens_per_second)
+        rates.setdefault(recompute, []).append(estimate(fitted).tokens_per_second)
+    best = max(max(some) for some in rates.values())
     # the search ranks by a closed form first: within 2 % of the best there is
-    assert found.best[0].tokens_per_second >= 0.98 * best > 0
-    rates = [e.tokens_per_second for e in found.best]
-    assert rates == sorted(rates, reverse=True)
+    assert found.best[0].tokens_per_second >= 0.98 * best
+    assert max(rates[frozenset({"norm", "swiglu", "mla_up"})]) < 0.98 * best
+    ranked = [e.tokens_per_second for e in found.best]
+    assert ranked == sorted(ranked, reverse=True)
     assert all(e.fits for e in found.best)
+    for r in (e.request for e in found.best if e.request.activation_offload):
+        assert shortfall(r.replace(activation_offload=r.activation_offload - 0.05)) > 0
+
+
+@pytest.mark.slow
+def test_what_the_search_shows_of_the_whole_model_fits():
+    """Each recompute leaves another part for the host; taking one's for all showed 87 GB of 80."""
+    found = search(RunRequest(K2, GPUS["h100"], 1024, 4096, 16384), top=8)
+    assert len(found.best) == 8
+    assert all(e.fits for e in found.best)
+    assert {e.request.recompute for e in found.best} != {found.best[0].request.recompute}
+
+
+def test_recompute_of_norms_and_swiglu_costs_their_bytes_over_the_memorys_rate():
+    r = request(vpp=2, recompute=frozenset())
+    plain = layer_cost(r, Assumptions())
+    norms = layer_cost(r.replace(recompute=frozenset({"norm"})), Assumptions())
+    swiglu = layer_cost(r.replace(recompute=frozenset({"swiglu"})), Assumptions())
+    rate = 3350e9 * 0.75
+    once = 2 * (2 * 7168) * 4096 / rate  # bf16, read and written
+    assert norms.attention_backward - plain.attention_backward == pytest.approx(once)
+    assert norms.mlp_backward - plain.mlp_backward == pytest.approx(once)
+    assert swiglu.mlp_backward - plain.mlp_backward == pytest.approx(3 * 2 * 8 * 2048 * 4096 / rate)
+    assert swiglu.attention_backward == plain.attention_backward
+    order = cheapest_first(r, Assumptions())
+    assert order[:3] == [frozenset(), frozenset({"norm"}), frozenset({"swiglu"})]
+    assert ["mla_up" in choice for choice in order] == 4 * [False] + 4 * [True]
 
 
 def test_local_modules_keep_more_than_transformer_engines():
@@ -203,7 +283,7 @@ def test_the_plan_is_printed_and_as_json(capsys):
     assert main(argv) == 0
     text = capsys.readouterr().out
     assert "PP 16, VPP 2, EP 16" in text
-    assert "85% of activations, 0% of optimizer states; fits in 80 GB" in text
+    assert "75% of activations, 15% of optimizer states; fits in 80 GB" in text
     assert main([*argv, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["layout"]["pipeline_layout"].startswith("Et|tt|tt")

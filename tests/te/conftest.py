@@ -5,12 +5,19 @@ the other tests. Without it these tests skip. With its compiled extension, which
 hide, only the bodies marked ``gpu`` run: the same, on GPUs, over TE itself and NCCL.
 """
 
+import os
+
 import pytest
 
 from megatron_k2.compat import installed_version
 
 HAS_PYTHON = installed_version("transformer-engine") is not None
 HAS_ALL = installed_version("transformer-engine-torch") is not None
+
+if HAS_ALL:
+    # TE multiplies fp32 in TF32 (common/gemm/cublaslt_gemm.cu), which is three digits. cuBLAS reads
+    # this when it is loaded, here and in the ranks started from here.
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
 if HAS_PYTHON:
     from megatron_k2.fp8.compute import choose_scale_format
@@ -40,3 +47,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def _transformer_engine():
     """Asked for by what imports it: behind the skips above."""
+
+
+@pytest.fixture(params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
+def host(request):
+    """The same body over the stand-ins and, where Transformer Engine is whole, on a GPU."""
+    return request.param

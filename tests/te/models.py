@@ -54,14 +54,36 @@ def batch(preset=SMALL, seed: int = 0, sequence: int = 32, size: int = 2):
     return tokens[:, :-1].contiguous(), positions, tokens[:, 1:].contiguous()
 
 
+def token_losses(model: torch.nn.Module, tokens, positions, labels):
+    """[b, s] of one forward pass, on the device of the model."""
+    device = next(model.parameters()).device
+    tokens, positions, labels = (t.to(device) for t in (tokens, positions, labels))
+    length = tokens.shape[1]
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu_(1)
+    return model(tokens, positions, mask, labels=labels)
+
+
 def loss_and_gradients(model: torch.nn.Module, preset=SMALL):
     """Mean loss over the batch, and each parameter's gradient by its local name."""
-    tokens, positions, labels = batch(preset)
-    mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu_(1)
-    loss = model(tokens, positions, mask, labels=labels).mean()
+    loss = token_losses(model, *batch(preset)).mean()
     loss.backward()
     gradients = {local_name(name): param.grad for name, param in model.named_parameters()}
     return loss.detach(), gradients
+
+
+def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    """Names of tensors that are not the same operations' result.
+
+    To the bit on a CPU; a GPU adds some sums atomically, in no order: 1e-5 of the largest number.
+    """
+
+    def is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+        if not a.is_cuda:
+            return torch.equal(a, b)
+        return bool((a - b).abs().max() <= 1e-5 * b.abs().max())
+
+    assert set(found) == set(expected), set(found) ^ set(expected)
+    return [name for name in expected if not is_same(found[name], expected[name])]
 
 
 def largest_difference(found, expected) -> tuple[float, str]:

@@ -80,14 +80,17 @@ def test_the_reports_activation_memory_scheme_is_accepted(validated):
 
 
 @pytest.mark.parametrize("part", [0.0, 0.55])
-def test_a_plan_of_256_gpus_is_accepted_as_flags(validated, monkeypatch, part):
+def test_a_plan_is_accepted_as_flags(validated, monkeypatch, part):
     """Layout, overlap, recompute, FP8 storage, both offloads: all that the planner writes."""
     from megatron_k2.fp8.compute import OFFLOAD_V1, choose_offload_version
     from megatron_k2.planning.fit import fit_to_memory
     from megatron_k2.planning.run_flags import megatron_flags
     from tests.planning.test_memory import request
 
-    planned = fit_to_memory(request(vpp=2, optimizer_offload=part), fixed={"optimizer_offload"})
+    world = 256 if part else 512
+    planned = fit_to_memory(
+        request(vpp=2, world=world, optimizer_offload=part), fixed={"optimizer_offload"}
+    )
     flags = megatron_flags(planned)
     environment: dict[str, str] = {}
     choose_offload_version(flags, environment)

@@ -17,7 +17,7 @@ from megatron_k2.presets import K2_TINY
 from megatron_k2.training.flags import expand
 from tests.distributed import REPOSITORY
 from tests.single_rank import one_rank
-from tests.te.models import TE_FLAGS, batch, local_name
+from tests.te.models import TE_FLAGS, batch, local_name, token_losses
 from tests.te.worker import whole_weight
 
 SMALL = replace(K2_TINY, num_layers=3, num_moe_experts=8, yarn=None)
@@ -61,9 +61,7 @@ def quantised(monkeypatch):
 
 
 def _loss(model):
-    tokens, positions, labels = batch(SMALL)
-    mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu_(1)
-    loss = model(tokens, positions, mask, labels=labels).float().mean()
+    loss = token_losses(model, *batch(SMALL)).float().mean()
     loss.backward()
     return loss.item()
 
@@ -101,7 +99,7 @@ def test_router_head_and_embedding_are_never_quantised(quantised):
     assert model.decoder.layers[1].mlp.router.weight.grad is not None
 
 
-def test_max_logits_are_those_of_unquantised_queries_and_keys(quantised):
+def test_max_logits_are_those_of_unquantised_queries_and_keys(host):
     from megatron_k2.model.attention import causal_max_logit
     from megatron_k2.optimizer.max_logits import MaxLogits
 
@@ -120,7 +118,7 @@ def test_max_logits_are_those_of_unquantised_queries_and_keys(quantised):
         assert ((wrong - row) / row).abs().max() > 2**-7
 
 
-def test_the_loss_is_near_that_of_bf16_but_not_it():
+def test_the_loss_is_near_that_of_bf16_but_not_it(host):
     exact, found = _loss(_model()), _loss(_blockwise())
     assert 1e-6 < abs(found - exact) / exact < 1e-2
 

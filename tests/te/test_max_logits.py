@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.single_rank import SMALL, one_rank
-from tests.te.models import batch, pair
+from tests.te.models import batch, pair, token_losses
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -20,10 +20,8 @@ def _rank(_transformer_engine):
 
 
 def _forward(model, seed):
-    tokens, positions, labels = batch(seed=seed)
-    mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu_(1)
     with torch.no_grad():
-        return model(tokens, positions, mask, labels=labels)
+        return token_losses(model, *batch(seed=seed))
 
 
 def _recorder(model):
@@ -41,7 +39,7 @@ def _step(recorder, model, training_seeds, evaluation_seed=2):
     return recorder.take(torch.distributed.group.WORLD)
 
 
-def test_a_steps_maxima_equal_the_local_attentions_and_forget_evaluation():
+def test_a_steps_maxima_equal_the_local_attentions_and_forget_evaluation(host):
     local, te = pair()
     expected = _step(_recorder(local), local, (0, 1))
     recorder = _recorder(te)
@@ -54,7 +52,7 @@ def test_a_steps_maxima_equal_the_local_attentions_and_forget_evaluation():
     assert (evaluated > found).any(), "counting the evaluation would be seen"
 
 
-def test_in_bf16_the_statistic_is_rounded_to_the_outputs_dtype():
+def test_in_bf16_the_statistic_is_rounded_to_the_outputs_dtype(host):
     preset = replace(SMALL, moe_ffn_hidden_size=32)  # grouped_mm wants rows of 16 bytes
     local, te = pair("--bf16", preset=preset)
     found = _step(_recorder(te.bfloat16()), te, (0,))
@@ -65,7 +63,7 @@ def test_in_bf16_the_statistic_is_rounded_to_the_outputs_dtype():
     assert ((found - exact) / exact)[0].abs().max() < 2**-8
 
 
-def test_the_clip_scales_the_same_rows_by_the_same_factors():
+def test_the_clip_scales_the_same_rows_by_the_same_factors(host):
     from megatron_k2.optimizer.clip_step import check_clippable, row_scales
     from megatron_k2.optimizer.domain import settings_from
     from tests.single_rank import arguments

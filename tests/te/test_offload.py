@@ -12,7 +12,7 @@ import torch
 
 from megatron_k2.fp8.tiles import E4M3, num_tiles
 from tests.single_rank import SMALL, one_rank
-from tests.te.models import TE_FLAGS, batch, local_name
+from tests.te.models import TE_FLAGS, batch, differing, local_name, token_losses
 from tests.te.worker import whole_weight
 
 GROUPS = ("expert_fc1", "moe_act")
@@ -72,11 +72,9 @@ def train(*flags, is_stored):
     for name, param in model.named_parameters():
         param.data.copy_(whole_weight(local_name(name), list(param.shape)))
     model.train()
-    tokens, positions, labels = batch()
-    mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu_(1)
     losses = []
     for _ in range(2):
-        loss = model(tokens, positions, mask, labels=labels).mean()
+        loss = token_losses(model, *batch()).mean()
         loss.backward()
         losses.append(loss.detach())
         if flags:
@@ -84,7 +82,7 @@ def train(*flags, is_stored):
     return losses, {name: param.grad for name, param in model.named_parameters()}
 
 
-def test_codes_and_scales_go_to_the_host_and_gradients_are_bit_equal(moved):
+def test_codes_and_scales_go_to_the_host_and_gradients_are_bit_equal(host, moved):
     from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
         PipelineOffloadManager,
     )
@@ -93,8 +91,7 @@ def test_codes_and_scales_go_to_the_host_and_gradients_are_bit_equal(moved):
     assert not moved
     found = train(*OFFLOAD, *SMALLEST, is_stored=True)
     assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))
-    differing = [n for n, g in expected[1].items() if not torch.equal(found[1][n], g)]
-    assert not differing
+    assert not differing(found[1], expected[1])
     widths, weights = (SMALL.hidden_size, 2 * SMALL.moe_ffn_hidden_size), 4 * TOKENS
     codes = TOKENS * sum(widths)
     scales = 4 * TOKENS * sum(num_tiles(width) for width in widths)
@@ -104,8 +101,61 @@ def test_codes_and_scales_go_to_the_host_and_gradients_are_bit_equal(moved):
     PipelineOffloadManager.reset_instance()  # it has laid out the groups of one model
     plain = train(*OFFLOAD, *SMALLEST, is_stored=False)
     assert bytes_of(moved, torch.float32) == TIMES * (4 * TOKENS * sum(widths) + weights)
-    assert any(not torch.equal(plain[1][name], found[1][name]) for name in found[1])
+    assert differing(plain[1], found[1])
 
 
 def bytes_of(moved, dtype):
     return sum(size for kind, size in moved if kind == dtype)
+
+
+RECOMPUTE = "--recompute-granularity selective --recompute-modules layernorm moe_act mla_up_proj"
+STAYS = ["--min-offloaded-tensor-size", str(TOKENS + 1)]
+"""Statistics, routing weights and scales of so few tokens: on a GPU of real size the first two."""
+
+
+@pytest.mark.parametrize("is_stored", [False, True])
+@pytest.mark.parametrize("fraction", [1.0, 0.6, 0.3])
+def test_a_plans_groups_move_what_the_planner_says(host, moved, is_stored, fraction):
+    """The report's recompute; layers in the forward's order, the last groups kept by the fraction.
+
+    Megatron leaves on the device, beside those, each name's last group of a step.
+    """
+    from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
+        PipelineOffloadManager,
+    )
+
+    from megatron_k2.planning.offload import is_kept_on_device, layer_groups, offload_modules
+
+    recompute = frozenset({"norm", "swiglu", "mla_up"})
+    expected = train(*RECOMPUTE.split(), is_stored=is_stored)
+    flags = ["--fine-grained-activation-offloading", "--offload-modules"]
+    flags += [*offload_modules(recompute), *STAYS, "--activation-offload-fraction", str(fraction)]
+    found = train(*RECOMPUTE.split(), *flags, is_stored=is_stored)
+    assert not differing(found[1], expected[1])
+    groups = [
+        group
+        for layer in range(SMALL.num_layers)
+        for group in layer_groups(
+            SMALL, 1, recompute, is_moe=layer >= SMALL.num_dense_layers, fp8_storage=False
+        )
+    ]
+    last = {group.module: index for index, group in enumerate(groups)}
+    can = [group for index, group in enumerate(groups) if index != last[group.module]]
+    kept = is_kept_on_device(len(can), fraction)
+    moves = [group for group, stays in zip(can, kept, strict=True) if not stays]
+    manager, by_module = PipelineOffloadManager.get_instance(), {}
+    for group in moves:
+        size = group.off_device * 2 * 32  # bf16 in the plan
+        is_fp8 = is_stored and group.module in GROUPS
+        size *= 0.5 if is_fp8 else 2
+        by_module[group.module] = by_module.get(group.module, 0) + size
+    assert manager.offload_summary_bytes == by_module
+    assert len(moves) < len(can) or fraction == 1.0
+
+
+def test_the_core_attentions_group_copies_what_is_computed_again(host, moved):
+    """Why a plan that recomputes queries, keys and values does not offload it."""
+    train(*RECOMPUTE.split(), *OFFLOAD[:2], "core_attn", *SMALLEST, is_stored=False)
+    width = SMALL.qk_head_dim + SMALL.qk_pos_emb_head_dim
+    query = 2 * 32 * SMALL.num_attention_heads * width * 4
+    assert sum(size == query for _, size in moved) >= 2 * (2 * SMALL.num_layers - 1)

@@ -33,13 +33,14 @@ def _differences(local, te, preset):
 @pytest.mark.parametrize(
     "preset", [UNEQUAL_EPSILONS, NO_QUERY_LATENT], ids=["query latent", "no query latent"]
 )
-def test_loss_and_every_gradient_equal_the_local_modules(preset):
+def test_loss_and_every_gradient_equal_the_local_modules(host, preset):
     from tests.te.standin.extension import CALLS
 
     local, te = pair(preset=preset)
     CALLS.clear()
     of_loss, of_gradients, name = _differences(local, te, preset)
-    assert {"te_general_grouped_gemm", "generic_gemm", "rmsnorm_fwd"} <= set(CALLS)
+    if host == "stand-in":
+        assert {"te_general_grouped_gemm", "generic_gemm", "rmsnorm_fwd"} <= set(CALLS)
     assert of_loss < 1e-6
     assert of_gradients < 1e-5, name
 
@@ -64,7 +65,7 @@ def _one_epsilon_for_all(te):
 
 
 @pytest.mark.parametrize("spoil", [_one_expert_off, _one_epsilon_for_all])
-def test_a_model_that_is_not_the_same_is_seen(spoil):
+def test_a_model_that_is_not_the_same_is_seen(host, spoil):
     local, te = pair(preset=UNEQUAL_EPSILONS)
     spoil(te)
     _, of_gradients, _ = _differences(local, te, UNEQUAL_EPSILONS)

@@ -2,7 +2,7 @@
 
 The same operations run twice on the same numbers: gradients and S_max bit-equal. Bytes are those
 that TE's Python saves; its fused attention, which is not run here, saves other tensors than the
-unfused one. Not exercised: offloading, which acts on CUDA tensors only.
+unfused one.
 """
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 
 from tests.saved_tensors import saved_bytes
 from tests.single_rank import SMALL, one_rank
-from tests.te.models import TE_FLAGS, batch, local_name
+from tests.te.models import TE_FLAGS, batch, differing, local_name, token_losses
 from tests.te.worker import whole_weight
 
 
@@ -36,10 +36,8 @@ def train(*modules, is_stored=False):
     for name, param in model.named_parameters():
         param.data.copy_(whole_weight(local_name(name), list(param.shape)))
     maxima = MaxLogits([model.train()])
-    tokens, positions, labels = batch()
-    mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu_(1)
     with saved_bytes() as total:
-        loss = model(tokens, positions, mask, labels=labels).mean()
+        loss = token_losses(model, *batch()).mean()
         kept = total()
     loss.backward()
     gradients = {name: param.grad for name, param in model.named_parameters()}
@@ -47,7 +45,7 @@ def train(*modules, is_stored=False):
 
 
 @pytest.fixture(scope="module")
-def plain():
+def plain(_rank):
     return train()
 
 
@@ -62,13 +60,12 @@ CASES = [
 
 def _check_equal(found, expected):
     assert torch.equal(found[0], expected[0])
-    for name, gradient in found[1].items():
-        assert torch.equal(gradient, expected[1][name]), name
+    assert not differing(found[1], expected[1])
     assert torch.equal(found[2], expected[2])
 
 
 @pytest.mark.parametrize("modules", CASES, ids=" ".join)
-def test_gradients_and_maximum_logits_are_bit_equal_and_fewer_bytes_are_kept(plain, modules):
+def test_gradients_and_maximum_logits_are_bit_equal_and_fewer_bytes_are_kept(host, plain, modules):
     found = train(*modules)
     _check_equal(found, plain)
     assert found[3] < plain[3]
@@ -81,13 +78,13 @@ def test_the_experts_activation_frees_the_down_projections_input(plain):
     assert plain[3] - kept == SMALL.num_moe_layers * tokens * SMALL.moe_ffn_hidden_size * 4
 
 
-def test_with_fp8_storage_the_activation_is_recomputed_from_what_is_stored(plain):
+def test_with_fp8_storage_the_activation_is_recomputed_from_what_is_stored(host, plain):
     """Forward and S_max untouched; gradients those of storage alone, of which the output's
     recomputation changes the down-projection's: its input is made of the stored numbers."""
     stored, both = train(is_stored=True), train("moe_act", is_stored=True)
     assert torch.equal(both[0], plain[0])
     assert torch.equal(both[2], plain[2])
     assert both[3] < stored[3] < plain[3]
-    differing = {n for n, g in both[1].items() if not torch.equal(g, stored[1][n])}
-    assert any(".experts.linear_fc2." in name for name in differing)
-    assert not any(n.endswith("experts.linear_fc1.weight0") and "layers.2" in n for n in differing)
+    changed = differing(both[1], stored[1])
+    assert any(".experts.linear_fc2." in name for name in changed)
+    assert not any(n.endswith("experts.linear_fc1.weight0") and "layers.2" in n for n in changed)

@@ -9,7 +9,7 @@ import torch
 
 from tests.distributed import BACKENDS, run_ranks
 from tests.single_rank import SMALL, build, one_rank
-from tests.te.models import LOCAL_FLAGS, batch, largest_difference
+from tests.te.models import LOCAL_FLAGS, batch, largest_difference, token_losses
 from tests.te.worker import FLAGS, LAYOUTS, whole_weight
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -32,9 +32,7 @@ def expected(_transformer_engine):
         model = build(SMALL, *LOCAL_FLAGS, *FLAGS).train()
         for name, param in model.named_parameters():
             param.data.copy_(whole_weight(name, list(param.shape)))
-        device = next(model.parameters()).device
-        tokens, positions, labels = (t.to(device) for t in batch())
-        loss = model(tokens, positions, None, labels=labels).mean()
+        loss = token_losses(model, *batch()).mean()
         loss.backward()
         found = {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters()}
         return {name: value.cpu() for name, value in found.items()}

@@ -110,7 +110,7 @@ def run(layout: str) -> dict[str, torch.Tensor]:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from tests.single_rank import build
-    from tests.te.models import TE_FLAGS, batch
+    from tests.te.models import TE_FLAGS, batch, token_losses
 
     parallel_state.initialize_model_parallel(**SIZES[layout])
     model_parallel_cuda_manual_seed(1)
@@ -118,13 +118,10 @@ def run(layout: str) -> dict[str, torch.Tensor]:
         model = build(SMALL, *TE_FLAGS, *FLAGS, *LAYOUTS[layout]).train()
         rank = dist.get_rank()
         fill(model, layout, rank)
-        device = next(model.parameters()).device
-        tokens, positions, labels = (t.to(device) for t in batch())
+        tokens, positions, labels = batch()
         if layout == "EP2":
             tokens, positions, labels = (t[rank : rank + 1] for t in (tokens, positions, labels))
-        length = tokens.shape[1]
-        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu_(1)
-        loss = model(tokens, positions, mask, labels=labels).mean()
+        loss = token_losses(model, tokens, positions, labels).mean()
         loss.backward()
         found = {"loss": loss.detach()} | summed(model, layout, rank)
         return {name: value.cpu() for name, value in found.items()}
