@@ -56,13 +56,15 @@ def rows(recipe: Recipe, changed: list[str], save: str, start_from: str | None) 
             source_of(recipe, "checkpoint.interval"),
         ),
         Row("starts from", start_from or "random weights"),
-        Row("data", " ".join(recipe.data.flags(recipe.preset.eos_token_id)[:9])),
+        Row("data", recipe.data.described(), source_of(recipe, "data.weights")),
         Row(
             "bad loss",
             "not finite: the run stops" if recipe.loss.stop_on_nonfinite else "not checked",
             source_of(recipe, "loss.stop_on_nonfinite"),
         ),
     ]
+    if recipe.profiler.tool != "off":
+        found.append(Row("profiler", recipe.profiler.described(), source_of(recipe, "profiler")))
     flags = recipe.pretrain_flags(save, start_from)
     if needed := [flag for flag in NEEDS_TE if flag in flags]:
         found.append(Row("needs TE", " ".join(needed), "no GPU run of these has been made here"))
@@ -86,6 +88,7 @@ def _layout(recipe: Recipe) -> list[Row]:
             f"{recipe.precision}, ZeRO-1",
             source_of(recipe, "layout.pp"),
         ),
+        Row("experts' tokens", recipe.dispatch.described(), source_of(recipe, "dispatch")),
         Row(
             "memory",
             f"recompute {', '.join(sorted(r.recompute)) or 'nothing'}; FP8 storage "

@@ -48,6 +48,12 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     group = parser.add_argument_group("megatron_k2")
     group.add_argument("--preset", default=None, help="name of the preset these flags came from")
     group.add_argument("--data", default=None, help="directory made by 'megatron-k2 data prepare'")
+    group.add_argument(
+        "--synthetic-data",
+        action="store_true",
+        help="make a small corpus at every absent prefix of --train-data-path, which ends in the "
+        "name of one of data/synthetic.py's domains",
+    )
     _add_optimizer_arguments(group)
     _add_model_arguments(group)
     group.add_argument(

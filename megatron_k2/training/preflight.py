@@ -5,6 +5,7 @@ every rank started by hand refuses the same way.
 """
 
 import argparse
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_k2.data.storage import write_atomically
 from megatron_k2.errors import UserError
 from megatron_k2.fp8.compute import check_fp8
 from megatron_k2.parallel.layout import LayoutRequest, check_layout
+from megatron_k2.training.blend_files import check_files
 
 RUN_RECORD = "run.json"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -57,6 +59,9 @@ def read_flags(flags: list[str]) -> argparse.Namespace:
     parser.add_argument("--fp8-format", default=None)
     parser.add_argument("--transformer-impl", default="local")
     parser.add_argument("--moe-router-dtype", default=None)
+    parser.add_argument("--distributed-backend", default="nccl")
+    parser.add_argument("--moe-token-dispatcher-type", default=None)
+    parser.add_argument("--moe-flex-dispatcher-backend", default="deepep")
     parser.add_argument("--preset", default=None)
     parser.add_argument("--load", default=None)
     parser.add_argument("--save", default=None)
@@ -101,8 +106,37 @@ def check_run(flags: list[str], world_size: int) -> None:
         _check_offload(flags, values.optimizer_offload_fraction)
     if values.transformer_impl == "transformer_engine":
         require_transformer_engine()
+    _check_dispatcher(values)
+    check_files(flags)
     if values.load and not values.finetune:
         _check_checkpoint(Path(values.load), values)
+
+
+def _check_dispatcher(values: argparse.Namespace) -> None:
+    """The fused dispatcher needs its package, a router in fp32, and ranks to send to."""
+    if values.moe_token_dispatcher_type != "flex":
+        return
+    backend = values.moe_flex_dispatcher_backend
+    if (values.tensor_model_parallel_size or 1) * (values.expert_model_parallel_size or 1) == 1:
+        raise UserError(
+            "--moe-token-dispatcher-type flex: TP x EP is 1 and no token leaves its rank; give "
+            "--expert-model-parallel-size, or take alltoall"
+        )
+    if values.distributed_backend == "gloo":
+        raise UserError(
+            "--moe-token-dispatcher-type flex: its kernels are CUDA's; on a CPU take alltoall"
+        )
+    if values.moe_router_dtype != "fp32":
+        raise UserError(
+            f"--moe-router-dtype {values.moe_router_dtype}: {backend} takes fp32 probabilities; "
+            "add --moe-router-dtype fp32"
+        )
+    if backend != "ncclep" and importlib.util.find_spec("deep_ep") is None:
+        raise UserError(
+            f"--moe-flex-dispatcher-backend {backend}: package deep_ep is not installed "
+            "(github.com/deepseek-ai/DeepEP, for HybridEP its branch of that name); install it on "
+            "every node, or take --moe-token-dispatcher-type alltoall"
+        )
 
 
 _NOT_OFFLOADED = {

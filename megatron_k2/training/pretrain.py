@@ -14,6 +14,7 @@ from typing import TextIO
 
 from megatron_k2.errors import UserError
 from megatron_k2.fp8.compute import choose_offload_version, choose_scale_format
+from megatron_k2.training.blend_files import make_synthetic
 from megatron_k2.training.console import divert_output
 from megatron_k2.training.flags import add_k2_arguments, expand, last_value
 from megatron_k2.training.preflight import (
@@ -89,6 +90,9 @@ def _put_in_order(flags: list[str], world_size: int) -> None:
         repair_tracker(Path(save))
     if data is not None:
         drop_damaged_index_cache(Path(data))
+    if (vocabulary := last_value(flags, "--vocab-size")) is not None:
+        eod = last_value(flags, "--null-tokenizer-eod-id")
+        make_synthetic(flags, int(vocabulary), int(eod or 0))
     write_run_record(flags, world_size)
 
 

@@ -1,5 +1,6 @@
 """Recipes against the report's table, written here once more, and against Megatron's parser."""
 
+import argparse
 import itertools
 import sys
 from dataclasses import replace
@@ -8,8 +9,8 @@ import pytest
 
 from megatron_k2.cli.main import main
 from megatron_k2.errors import UserError
+from megatron_k2.launch.blend import DataBlend
 from megatron_k2.launch.overrides import apply
-from megatron_k2.launch.recipe import DataBlend
 from megatron_k2.launch.table import resolved, source_of
 from megatron_k2.planning.dry_run import NEEDS_TE, dry_run
 from megatron_k2.planning.fit import shortfall
@@ -209,6 +210,54 @@ def test_assignments_reach_the_flags_and_the_plan_follows():
     assert "/lustre/web" in changed.to_megatron_args("runs/x")
     longer = apply(get_recipe("kimi_k2_pretrain_cpu"), ["phase.seq_length=128"])
     assert (longer.layout.seq_length, longer.layout.sequences_per_step) == (128, 16)
+
+
+FLEX = "dispatch.dispatcher=flex"
+TRACE = "profiler.tool=pytorch"
+
+
+def test_dispatcher_and_profiler_are_fields_and_become_megatrons_flags():
+    recipe = get_recipe("kimi_k2_pretrain_256gpu_h800")
+    flags = recipe.to_megatron_args("runs/x")
+    assert last_value(flags, "--moe-token-dispatcher-type") == "alltoall"
+    assert "--profile" not in flags
+    typed = [FLEX, "dispatch.num_sms=24", TRACE, "profiler.ranks=0,16", "profiler.shapes=true"]
+    flags = apply(recipe, typed).to_megatron_args("runs/x")
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    args = add_k2_arguments(parser).parse_args(flags)
+    assert args.moe_token_dispatcher_type == "flex"
+    assert args.moe_flex_dispatcher_backend == "deepep"
+    assert args.moe_flex_dispatcher_num_sms == 24
+    assert (args.profile, args.use_pytorch_profiler) == (True, True)
+    assert (args.profile_step_start, args.profile_step_end) == (10, 12)
+    assert args.profile_ranks == [0, 16]
+    assert args.pytorch_profiler_collect_shapes
+    nsys = apply(recipe, ["profiler.tool=nsys"]).to_megatron_args("runs/x")
+    assert "--nvtx-ranges" in nsys
+    assert "--use-pytorch-profiler" not in nsys
+
+
+@pytest.mark.parametrize(
+    ("name", "assignments", "words"),
+    [
+        ("kimi_k2_pretrain_cpu", [FLEX], "its kernels are CUDA's"),
+        ("kimi_k2_pretrain_256gpu_h200", ["dispatch.dispatcher=allgather"], "alltoall, flex"),
+        ("kimi_k2_pretrain_256gpu_h200", [FLEX, "dispatch.backend=deep"], "deepep, hybridep"),
+        ("kimi_k2_pretrain_256gpu_h200", [FLEX, "dispatch.num_sms=7"], "for DeepEP an even one"),
+        ("kimi_k2_pretrain_256gpu_h200", ["dispatch.num_sms=8"], "without dispatch.dispatcher"),
+        ("moonlight_16b_a3b_pretrain_64gpu_h200", [FLEX, "layout.ep=1"], "no token leaves"),
+        ("kimi_k2_pretrain_cpu", ["profiler.tool=torch"], "off, pytorch, nsys"),
+        ("kimi_k2_pretrain_cpu", [TRACE, "profiler.step_start=12"], "at least one"),
+        ("kimi_k2_pretrain_cpu", [TRACE, "profiler.step_end=21"], "the run has 20 steps"),
+        ("kimi_k2_pretrain_cpu", [TRACE, "profiler.ranks=1"], "1 is no rank of 1; the last is 0"),
+        ("kimi_k2_pretrain_cpu", [TRACE, "profiler.ranks=a"], "'a' is no number"),
+    ],
+)
+def test_a_dispatcher_or_profiler_that_cannot_be_is_refused(name, assignments, words):
+    with pytest.raises(UserError, match=words):
+        apply(get_recipe(name), assignments, force=True)
 
 
 def test_an_unknown_recipe_names_the_nearest():

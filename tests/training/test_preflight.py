@@ -21,6 +21,30 @@ from megatron_k2.training.preflight import (
 TINY = ["--preset", "k2-tiny", "--mock-data"]
 
 
+EP2 = ["--expert-model-parallel-size", "2", "--moe-token-dispatcher-type", "flex"]
+NCCL = ["--distributed-backend", "nccl"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (EP2, "its kernels are CUDA's"),
+        ([*EP2, *NCCL], "deepep: package deep_ep is not installed"),
+        ([*EP2, *NCCL, "--moe-router-dtype", "fp64"], "takes fp32 probabilities"),
+        ([*EP2[2:], *NCCL], "no token leaves its rank"),
+    ],
+)
+def test_a_fused_dispatcher_that_cannot_run_is_refused(flags, said):
+    with pytest.raises(UserError, match=said):
+        check(*flags, world_size=2)
+
+
+def test_absent_data_is_named_before_a_model_is_built(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.idx does not exist"):
+        check("--train-data-path", "1", str(tmp_path / "absent"))
+    check("--train-data-path", "1", "msc://bucket/elsewhere")
+
+
 def check(*flags, world_size=1):
     check_run(expand([*TINY, *flags], cuda=False), world_size)
 
