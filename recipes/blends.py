@@ -18,7 +18,8 @@ ANNEAL = (0.10, 0.30, 0.30, 0.30)
 LONG_PART = 0.4
 """Of the tokens of the long-context phases; k1.5."""
 
-_LONG = (tuple(round((1 - LONG_PART) * w, 4) for w in ANNEAL) + (LONG_PART,), (*DOMAINS, "long"))
+_SHORT = (round((1 - LONG_PART) * weight, 4) for weight in ANNEAL)
+_LONG = ((*_SHORT, LONG_PART), (*DOMAINS, "long"))
 BLENDS = {
     "pretrain": (PRETRAIN, DOMAINS),
     "anneal_4k": (ANNEAL, DOMAINS),

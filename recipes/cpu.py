@@ -77,7 +77,7 @@ def cpu_twin(
             asynchronous=False,
         ),
         data=data,
-        loss=LossPolicy(stop_on_nonfinite=True),
+        loss=LossPolicy(stop_on_nonfinite=True, spike_margin=1),
         sources=SOURCES,
         differences=("size: a twin for the CPU; nothing of it but the curve's shape is K2's",),
         previous=previous,

@@ -57,7 +57,10 @@ SOURCES = (
         "report 2.4.2: expert all-to-all, hidden behind arithmetic; DeepEP is not named there",
     ),
     ("loss.stop_on_nonfinite", "choice: a bad step is looked at by a person"),
-    ("loss.iterations_to_skip", "report 2.5: no spike, none to skip"),
+    ("loss.iterations_to_skip", "report 2.1: no spike in 15.5T tokens, none to skip"),
+    ("loss.on_spike", "choice: report 2.1 saw no spike, so a first one is looked at by a person"),
+    ("loss.spike_nats", "choice: far above the noise of 67M tokens a step"),
+    ("loss.spike_margin", "choice; PaLM (arXiv:2204.02311, 5.1) left out 200 to 500 batches"),
     ("profiler", "choice: off; a trace costs time and disk"),
     ("extra_flags", "none"),
 )

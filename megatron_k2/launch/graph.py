@@ -14,6 +14,9 @@ from megatron_k2.launch.slurm import submit
 from megatron_k2.training.metrics import METRICS_FILE, read_records
 from megatron_k2.training.preflight import TRACKER
 
+INTERRUPTED = 1
+"""Exit code of a chain whose run ended well before its last step, as after a SIGTERM."""
+
 type Run = tuple[Recipe, str, str | None]
 """A recipe, its directory, and the directory it starts from while its own has no checkpoint."""
 
@@ -53,6 +56,9 @@ def run_chain(
         print(f"{heading}, {recipe.steps} steps, from {start_from or 'random weights'}", flush=True)
         if code := train(recipe, save, start_from, changed):
             return code
+        if not is_done(run):
+            print(f"{heading}: ended early; the same command goes on", flush=True)
+            return INTERRUPTED
     return 0
 
 

@@ -37,6 +37,9 @@ class CheckpointPolicy:
         return flags
 
 
+type SpikeAction = Literal["off", "warn", "stop", "rollback"]
+
+
 @dataclass(frozen=True)
 class LossPolicy:
     """What a bad loss does to the run."""
@@ -45,13 +48,40 @@ class LossPolicy:
     """Stop with the rank and step named (Megatron's check); otherwise go on."""
     iterations_to_skip: tuple[int, ...] = ()
     """Steps whose batch is left out: how a spike is passed after going back to a checkpoint."""
+    on_spike: SpikeAction = "warn"
+    """``stop`` and ``rollback`` act before the next save (``training/spikes.py``)."""
+    spike_nats: float = 0.5
+    """Nats over the running median under which nothing is a spike."""
+    spike_margin: int = 10
+    """Steps on either side of a spike that a rollback leaves out too."""
+
+    def __post_init__(self) -> None:
+        check_choice("loss.on_spike", self.on_spike, SpikeAction.__value__)
+        if not (self.spike_nats > 0 and self.spike_margin >= 0):
+            raise UserError(
+                f"loss.spike_nats={self.spike_nats:g}, loss.spike_margin={self.spike_margin}: "
+                "nats above 0 and steps from 0 are expected"
+            )
 
     def flags(self) -> list[str]:
-        """Megatron's."""
+        """Megatron's, and ours for spikes."""
         flags = [] if self.stop_on_nonfinite else ["--no-check-for-nan-in-loss-and-grad"]
         if self.iterations_to_skip:
             flags += ["--iterations-to-skip", *map(str, self.iterations_to_skip)]
-        return flags
+        flags += ["--on-spike", self.on_spike, "--spike-nats", f"{self.spike_nats:g}"]
+        return [*flags, "--spike-margin", str(self.spike_margin)]
+
+    def described(self) -> str:
+        """In a line."""
+        nonfinite = "the run stops" if self.stop_on_nonfinite else "not checked"
+        spike = {
+            "off": "not looked for",
+            "warn": "said",
+            "stop": "the run stops",
+            "rollback": f"back to before it, without {2 * self.spike_margin + 1} steps",
+        }[self.on_spike]
+        high = f"{self.spike_nats:g} nats over the median or more"
+        return f"not finite: {nonfinite}; {high}: {spike}"
 
 
 type Dispatcher = Literal["alltoall", "flex"]

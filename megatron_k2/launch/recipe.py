@@ -5,7 +5,7 @@ A recipe decides; this module only writes down. Architecture and optimizer are t
 phase's. The last flag of a name wins, so the order of ``pretrain_flags`` matters.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megatron_k2.errors import UserError
@@ -36,10 +36,10 @@ class Recipe:
     """What is not as in the report, and why."""
     previous: str | None = None
     """The recipe whose last checkpoint this one starts from."""
-    dispatch: ExpertDispatch = ExpertDispatch()
-    profiler: Profiler = Profiler()
     imported: str | None = None
     """The published weights it continues from; ``--start-from`` says where they were imported."""
+    dispatch: ExpertDispatch = field(default_factory=ExpertDispatch)
+    profiler: Profiler = field(default_factory=Profiler)
     extra_flags: tuple[str, ...] = ()
     """Megatron's or ours; after all others, so they win."""
 

@@ -59,8 +59,8 @@ def rows(recipe: Recipe, changed: list[str], save: str, start_from: str | None) 
         Row("data", recipe.data.described(), source_of(recipe, "data.weights")),
         Row(
             "bad loss",
-            "not finite: the run stops" if recipe.loss.stop_on_nonfinite else "not checked",
-            source_of(recipe, "loss.stop_on_nonfinite"),
+            recipe.loss.described(),
+            source_of(recipe, "loss.on_spike"),
         ),
     ]
     if recipe.profiler.tool != "off":

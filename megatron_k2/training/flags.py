@@ -56,6 +56,7 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     )
     _add_optimizer_arguments(group)
     _add_model_arguments(group)
+    _add_spike_arguments(group)
     group.add_argument(
         "--console",
         choices=["k2", "megatron"],
@@ -118,6 +119,28 @@ def _add_optimizer_arguments(group: argparse._ArgumentGroup) -> None:
         default="all",
         help="gradients that --clip-grad scales: all (Megatron's rule; not stated for K2), or "
         "AdamW's alone; the norm is over all either way",
+    )
+
+
+def _add_spike_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--on-spike",
+        choices=["off", "warn", "stop", "rollback"],
+        default="warn",
+        help="a loss far over the median of the last steps: say so; end with code 3 before the "
+        "next save; or go back to the checkpoint before it and leave its batches out",
+    )
+    group.add_argument(
+        "--spike-nats",
+        type=float,
+        default=0.5,
+        help="nats over the median under which nothing is a spike",
+    )
+    group.add_argument(
+        "--spike-margin",
+        type=int,
+        default=10,
+        help="steps on either side of a spike that a rollback leaves out too",
     )
 
 

@@ -77,7 +77,7 @@ def _samples_drawn(recipe, save):
 
 
 def _is_blend(counts, blend):
-    """Whether ``counts`` are the parts of ``blend``, to the one sample that Megatron's order has."""
+    """Whether ``counts`` are the parts of ``blend``, to the one sample of Megatron's order."""
     total = sum(counts.values())
     expected = {prefix: part * total for prefix, part in blend.parts}
     return set(counts) == set(expected) and all(
