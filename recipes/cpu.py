@@ -22,6 +22,7 @@ SOURCES = (
     ("precision", "choice: the CPU path's"),
     ("checkpoint", "choice: twice a run"),
     ("data", "the large recipe's blend, of small corpora made on the spot"),
+    ("keeps_optimizer", "as the large recipe"),
     ("dispatch", "gloo's all-to-all, of one rank"),
     ("profiler", "choice: off"),
     ("loss", "as the large recipe's"),
@@ -81,6 +82,7 @@ def cpu_twin(
         sources=SOURCES,
         differences=("size: a twin for the CPU; nothing of it but the curve's shape is K2's",),
         previous=previous,
+        keeps_optimizer=previous is not None,
         imported=imported,
         extra_flags=("--log-interval", "1"),
     )

@@ -56,6 +56,10 @@ SOURCES = (
         "dispatch",
         "report 2.4.2: expert all-to-all, hidden behind arithmetic; DeepEP is not named there",
     ),
+    (
+        "keeps_optimizer",
+        "assumption: report 2.5's rate has no jump between phases; its state is not stated",
+    ),
     ("loss.stop_on_nonfinite", "choice: a bad step is looked at by a person"),
     ("loss.iterations_to_skip", "report 2.1: no spike in 15.5T tokens, none to skip"),
     ("loss.on_spike", "choice: report 2.1 saw no spike, so a first one is looked at by a person"),
@@ -89,8 +93,9 @@ def kimi_k2_pretrain(num_gpus: int, gpu: str, phase: str) -> Recipe:
         data=blend_of(phase, "data"),
         loss=LossPolicy(stop_on_nonfinite=True),
         sources=(*SOURCES, *DATA_SOURCES[phase]),
-        differences=_differences(layout, RUNS[phase], before),
+        differences=_differences(RUNS[phase]),
         previous=name(before, num_gpus, gpu) if before else None,
+        keeps_optimizer=before is not None,
         imported="Kimi-K2-Base" if phase == "continue" else None,
     )
 
@@ -122,16 +127,11 @@ def _layout(num_gpus: int, gpu: str, phase: Phase) -> RunRequest:
     )
 
 
-def _differences(layout: RunRequest, phase: Phase, before: str | None) -> tuple[str, ...]:
+def _differences(phase: Phase) -> tuple[str, ...]:
     found = [
         "data: the report gives no weights of its four domains, and no change of them by phase; "
         "recipes/blends.py says what was assumed"
     ]
-    if before:
-        found.append(
-            f"start: weights of {before} with empty momentum; Megatron has no flag that keeps the "
-            "optimizer and restarts the schedule"
-        )
     if phase.name != "pretrain":
         found.append(f"schedule: {phase.source}")
     return tuple(found)

@@ -57,6 +57,7 @@ SOURCES = (
     ("checkpoint", "choice: as K2's"),
     ("data", "not stated: one prefix, to be replaced"),
     ("loss", "choice: as K2's"),
+    ("keeps_optimizer", "published weights have no optimizer state"),
     ("dispatch", "not stated; as K2's"),
     ("profiler", "choice: off"),
     ("extra_flags", "none"),

@@ -36,6 +36,8 @@ class Recipe:
     """What is not as in the report, and why."""
     previous: str | None = None
     """The recipe whose last checkpoint this one starts from."""
+    keeps_optimizer: bool = False
+    """Take the previous run's optimizer state along with its weights."""
     imported: str | None = None
     """The published weights it continues from; ``--start-from`` says where they were imported."""
     dispatch: ExpertDispatch = field(default_factory=ExpertDispatch)
@@ -77,9 +79,11 @@ class Recipe:
         Args:
             save: the run's directory; the same command resumes from it.
             start_from: the previous phase's, read only while ``save`` has no checkpoint. Megatron
-                takes the weights from it and starts optimizer and schedule anew.
+                takes the weights from it, and the optimizer's state where the recipe keeps it;
+                schedule and samples begin anew.
         """
         start = ["--pretrained-checkpoint", start_from] if start_from else []
+        start += ["--keep-optimizer"] if start_from and self.keeps_optimizer else []
         return [
             *("--preset", self.preset.name),
             *(["--yarn"] if self.phase.has_yarn else []),

@@ -55,7 +55,7 @@ def rows(recipe: Recipe, changed: list[str], save: str, start_from: str | None) 
             + f"; {save}",
             source_of(recipe, "checkpoint.interval"),
         ),
-        Row("starts from", start_from or "random weights"),
+        _start(recipe, start_from),
         Row("data", recipe.data.described(), source_of(recipe, "data.weights")),
         Row(
             "bad loss",
@@ -70,6 +70,13 @@ def rows(recipe: Recipe, changed: list[str], save: str, start_from: str | None) 
         found.append(Row("needs TE", " ".join(needed), "no GPU run of these has been made here"))
     found += [Row("changed", text, "--set") for text in changed]
     return found + [Row("not as reported", text) for text in recipe.differences]
+
+
+def _start(recipe: Recipe, start_from: str | None) -> Row:
+    if start_from is None:
+        return Row("starts from", "random weights")
+    with_what = "weights and optimizer" if recipe.keeps_optimizer else "weights, empty momentum"
+    return Row("starts from", f"{start_from}: {with_what}", source_of(recipe, "keeps_optimizer"))
 
 
 def _layout(recipe: Recipe) -> list[Row]:

@@ -49,6 +49,12 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     group.add_argument("--preset", default=None, help="name of the preset these flags came from")
     group.add_argument("--data", default=None, help="directory made by 'megatron-k2 data prepare'")
     group.add_argument(
+        "--keep-optimizer",
+        action="store_true",
+        help="with --pretrained-checkpoint: its optimizer's state too, not the weights alone; "
+        "schedule and samples begin anew",
+    )
+    group.add_argument(
         "--synthetic-data",
         action="store_true",
         help="make a small corpus at every absent prefix of --train-data-path, which ends in the "

@@ -1,4 +1,4 @@
-"""The seams of ``megatron.training`` that have no argument: optimizer, step log, save, skip.
+"""The seams of ``megatron.training`` that have no argument: optimizer, load, log, save, skip.
 
 ``megatron.training.training`` calls them as module globals. ``training_hooks`` replaces them while
 entered and puts them back.
@@ -26,6 +26,7 @@ from megatron_k2.optimizer.muonclip import adopt_distributed, adopt_plain, regis
 from megatron_k2.optimizer.saved_state import check_optimizer_state
 from megatron_k2.training.console import step_line
 from megatron_k2.training.metrics import MetricsWriter, StepRecord
+from megatron_k2.training.phase_start import load_with_optimizer, starts_here
 from megatron_k2.training.spike_watch import SpikeWatch, meet_spike, skip_batch, take_skips
 from megatron_k2.training.step_log import StepLog
 
@@ -59,7 +60,9 @@ class TrainingHooks:
         # RMSNorm gains crucial. No overrides means everything decays.
         kwargs["config_overrides"] = {}
         check_clippable(self.max_logits)
-        check_optimizer_state(self.args, FORMAT)
+        is_phase = starts_here(self.args)
+        load = self.args.pretrained_checkpoint if is_phase else self.args.load
+        check_optimizer_state(self.args, FORMAT, load)
         settings = settings_from(self.args, model[0].config)
         if dist.get_rank() == 0:
             print(classification_table(model, settings.matrices))
@@ -71,6 +74,12 @@ class TrainingHooks:
             chain = adopt_plain(optimizer, settings)
         self.step_log.chain = chain
         return optimizer
+
+    def load(self, original: Any, model: Any, optimizer: Any, scheduler: Any, **kwargs: Any) -> Any:
+        """Megatron's load, and at the start of a phase the optimizer of the one before it."""
+        if starts_here(self.args):
+            return load_with_optimizer(original, self.args, model, optimizer, **kwargs)
+        return original(model, optimizer, scheduler, **kwargs)
 
     def log_step(self, original: Any, *positional: Any, **kwargs: Any) -> Any:
         """Megatron's ``training_log``, then our record of the same step."""
@@ -153,15 +162,13 @@ def training_hooks(hooks: TrainingHooks) -> Iterator[None]:
     replaced = {
         name: getattr(training, name)
         for name in (
-            *("get_megatron_optimizer", "training_log"),
+            *("get_megatron_optimizer", "load_checkpoint", "training_log"),
             *("save_checkpoint_and_time", "dummy_train_step"),
         )
     }
     ours: tuple[Callable[..., Any], ...] = (
-        hooks.get_optimizer,
-        hooks.log_step,
-        hooks.save,
-        hooks.skip_batch,
+        *(hooks.get_optimizer, hooks.load, hooks.log_step),
+        *(hooks.save, hooks.skip_batch),
     )
     for (name, original), hook in zip(replaced.items(), ours, strict=True):
         setattr(training, name, functools.partial(hook, original))

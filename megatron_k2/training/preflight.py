@@ -106,6 +106,11 @@ def check_run(flags: list[str], world_size: int) -> None:
         _check_offload(flags, values.optimizer_offload_fraction)
     if values.transformer_impl == "transformer_engine":
         require_transformer_engine()
+    if "--keep-optimizer" in flags and "--muonclip" not in flags:
+        raise UserError(
+            "--keep-optimizer is MuonClip's: Megatron looks for another optimizer's groups by the "
+            "rates of this run; add --optimizer muonclip, or drop the flag"
+        )
     _check_dispatcher(values)
     check_files(flags)
     if values.load and not values.finetune:

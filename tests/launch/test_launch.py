@@ -1,5 +1,6 @@
 """The verb: quick, without torch; and a CPU twin really trained by it."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -55,7 +56,15 @@ def test_a_twin_trains_leaves_its_record_and_the_next_phase_goes_on_from_it(tmp_
     steps = ["--set", "phase.tokens=8192"]  # four steps
     decay = ["--set", "phase.decay_tokens=4096"]
     argv = ["launch", "kimi_k2_pretrain_cpu", "--executor", "local", "--save", str(save)]
-    assert main([*argv, *steps, *decay]) == 0
+    data = ["--set", f"data.root={tmp_path}/data"]
+    trace = [("tool", "pytorch"), ("step_start", 1), ("step_end", 3)]
+    traced = [word for key, value in trace for word in ("--set", f"profiler.{key}={value}")]
+    assert main([*argv, *steps, *decay, *data, *traced]) == 0
+    with gzip.open(save / "torch_profile" / "rank-0.json.gz", "rt") as file:
+        events = {event["name"] for event in json.load(file)["traceEvents"]}
+    steps_traced = {name for name in events if name.startswith("ProfilerStep")}
+    assert steps_traced == {"ProfilerStep#2", "ProfilerStep#3"}  # PyTorch counts as Megatron steps
+    assert "aten::mm" in events
     records = read_records(save / METRICS_FILE)
     assert [r.iteration for r in records] == [1, 2, 3, 4]
     assert max(r.learning_rate for r in records) == pytest.approx(4e-3)
@@ -67,7 +76,8 @@ def test_a_twin_trains_leaves_its_record_and_the_next_phase_goes_on_from_it(tmp_
     assert "git_commit" in record
     second = tmp_path / "second"
     argv = ["launch", "kimi_k2_anneal_4k_cpu", "--executor", "local", "--save", str(second)]
-    assert main([*argv, "--start-from", str(save)]) == 0
+    assert main([*argv, "--start-from", str(save), *data]) == 0
+    assert "--keep-optimizer" in json.loads((second / RECORD).read_text())["flags"]
     continued = read_records(second / METRICS_FILE)
     assert [r.iteration for r in continued] == [1, 2, 3, 4]
     assert continued[0].loss < (records[0].loss + records[-1].loss) / 2  # not random weights again

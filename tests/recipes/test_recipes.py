@@ -91,8 +91,15 @@ def test_phases_are_chained_by_name_and_only_the_hardware_differs():
     assert keys <= {"layout.activation_offload"}
 
 
-def test_a_later_phase_starts_from_weights_and_resumes_from_its_own():
-    flags = get_recipe("kimi_k2_long_32k_cpu").to_megatron_args("runs/b", "runs/a")
+def test_a_later_phase_keeps_the_optimizer_and_resumes_from_its_own():
+    recipe = get_recipe("kimi_k2_long_32k_cpu")
+    flags = recipe.to_megatron_args("runs/b", "runs/a")
+    assert "--keep-optimizer" in flags
+    empty = apply(recipe, ["keeps_optimizer=false"])
+    assert "--keep-optimizer" not in empty.to_megatron_args("runs/b", "runs/a")
+    assert "--keep-optimizer" not in recipe.to_megatron_args("runs/b")
+    for name in ("kimi_k2_pretrain_256gpu_h200", "kimi_k2_continue_256gpu_h200"):
+        assert not get_recipe(name).keeps_optimizer  # nothing to keep
     assert last_value(flags, "--pretrained-checkpoint") == "runs/a"
     assert (last_value(flags, "--load"), last_value(flags, "--save")) == ("runs/b", "runs/b")
 

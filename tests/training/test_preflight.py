@@ -39,6 +39,12 @@ def test_a_fused_dispatcher_that_cannot_run_is_refused(flags, said):
         check(*flags, world_size=2)
 
 
+def test_only_muonclips_state_is_kept_over_a_phase():
+    with pytest.raises(UserError, match="--keep-optimizer is MuonClip's"):
+        check("--keep-optimizer", "--optimizer", "adam")
+    check("--keep-optimizer")
+
+
 def test_absent_data_is_named_before_a_model_is_built(tmp_path):
     with pytest.raises(UserError, match=r"absent\.idx does not exist"):
         check("--train-data-path", "1", str(tmp_path / "absent"))
