@@ -9,7 +9,8 @@ from megatron_k2.errors import UserError
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.launch.table import resolved
 from megatron_k2.parallel.launch import launch
-from megatron_k2.training.preflight import TRACKER, check_run, git_commit
+from megatron_k2.training.commit import git_commit
+from megatron_k2.training.preflight import TRACKER, check_run
 from megatron_k2.training.rollback import read_rollbacks
 
 RECORD = "recipe.json"

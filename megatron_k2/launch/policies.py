@@ -157,10 +157,10 @@ class Profiler:
     tool: ProfilerTool = "off"
     """``pytorch``: a Chrome trace a rank in ``<save>/torch_profile``; ``nsys``: a CUDA profiler
     range, for ranks that were started under ``nsys profile --capture-range=cudaProfilerApi``."""
-    step_start: int = 10
-    """Steps before the first that is traced; ``pytorch`` counts from the start of the process."""
-    step_end: int = 12
-    """Last step that is traced."""
+    first_step: int = 11
+    """``pytorch`` counts from the start of the process, ``nsys`` from the run's."""
+    last_step: int = 12
+    """Traced, too."""
     ranks: tuple[int, ...] = (0,)
     """Global; none given is all of them, for Megatron too."""
     shapes: bool = False
@@ -173,15 +173,15 @@ class Profiler:
             UserError: naming the key.
         """
         check_choice("profiler.tool", self.tool, ProfilerTool.__value__)
-        if not 0 <= self.step_start < self.step_end:
+        if not 0 < self.first_step <= self.last_step:
             raise UserError(
-                f"profiler.step_start={self.step_start}, profiler.step_end={self.step_end}: steps "
-                "after the first number up to the second are traced, at least one"
+                f"profiler.first_step={self.first_step}, profiler.last_step={self.last_step}: "
+                "steps from 1, at least one, are expected"
             )
-        if self.tool != "off" and self.step_end > steps:
+        if self.tool != "off" and self.last_step >= steps:
             raise UserError(
-                f"profiler.step_end={self.step_end}: the run has {steps} steps, and nothing would "
-                "be written"
+                f"profiler.last_step={self.last_step}: the run has {steps} steps, and a trace is "
+                "written at the step after the last that is traced"
             )
         if beyond := [rank for rank in self.ranks if not 0 <= rank < world_size]:
             raise UserError(
@@ -190,11 +190,12 @@ class Profiler:
             )
 
     def flags(self) -> list[str]:
-        """Megatron's."""
+        """Megatron's: PyTorch traces from its start to its end - 1, nsys from start + 1 to end."""
         if self.tool == "off":
             return []
-        flags = ["--profile", "--profile-step-start", str(self.step_start)]
-        flags += ["--profile-step-end", str(self.step_end)]
+        shift = 0 if self.tool == "pytorch" else 1
+        flags = ["--profile", "--profile-step-start", str(self.first_step - shift)]
+        flags += ["--profile-step-end", str(self.last_step + 1 - shift)]
         if self.ranks:
             flags += ["--profile-ranks", *map(str, self.ranks)]
         if self.tool == "pytorch":
@@ -207,4 +208,4 @@ class Profiler:
         if self.tool == "off":
             return "off"
         ranks = f"ranks {', '.join(map(str, self.ranks))}" if self.ranks else "all ranks"
-        return f"{self.tool}, steps {self.step_start + 1} to {self.step_end}, {ranks}"
+        return f"{self.tool}, steps {self.first_step} to {self.last_step}, {ranks}"

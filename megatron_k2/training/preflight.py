@@ -19,6 +19,7 @@ from megatron_k2.errors import UserError
 from megatron_k2.fp8.compute import check_fp8
 from megatron_k2.parallel.layout import LayoutRequest, check_layout
 from megatron_k2.training.blend_files import check_files
+from megatron_k2.training.commit import git_commit
 
 RUN_RECORD = "run.json"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -251,19 +252,6 @@ def write_run_record(flags: list[str], world_size: int) -> None:
     path = Path(values.save) / RUN_RECORD
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, read without starting git."""
-    git = Path(__file__).resolve().parents[2] / ".git"
-    head = git / "HEAD"
-    if not head.is_file():
-        return None
-    text = head.read_text().strip()
-    if not text.startswith("ref: "):
-        return text
-    ref = git / text.removeprefix("ref: ")
-    return ref.read_text().strip() if ref.is_file() else None
 
 
 def repair_tracker(save: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_k2.errors import UserError
+from megatron_k2.training.commit import git_commit
 from megatron_k2.training.flags import expand
 from megatron_k2.training.preflight import (
     RUN_RECORD,
@@ -43,6 +44,27 @@ def test_only_muonclips_state_is_kept_over_a_phase():
     with pytest.raises(UserError, match="--keep-optimizer is MuonClip's"):
         check("--keep-optimizer", "--optimizer", "adam")
     check("--keep-optimizer")
+
+
+def test_the_commit_is_gits_own_in_a_checkout_a_work_tree_and_with_packed_references(tmp_path):
+    def git(*words, at=tmp_path / "a"):
+        identity = ["-c", "user.name=k2", "-c", "user.email=k2@example.org"]
+        command = ["git", "-C", str(at), *identity, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    (tmp_path / "a").mkdir()
+    assert git_commit(tmp_path / "a") is None
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message=one")
+    git("worktree", "add", "--quiet", "-b", "side", str(tmp_path / "b"))
+    git("commit", "--quiet", "--allow-empty", "--message=two", at=tmp_path / "b")
+    heads = {name: git("rev-parse", "HEAD", at=tmp_path / name) for name in "ab"}
+    assert heads["a"] != heads["b"]
+    for _ in range(2):
+        assert {name: git_commit(tmp_path / name) for name in "ab"} == heads
+        git("pack-refs", "--all")
+    git("checkout", "--quiet", "--detach")
+    assert git_commit(tmp_path / "a") == heads["a"]
 
 
 def test_absent_data_is_named_before_a_model_is_built(tmp_path):
