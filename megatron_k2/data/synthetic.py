@@ -5,12 +5,14 @@ rule of its own from one token to the next, so that a model can learn it. The sa
 machine.
 """
 
+import os
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from megatron_k2.data.indexed import idx_path, token_dtype, write_indexed
+from megatron_k2.data.indexed import bin_path, idx_path, token_dtype, write_indexed
+from megatron_k2.data.storage import commit_file
 from megatron_k2.errors import UserError
 
 DOMAINS = ("web", "code", "mathematics", "knowledge", "long", "train")
@@ -60,4 +62,7 @@ def write_domain(prefix: Path, vocab_size: int, eod_id: int) -> None:
         now = np.where(is_predictable, successor[now], rng.integers(len(ids), size=num_documents))
     tokens[:, -1] = eod_id
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    write_indexed(prefix, tokens, tokens.dtype)
+    own = prefix.with_name(f".{prefix.name}.{os.getpid()}")  # another run may be at it, too
+    write_indexed(own, tokens, tokens.dtype)
+    commit_file(bin_path(own), bin_path(prefix))
+    commit_file(idx_path(own), idx_path(prefix))

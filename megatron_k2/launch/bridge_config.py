@@ -7,7 +7,8 @@ its builder, so architecture and YaRN are whole. Bridge has no place for, and so
 - MuonClip: Bridge makes its optimizer by itself. What is left is Megatron's optimizer of the flags,
   AdamW where states are sharded (every recipe of a cluster) and its Muon in the twins; no head is
   clipped.
-- metrics, checks before a run, Moonlight's bias rule with the mean taken out: hooks of our loop.
+- metrics, checks before a run, what is done about a spike, the optimizer's state of the phase
+  before, Moonlight's bias rule with the mean taken out: hooks of our loop.
 - checkpoints: Bridge writes its own kind, which this package's runs do not resume from.
 """
 

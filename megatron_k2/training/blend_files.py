@@ -47,15 +47,16 @@ def prefixes_of(blend: list[str]) -> list[str]:
     return blend[1::2]
 
 
-def train_prefixes(flags: list[str]) -> list[str]:
-    """Prefixes of the training split."""
+def data_prefixes(flags: list[str]) -> list[str]:
+    """Prefixes of every split, without repetition."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--train-data-path", nargs="*", default=[])
+    for split in SPLITS:
+        parser.add_argument(f"--{split}-data-path", dest=split, nargs="*", default=[])
     parser.add_argument("--per-split-data-args-path", type=Path)
     found, _ = parser.parse_known_args(flags)
-    if found.per_split_data_args_path:
-        return prefixes_of(read_blend(found.per_split_data_args_path)["train"])
-    return prefixes_of(found.train_data_path)
+    path = found.per_split_data_args_path
+    blends = read_blend(path) if path else {split: getattr(found, split) for split in SPLITS}
+    return list(dict.fromkeys(p for split in SPLITS for p in prefixes_of(blends[split])))
 
 
 def make_synthetic(flags: list[str], vocab_size: int, eod_id: int) -> None:
@@ -67,7 +68,7 @@ def make_synthetic(flags: list[str], vocab_size: int, eod_id: int) -> None:
     from megatron_k2.data.synthetic import write_domain
 
     if "--synthetic-data" in flags:
-        for prefix in train_prefixes(flags):
+        for prefix in data_prefixes(flags):
             write_domain(Path(prefix), vocab_size, eod_id)
 
 
@@ -79,12 +80,12 @@ def check_files(flags: list[str]) -> None:
     """
     if "--synthetic-data" in flags:
         return
-    for prefix in train_prefixes(flags):
+    for prefix in data_prefixes(flags):
         if REMOTE in prefix:
             continue
         for path in (idx_path(Path(prefix)), bin_path(Path(prefix))):
             if not path.is_file():
                 raise UserError(
-                    f"training data: {path} does not exist; prepare it with megatron-k2 data "
-                    "prepare, or name another with --train-data-path (a recipe: --set data.root=…)"
+                    f"data: {path} does not exist; prepare it with megatron-k2 data prepare, or "
+                    "name another with --train-data-path (in a recipe --set data.root=…)"
                 )

@@ -270,12 +270,12 @@ def repair_tracker(save: Path) -> None:
         tracker.unlink()
 
 
-def drop_damaged_index_cache(data: Path) -> None:
+def drop_damaged_index_cache(prefixes: list[str]) -> None:
     """Remove sample indices that a kill cut short; Megatron builds them again.
 
-    It writes ``cache/*/*.npy`` in place and trusts whatever it finds there.
+    It writes ``PREFIX/cache/*/*.npy`` in place and trusts whatever it finds there.
     """
-    for path in data.glob("cache/**/*.npy"):
+    for path in (path for prefix in prefixes for path in Path(prefix).glob("cache/*/*.npy")):
         try:
             np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError):

@@ -28,8 +28,14 @@ from megatron_k2.launch.overrides import apply
 from megatron_k2.presets import K2_TINY
 from megatron_k2.recipes import CHAINS, get_recipe
 from megatron_k2.recipes.blends import BLENDS
-from megatron_k2.training.blend_files import check_files, make_synthetic, prefixes_of
+from megatron_k2.training.blend_files import (
+    check_files,
+    data_prefixes,
+    make_synthetic,
+    prefixes_of,
+)
 from megatron_k2.training.flags import add_k2_arguments, last_value
+from megatron_k2.training.preflight import drop_damaged_index_cache
 from tests.single_rank import one_rank
 
 VOCABULARY, EOD = K2_TINY.vocab_size, K2_TINY.eos_token_id
@@ -94,6 +100,11 @@ def test_every_phase_of_the_chain_draws_its_own_blend_and_not_the_one_before(tmp
         assert not any(_is_blend(counts, other) for other in blends if other != recipe.data)
         blends.append(recipe.data)
     assert len(set(blends)) == 3  # 32k and 128k read the same
+    # Megatron keeps a prefix's sample indices where a start looks for those that a kill cut short.
+    index = next((tmp_path / "data" / "web").glob("cache/*/*.npy"))
+    index.write_bytes(index.read_bytes()[:-8])
+    drop_damaged_index_cache(data_prefixes(recipe.to_megatron_args("runs/x")))
+    assert not index.exists()
 
 
 @pytest.mark.parametrize("phase", BLENDS)
@@ -108,6 +119,7 @@ def test_a_twin_has_the_large_recipes_blend(phase):
 def test_a_synthetic_domain_is_its_own_ids_and_the_same_bytes_again(tmp_path):
     for directory in ("a", "b"):
         write_domain(tmp_path / directory / "long", VOCABULARY, EOD)
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"long.bin", "long.idx"}
     tokens = read_tokens(tmp_path / "a" / "long")
     assert len(tokens) == NUM_TOKENS
     assert set(read_sequence_lengths(tmp_path / "a" / "long")) == {4096}

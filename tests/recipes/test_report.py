@@ -97,6 +97,7 @@ def _rate(args, tokens, monkeypatch):
     """What Megatron sets once ``tokens`` were seen, by the scheduler it builds of ``args``."""
     args.start_weight_decay = args.end_weight_decay = args.weight_decay  # as its validation does
     monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
+    monkeypatch.setenv("RANK", "0")
     scheduler = get_optimizer_param_scheduler(SimpleNamespace(param_groups=[{}]))
     scheduler.step(int(tokens) // args.seq_length)
     (group,) = scheduler.optimizer.param_groups

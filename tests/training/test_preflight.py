@@ -198,13 +198,13 @@ def test_an_empty_tracker_without_any_whole_checkpoint_is_removed(tmp_path):
 
 
 def test_sample_indices_cut_short_are_dropped_and_whole_ones_kept(tmp_path):
-    cache = tmp_path / "cache" / "GPTDataset_indices"
+    cache = tmp_path / "train" / "cache" / "GPTDataset_indices"
     cache.mkdir(parents=True)
     np.save(cache / "whole.npy", np.arange(1000))
     data = (cache / "whole.npy").read_bytes()
     (cache / "short.npy").write_bytes(data[:-100])
     (cache / "empty.npy").write_bytes(b"")
-    drop_damaged_index_cache(tmp_path)
+    drop_damaged_index_cache([str(tmp_path / "train"), str(tmp_path / "absent")])
     assert [path.name for path in cache.iterdir()] == ["whole.npy"]
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_k2.errors import UserError
+from megatron_k2.launch import local
 from megatron_k2.launch.graph import places, run_chain
 from megatron_k2.launch.overrides import apply
 from megatron_k2.recipes import get_recipe
@@ -162,6 +163,23 @@ def test_a_chain_does_not_go_on_from_a_run_that_ended_early(tmp_path, capsys):
     assert run_chain(runs, [], train) == 1
     assert started == ["kimi_k2_pretrain_cpu"]
     assert "ended early" in capsys.readouterr().out
+
+
+def test_here_a_run_is_started_again_after_each_rollback_and_not_without_one(tmp_path, monkeypatch):
+    codes, started = [0, 0, 0, EXIT_CODE], []
+
+    def launch(module, flags, num_processes):
+        started.append(flags)
+        if len(started) < 3:
+            roll_back(tmp_path, Rollback(10 * len(started), 8, (10,), 5.0, 3.0))
+        return codes[len(started) - 1]
+
+    monkeypatch.setattr(local, "launch", launch)
+    recipe = get_recipe("kimi_k2_pretrain_cpu")
+    assert local.run_local(recipe, str(tmp_path), None, []) == 0
+    assert len(started) == 3
+    assert started[0] == started[1] == started[2]
+    assert local.run_local(recipe, str(tmp_path), None, []) == EXIT_CODE
 
 
 @pytest.mark.parametrize(
