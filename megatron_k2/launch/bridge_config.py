@@ -69,13 +69,15 @@ def to_bridge_config(recipe: Recipe, save: str, start_from: str | None = None) -
         f"{megatrons.optimizer.optimizer} trains and no head is clipped",
         stacklevel=2,
     )
+    parts = {
+        part: _as(getattr(bridge, name), getattr(megatrons, part)) for part, name in PARTS.items()
+    }
+    if args.use_pytorch_profiler:  # there one of the two; Megatron's --profile goes with both
+        parts["profiling"].use_nsys_profiler = False
     return bridge.ConfigContainer(
         model=model,
         dataset=_dataset(bridge, args),
-        **{
-            part: _as(getattr(bridge, name), getattr(megatrons, part))
-            for part, name in PARTS.items()
-        },
+        **parts,
         **{part: getattr(megatrons, part) for part in SAME},
     )
 
