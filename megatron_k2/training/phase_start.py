@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_k2.errors import UserError
 from megatron_k2.training.preflight import TRACKER
 
 
@@ -42,25 +41,11 @@ def load_with_optimizer(
 
     Returns:
         Step and floating point operations, both 0.
-
-    Raises:
-        UserError: where there is no state to take.
     """
     from megatron.core.num_microbatches_calculator import update_num_microbatches
 
-    _check_has_state(args)
     # Without a scheduler to load into, the run's own stays at its beginning.
     load(model, optimizer, None, **{**kwargs, "load_arg": "pretrained_checkpoint"})
     args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
     update_num_microbatches(0, verbose=False)
     return 0, 0
-
-
-def _check_has_state(args: Namespace) -> None:
-    tracker = Path(args.pretrained_checkpoint) / TRACKER
-    step = tracker.read_text().strip() if tracker.is_file() else "no"
-    if not step.isdigit():
-        raise UserError(
-            f"--keep-optimizer: {args.pretrained_checkpoint} has {step} checkpoint, and no "
-            "optimizer's state; drop the flag, in a recipe --set keeps_optimizer=false"
-        )

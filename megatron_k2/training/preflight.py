@@ -65,6 +65,7 @@ def read_flags(flags: list[str]) -> argparse.Namespace:
     parser.add_argument("--moe-flex-dispatcher-backend", default="deepep")
     parser.add_argument("--preset", default=None)
     parser.add_argument("--load", default=None)
+    parser.add_argument("--pretrained-checkpoint", default=None)
     parser.add_argument("--save", default=None)
     parser.add_argument("--finetune", action="store_true")
     parser.add_argument("--qk-clip-threshold", type=float, default=None)
@@ -107,15 +108,31 @@ def check_run(flags: list[str], world_size: int) -> None:
         _check_offload(flags, values.optimizer_offload_fraction)
     if values.transformer_impl == "transformer_engine":
         require_transformer_engine()
-    if "--keep-optimizer" in flags and "--muonclip" not in flags:
-        raise UserError(
-            "--keep-optimizer is MuonClip's: Megatron looks for another optimizer's groups by the "
-            "rates of this run; add --optimizer muonclip, or drop the flag"
-        )
+    if "--keep-optimizer" in flags:
+        _check_phase_start(flags, values)
     _check_dispatcher(values)
     check_files(flags)
     if values.load and not values.finetune:
         _check_checkpoint(Path(values.load), values)
+
+
+def _check_phase_start(flags: list[str], values: argparse.Namespace) -> None:
+    """The optimizer of another run: MuonClip's, and there."""
+    if "--muonclip" not in flags:
+        raise UserError(
+            "--keep-optimizer is MuonClip's: Megatron looks for another optimizer's groups by the "
+            "rates of this run; add --optimizer muonclip, or drop the flag"
+        )
+    is_resumed = values.load is not None and (Path(values.load) / TRACKER).is_file()
+    if values.pretrained_checkpoint is None or is_resumed:
+        return
+    tracker = Path(values.pretrained_checkpoint) / TRACKER
+    found = tracker.read_text().strip() if tracker.is_file() else "no checkpoint"
+    if not found.isdigit():
+        raise UserError(
+            f"--keep-optimizer: {values.pretrained_checkpoint} has {found}, and no optimizer's "
+            "state; drop the flag, in a recipe --set keeps_optimizer=false"
+        )
 
 
 def _check_dispatcher(values: argparse.Namespace) -> None:

@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_k2.errors import UserError
 from megatron_k2.planning.phases import Phase
 from megatron_k2.training.metrics import METRICS_FILE, read_records
-from megatron_k2.training.phase_start import load_with_optimizer, starts_here
+from megatron_k2.training.phase_start import starts_here
 from megatron_k2.training.preflight import TRACKER
 from tests.distributed import BACKENDS, start_ranks, wait_for
 
@@ -90,10 +89,3 @@ def test_a_run_with_a_checkpoint_of_its_own_resumes_instead(tmp_path):
     assert starts_here(args)
     (tmp_path / TRACKER).write_text("2")
     assert not starts_here(args)
-
-
-def test_imported_weights_have_no_optimizer_to_keep(tmp_path):
-    (tmp_path / TRACKER).write_text("release")
-    args = SimpleNamespace(pretrained_checkpoint=str(tmp_path))
-    with pytest.raises(UserError, match=r"has release checkpoint.*keeps_optimizer=false"):
-        load_with_optimizer(None, args, [], None)

@@ -46,6 +46,18 @@ def test_only_muonclips_state_is_kept_over_a_phase():
     check("--keep-optimizer")
 
 
+def test_imported_weights_have_no_optimizer_to_keep(tmp_path):
+    first = ["--keep-optimizer", "--pretrained-checkpoint", str(tmp_path)]
+    with pytest.raises(UserError, match=r"has no checkpoint.*keeps_optimizer=false"):
+        check(*first)
+    (tmp_path / TRACKER).write_text("release")
+    with pytest.raises(UserError, match="has release, and no optimizer's state"):
+        check(*first)
+    check(*first, "--save", str(tmp_path))  # a resume reads its own
+    (tmp_path / TRACKER).write_text("20\n")
+    check(*first)
+
+
 def test_the_commit_is_gits_own_in_a_checkout_a_work_tree_and_with_packed_references(tmp_path):
     def git(*words, at=tmp_path / "a"):
         identity = ["-c", "user.name=k2", "-c", "user.email=k2@example.org"]
