@@ -64,7 +64,7 @@ def upstream_momentum(state: Any) -> float | None:
     return mus.pop()
 
 
-def restore_numbering(state: Any, own_groups: list[list[dict[str, Any]]]) -> None:
+def adopt_groups(state: Any, own_groups: list[list[dict[str, Any]]]) -> None:
     """Make our own loaded groups this run's: their parameters' numbers, their rates.
 
     A checkpoint keeps no numbers. Of a group it has the schedule of the run that wrote it, by which
