@@ -127,6 +127,9 @@ flags=(
   --null-tokenizer-eod-id 163585
   --save-interval 100
   --save-retain-interval 10000
+  --on-spike warn
+  --spike-nats 0.5
+  --spike-margin 10
   --eval-iters 0
   --exit-signal-handler
   --save runs/kimi_k2_pretrain_256gpu_h800

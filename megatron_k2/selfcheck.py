@@ -44,6 +44,8 @@ CHECKS = (
     Check("bf16 masters, MTP layers", ("parallel/test_bf16_and_mtp.py",)),
     Check("save, load at another layout", ("parallel/test_reshard.py",)),
     Check("killed rank, exact resume", ("training/test_resume.py",)),
+    Check("a spike, back to before it", ("training/test_spikes.py",)),
+    Check("a phase keeps the optimizer", ("training/test_phase_start.py",)),
     Check("FP8 tiles by Triton", ("fp8/test_triton_tiles.py",), is_quick=True),
     Check("Transformer Engine's modules", ("te",)),
 )

@@ -10,9 +10,11 @@ import functools
 from collections.abc import Callable
 
 from megatron_k2.errors import UserError
+from megatron_k2.launch.blend import DataBlend
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.recipes import kimi_k2, moonlight
-from megatron_k2.recipes.cpu import cpu_twin, twins
+from megatron_k2.recipes.blends import blend_of
+from megatron_k2.recipes.cpu import DATA, cpu_twin, twins
 
 
 def _cpu_twins() -> dict[str, Callable[[], Recipe]]:
@@ -21,15 +23,23 @@ def _cpu_twins() -> dict[str, Callable[[], Recipe]]:
     previous = None
     for phase, scaled in small.items():
         name = f"kimi_k2_{phase}_cpu"
-        found[name] = functools.partial(cpu_twin, name, scaled, previous)
+        data = blend_of(phase, DATA, is_synthetic=True)
+        found[name] = functools.partial(cpu_twin, name, scaled, data, previous)
         previous = name
-    for model, run, published in (
-        ("kimi_k2", kimi_k2.CONTINUE, "an imported k2-tiny"),
-        ("moonlight_16b_a3b", moonlight.PRETRAIN, None),
-        ("moonlight_16b_a3b", moonlight.CONTINUE, "an imported k2-tiny"),
+    alone = DataBlend(DATA, (1.0,), ("train",), is_synthetic=True)
+    for model, run, data, published in (
+        (
+            "kimi_k2",
+            kimi_k2.CONTINUE,
+            blend_of("continue", DATA, is_synthetic=True),
+            "an imported k2-tiny",
+        ),
+        ("moonlight_16b_a3b", moonlight.PRETRAIN, alone, None),
+        ("moonlight_16b_a3b", moonlight.CONTINUE, alone, "an imported k2-tiny"),
     ):
         name = f"{model}_{run.name}_cpu"
-        found[name] = functools.partial(cpu_twin, name, twins((run,))[0], imported=published)
+        twin = twins((run,))[0]
+        found[name] = functools.partial(cpu_twin, name, twin, data, imported=published)
     return found
 
 

@@ -1,6 +1,8 @@
 """CPU twins: the same schedule, scaled down, on ``k2-tiny`` and one rank. Seconds each."""
 
-from megatron_k2.launch.recipe import CheckpointPolicy, DataBlend, LossPolicy, Recipe
+from megatron_k2.launch.blend import DataBlend
+from megatron_k2.launch.policies import CheckpointPolicy, LossPolicy
+from megatron_k2.launch.recipe import Recipe
 from megatron_k2.planning.gpus import Gpu
 from megatron_k2.planning.phases import Phase, scaled_down
 from megatron_k2.planning.request import RunRequest
@@ -10,6 +12,8 @@ STEPS = 20
 """Of the longest phase."""
 SEQ_LENGTH, SEQUENCES_PER_STEP = 64, 32
 """Of the first phase: the 128k twin is then one sequence of 2,048 a step."""
+DATA = "runs/synthetic"
+"""Directory of the twins' corpora, which every twin shares."""
 CPU = Gpu("cpu", "no data sheet: nothing is planned on it", 0, 0, 0, 0, 0, 0, 0)
 
 SOURCES = (
@@ -17,7 +21,10 @@ SOURCES = (
     ("phase", f"phases.scaled_down to {STEPS} steps of {SEQ_LENGTH} x {SEQUENCES_PER_STEP} tokens"),
     ("precision", "choice: the CPU path's"),
     ("checkpoint", "choice: twice a run"),
-    ("data", "choice: Megatron's mock data"),
+    ("data", "the large recipe's blend, of small corpora made on the spot"),
+    ("keeps_optimizer", "as the large recipe"),
+    ("dispatch", "gloo's all-to-all, of one rank"),
+    ("profiler", "choice: off"),
     ("loss", "as the large recipe's"),
     ("extra_flags", "choice: a line a step"),
 )
@@ -35,13 +42,18 @@ def twins(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
 
 
 def cpu_twin(
-    name: str, phase: Phase, previous: str | None = None, imported: str | None = None
+    name: str,
+    phase: Phase,
+    data: DataBlend,
+    previous: str | None = None,
+    imported: str | None = None,
 ) -> Recipe:
     """The recipe of a phase of ``twins``.
 
     Args:
         name: of the recipe.
         phase: already scaled down.
+        data: a synthetic blend.
         previous: the twin whose checkpoint it starts from.
         imported: the weights it continues from, in words.
     """
@@ -65,11 +77,12 @@ def cpu_twin(
             retain_interval=max(1, phase.steps // 2),
             asynchronous=False,
         ),
-        data=DataBlend("data"),
-        loss=LossPolicy(stop_on_nonfinite=True),
+        data=data,
+        loss=LossPolicy(stop_on_nonfinite=True, spike_margin=1),
         sources=SOURCES,
         differences=("size: a twin for the CPU; nothing of it but the curve's shape is K2's",),
         previous=previous,
+        keeps_optimizer=previous is not None,
         imported=imported,
         extra_flags=("--log-interval", "1"),
     )

@@ -4,12 +4,15 @@ Layout PP 16 x EP 16 and ZeRO-1 are the report's (section 2.4.2), chosen there s
 serves any multiple of 32 nodes. Offload is the planner's: the least that fits.
 """
 
-from megatron_k2.launch.recipe import CheckpointPolicy, DataBlend, LossPolicy, Recipe
+from megatron_k2.launch.policies import CheckpointPolicy, LossPolicy
+from megatron_k2.launch.recipe import Recipe
 from megatron_k2.planning.fit import fit_to_memory
 from megatron_k2.planning.gpus import get_gpu
 from megatron_k2.planning.phases import TOKENS_PER_STEP, Phase, kimi_k2_phases
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.presets import KIMI_K2
+from megatron_k2.recipes.blends import SOURCES as DATA_SOURCES
+from megatron_k2.recipes.blends import blend_of
 
 PHASES = {phase.name.replace("-", "_"): phase for phase in kimi_k2_phases()}
 """As recipes spell them: pretrain, anneal_4k, long_32k, yarn_128k."""
@@ -49,11 +52,20 @@ SOURCES = (
     ("checkpoint.interval", "choice: about three hours at 256 GPUs, half an hour at 2048"),
     ("checkpoint.retain_interval", "choice: every 10,000 steps, 0.67T tokens, for good"),
     ("checkpoint.asynchronous", "choice: exact resume is tested with synchronous saves only"),
-    ("data.root", "yours"),
-    ("data.weights", "report 2.2 names four domains and no weights: equal, to be replaced"),
-    ("data.prefixes", "report 2.2: web text, code, mathematics, knowledge"),
+    (
+        "dispatch",
+        "report 2.4.2: expert all-to-all, hidden behind arithmetic; DeepEP is not named there",
+    ),
+    (
+        "keeps_optimizer",
+        "assumption: report 2.5's rate has no jump between phases; its state is not stated",
+    ),
     ("loss.stop_on_nonfinite", "choice: a bad step is looked at by a person"),
-    ("loss.iterations_to_skip", "report 2.5: no spike, none to skip"),
+    ("loss.iterations_to_skip", "report 2.1: no spike in 15.5T tokens, none to skip"),
+    ("loss.on_spike", "choice: report 2.1 saw no spike, so a first one is looked at by a person"),
+    ("loss.spike_nats", "choice: far above the noise of 67M tokens a step"),
+    ("loss.spike_margin", "choice; PaLM (arXiv:2204.02311, 5.1) left out 200 to 500 batches"),
+    ("profiler", "choice: off; a trace costs time and disk"),
     ("extra_flags", "none"),
 )
 
@@ -78,11 +90,12 @@ def kimi_k2_pretrain(num_gpus: int, gpu: str, phase: str) -> Recipe:
         phase=RUNS[phase],
         precision="bf16",
         checkpoint=CheckpointPolicy(interval=100, retain_interval=10_000, asynchronous=False),
-        data=DataBlend("data", (0.25,) * 4, ("web", "code", "mathematics", "knowledge")),
+        data=blend_of(phase, "data"),
         loss=LossPolicy(stop_on_nonfinite=True),
-        sources=SOURCES,
-        differences=_differences(layout, RUNS[phase], before),
+        sources=(*SOURCES, *DATA_SOURCES[phase]),
+        differences=_differences(RUNS[phase]),
         previous=name(before, num_gpus, gpu) if before else None,
+        keeps_optimizer=before is not None,
         imported="Kimi-K2-Base" if phase == "continue" else None,
     )
 
@@ -122,13 +135,11 @@ def _layout(num_gpus: int, gpu: str, phase: Phase) -> RunRequest:
     )
 
 
-def _differences(layout: RunRequest, phase: Phase, before: str | None) -> tuple[str, ...]:
-    found = ["data: the report gives no weights of its four domains; these are equal"]
-    if before:
-        found.append(
-            f"start: weights of {before} with empty momentum; Megatron has no flag that keeps the "
-            "optimizer and restarts the schedule"
-        )
+def _differences(phase: Phase) -> tuple[str, ...]:
+    found = [
+        "data: the report gives no weights of its four domains, and no change of them by phase; "
+        "recipes/blends.py says what was assumed"
+    ]
     if phase.name != "pretrain":
         found.append(f"schedule: {phase.source}")
     return tuple(found)

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
-from megatron_k2.launch.recipe import CheckpointPolicy, DataBlend, LossPolicy, Recipe
+from megatron_k2.launch.blend import DataBlend
+from megatron_k2.launch.policies import CheckpointPolicy, LossPolicy
+from megatron_k2.launch.recipe import Recipe
 from megatron_k2.planning.fit import fit_to_memory
 from megatron_k2.planning.gpus import get_gpu
 from megatron_k2.planning.phases import Phase
@@ -55,6 +57,9 @@ SOURCES = (
     ("checkpoint", "choice: as K2's"),
     ("data", "not stated: one prefix, to be replaced"),
     ("loss", "choice: as K2's"),
+    ("keeps_optimizer", "published weights have no optimizer state"),
+    ("dispatch", "not stated; as K2's"),
+    ("profiler", "choice: off"),
     ("extra_flags", "none"),
 )
 

@@ -7,7 +7,8 @@ its builder, so architecture and YaRN are whole. Bridge has no place for, and so
 - MuonClip: Bridge makes its optimizer by itself. What is left is Megatron's optimizer of the flags,
   AdamW where states are sharded (every recipe of a cluster) and its Muon in the twins; no head is
   clipped.
-- metrics, checks before a run, Moonlight's bias rule with the mean taken out: hooks of our loop.
+- metrics, checks before a run, what is done about a spike, the optimizer's state of the phase
+  before, Moonlight's bias rule with the mean taken out: hooks of our loop.
 - checkpoints: Bridge writes its own kind, which this package's runs do not resume from.
 """
 
@@ -68,13 +69,15 @@ def to_bridge_config(recipe: Recipe, save: str, start_from: str | None = None) -
         f"{megatrons.optimizer.optimizer} trains and no head is clipped",
         stacklevel=2,
     )
+    parts = {
+        part: _as(getattr(bridge, name), getattr(megatrons, part)) for part, name in PARTS.items()
+    }
+    if args.use_pytorch_profiler:  # there one of the two; Megatron's --profile goes with both
+        parts["profiling"].use_nsys_profiler = False
     return bridge.ConfigContainer(
         model=model,
         dataset=_dataset(bridge, args),
-        **{
-            part: _as(getattr(bridge, name), getattr(megatrons, part))
-            for part, name in PARTS.items()
-        },
+        **parts,
         **{part: getattr(megatrons, part) for part in SAME},
     )
 

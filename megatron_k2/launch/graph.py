@@ -14,6 +14,9 @@ from megatron_k2.launch.slurm import submit
 from megatron_k2.training.metrics import METRICS_FILE, read_records
 from megatron_k2.training.preflight import TRACKER
 
+INTERRUPTED = 1
+"""Exit code of a chain whose run ended well before its last step, as after a SIGTERM."""
+
 type Run = tuple[Recipe, str, str | None]
 """A recipe, its directory, and the directory it starts from while its own has no checkpoint."""
 
@@ -53,6 +56,9 @@ def run_chain(
         print(f"{heading}, {recipe.steps} steps, from {start_from or 'random weights'}", flush=True)
         if code := train(recipe, save, start_from, changed):
             return code
+        if not is_done(run):
+            print(f"{heading}: ended early; the same command goes on", flush=True)
+            return INTERRUPTED
     return 0
 
 
@@ -77,19 +83,20 @@ def submit_chain(runs: Sequence[Run], scripts: Sequence[str], changed: list[str]
 
 
 def chain_summary(runs: Sequence[Run]) -> str:
-    """What each run did, a line each: steps, learning rate as planned and as seen, loss."""
+    """What each run did, a line each: steps, blend, learning rate as planned and seen, loss."""
     lines = [
-        f"{'phase':<28} {'steps':>11} {'sequence':>8} {'rate at the end':>15} {'seen':>9} "
-        f"{'loss':>15}"
+        f"{'phase':<24} {'steps':>11} {'sequence':>8} {'blend, %':>15} {'rate at the end':>15} "
+        f"{'seen':>9} {'loss':>15}"
     ]
     for recipe, save, _ in runs:
         phase = recipe.phase
         tokens = recipe.steps * phase.tokens_per_step
+        blend = "/".join(f"{100 * part:.0f}" for _, part in recipe.data.parts) or "-"
         seen = read_records(Path(save) / METRICS_FILE)
         rate = f"{seen[-1].learning_rate:>9.3g}" if seen else f"{'-':>9}"
         loss = f"{seen[0].loss:.3f} -> {seen[-1].loss:.3f}" if seen else "-"
         lines.append(
-            f"{recipe.name:<28} {steps_saved(Path(save)):>5}/{recipe.steps:<5} "
-            f"{phase.seq_length:>8} {phase.lr_at(tokens):>15.3g} {rate} {loss:>15}"
+            f"{recipe.name:<24} {steps_saved(Path(save)):>5}/{recipe.steps:<5} "
+            f"{phase.seq_length:>8} {blend:>15} {phase.lr_at(tokens):>15.3g} {rate} {loss:>15}"
         )
     return "\n".join(lines)

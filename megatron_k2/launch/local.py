@@ -9,7 +9,9 @@ from megatron_k2.errors import UserError
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.launch.table import resolved
 from megatron_k2.parallel.launch import launch
-from megatron_k2.training.preflight import TRACKER, check_run, git_commit
+from megatron_k2.training.commit import git_commit
+from megatron_k2.training.preflight import TRACKER, check_run
+from megatron_k2.training.rollback import read_rollbacks
 
 RECORD = "recipe.json"
 PACKAGES = (
@@ -41,7 +43,7 @@ def write_record(recipe: Recipe, save: str, start_from: str | None, changed: lis
 
 
 def run_local(recipe: Recipe, save: str, start_from: str | None, changed: list[str]) -> int:
-    """Train ``recipe`` here and wait; returns the exit code.
+    """Train ``recipe`` here and wait, again after each rollback; returns the exit code.
 
     Raises:
         UserError: for a recipe of a cluster, or flags that cannot run.
@@ -61,4 +63,8 @@ def run_local(recipe: Recipe, save: str, start_from: str | None, changed: list[s
     check_run(recipe.to_megatron_args(save, start_from), recipe.layout.world_size)
     write_record(recipe, save, start_from, changed)
     flags = recipe.pretrain_flags(save, start_from)
-    return launch("megatron_k2.training.pretrain", flags, recipe.layout.world_size)
+    while True:
+        before = len(read_rollbacks(Path(save)))
+        code = launch("megatron_k2.training.pretrain", flags, recipe.layout.world_size)
+        if code or len(read_rollbacks(Path(save))) == before:
+            return code

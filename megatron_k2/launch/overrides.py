@@ -1,7 +1,7 @@
 """``--set a.b=c``: one value of a recipe changed, by the name it has in the dataclass."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -25,6 +25,13 @@ FIXED = {
     "phase.source",
 }
 """Not to be set: what names the recipe, and what follows from the phase."""
+
+ELEMENTS: dict[str, Callable[[str], Any]] = {
+    "data.weights": float,
+    "loss.iterations_to_skip": int,
+    "profiler.ranks": int,
+}
+"""Lists of what is no text."""
 
 
 def settable(recipe: Recipe) -> dict[str, Any]:
@@ -106,7 +113,7 @@ def _parsed(key: str, text: str, now: Any) -> Any:
 
 
 def _element(key: str, word: str) -> Any:
-    kind = {"data.weights": float, "loss.iterations_to_skip": int}.get(key, str)
+    kind = ELEMENTS.get(key, str)
     try:
         return kind(word)
     except ValueError:

@@ -5,79 +5,17 @@ A recipe decides; this module only writes down. Architecture and optimizer are t
 phase's. The last flag of a name wins, so the order of ``pretrain_flags`` matters.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megatron_k2.errors import UserError
+from megatron_k2.launch.blend import DataBlend
+from megatron_k2.launch.policies import CheckpointPolicy, ExpertDispatch, LossPolicy, Profiler
 from megatron_k2.planning.phases import Phase
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.planning.run_flags import layout_flags, memory_flags, speed_flags
 from megatron_k2.presets import ModelPreset
 from megatron_k2.training.flags import expand
-
-
-@dataclass(frozen=True)
-class DataBlend:
-    """Indexed datasets under one directory; without parts, Megatron's mock data."""
-
-    root: str
-    weights: tuple[float, ...] = ()
-    prefixes: tuple[str, ...] = ()
-
-    def flags(self, eod_id: int) -> list[str]:
-        """``--train-data-path`` with its weights; ids are ready-made, so no tokenizer is loaded."""
-        if len(self.weights) != len(self.prefixes):
-            raise UserError(
-                f"data: {len(self.weights)} weights for {len(self.prefixes)} prefixes; give one "
-                "each, --set data.weights=… --set data.prefixes=…"
-            )
-        if not self.prefixes:
-            return ["--mock-data"]
-        flags = ["--train-data-path"]
-        for weight, prefix in zip(self.weights, self.prefixes, strict=True):
-            flags += [f"{weight:g}", f"{self.root}/{prefix}"]
-        return [*flags, "--tokenizer-type", "NullTokenizer", "--null-tokenizer-eod-id", str(eod_id)]
-
-
-@dataclass(frozen=True)
-class CheckpointPolicy:
-    """When to save, and what to keep."""
-
-    interval: int
-    """Steps between saves."""
-    retain_interval: int
-    """Steps between checkpoints that stay; the last one always does. A multiple of the interval."""
-    asynchronous: bool
-
-    def flags(self) -> list[str]:
-        """Megatron's."""
-        if self.interval < 1 or self.retain_interval % self.interval:
-            raise UserError(
-                f"checkpoint: retain_interval={self.retain_interval} is no multiple of "
-                f"interval={self.interval}, which Megatron asks for"
-            )
-        flags = ["--save-interval", str(self.interval)]
-        flags += ["--save-retain-interval", str(self.retain_interval)]
-        if self.asynchronous:
-            flags += "--async-save --use-persistent-ckpt-worker --async-strategy mcore".split()
-        return flags
-
-
-@dataclass(frozen=True)
-class LossPolicy:
-    """What a bad loss does to the run."""
-
-    stop_on_nonfinite: bool
-    """Stop with the rank and step named (Megatron's check); otherwise go on."""
-    iterations_to_skip: tuple[int, ...] = ()
-    """Steps whose batch is left out: how a spike is passed after going back to a checkpoint."""
-
-    def flags(self) -> list[str]:
-        """Megatron's."""
-        flags = [] if self.stop_on_nonfinite else ["--no-check-for-nan-in-loss-and-grad"]
-        if self.iterations_to_skip:
-            flags += ["--iterations-to-skip", *map(str, self.iterations_to_skip)]
-        return flags
 
 
 @dataclass(frozen=True)
@@ -98,8 +36,12 @@ class Recipe:
     """What is not as in the report, and why."""
     previous: str | None = None
     """The recipe whose last checkpoint this one starts from."""
+    keeps_optimizer: bool = False
+    """Take the previous run's optimizer state along with its weights."""
     imported: str | None = None
     """The published weights it continues from; ``--start-from`` says where they were imported."""
+    dispatch: ExpertDispatch = field(default_factory=ExpertDispatch)
+    profiler: Profiler = field(default_factory=Profiler)
     extra_flags: tuple[str, ...] = ()
     """Megatron's or ours; after all others, so they win."""
 
@@ -113,6 +55,8 @@ class Recipe:
                 f"{self.layout.seq_length} tokens a step, phase {self.phase.name} "
                 f"{self.phase.sequences_per_step} x {self.phase.seq_length}"
             )
+        self.dispatch.check(self.layout, is_cpu=self.is_cpu)
+        self.profiler.check(self.layout.world_size, self.steps)
 
     @property
     def preset(self) -> ModelPreset:
@@ -135,9 +79,11 @@ class Recipe:
         Args:
             save: the run's directory; the same command resumes from it.
             start_from: the previous phase's, read only while ``save`` has no checkpoint. Megatron
-                takes the weights from it and starts optimizer and schedule anew.
+                takes the weights from it, and the optimizer's state where the recipe keeps it;
+                schedule and samples begin anew.
         """
         start = ["--pretrained-checkpoint", start_from] if start_from else []
+        start += ["--keep-optimizer"] if start_from and self.keeps_optimizer else []
         return [
             *("--preset", self.preset.name),
             *(["--yarn"] if self.phase.has_yarn else []),
@@ -146,9 +92,11 @@ class Recipe:
             *(speed_flags(self.layout) if self.precision == "bf16" else []),
             *memory_flags(self.layout),
             *self.phase.megatron_flags(),
-            *self.data.flags(self.preset.eos_token_id),
+            *self.dispatch.flags(),
+            *self.data.flags(self.preset),
             *self.checkpoint.flags(),
             *self.loss.flags(),
+            *self.profiler.flags(),
             # No split is held out by a recipe; SIGTERM saves and ends the run.
             *"--eval-iters 0 --exit-signal-handler".split(),
             *("--save", save),

@@ -55,19 +55,28 @@ def rows(recipe: Recipe, changed: list[str], save: str, start_from: str | None) 
             + f"; {save}",
             source_of(recipe, "checkpoint.interval"),
         ),
-        Row("starts from", start_from or "random weights"),
-        Row("data", " ".join(recipe.data.flags(recipe.preset.eos_token_id)[:9])),
+        _start(recipe, start_from),
+        Row("data", recipe.data.described(), source_of(recipe, "data.weights")),
         Row(
             "bad loss",
-            "not finite: the run stops" if recipe.loss.stop_on_nonfinite else "not checked",
-            source_of(recipe, "loss.stop_on_nonfinite"),
+            recipe.loss.described(),
+            source_of(recipe, "loss.on_spike"),
         ),
     ]
+    if recipe.profiler.tool != "off":
+        found.append(Row("profiler", recipe.profiler.described(), source_of(recipe, "profiler")))
     flags = recipe.pretrain_flags(save, start_from)
     if needed := [flag for flag in NEEDS_TE if flag in flags]:
         found.append(Row("needs TE", " ".join(needed), "no GPU run of these has been made here"))
     found += [Row("changed", text, "--set") for text in changed]
     return found + [Row("not as reported", text) for text in recipe.differences]
+
+
+def _start(recipe: Recipe, start_from: str | None) -> Row:
+    if start_from is None:
+        return Row("starts from", "random weights")
+    with_what = "weights and optimizer" if recipe.keeps_optimizer else "weights, empty momentum"
+    return Row("starts from", f"{start_from}: {with_what}", source_of(recipe, "keeps_optimizer"))
 
 
 def _layout(recipe: Recipe) -> list[Row]:
@@ -86,6 +95,7 @@ def _layout(recipe: Recipe) -> list[Row]:
             f"{recipe.precision}, ZeRO-1",
             source_of(recipe, "layout.pp"),
         ),
+        Row("experts' tokens", recipe.dispatch.described(), source_of(recipe, "dispatch")),
         Row(
             "memory",
             f"recompute {', '.join(sorted(r.recompute)) or 'nothing'}; FP8 storage "

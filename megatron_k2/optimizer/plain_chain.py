@@ -9,9 +9,9 @@ from megatron_k2.optimizer.adamw import fuse_on_cpu
 from megatron_k2.optimizer.grad_scope import GradScopeChain
 from megatron_k2.optimizer.plain import MuonClip
 from megatron_k2.optimizer.saved_state import (
+    adopt_groups,
     inner,
     parts,
-    restore_numbering,
     take_over,
     upstream_momentum,
 )
@@ -53,7 +53,7 @@ class PlainMuonClipChain(GradScopeChain):
         mu = upstream_momentum(state_dict)
         own_groups = [o.optimizer.state_dict()["param_groups"] for o in self.chained_optimizers]
         if mu is None:
-            restore_numbering(state_dict, own_groups)
+            adopt_groups(state_dict, own_groups)
         else:
             take_over(state_dict, mu, own_groups)
         super().load_state_dict(state_dict)

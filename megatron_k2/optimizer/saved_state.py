@@ -64,8 +64,11 @@ def upstream_momentum(state: Any) -> float | None:
     return mus.pop()
 
 
-def restore_numbering(state: Any, own_groups: list[list[dict[str, Any]]]) -> None:
-    """Give our own loaded groups their parameters' numbers, which a checkpoint does not keep.
+def adopt_groups(state: Any, own_groups: list[list[dict[str, Any]]]) -> None:
+    """Make our own loaded groups this run's: their parameters' numbers, their rates.
+
+    A checkpoint keeps no numbers. Of a group it has the schedule of the run that wrote it, by which
+    Megatron would look for the group; a resume sets the same again, a next phase has another.
 
     Raises:
         UserError: if the checkpoint has other groups.
@@ -78,7 +81,7 @@ def restore_numbering(state: Any, own_groups: list[list[dict[str, Any]]]) -> Non
         )
     for groups, own in zip(found, own_groups, strict=True):
         for group, own_group in zip(groups, own, strict=True):
-            group["params"] = own_group["params"]
+            group.update({key: own_group[key] for key in own_group if key != "step"})
 
 
 def take_over(state: Any, mu: float, own_groups: list[list[dict[str, Any]]]) -> None:
@@ -105,21 +108,22 @@ def take_over(state: Any, mu: float, own_groups: list[list[dict[str, Any]]]) -> 
         part["param_groups"] = groups
 
 
-def check_optimizer_state(args: Namespace, zero_format: str) -> None:
+def check_optimizer_state(args: Namespace, zero_format: str, load: str | None) -> None:
     """Refuse a checkpoint whose optimizer state this run could not continue, before it is read.
 
     Args:
         args: Megatron's.
         zero_format: what MuonClip over ZeRO writes as its format.
+        load: the run whose state it will be.
 
     Raises:
         UserError: naming what was found and the way out.
     """
-    if args.load is None or args.no_load_optim or args.finetune:
+    if load is None or args.no_load_optim or args.finetune:
         return
-    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
+    tracker = Path(load) / "latest_checkpointed_iteration.txt"
     step = args.ckpt_step or (tracker.read_text().strip() if tracker.exists() else "")
-    directory = Path(args.load) / f"iter_{int(step):07d}" if str(step).isdigit() else None
+    directory = Path(load) / f"iter_{int(step):07d}" if str(step).isdigit() else None
     if directory is None or not (directory / "metadata.json").exists():
         return
     state = load_common_state_dict(str(directory)).get("optimizer")

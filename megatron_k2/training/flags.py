@@ -48,8 +48,21 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     group = parser.add_argument_group("megatron_k2")
     group.add_argument("--preset", default=None, help="name of the preset these flags came from")
     group.add_argument("--data", default=None, help="directory made by 'megatron-k2 data prepare'")
+    group.add_argument(
+        "--keep-optimizer",
+        action="store_true",
+        help="with --pretrained-checkpoint: its optimizer's state too, not the weights alone; "
+        "schedule and samples begin anew",
+    )
+    group.add_argument(
+        "--synthetic-data",
+        action="store_true",
+        help="make a small corpus at every absent prefix of --train-data-path, which ends in the "
+        "name of one of data/synthetic.py's domains",
+    )
     _add_optimizer_arguments(group)
     _add_model_arguments(group)
+    _add_spike_arguments(group)
     group.add_argument(
         "--console",
         choices=["k2", "megatron"],
@@ -112,6 +125,28 @@ def _add_optimizer_arguments(group: argparse._ArgumentGroup) -> None:
         default="all",
         help="gradients that --clip-grad scales: all (Megatron's rule; not stated for K2), or "
         "AdamW's alone; the norm is over all either way",
+    )
+
+
+def _add_spike_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--on-spike",
+        choices=["off", "warn", "stop", "rollback"],
+        default="warn",
+        help="a loss far over the median of the last steps: say so; end with code 3 before the "
+        "next save; or go back to the checkpoint before it and leave its batches out",
+    )
+    group.add_argument(
+        "--spike-nats",
+        type=float,
+        default=0.5,
+        help="nats over the median under which nothing is a spike",
+    )
+    group.add_argument(
+        "--spike-margin",
+        type=int,
+        default=10,
+        help="steps on either side of a spike that a rollback leaves out too",
     )
 
 

@@ -1,4 +1,4 @@
-"""The three seams of ``megatron.training`` that have no argument: optimizer, step log, save.
+"""The seams of ``megatron.training`` that have no argument: optimizer, load, log, save, skip.
 
 ``megatron.training.training`` calls them as module globals. ``training_hooks`` replaces them while
 entered and puts them back.
@@ -6,8 +6,10 @@ entered and puts them back.
 
 import contextlib
 import functools
+import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -24,6 +26,8 @@ from megatron_k2.optimizer.muonclip import adopt_distributed, adopt_plain, regis
 from megatron_k2.optimizer.saved_state import check_optimizer_state
 from megatron_k2.training.console import step_line
 from megatron_k2.training.metrics import MetricsWriter, StepRecord
+from megatron_k2.training.phase_start import load_with_optimizer, starts_here
+from megatron_k2.training.spike_watch import SpikeWatch, meet_spike, skip_batch, take_skips
 from megatron_k2.training.step_log import StepLog
 
 
@@ -40,9 +44,13 @@ class TrainingHooks:
         self.max_logits: MaxLogits | None = None
         self.step_log: StepLog | None = None
         self._seconds_per_step: float | None = None
+        self._watch: SpikeWatch | None = None
+        if args.on_spike != "off":
+            self._watch = SpikeWatch(Path(args.save) if args.save else None, args.spike_nats)
 
     def get_optimizer(self, original: Any, config: Any, model: list[Any], **kwargs: Any) -> Any:
         """Megatron's factory, with MuonClip registered for this model and norms decayed."""
+        take_skips(self.args)
         self.model = model
         self.max_logits = MaxLogits(model)
         self.step_log = StepLog(self.args, model, self.max_logits, self._show)
@@ -52,7 +60,9 @@ class TrainingHooks:
         # RMSNorm gains crucial. No overrides means everything decays.
         kwargs["config_overrides"] = {}
         check_clippable(self.max_logits)
-        check_optimizer_state(self.args, FORMAT)
+        is_phase = starts_here(self.args)
+        load = self.args.pretrained_checkpoint if is_phase else self.args.load
+        check_optimizer_state(self.args, FORMAT, load)
         settings = settings_from(self.args, model[0].config)
         if dist.get_rank() == 0:
             print(classification_table(model, settings.matrices))
@@ -64,6 +74,12 @@ class TrainingHooks:
             chain = adopt_plain(optimizer, settings)
         self.step_log.chain = chain
         return optimizer
+
+    def load(self, original: Any, model: Any, optimizer: Any, scheduler: Any, **kwargs: Any) -> Any:
+        """Megatron's load, and at the start of a phase the optimizer of the one before it."""
+        if starts_here(self.args):
+            return load_with_optimizer(original, self.args, model, optimizer, **kwargs)
+        return original(model, optimizer, scheduler, **kwargs)
 
     def log_step(self, original: Any, *positional: Any, **kwargs: Any) -> Any:
         """Megatron's ``training_log``, then our record of the same step."""
@@ -78,6 +94,11 @@ class TrainingHooks:
         self.flush()
         return original(*positional, **kwargs)
 
+    def skip_batch(self, original: Any, data_iterator: Any) -> None:
+        """Megatron's step over a batch that is left out, of any pipeline."""
+        del original
+        skip_batch(data_iterator)
+
     def flush(self) -> None:
         """Write and show what is still under way."""
         if self.step_log is not None:
@@ -88,8 +109,13 @@ class TrainingHooks:
         self._seconds_per_step = (
             record.seconds if mean is None else 0.9 * mean + 0.1 * record.seconds
         )
-        if dist.get_rank() != dist.get_world_size() - 1:
-            return
+        if dist.get_rank() == dist.get_world_size() - 1:
+            self._write(record, max_logits)
+        spike = self._watch.observe(record) if self._watch is not None else None
+        if spike is not None:
+            meet_spike(self.args, spike, self._say)
+
+    def _write(self, record: StepRecord, max_logits: Tensor) -> None:
         is_due = record.iteration % self.args.log_interval == 0 or record.iteration == 1
         if self.writer is not None and is_due:
             self.writer.write_max_logits(record.iteration, max_logits.tolist())
@@ -99,6 +125,11 @@ class TrainingHooks:
         if self.terminal is not None and is_due:
             last = self.args.train_iters
             print(step_line(record, last, self._seconds_per_step or 0.0), file=self.terminal)
+
+    def _say(self, text: str) -> None:
+        """A line from the last rank."""
+        if dist.get_rank() == dist.get_world_size() - 1:
+            print(text, file=self.terminal or sys.stdout, flush=True)
 
 
 def _write_tensorboard(record: StepRecord) -> None:
@@ -130,9 +161,15 @@ def training_hooks(hooks: TrainingHooks) -> Iterator[None]:
 
     replaced = {
         name: getattr(training, name)
-        for name in ("get_megatron_optimizer", "training_log", "save_checkpoint_and_time")
+        for name in (
+            *("get_megatron_optimizer", "load_checkpoint", "training_log"),
+            *("save_checkpoint_and_time", "dummy_train_step"),
+        )
     }
-    ours = (hooks.get_optimizer, hooks.log_step, hooks.save)
+    ours: tuple[Callable[..., Any], ...] = (
+        *(hooks.get_optimizer, hooks.load, hooks.log_step),
+        *(hooks.save, hooks.skip_batch),
+    )
     for (name, original), hook in zip(replaced.items(), ours, strict=True):
         setattr(training, name, functools.partial(hook, original))
     is_zero = hooks.args.muonclip and hooks.args.use_distributed_optimizer

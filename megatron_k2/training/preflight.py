@@ -5,6 +5,7 @@ every rank started by hand refuses the same way.
 """
 
 import argparse
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -17,6 +18,8 @@ from megatron_k2.data.storage import write_atomically
 from megatron_k2.errors import UserError
 from megatron_k2.fp8.compute import check_fp8
 from megatron_k2.parallel.layout import LayoutRequest, check_layout
+from megatron_k2.training.blend_files import check_files
+from megatron_k2.training.commit import git_commit
 
 RUN_RECORD = "run.json"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -57,8 +60,12 @@ def read_flags(flags: list[str]) -> argparse.Namespace:
     parser.add_argument("--fp8-format", default=None)
     parser.add_argument("--transformer-impl", default="local")
     parser.add_argument("--moe-router-dtype", default=None)
+    parser.add_argument("--distributed-backend", default="nccl")
+    parser.add_argument("--moe-token-dispatcher-type", default=None)
+    parser.add_argument("--moe-flex-dispatcher-backend", default="deepep")
     parser.add_argument("--preset", default=None)
     parser.add_argument("--load", default=None)
+    parser.add_argument("--pretrained-checkpoint", default=None)
     parser.add_argument("--save", default=None)
     parser.add_argument("--finetune", action="store_true")
     parser.add_argument("--qk-clip-threshold", type=float, default=None)
@@ -101,8 +108,58 @@ def check_run(flags: list[str], world_size: int) -> None:
         _check_offload(flags, values.optimizer_offload_fraction)
     if values.transformer_impl == "transformer_engine":
         require_transformer_engine()
+    if "--keep-optimizer" in flags:
+        _check_phase_start(flags, values)
+    _check_dispatcher(values)
+    check_files(flags)
     if values.load and not values.finetune:
         _check_checkpoint(Path(values.load), values)
+
+
+def _check_phase_start(flags: list[str], values: argparse.Namespace) -> None:
+    """The optimizer of another run: MuonClip's, and there."""
+    if "--muonclip" not in flags:
+        raise UserError(
+            "--keep-optimizer is MuonClip's: Megatron looks for another optimizer's groups by the "
+            "rates of this run; add --optimizer muonclip, or drop the flag"
+        )
+    is_resumed = values.load is not None and (Path(values.load) / TRACKER).is_file()
+    if values.pretrained_checkpoint is None or is_resumed:
+        return
+    tracker = Path(values.pretrained_checkpoint) / TRACKER
+    found = tracker.read_text().strip() if tracker.is_file() else "no checkpoint"
+    if not found.isdigit():
+        raise UserError(
+            f"--keep-optimizer: {values.pretrained_checkpoint} has {found}, and no optimizer's "
+            "state; drop the flag, in a recipe --set keeps_optimizer=false"
+        )
+
+
+def _check_dispatcher(values: argparse.Namespace) -> None:
+    """The fused dispatcher needs its package, a router in fp32, and ranks to send to."""
+    if values.moe_token_dispatcher_type != "flex":
+        return
+    backend = values.moe_flex_dispatcher_backend
+    if (values.tensor_model_parallel_size or 1) * (values.expert_model_parallel_size or 1) == 1:
+        raise UserError(
+            "--moe-token-dispatcher-type flex: TP x EP is 1 and no token leaves its rank; give "
+            "--expert-model-parallel-size, or take alltoall"
+        )
+    if values.distributed_backend == "gloo":
+        raise UserError(
+            "--moe-token-dispatcher-type flex: its kernels are CUDA's; on a CPU take alltoall"
+        )
+    if values.moe_router_dtype != "fp32":
+        raise UserError(
+            f"--moe-router-dtype {values.moe_router_dtype}: {backend} takes fp32 probabilities; "
+            "add --moe-router-dtype fp32"
+        )
+    if backend != "ncclep" and importlib.util.find_spec("deep_ep") is None:
+        raise UserError(
+            f"--moe-flex-dispatcher-backend {backend}: package deep_ep is not installed "
+            "(github.com/deepseek-ai/DeepEP, for HybridEP its branch of that name); install it on "
+            "every node, or take --moe-token-dispatcher-type alltoall"
+        )
 
 
 _NOT_OFFLOADED = {
@@ -214,19 +271,6 @@ def write_run_record(flags: list[str], world_size: int) -> None:
     write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
 
 
-def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, read without starting git."""
-    git = Path(__file__).resolve().parents[2] / ".git"
-    head = git / "HEAD"
-    if not head.is_file():
-        return None
-    text = head.read_text().strip()
-    if not text.startswith("ref: "):
-        return text
-    ref = git / text.removeprefix("ref: ")
-    return ref.read_text().strip() if ref.is_file() else None
-
-
 def repair_tracker(save: Path) -> None:
     """Mend ``latest_checkpointed_iteration.txt`` if a kill left it empty.
 
@@ -243,12 +287,12 @@ def repair_tracker(save: Path) -> None:
         tracker.unlink()
 
 
-def drop_damaged_index_cache(data: Path) -> None:
+def drop_damaged_index_cache(prefixes: list[str]) -> None:
     """Remove sample indices that a kill cut short; Megatron builds them again.
 
-    It writes ``cache/*/*.npy`` in place and trusts whatever it finds there.
+    It writes ``PREFIX/cache/*/*.npy`` in place and trusts whatever it finds there.
     """
-    for path in data.glob("cache/**/*.npy"):
+    for path in (path for prefix in prefixes for path in Path(prefix).glob("cache/*/*.npy")):
         try:
             np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError):

@@ -14,6 +14,7 @@ from typing import TextIO
 
 from megatron_k2.errors import UserError
 from megatron_k2.fp8.compute import choose_offload_version, choose_scale_format
+from megatron_k2.training.blend_files import data_prefixes, make_synthetic
 from megatron_k2.training.console import divert_output
 from megatron_k2.training.flags import add_k2_arguments, expand, last_value
 from megatron_k2.training.preflight import (
@@ -84,11 +85,13 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
 
 def _put_in_order(flags: list[str], world_size: int) -> None:
     """What one rank does for all before the first collective."""
-    save, data = last_value(flags, "--save"), last_value(flags, "--data")
+    save = last_value(flags, "--save")
     if save is not None:
         repair_tracker(Path(save))
-    if data is not None:
-        drop_damaged_index_cache(Path(data))
+    drop_damaged_index_cache(data_prefixes(flags))
+    if (vocabulary := last_value(flags, "--vocab-size")) is not None:
+        eod = last_value(flags, "--null-tokenizer-eod-id")
+        make_synthetic(flags, int(vocabulary), int(eod or 0))
     write_run_record(flags, world_size)
 
 

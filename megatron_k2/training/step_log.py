@@ -85,7 +85,8 @@ class StepLog:
                 parallel_state.get_data_parallel_group(with_context_parallel=True)
             )
         chain = None if is_skipped else self.chain
-        table = self._fill_table(chain)
+        loss = loss_dict.get("lm loss")
+        table = self._fill_table(chain, loss)
         works: list[dist.Work | None] = [
             dist.all_reduce(table, op=dist.ReduceOp.MAX, async_op=True)
         ]
@@ -101,7 +102,7 @@ class StepLog:
         self._pending = _Pending(
             iteration=iteration,
             consumed_samples=self._args.consumed_train_samples,
-            loss=loss_dict.get("lm loss"),
+            loss=loss,
             learning_rate=float(learning_rate or 0.0),
             grad_norm=float(grad_norm or 0.0),
             is_skipped=bool(is_skipped),
@@ -120,8 +121,10 @@ class StepLog:
         for work in pending.works:
             if work is not None:
                 work.wait()
-        logits, loads = pending.table[:-1, :-1], pending.table[:-1, -1]
-        exchange, newton_schulz = pending.table[-1, : len(PARTS)].tolist()
+        logits, loads = pending.table[:-2, :-1], pending.table[:-2, -1]
+        exchange, newton_schulz = pending.table[-2, : len(PARTS)].tolist()
+        joined = float(pending.table[-1, 0])
+        own = math.nan if pending.loss is None else float(pending.loss)
         square_sum = pending.adamw_square_sum
         tokens = self._args.global_batch_size * self._args.seq_length
         is_clipping = self._args.muonclip and not pending.is_skipped
@@ -130,7 +133,7 @@ class StepLog:
             iteration=pending.iteration,
             consumed_samples=pending.consumed_samples,
             consumed_tokens=pending.consumed_samples * self._args.seq_length,
-            loss=math.nan if pending.loss is None else float(pending.loss),
+            loss=joined if math.isfinite(joined) else own,
             learning_rate=pending.learning_rate,
             grad_norm=pending.grad_norm,
             is_skipped=pending.is_skipped,
@@ -148,10 +151,11 @@ class StepLog:
         )
         self._show(record, logits)
 
-    def _fill_table(self, chain: GradScopeChain | None) -> Tensor:
-        """[layers + 1, heads + 1]: this rank's maximum logits and, last, load max/mean; else -inf.
+    def _fill_table(self, chain: GradScopeChain | None, loss: Any) -> Tensor:
+        """[layers + 2, heads + 1]: this rank's maximum logits and, last, load max/mean; else -inf.
 
-        The last row begins with the seconds of Muon's parts in the step, where they are watched.
+        The last row but one begins with the seconds of Muon's parts in the step, where they are
+        watched; the last with the loss, which the last pipeline stage alone knows, where finite.
         """
         from megatron.core import parallel_state
         from megatron.core.utils import get_model_config
@@ -160,10 +164,12 @@ class StepLog:
         latest = self._max_logits.latest
         num_rows = config.num_layers + (config.mtp_num_layers or 0)
         num_cols = config.num_attention_heads + 1
-        table = latest.new_full((num_rows + 1, num_cols), -math.inf)
+        table = latest.new_full((num_rows + 2, num_cols), -math.inf)
+        if loss is not None:
+            table[-1, 0] = torch.nan_to_num(torch.as_tensor(loss), -math.inf, -math.inf)
         if chain is not None:
             seconds = [chain.part_seconds(part) for part in PARTS]
-            table[-1, : len(PARTS)] = torch.tensor(seconds, dtype=table.dtype)
+            table[-2, : len(PARTS)] = torch.tensor(seconds, dtype=table.dtype)
         first_head = parallel_state.get_tensor_model_parallel_rank() * latest.shape[1]
         for attention, row in zip(self._max_logits.attentions, latest, strict=True):
             at = self._row(attention, config)

@@ -12,6 +12,7 @@ import pytest
 from megatron_k2.errors import UserError
 from megatron_k2.launch.bridge_config import to_bridge_config
 from megatron_k2.launch.overrides import apply
+from megatron_k2.launch.policies import ExpertDispatch
 from megatron_k2.recipes import get_recipe
 from megatron_k2.training.flags import last_value
 
@@ -55,6 +56,10 @@ FIELDS = {
     "--save": "checkpoint.save",
     "--pretrained-checkpoint": "checkpoint.pretrained_checkpoint",
     "--log-interval": "logger.log_interval",
+    "--moe-token-dispatcher-type": "model.transformer.moe_token_dispatcher_type",
+    "--moe-flex-dispatcher-backend": "model.transformer.moe_flex_dispatcher_backend",
+    "--profile-step-start": "profiling.profile_step_start",
+    "--profile-step-end": "profiling.profile_step_end",
     "--seed": "rng.seed",
 }
 """Flag -> where Bridge has it; a flag that a recipe does not give is left out."""
@@ -92,7 +97,8 @@ def _differing(config, flags):
     "name", ["kimi_k2_pretrain_cpu", "kimi_k2_yarn_128k_cpu", "moonlight_16b_a3b_continue_cpu"]
 )
 def test_every_field_is_the_flags_and_bridge_accepts_it(name, tmp_path, monkeypatch):
-    recipe = get_recipe(name)
+    trace = ["profiler.tool=pytorch", "profiler.first_step=1", "profiler.last_step=2"]
+    recipe = apply(get_recipe(name), trace)
     with pytest.warns(UserWarning, match="MuonClip has no place there, Megatron's muon"):
         config = to_bridge_config(recipe, "runs/x", str(tmp_path))
     flags = recipe.to_megatron_args("runs/x", str(tmp_path))
@@ -105,6 +111,13 @@ def test_every_field_is_the_flags_and_bridge_accepts_it(name, tmp_path, monkeypa
     assert config.model.builder == "megatron_k2.model.build.K2ModelBuilder"
     monkeypatch.setenv("WORLD_SIZE", "1")
     config.validate()
+    assert config.profiling.use_pytorch_profiler
+    assert config.profiling.profile_ranks == [0]
+    names, weights = config.dataset.blend_per_split[0]
+    assert list(zip(names, weights, strict=True)) == [
+        (f"{recipe.data.root}/{prefix}", weight)
+        for prefix, weight in zip(recipe.data.prefixes, recipe.data.weights, strict=True)
+    ]
     assert config.train.train_iters == recipe.steps
     assert config.scheduler.lr_decay_steps == recipe.steps * recipe.phase.sequences_per_step
 
@@ -118,7 +131,9 @@ def test_the_whole_layout_of_a_cluster_is_carried():
     recipe = get_recipe("kimi_k2_long_32k_256gpu_h800")
     memory = {"recompute": frozenset(), "fp8_storage": False, "activation_offload": 0.0}
     layout = recipe.layout.replace(**memory, has_overlap=False)
-    recipe = recipe.replace(layout=layout, extra_flags=("--transformer-impl", "local"))
+    flex = ExpertDispatch("flex", "hybridep")
+    local = ("--transformer-impl", "local")
+    recipe = recipe.replace(layout=layout, dispatch=flex, extra_flags=local)
     config = to_bridge_config(recipe, "runs/x")
     wrong, compared = _differing(config, recipe.to_megatron_args("runs/x"))
     assert (wrong, compared > 20) == ([], True)

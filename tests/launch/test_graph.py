@@ -48,7 +48,10 @@ def test_a_failed_phase_stops_the_chain_and_the_same_command_goes_on_from_it(tmp
     assert run_chain(runs, [], _train(again)) == 0
     assert [name for name, _ in again] == [r.name for r in recipes[2:]]
     assert f"{recipes[0].name}: done before" in capsys.readouterr().out
-    assert f"{recipes[3].steps}/{recipes[3].steps}" in chain_summary(runs)
+    summary = chain_summary(runs)
+    assert f"{recipes[3].steps}/{recipes[3].steps}" in summary
+    blends = [line.split()[3] for line in summary.splitlines()[1:]]
+    assert blends == ["25/25/25/25", "10/30/30/30", "6/18/18/18/40", "6/18/18/18/40"]
 
 
 def test_the_small_chain_is_the_reports_schedule_scaled_down():

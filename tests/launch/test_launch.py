@@ -1,5 +1,6 @@
 """The verb: quick, without torch; and a CPU twin really trained by it."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -8,7 +9,12 @@ import pytest
 
 from megatron_k2.cli.main import main
 from megatron_k2.launch.local import RECORD
+from megatron_k2.launch.overrides import apply
+from megatron_k2.launch.table import resolved
+from megatron_k2.recipes import get_recipe
+from megatron_k2.training.commit import git_commit
 from megatron_k2.training.metrics import METRICS_FILE, read_records
+from megatron_k2.training.preflight import RUN_RECORD
 
 DRY_RUN = "launch kimi_k2_pretrain_256gpu_h800 --executor slurm --dry-run".split()
 
@@ -55,7 +61,15 @@ def test_a_twin_trains_leaves_its_record_and_the_next_phase_goes_on_from_it(tmp_
     steps = ["--set", "phase.tokens=8192"]  # four steps
     decay = ["--set", "phase.decay_tokens=4096"]
     argv = ["launch", "kimi_k2_pretrain_cpu", "--executor", "local", "--save", str(save)]
-    assert main([*argv, *steps, *decay]) == 0
+    data = ["--set", f"data.root={tmp_path}/data"]
+    trace = [("tool", "pytorch"), ("first_step", 2), ("last_step", 3)]
+    traced = [word for key, value in trace for word in ("--set", f"profiler.{key}={value}")]
+    assert main([*argv, *steps, *decay, *data, *traced]) == 0
+    with gzip.open(save / "torch_profile" / "rank-0.json.gz", "rt") as file:
+        events = {event["name"] for event in json.load(file)["traceEvents"]}
+    steps_traced = {name for name in events if name.startswith("ProfilerStep")}
+    assert steps_traced == {"ProfilerStep#2", "ProfilerStep#3"}
+    assert "aten::mm" in events
     records = read_records(save / METRICS_FILE)
     assert [r.iteration for r in records] == [1, 2, 3, 4]
     assert max(r.learning_rate for r in records) == pytest.approx(4e-3)
@@ -64,10 +78,14 @@ def test_a_twin_trains_leaves_its_record_and_the_next_phase_goes_on_from_it(tmp_
     assert record["recipe"] == "kimi_k2_pretrain_cpu"
     assert record["values"]["phase.tokens"] == 8192
     assert record["versions"]["megatron-core"].startswith("0.19")
-    assert "git_commit" in record
+    assert record["git_commit"] == git_commit()
+    recipe = apply(get_recipe("kimi_k2_pretrain_cpu"), record["set"])
+    assert record["values"] == json.loads(json.dumps(resolved(recipe)))
+    assert record["flags"] == json.loads((save / RUN_RECORD).read_text())["flags"]  # as they ran
     second = tmp_path / "second"
     argv = ["launch", "kimi_k2_anneal_4k_cpu", "--executor", "local", "--save", str(second)]
-    assert main([*argv, "--start-from", str(save)]) == 0
+    assert main([*argv, "--start-from", str(save), *data]) == 0
+    assert "--keep-optimizer" in json.loads((second / RECORD).read_text())["flags"]
     continued = read_records(second / METRICS_FILE)
     assert [r.iteration for r in continued] == [1, 2, 3, 4]
     assert continued[0].loss < (records[0].loss + records[-1].loss) / 2  # not random weights again

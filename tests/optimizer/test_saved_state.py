@@ -11,7 +11,7 @@ import torch
 from megatron_k2.errors import UserError
 from megatron_k2.optimizer.chain import FORMAT
 from megatron_k2.optimizer.muon import update_momentum
-from megatron_k2.optimizer.saved_state import restore_numbering, take_over, upstream_momentum
+from megatron_k2.optimizer.saved_state import adopt_groups, take_over, upstream_momentum
 from tests.distributed import run_ranks
 from tests.parallel.test_layouts import MODEL, ZERO, _load
 
@@ -64,12 +64,14 @@ def test_groups_are_ours_and_adamws_step_count_is_kept():
     assert upstream_momentum(state) is None, "saved again, it is ours"
 
 
-def test_our_own_groups_get_their_numbers_back_and_keep_the_rest():
-    saved = {i: {"state": {}, "param_groups": [{"lr": 0.1 + i}]} for i in (0, 1)}
-    restore_numbering(saved, OWN)
-    assert saved[1]["param_groups"] == [{"lr": 1.1, "params": [0, 1]}]
+def test_our_own_groups_are_this_runs_but_for_the_step_count():
+    """Numbers, which are not saved, and rates, which may be another phase's."""
+    saved = {i: {"state": {}, "param_groups": [{"max_lr": 0.1 + i, "step": 7}]} for i in (0, 1)}
+    own = [[{**groups[0], "max_lr": 0.5, "step": 0}] for groups in OWN]
+    adopt_groups(saved, own)
+    assert [saved[i]["param_groups"] for i in (0, 1)] == [[{**g[0], "step": 7}] for g in own]
     with pytest.raises(UserError, match=r"has \[1, 1\] parameter groups.* this run \[2, 1\]"):
-        restore_numbering(saved, [OWN[0] * 2, OWN[1]])
+        adopt_groups(saved, [OWN[0] * 2, OWN[1]])
 
 
 def test_a_chain_in_the_other_order_keeps_the_step_count_too():

@@ -1,15 +1,15 @@
-"""Recipes against the report's table, written here once more, and against Megatron's parser."""
+"""Recipes as data: chains, keys, fields, fit; and against Megatron's parser and its builder."""
 
+import argparse
 import itertools
 import sys
-from dataclasses import replace
 
 import pytest
 
 from megatron_k2.cli.main import main
 from megatron_k2.errors import UserError
+from megatron_k2.launch.blend import DataBlend
 from megatron_k2.launch.overrides import apply
-from megatron_k2.launch.recipe import DataBlend
 from megatron_k2.launch.table import resolved, source_of
 from megatron_k2.planning.dry_run import NEEDS_TE, dry_run
 from megatron_k2.planning.fit import shortfall
@@ -20,63 +20,11 @@ from megatron_k2.recipes.cpu import twins
 from megatron_k2.training.flags import add_k2_arguments, last_value
 
 PHASES = ("pretrain", "anneal_4k", "long_32k", "yarn_128k")
-MIDDLE = 2e-5 - (2e-5 - 7e-6) * 400 / 460
-REPORT = {  # phase: sequence, batch, lr at start, highest, at the end, tokens, YaRN
-    "pretrain": (4096, 16384, 0.0, 2e-4, 2e-5, 15_500 * 10**9, False),
-    "anneal_4k": (4096, 16384, 2e-5, 2e-5, MIDDLE, 400 * 10**9, False),
-    "long_32k": (32768, 2048, MIDDLE, MIDDLE, 7e-6, 60 * 10**9, False),
-    "yarn_128k": (131072, 512, 7e-6, 7e-6, 7e-6, 300 * 2**26, True),
-}
-"""Report 2.5: 67M tokens a step throughout. Linear fall and YaRN's 300 steps are our choices."""
 CPU_TWINS = [name for name in RECIPES if name.endswith("_cpu")]
-
-
-def _schedule(recipe):
-    phase = recipe.phase
-    return (
-        phase.seq_length,
-        phase.sequences_per_step,
-        *(pytest.approx(v, rel=1e-12) for v in (phase.lr_at(0), phase.lr, phase.lr_at(10**30))),
-        phase.tokens,
-        phase.has_yarn,
-    )
 
 
 def _number(recipe, flag):
     return float(last_value(recipe.to_megatron_args("runs/x"), flag))
-
-
-@pytest.mark.parametrize("phase", PHASES)
-def test_every_boundary_is_the_reports(phase):
-    recipe = get_recipe(f"kimi_k2_{phase}_2048gpu_h200")
-    expected = REPORT[phase]
-    assert expected == _schedule(recipe)
-    assert _number(recipe, "--seq-length") == expected[0]
-    assert _number(recipe, "--global-batch-size") == expected[1]
-    assert _number(recipe, "--lr") == pytest.approx(expected[3], rel=1e-12)
-    assert _number(recipe, "--min-lr") == pytest.approx(expected[4], rel=1e-12)
-    assert _number(recipe, "--train-samples") == expected[5] // expected[0]
-    flags = recipe.to_megatron_args("runs/x")
-    assert last_value(flags, "--rope-type") == ("yarn" if expected[6] else "rope")
-    shifted = replace(recipe.phase, lr=recipe.phase.lr * 1.01)
-    assert expected != _schedule(recipe.replace(phase=shifted))
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        ("--weight-decay", 0.1),
-        ("--muon-momentum", 0.95),
-        ("--qk-clip-threshold", 100),
-        ("--moe-router-topk", 8),
-        ("--moe-router-topk-scaling-factor", 2.827),
-        ("--pipeline-model-parallel-size", 16),
-        ("--expert-model-parallel-size", 16),
-        ("--lr-warmup-samples", 500 * 16384),
-    ],
-)
-def test_constants_are_the_reports(flag, value):
-    assert _number(get_recipe("kimi_k2_pretrain_1024gpu_h100"), flag) == value
 
 
 def test_phases_are_chained_by_name_and_only_the_hardware_differs():
@@ -90,8 +38,15 @@ def test_phases_are_chained_by_name_and_only_the_hardware_differs():
     assert keys <= {"layout.activation_offload"}
 
 
-def test_a_later_phase_starts_from_weights_and_resumes_from_its_own():
-    flags = get_recipe("kimi_k2_long_32k_cpu").to_megatron_args("runs/b", "runs/a")
+def test_a_later_phase_keeps_the_optimizer_and_resumes_from_its_own():
+    recipe = get_recipe("kimi_k2_long_32k_cpu")
+    flags = recipe.to_megatron_args("runs/b", "runs/a")
+    assert "--keep-optimizer" in flags
+    empty = apply(recipe, ["keeps_optimizer=false"])
+    assert "--keep-optimizer" not in empty.to_megatron_args("runs/b", "runs/a")
+    assert "--keep-optimizer" not in recipe.to_megatron_args("runs/b")
+    for name in ("kimi_k2_pretrain_256gpu_h200", "kimi_k2_continue_256gpu_h200"):
+        assert not get_recipe(name).keeps_optimizer  # nothing to keep
     assert last_value(flags, "--pretrained-checkpoint") == "runs/a"
     assert (last_value(flags, "--load"), last_value(flags, "--save")) == ("runs/b", "runs/b")
 
@@ -209,6 +164,58 @@ def test_assignments_reach_the_flags_and_the_plan_follows():
     assert "/lustre/web" in changed.to_megatron_args("runs/x")
     longer = apply(get_recipe("kimi_k2_pretrain_cpu"), ["phase.seq_length=128"])
     assert (longer.layout.seq_length, longer.layout.sequences_per_step) == (128, 16)
+
+
+FLEX = "dispatch.dispatcher=flex"
+TRACE = "profiler.tool=pytorch"
+
+
+def test_dispatcher_and_profiler_are_fields_and_become_megatrons_flags():
+    recipe = get_recipe("kimi_k2_pretrain_256gpu_h800")
+    flags = recipe.to_megatron_args("runs/x")
+    assert last_value(flags, "--moe-token-dispatcher-type") == "alltoall"
+    assert "--profile" not in flags
+    typed = [FLEX, "dispatch.num_sms=24", TRACE, "profiler.ranks=0,16", "profiler.shapes=true"]
+    flags = apply(recipe, typed).to_megatron_args("runs/x")
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    args = add_k2_arguments(parser).parse_args(flags)
+    assert args.moe_token_dispatcher_type == "flex"
+    assert args.moe_flex_dispatcher_backend == "deepep"
+    assert args.moe_flex_dispatcher_num_sms == 24
+    assert (args.profile, args.use_pytorch_profiler) == (True, True)
+    assert (args.profile_step_start, args.profile_step_end) == (11, 13)
+    assert args.profile_ranks == [0, 16]
+    assert args.pytorch_profiler_collect_shapes
+    nsys = apply(recipe, ["profiler.tool=nsys"]).to_megatron_args("runs/x")
+    assert "--nvtx-ranges" in nsys
+    assert (last_value(nsys, "--profile-step-start"), last_value(nsys, "--profile-step-end")) == (
+        "10",
+        "12",
+    )
+    assert "--use-pytorch-profiler" not in nsys
+
+
+@pytest.mark.parametrize(
+    ("name", "assignments", "words"),
+    [
+        ("kimi_k2_pretrain_cpu", [FLEX], "its kernels are CUDA's"),
+        ("kimi_k2_pretrain_256gpu_h200", ["dispatch.dispatcher=allgather"], "alltoall, flex"),
+        ("kimi_k2_pretrain_256gpu_h200", [FLEX, "dispatch.backend=deep"], "deepep, hybridep"),
+        ("kimi_k2_pretrain_256gpu_h200", [FLEX, "dispatch.num_sms=7"], "for DeepEP an even one"),
+        ("kimi_k2_pretrain_256gpu_h200", ["dispatch.num_sms=8"], "without dispatch.dispatcher"),
+        ("moonlight_16b_a3b_pretrain_64gpu_h200", [FLEX, "layout.ep=1"], "no token leaves"),
+        ("kimi_k2_pretrain_cpu", ["profiler.tool=torch"], "off, pytorch, nsys"),
+        ("kimi_k2_pretrain_cpu", [TRACE, "profiler.first_step=13"], "at least one"),
+        ("kimi_k2_pretrain_cpu", [TRACE, "profiler.last_step=20"], "the run has 20 steps"),
+        ("kimi_k2_pretrain_cpu", [TRACE, "profiler.ranks=1"], "1 is no rank of 1; the last is 0"),
+        ("kimi_k2_pretrain_cpu", [TRACE, "profiler.ranks=a"], "'a' is no number"),
+    ],
+)
+def test_a_dispatcher_or_profiler_that_cannot_be_is_refused(name, assignments, words):
+    with pytest.raises(UserError, match=words):
+        apply(get_recipe(name), assignments, force=True)
 
 
 def test_an_unknown_recipe_names_the_nearest():

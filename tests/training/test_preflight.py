@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_k2.errors import UserError
+from megatron_k2.training.commit import git_commit
 from megatron_k2.training.flags import expand
 from megatron_k2.training.preflight import (
     RUN_RECORD,
@@ -19,6 +20,69 @@ from megatron_k2.training.preflight import (
 )
 
 TINY = ["--preset", "k2-tiny", "--mock-data"]
+
+
+EP2 = ["--expert-model-parallel-size", "2", "--moe-token-dispatcher-type", "flex"]
+NCCL = ["--distributed-backend", "nccl"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (EP2, "its kernels are CUDA's"),
+        ([*EP2, *NCCL], "deepep: package deep_ep is not installed"),
+        ([*EP2, *NCCL, "--moe-router-dtype", "fp64"], "takes fp32 probabilities"),
+        ([*EP2[2:], *NCCL], "no token leaves its rank"),
+    ],
+)
+def test_a_fused_dispatcher_that_cannot_run_is_refused(flags, said):
+    with pytest.raises(UserError, match=said):
+        check(*flags, world_size=2)
+
+
+def test_only_muonclips_state_is_kept_over_a_phase():
+    with pytest.raises(UserError, match="--keep-optimizer is MuonClip's"):
+        check("--keep-optimizer", "--optimizer", "adam")
+    check("--keep-optimizer")
+
+
+def test_imported_weights_have_no_optimizer_to_keep(tmp_path):
+    first = ["--keep-optimizer", "--pretrained-checkpoint", str(tmp_path)]
+    with pytest.raises(UserError, match=r"has no checkpoint.*keeps_optimizer=false"):
+        check(*first)
+    (tmp_path / TRACKER).write_text("release")
+    with pytest.raises(UserError, match="has release, and no optimizer's state"):
+        check(*first)
+    check(*first, "--save", str(tmp_path))  # a resume reads its own
+    (tmp_path / TRACKER).write_text("20\n")
+    check(*first)
+
+
+def test_the_commit_is_gits_own_in_a_checkout_a_work_tree_and_with_packed_references(tmp_path):
+    def git(*words, at=tmp_path / "a"):
+        identity = ["-c", "user.name=k2", "-c", "user.email=k2@example.org"]
+        command = ["git", "-C", str(at), *identity, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    (tmp_path / "a").mkdir()
+    assert git_commit(tmp_path / "a") is None
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message=one")
+    git("worktree", "add", "--quiet", "-b", "side", str(tmp_path / "b"))
+    git("commit", "--quiet", "--allow-empty", "--message=two", at=tmp_path / "b")
+    heads = {name: git("rev-parse", "HEAD", at=tmp_path / name) for name in "ab"}
+    assert heads["a"] != heads["b"]
+    for _ in range(2):
+        assert {name: git_commit(tmp_path / name) for name in "ab"} == heads
+        git("pack-refs", "--all")
+    git("checkout", "--quiet", "--detach")
+    assert git_commit(tmp_path / "a") == heads["a"]
+
+
+def test_absent_data_is_named_before_a_model_is_built(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.idx does not exist"):
+        check("--train-data-path", "1", str(tmp_path / "absent"))
+    check("--train-data-path", "1", "msc://bucket/elsewhere")
 
 
 def check(*flags, world_size=1):
@@ -146,13 +210,13 @@ def test_an_empty_tracker_without_any_whole_checkpoint_is_removed(tmp_path):
 
 
 def test_sample_indices_cut_short_are_dropped_and_whole_ones_kept(tmp_path):
-    cache = tmp_path / "cache" / "GPTDataset_indices"
+    cache = tmp_path / "train" / "cache" / "GPTDataset_indices"
     cache.mkdir(parents=True)
     np.save(cache / "whole.npy", np.arange(1000))
     data = (cache / "whole.npy").read_bytes()
     (cache / "short.npy").write_bytes(data[:-100])
     (cache / "empty.npy").write_bytes(b"")
-    drop_damaged_index_cache(tmp_path)
+    drop_damaged_index_cache([str(tmp_path / "train"), str(tmp_path / "absent")])
     assert [path.name for path in cache.iterdir()] == ["whole.npy"]
 
 
