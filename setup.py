@@ -6,7 +6,8 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     # Transformer Engine modules, FP8 (needs a CUDA toolchain; the CPU path does without).
-    "te": ["transformer-engine[pytorch]>=2.14,<3"],
+    # nvidia-ml-py: Megatron's activation offload needs it and does not declare it.
+    "te": ["transformer-engine[pytorch]>=2.14,<3", "nvidia-ml-py"],
     # Launching on Slurm or locally through NeMo-Run, which imports a module leptonai 0.47 dropped.
     "launch": ["nemo-run>=0.11,<0.12", "leptonai<0.47", "pyyaml>=6"],
     # Megatron-Bridge configs (installs with --no-deps only, see docs).

@@ -5,6 +5,7 @@ every rank started by hand refuses the same way.
 """
 
 import argparse
+import importlib
 import importlib.util
 import json
 import re
@@ -104,6 +105,8 @@ def check_run(flags: list[str], world_size: int) -> None:
             "attention keeps copies of queries, keys and values; drop it, or use "
             "--transformer-impl transformer_engine"
         )
+    if "--fine-grained-activation-offloading" in flags:
+        _check_affinity_packages()
     if "--muonclip-cpu-offload" in flags:
         _check_offload(flags, values.optimizer_offload_fraction)
     if values.transformer_impl == "transformer_engine":
@@ -169,6 +172,18 @@ _NOT_OFFLOADED = {
     "--async-save": "a step would change the host's copies while they are being written",
 }
 """Flags that optimizer states on the host do not go with -> why."""
+
+
+def _check_affinity_packages() -> None:
+    """Megatron binds ranks that offload to their GPU's cores; what it needs it does not declare."""
+    for module, package in (("cuda.bindings.driver", "cuda-python"), ("pynvml", "nvidia-ml-py")):
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            raise UserError(
+                f"--fine-grained-activation-offloading: Megatron imports {module}, which is not "
+                f"here; pip install {package}"
+            ) from None
 
 
 def _check_offload(flags: list[str], fraction: float) -> None:

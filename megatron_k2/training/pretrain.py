@@ -64,6 +64,7 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
         restore_distributed_optimizer_without_te,
         skip_helpers_compilation,
     )
+    from megatron_k2.compat_offload import end_offload_chunk_with_its_groups, reload_after_offload
     from megatron_k2.parallel.cpu_host import megatron_host
 
     flags = expand(argv, cuda=torch.cuda.is_available())
@@ -80,6 +81,9 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
         recompute_without_te()
         restore_distributed_optimizer_without_te()
         keep_checkpoint_queue_through_sigterm()
+        if "--fine-grained-activation-offloading" in flags:
+            end_offload_chunk_with_its_groups()
+            reload_after_offload()
         _pretrain(terminal)
 
 

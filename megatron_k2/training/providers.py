@@ -114,16 +114,20 @@ def loss_func(
 
 def forward_step(
     iterator: Iterator[dict[str, Any]], model: torch.nn.Module, return_schedule_plan: bool = False
-) -> tuple[Tensor, Callable[..., Any]]:
-    """One micro-batch through this stage."""
-    if return_schedule_plan:
-        raise ValueError("the combined 1F1B schedule needs Transformer Engine modules")
+) -> tuple[Any, Callable[..., Any]]:
+    """One micro-batch through this stage: its output, and the loss function of it.
+
+    Under ``--overlap-moe-expert-parallel-comm`` Megatron asks for the plan of the stage's layers
+    instead, runs it interleaved with another micro-batch's backward, and ``model`` is the unwrapped
+    model.
+    """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     with STRAGGLERS(bdata=True):
         tokens, labels, loss_mask, attention_mask, position_ids = get_batch(iterator, vp_stage)
     timers("batch-generator").stop()
+    forward: Any = model.build_schedule_plan if return_schedule_plan else model
     with STRAGGLERS:
-        output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
+        output = forward(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
     return output, partial(loss_func, loss_mask)

@@ -2,10 +2,12 @@
 
 The argument is a JSON file: a list of ``{"flags": [...], "record": path or null}``. With ``record``
 the master weights around QK-Clip, and masters and FP8 weights after the last step, are saved there.
+Where activations are offloaded a CPU's are handed over as a GPU's would be.
 """
 
 import json
 import sys
+import types
 from pathlib import Path
 
 import torch
@@ -30,6 +32,19 @@ def _on_cpu(values):
     if isinstance(values, tuple):
         return tuple(_on_cpu(value) for value in values)
     return values.cpu() if torch.is_tensor(values) else values
+
+
+def _let_a_cpu_offload() -> None:
+    import megatron.core.pipeline_parallel.utils as utils
+    from megatron.core.pipeline_parallel.fine_grained_activation_offload import ChunkOffloadHandler
+
+    def manages(tensor: torch.Tensor) -> bool:
+        return not isinstance(tensor, torch.nn.Parameter)
+
+    if not torch.cuda.is_available():
+        sys.modules.setdefault("pynvml", types.ModuleType("pynvml"))
+        utils.set_ideal_affinity_for_current_gpu = lambda: None
+        ChunkOffloadHandler._can_manage_tensor_for_offload = staticmethod(manages)
 
 
 def run_case(case: dict) -> None:
@@ -61,6 +76,8 @@ def run_case(case: dict) -> None:
         for chunk in self.model_chunks:
             record["weights"] |= _fp8_weights(chunk)
 
+    if "--fine-grained-activation-offloading" in case["flags"]:
+        _let_a_cpu_offload()
     cpu_flags = flags_module.CPU_FLAGS
     if case["record"]:  # FP8 primary weights start from what the GPU initialised, see check_fp8
         flags_module.CPU_FLAGS = [f for f in cpu_flags if f != "--use-cpu-initialization"]
@@ -75,7 +92,7 @@ def run_case(case: dict) -> None:
         flags_module.CPU_FLAGS = cpu_flags
         distributed.DistributedMuonClip._qk_clip = clip
         distributed.DistributedMuonClip._copy_main_params_to_model_params = copy_masters
-        reset_megatron()
+    reset_megatron()  # asks the other ranks, so not after an error here
     if case["record"]:
         torch.save(_on_cpu(record), case["record"])
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -125,6 +126,17 @@ def test_a_layout_that_cannot_run_names_the_value(flags, world_size, said):
 def test_a_size_that_is_missing_is_asked_for():
     with pytest.raises(UserError, match=r"--num-layers.*or --preset"):
         check_run(["--seq-length", "64"], 1)
+
+
+@pytest.mark.parametrize("module", ["pynvml", "cuda.bindings.driver"])
+def test_activation_offload_names_the_package_that_megatron_does_not_declare(monkeypatch, module):
+    offload = ["--fine-grained-activation-offloading", "--offload-modules", "moe_act"]
+    for name in ("cuda", "cuda.bindings", "cuda.bindings.driver", "pynvml"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    check(*offload)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"Megatron imports {module}.*pip install"):
+        check(*offload)
 
 
 def test_optimizer_offload_is_ours_with_muonclip_and_megatrons_with_adam():

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from tests.te.standin import kernels, optimizer, quantization
 
 CALLS: Counter[str] = Counter()
@@ -106,7 +108,10 @@ def _enum(name: str, members: str) -> type[enum.IntEnum]:
 
 
 def _counted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernel`` as compiled code is to autograd: nothing of it is recorded."""
+
     @functools.wraps(kernel)
+    @torch.no_grad()
     def call(*args: Any, **kwargs: Any) -> Any:
         CALLS[name] += 1
         return kernel(*args, **kwargs)

@@ -1,0 +1,66 @@
+"""The report's schedule, run: expert all-to-all of one micro-batch under another's arithmetic.
+
+Megatron's combined 1F1B over PP2 x VPP2 x EP2 on four ranks, weight gradients delayed, MuonClip
+over ZeRO-1 with overlapped collectives; then the report's recompute, FP8 storage and offload too,
+which are the flags a plan writes. The same operations in another order of micro-batches and layers:
+losses, gradient norm and S_max equal to the last digit. Wrong variant: a step of another batch. Not
+exercised: streams, so nothing is hidden under anything here.
+"""
+
+import pytest
+
+from megatron_k2.planning.offload import offload_modules
+from megatron_k2.training.metrics import METRICS_FILE, read_records
+from tests.distributed import BACKENDS, run_ranks
+from tests.te.test_training import MODEL, TE
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+RUN = """
+    --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t|t|L
+    --expert-model-parallel-size 2 --global-batch-size 8 --train-samples 16 --save-interval 100
+    --qk-clip-threshold 0.12
+""".split()
+OVERLAP = ["--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute"]
+RECOMPUTE = "--recompute-granularity selective --recompute-modules layernorm moe_act mla_up_proj"
+MEMORY = [*RECOMPUTE.split(), "--fp8-activation-storage"]
+OFFLOAD = [
+    *"--fine-grained-activation-offloading --min-offloaded-tensor-size 1".split(),
+    *"--activation-offload-fraction 0.6 --offload-modules".split(),
+    *offload_modules(frozenset({"norm", "swiglu", "mla_up"})),
+]
+CASES = {
+    "plain": [],
+    "overlapped": OVERLAP,
+    "memory": MEMORY,
+    "memory, overlapped": [*MEMORY, *OVERLAP, *OFFLOAD],
+    "another batch": [*OVERLAP, "--seed", "27"],
+}
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def records(request, _transformer_engine, tmp_path_factory):
+    root = tmp_path_factory.mktemp("overlapped")
+    cases = [
+        {"flags": [*MODEL, *TE, *RUN, *flags, "--save", str(root / name)], "record": None}
+        for name, flags in CASES.items()
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NVTE_CPU_OFFLOAD_V1", "1")
+        run_ranks("tests.te.training_worker", 4, cases, root / "logs", request.param)
+    return {name: read_records(root / name / METRICS_FILE) for name in CASES}
+
+
+def numbers(records):
+    return [(r.loss, r.grad_norm, r.max_logit_per_layer, r.num_clipped_heads) for r in records]
+
+
+@pytest.mark.parametrize(
+    ("expected", "found"), [("plain", "overlapped"), ("memory", "memory, overlapped")]
+)
+def test_overlapped_steps_are_the_others_to_the_last_digit(records, expected, found):
+    assert len(records[expected]) == 2
+    assert any(record.num_clipped_heads for record in records[expected])
+    assert numbers(records[found]) == numbers(records[expected])
+    assert numbers(records["another batch"])[0] != numbers(records[expected])[0]
