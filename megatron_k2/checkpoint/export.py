@@ -46,7 +46,7 @@ from megatron_k2.checkpoint.units import (
     Receipt,
     Unit,
     Workplace,
-    naming_a_full_disk,
+    naming_the_file,
     require_free,
     require_space,
     run_units,
@@ -168,7 +168,7 @@ def export(
     receipts = run_units(
         workplace, units, functools.partial(write_shard, job), options.num_workers, progress
     )
-    with naming_a_full_disk(hf_dir):
+    with naming_the_file(hf_dir):
         total_bytes, num_tensors = _write_index(workplace.directory, units, receipts)
         _write_json(workplace.directory / "config.json", config)
         if "generation_config.json" not in {path.name for path in files}:

@@ -16,7 +16,7 @@ from typing import Any, override
 import numpy as np
 
 from megatron_k2.checkpoint.fp8_layout import SCALE_SUFFIX
-from megatron_k2.checkpoint.mapped_files import MappedFiles
+from megatron_k2.checkpoint.mapped_files import MappedFiles, bring_in
 from megatron_k2.checkpoint.rows import BY_SAFETENSORS_NAME, Dtype, Rows
 from megatron_k2.checkpoint.rules import IGNORED_HF_SUFFIXES
 from megatron_k2.errors import UserError
@@ -94,7 +94,7 @@ class HfSource:
             self._files.map(self.directory / tensor.file),
             tensor.offset + begin * math.prod(row) * tensor.dtype.itemsize,
         )
-        return Rows(bits, tensor.dtype)
+        return Rows(bring_in(bits), tensor.dtype)
 
     @override
     def __repr__(self) -> str:

@@ -46,7 +46,7 @@ from megatron_k2.checkpoint.units import (
     Receipt,
     Unit,
     Workplace,
-    naming_a_full_disk,
+    naming_the_file,
     require_free,
     require_space,
     run_units,
@@ -134,7 +134,7 @@ def import_hf(
     job = FileJob(hf_dir, options.check_finite, workplace.fingerprint)
     work = functools.partial(write_file, job)
     receipts = run_units(workplace, units, work, options.num_workers, progress)
-    with naming_a_full_disk(workplace.directory):
+    with naming_the_file(workplace.directory):
         _finish(release, units, receipts, args, options.modules)
         _keep_source(workplace.directory / SOURCE_DIR, source, options.only)
         write_atomically(workplace.directory / TRACKER, RELEASE.encode())

@@ -16,10 +16,11 @@ from megatron_k2.checkpoint.hf_source import HfSource
 from megatron_k2.checkpoint.iterations import RELEASE
 from megatron_k2.checkpoint.mapping import Pair
 from megatron_k2.checkpoint.megatron_target import Chunk, Placement, place, write_chunk
+from megatron_k2.checkpoint.output_file import OutputFile
 from megatron_k2.checkpoint.rows import Dtype, Rows, promoted, rows_of
-from megatron_k2.checkpoint.safetensors_stream import EarlyWriteback, flush, row_chunks
+from megatron_k2.checkpoint.safetensors_stream import row_chunks
 from megatron_k2.checkpoint.stored_names import Modules
-from megatron_k2.checkpoint.units import Receipt, Unit, naming_a_full_disk
+from megatron_k2.checkpoint.units import Receipt, Unit, naming_the_file
 from megatron_k2.errors import UserError
 
 UNIT_BYTES = 2**30
@@ -94,22 +95,18 @@ def _opened(job: FileJob) -> HfSource:
     return HfSource(job.hf_dir)
 
 
-def write_file(job: FileJob, path: Path, unit: Unit) -> Receipt:
-    """Write one ``.distcp`` file; its receipt lists the chunks."""
+def write_file(job: FileJob, file: OutputFile, unit: Unit) -> Receipt:
+    """Fill one ``.distcp`` file; its receipt lists the chunks."""
     source = _opened(job)
     chunks: list[Chunk] = []
     classes: Counter[str] = Counter()
-    with path.open("wb") as file:
-        writeback = EarlyWriteback(file)
-        for placement in unit.payload:
-            for name, shape, begin in placement.pair.parts():
-                with naming_a_full_disk(path, name):
-                    for top, rows in _rows(source, name, shape, placement.dtype, classes):
-                        if job.check_finite:
-                            _require_finite(source, name, top, rows)
-                        chunks.append(write_chunk(file, placement, begin + top, rows))
-                        writeback.step()
-        flush(file)
+    for placement in unit.payload:
+        for name, shape, begin in placement.pair.parts():
+            with naming_the_file(Path(file.name), name):
+                for top, rows in _rows(source, name, shape, placement.dtype, classes):
+                    if job.check_finite:
+                        _require_finite(source, name, top, rows)
+                    chunks.append(write_chunk(file, placement, begin + top, rows))
     return {
         "chunks": [dataclasses.astuple(chunk) for chunk in chunks],
         "scale_classes": {str(kind): number for kind, number in classes.items()},

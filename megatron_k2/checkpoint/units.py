@@ -14,6 +14,7 @@ a worker computes in its one thread.
 
 import contextlib
 import errno
+import gc
 import json
 import logging
 import multiprocessing
@@ -23,11 +24,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_k2.checkpoint.output_file import OutputFile
 from megatron_k2.data.storage import sha256_of_json, sync_directory, write_atomically
 from megatron_k2.errors import UserError
 
@@ -53,8 +55,8 @@ class Unit:
     """What the work function needs to know; must be picklable."""
 
 
-Work = Callable[[Path, Unit], Receipt]
-"""Writes ``unit`` to the path given (a temporary name) and says what it wrote."""
+Work = Callable[[OutputFile, Unit], Receipt]
+"""Writes ``unit`` to the file given (under a temporary name) and says what it wrote."""
 
 
 class Workplace:
@@ -153,21 +155,36 @@ def _results(
     directory: Path, units: Sequence[Unit], work: Work, num_workers: int
 ) -> Iterator[tuple[Unit, Receipt]]:
     if num_workers == 1 or len(units) < 2:
-        for unit in units:
-            yield unit, do_unit(directory, unit, work)
+        yield from _here(directory, units, work)
         return
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(
-        min(num_workers, len(units)), context, initializer=_start_worker, initargs=(os.getpid(),)
-    ) as pool:
-        largest_first = sorted(units, key=lambda unit: -unit.num_bytes)
-        running = {pool.submit(do_unit, directory, unit, work): unit for unit in largest_first}
-        try:
-            for future in as_completed(running):
-                yield running[future], future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    gc.freeze()  # else each worker's first collection copies what the parent has imported
+    try:
+        num = min(num_workers, len(units))
+        with ProcessPoolExecutor(num, context, _start_worker, (os.getpid(),)) as pool:
+            largest_first = sorted(units, key=lambda unit: -unit.num_bytes)
+            running = {pool.submit(do_unit, directory, unit, work): unit for unit in largest_first}
+            try:
+                for future in as_completed(running):
+                    yield running[future], future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        gc.unfreeze()
+
+
+def _here(directory: Path, units: Sequence[Unit], work: Work) -> Iterator[tuple[Unit, Receipt]]:
+    """In this process; a unit is written while the one before goes to the disk."""
+    with ThreadPoolExecutor(1) as flusher:
+        before: tuple[Unit, Future[Receipt]] | None = None
+        for unit in units:
+            written = write_unit(directory, unit, work)
+            if before is not None:
+                yield before[0], before[1].result()
+            before = unit, flusher.submit(finish_unit, directory, unit, *written)
+        if before is not None:
+            yield before[0], before[1].result()
 
 
 def _start_worker(parent: int) -> None:
@@ -183,19 +200,45 @@ def _start_worker(parent: int) -> None:
 
 
 def do_unit(directory: Path, unit: Unit, work: Work) -> Receipt:
-    """One unit: temporary name, flush, rename, receipt.
+    """One unit, written and finished."""
+    return finish_unit(directory, unit, *write_unit(directory, unit, work))
+
+
+def write_unit(directory: Path, unit: Unit, work: Work) -> tuple[OutputFile, Receipt]:
+    """Everything but the disk's part: a file under a temporary name, open, and what it holds.
 
     Raises:
-        UserError: naming the file, if the disk is full.
+        UserError: naming the file, if the disk is full or fails.
     """
     final = directory / unit.file
     temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
     for leftover in final.parent.glob(f"{final.name}.*.tmp"):
         leftover.unlink()
-    with naming_a_full_disk(final):
-        receipt = work(temporary, unit)
-        receipt["num_bytes"] = temporary.stat().st_size
-        temporary.replace(final)
+    with naming_the_file(final):
+        file = OutputFile(temporary, unit.num_bytes)
+        try:
+            receipt = work(file, unit)
+            file.flush()
+        except BaseException:
+            with contextlib.suppress(OSError):  # of what could not be written, once more
+                file.close()
+            temporary.unlink()
+            raise
+    return file, receipt
+
+
+def finish_unit(directory: Path, unit: Unit, file: OutputFile, receipt: Receipt) -> Receipt:
+    """Flush, rename, receipt: after this the unit is done, however the conversion ends.
+
+    Raises:
+        UserError: naming the file, if the disk is full or fails.
+    """
+    final = directory / unit.file
+    with naming_the_file(final):
+        with file:
+            file.sync()
+            receipt["num_bytes"] = os.fstat(file.fileno()).st_size
+        Path(file.name).replace(final)
         path = _receipt_path(directory, unit)
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         unfinished.write_text(json.dumps(receipt, separators=(",", ":")))
@@ -204,14 +247,19 @@ def do_unit(directory: Path, unit: Unit, work: Work) -> Receipt:
 
 
 @contextlib.contextmanager
-def naming_a_full_disk(path: Path, tensor: str | None = None) -> Iterator[None]:
-    """Turn "no space left" into a sentence that names the file, and the tensor being written."""
+def naming_the_file(path: Path, tensor: str | None = None) -> Iterator[None]:
+    """Turn what a disk reports into a sentence that names the file, and the tensor written."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"{path}: the disk is full{f' at {tensor!r}' if tensor else ''}; make room and run the "
-            "same command again, finished files are kept"
-        ) from error
+        at = f" at {tensor!r}" if tensor else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{path}: the disk is full{at}; make room and run the same command again, finished "
+                "files are kept"
+            ) from error
+        if error.errno == errno.EIO:
+            raise UserError(
+                f"{path}: the disk fails{at} ({error.strerror}); look at it, or choose another"
+            ) from error
+        raise
