@@ -15,6 +15,7 @@ from megatron_k2.checkpoint.fp8_layout import (
     is_quantized,
     scale_shape,
 )
+from megatron_k2.checkpoint.fp8_scales import E4M3_MAX
 from megatron_k2.checkpoint.hf_config import hf_config
 from megatron_k2.checkpoint.rows import Dtype, Rows, rows_of
 from megatron_k2.checkpoint.safetensors_stream import TensorSlot, write_safetensors
@@ -48,7 +49,7 @@ def generate(directory: Path, preset: ModelPreset, *, is_fp8: bool) -> int:
 
 def _tensors(slots: list[TensorSlot]) -> Iterator[Rows]:
     noise = (torch.randn(4 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-    codes = (noise.float() * (fp8.E4M3_MAX / noise.float().abs().max())).to(fp8.E4M3)
+    codes = (noise.float() * (E4M3_MAX / noise.float().abs().max())).to(fp8.E4M3)
     for slot in slots:
         if slot.dtype is Dtype.FP32:
             yield Rows(np.full(slot.shape, 1e-4, np.float32), slot.dtype)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_k2 import __version__
+from megatron_k2.checkpoint import fp8_rows
 from megatron_k2.checkpoint.audit import require_clean
 from megatron_k2.checkpoint.export_shards import DTYPES, ShardJob, plan_shards, write_shard
 from megatron_k2.checkpoint.fp8_layout import QUANTIZATION_CONFIG
@@ -163,7 +164,7 @@ def export(
     workplace = Workplace(hf_dir, _job_record(source, options, config))
     scales = origin / SCALES_FILE if origin and options.dtype == "fp8" else None
     if options.dtype == "fp8":
-        import megatron_k2.checkpoint.fp8  # noqa: F401  torch, before workers are forked
+        fp8_rows.prepare()
     job = ShardJob(source.directory, options.check_finite, scales, workplace.fingerprint)
     receipts = run_units(
         workplace, units, functools.partial(write_shard, job), options.num_workers, progress

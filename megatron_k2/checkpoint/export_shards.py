@@ -21,11 +21,12 @@ from megatron_k2.checkpoint.fp8_layout import (
     is_quantized,
     scale_shape,
 )
+from megatron_k2.checkpoint.fp8_rows import requantized
 from megatron_k2.checkpoint.hf_source import HfSource, StoredTensor, read_header
 from megatron_k2.checkpoint.mapping import Pair
 from megatron_k2.checkpoint.megatron_source import MegatronSource
 from megatron_k2.checkpoint.output_file import OutputFile
-from megatron_k2.checkpoint.rows import Dtype, Rows, rows_of
+from megatron_k2.checkpoint.rows import Dtype, Rows
 from megatron_k2.checkpoint.safetensors_stream import (
     TensorSlot,
     row_chunks,
@@ -199,15 +200,10 @@ def _rows(
         if job.check_finite:
             _require_finite(source, piece, top, rows)
         if slot.dtype is Dtype.E4M3:
-            from megatron_k2.checkpoint.fp8 import requantize
-
             at = block_rows(top, end)
-            kept = scales.rows(slot.name, slot.shape, at)
-            source_scales = None if kept is None else kept.tensor()
-            codes, fresh, num_kept = requantize(rows.tensor(), source_scales)
-            rows = rows_of(codes)
-            made[slot.name + SCALE_SUFFIX][at] = fresh.numpy()
-            blocks.update(kept=num_kept, fresh=fresh.numel() - num_kept)
+            rows, fresh, num_kept = requantized(rows, scales.rows(slot.name, slot.shape, at))
+            made[slot.name + SCALE_SUFFIX][at] = fresh
+            blocks.update(kept=num_kept, fresh=fresh.size - num_kept)
         yield rows.to(slot.dtype)
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_k2.checkpoint import fp8_rows
 from megatron_k2.checkpoint.fp8_layout import SCALE_SUFFIX
 from megatron_k2.checkpoint.hf_config import TOKENIZER_FILES
 from megatron_k2.checkpoint.hf_preset import preset_from_hf
@@ -84,7 +85,7 @@ class ImportResult:
     num_files: int
     total_size_bytes: int
     scale_classes: dict[str, int]
-    """Blocks of the source by ``fp8.ScaleClass``; empty if nothing was FP8."""
+    """Blocks of the source by ``fp8_scales.ScaleClass``; empty if nothing was FP8."""
 
 
 def import_hf(
@@ -130,7 +131,7 @@ def import_hf(
     release = workplace.directory / RELEASE
     release.mkdir(exist_ok=True)
     if source.is_fp8:
-        import megatron_k2.checkpoint.fp8  # noqa: F401  torch, before workers are forked
+        fp8_rows.prepare()
     job = FileJob(hf_dir, options.check_finite, workplace.fingerprint)
     work = functools.partial(write_file, job)
     receipts = run_units(workplace, units, work, options.num_workers, progress)

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_k2.checkpoint.fp8_layout import SCALE_SUFFIX, block_rows
+from megatron_k2.checkpoint.fp8_rows import dequantized
 from megatron_k2.checkpoint.hf_source import HfSource
 from megatron_k2.checkpoint.iterations import RELEASE
 from megatron_k2.checkpoint.mapping import Pair
 from megatron_k2.checkpoint.megatron_target import Chunk, Placement, place, write_chunk
 from megatron_k2.checkpoint.output_file import OutputFile
-from megatron_k2.checkpoint.rows import Dtype, Rows, promoted, rows_of
+from megatron_k2.checkpoint.rows import Dtype, Rows, promoted
 from megatron_k2.checkpoint.safetensors_stream import row_chunks
 from megatron_k2.checkpoint.stored_names import Modules
 from megatron_k2.checkpoint.units import Receipt, Unit, naming_the_file
@@ -126,19 +127,9 @@ def _rows(
         rows = source.read(name, slice(top, end))
         if is_fp8:
             scales = source.read(name + SCALE_SUFFIX, block_rows(top, end))
-            rows = _dequantized(rows, scales, dtype, classes)
+            rows, found = dequantized(rows, scales, dtype)
+            classes.update(found)
         yield top, rows.to(dtype)
-
-
-def _dequantized(codes: Rows, scales: Rows, dtype: Dtype, classes: Counter[str]) -> Rows:
-    """Weights in ``dtype``; counts blocks by how their scale was made."""
-    import torch
-
-    from megatron_k2.checkpoint.fp8 import classify_scales, dequantize
-
-    classes.update(classify_scales(codes.tensor(), scales.tensor()))
-    target = getattr(torch, dtype.torch_name)
-    return rows_of(dequantize(codes.tensor(), scales.tensor(), target))
 
 
 def _require_finite(source: HfSource, name: str, top: int, rows: Rows) -> None:

@@ -13,8 +13,9 @@ import torch
 from megatron_k2.checkpoint import import_hf as room
 from megatron_k2.checkpoint import import_units, safetensors_stream
 from megatron_k2.checkpoint.export import ExportOptions, export
-from megatron_k2.checkpoint.fp8 import ScaleClass, dequantize
+from megatron_k2.checkpoint.fp8 import dequantize
 from megatron_k2.checkpoint.fp8_layout import SCALE_SUFFIX, is_quantized
+from megatron_k2.checkpoint.fp8_scales import ScaleClass
 from megatron_k2.checkpoint.hf_source import HfSource
 from megatron_k2.checkpoint.import_hf import ImportOptions, import_hf
 from megatron_k2.checkpoint.iterations import find_iteration
