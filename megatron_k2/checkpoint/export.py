@@ -25,7 +25,13 @@ from typing import Any
 from megatron_k2 import __version__
 from megatron_k2.checkpoint import fp8_rows
 from megatron_k2.checkpoint.audit import require_clean
-from megatron_k2.checkpoint.export_shards import DTYPES, ShardJob, plan_shards, write_shard
+from megatron_k2.checkpoint.export_shards import (
+    DTYPES,
+    ShardJob,
+    close_sources,
+    plan_shards,
+    write_shard,
+)
 from megatron_k2.checkpoint.fp8_layout import QUANTIZATION_CONFIG
 from megatron_k2.checkpoint.hf_config import (
     TOKENIZER_FILES,
@@ -50,6 +56,7 @@ from megatron_k2.checkpoint.units import (
     naming_the_file,
     require_free,
     require_space,
+    require_workers,
     run_units,
 )
 from megatron_k2.data.storage import write_atomically
@@ -146,6 +153,7 @@ def export(
     """
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype '{options.dtype}' is not one of: {', '.join(DTYPES)}")
+    require_workers(options.num_workers)
     require_free(hf_dir)
     source = MegatronSource(find_iteration(megatron_dir, options.iteration))
     origin = find_origin(megatron_dir, source, options.origin)
@@ -166,9 +174,11 @@ def export(
     if options.dtype == "fp8":
         fp8_rows.prepare()
     job = ShardJob(source.directory, options.check_finite, scales, workplace.fingerprint)
-    receipts = run_units(
-        workplace, units, functools.partial(write_shard, job), options.num_workers, progress
-    )
+    work = functools.partial(write_shard, job)
+    try:
+        receipts = run_units(workplace, units, work, options.num_workers, progress)
+    finally:
+        close_sources()
     with naming_the_file(hf_dir):
         total_bytes, num_tensors = _write_index(workplace.directory, units, receipts)
         _write_json(workplace.directory / "config.json", config)

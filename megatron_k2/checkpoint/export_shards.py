@@ -158,6 +158,11 @@ def _opened(job: ShardJob) -> tuple[MegatronSource, _Scales]:
     return MegatronSource(job.checkpoint), _Scales(job.scales)
 
 
+def close_sources() -> None:
+    """Unmap what this process has read; workers inherit it otherwise, and deleted files stay."""
+    _opened.cache_clear()
+
+
 def write_shard(job: ShardJob, file: OutputFile, unit: Unit) -> Receipt:
     """Fill one safetensors file; its receipt has the names for the index."""
     source, scales = _opened(job)

@@ -26,7 +26,13 @@ from megatron_k2.checkpoint.fp8_layout import SCALE_SUFFIX
 from megatron_k2.checkpoint.hf_config import TOKENIZER_FILES
 from megatron_k2.checkpoint.hf_preset import preset_from_hf
 from megatron_k2.checkpoint.hf_source import HfSource
-from megatron_k2.checkpoint.import_units import FileJob, file_units, placements, write_file
+from megatron_k2.checkpoint.import_units import (
+    FileJob,
+    close_sources,
+    file_units,
+    placements,
+    write_file,
+)
 from megatron_k2.checkpoint.imported_args import imported_args
 from megatron_k2.checkpoint.iterations import RELEASE, TRACKER
 from megatron_k2.checkpoint.mapping import expand
@@ -50,6 +56,7 @@ from megatron_k2.checkpoint.units import (
     naming_the_file,
     require_free,
     require_space,
+    require_workers,
     run_units,
 )
 from megatron_k2.data.storage import write_atomically
@@ -108,8 +115,7 @@ def import_hf(
     """
     if options.dtype not in (None, *DTYPES):
         raise UserError(f"--dtype '{options.dtype}' is not one of: {', '.join(DTYPES)}")
-    if options.num_workers < 1:
-        raise UserError(f"--workers {options.num_workers}: expected 1 or more")
+    require_workers(options.num_workers)
     require_free(megatron_dir)
     source = HfSource(hf_dir)
     preset = preset_from_hf(source.config, options.preset)
@@ -134,7 +140,10 @@ def import_hf(
         fp8_rows.prepare()
     job = FileJob(hf_dir, options.check_finite, workplace.fingerprint)
     work = functools.partial(write_file, job)
-    receipts = run_units(workplace, units, work, options.num_workers, progress)
+    try:
+        receipts = run_units(workplace, units, work, options.num_workers, progress)
+    finally:
+        close_sources()
     with naming_the_file(workplace.directory):
         _finish(release, units, receipts, args, options.modules)
         _keep_source(workplace.directory / SOURCE_DIR, source, options.only)

@@ -96,6 +96,11 @@ def _opened(job: FileJob) -> HfSource:
     return HfSource(job.hf_dir)
 
 
+def close_sources() -> None:
+    """Unmap what this process has read; workers inherit it otherwise, and deleted files stay."""
+    _opened.cache_clear()
+
+
 def write_file(job: FileJob, file: OutputFile, unit: Unit) -> Receipt:
     """Fill one ``.distcp`` file; its receipt lists the chunks."""
     source = _opened(job)

@@ -1,11 +1,11 @@
 """A conversion as units of work: one output file each, done once, by any number of processes.
 
 Crash safety: a unit's file is written under a temporary name, flushed and renamed, then its receipt
-(what the file holds) is written beside it. A unit whose receipt and file are there is done, so a
-conversion killed at any moment and started again redoes only what was under way. Receipts and names
-are not flushed one by one, which costs more than small files do: a power cut may lose or tear the
-last ones, and what they stood for is done again. The job's fingerprint (inputs and options) lies
-beside the receipts: of another job's leftovers nothing is taken.
+(what the file holds) is written. A unit whose receipt and file are there is done, so a conversion
+killed at any moment and started again redoes only what was under way. Receipts and names are not
+flushed one by one, which costs more than small files do: a power cut may lose or tear the last
+ones, and what they stood for is done again. The job's fingerprint (inputs and options) lies beside
+the receipts: of another job's leftovers nothing is taken.
 
 Workers are forked, so none imports anything anew, and end with their parent. Forking is safe here:
 until then the parent has read headers and compared names, and no thread pool of torch has started;
@@ -13,6 +13,7 @@ a worker computes in its one thread.
 """
 
 import contextlib
+import ctypes
 import errno
 import gc
 import json
@@ -20,6 +21,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -41,7 +43,7 @@ Receipt = dict[str, Any]
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), after every unit."""
 
-_WORK = ".work"
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,17 @@ class Workplace:
         require_free(target)
         self.target = target
         self.directory = target.with_name(f"{target.name}.partial")
-        self._receipts = self.directory / _WORK
+        self._receipts = _receipts_of(self.directory)
         self.fingerprint = sha256_of_json(job)
         record = self._receipts / "job"
-        if self.directory.exists() and not (
-            record.is_file() and record.read_text() == self.fingerprint
-        ):
-            logger.warning("removing %s, left by another conversion", self.directory)
-            shutil.rmtree(self.directory)
-        self._receipts.mkdir(parents=True, exist_ok=True)
+        is_ours = record.is_file() and record.read_text() == self.fingerprint
+        if not (is_ours and self.directory.exists()):
+            for leftover in (self.directory, self._receipts):
+                if leftover.exists():
+                    logger.warning("removing %s, left by another conversion", leftover)
+                    shutil.rmtree(leftover)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._receipts.mkdir(exist_ok=True)
         write_atomically(record, self.fingerprint.encode())
 
     def receipt(self, unit: Unit) -> Receipt | None:
@@ -96,16 +100,24 @@ class Workplace:
         return receipt if written.stat().st_size == receipt["num_bytes"] else None
 
     def publish(self) -> None:
-        """Drop the receipts and give the directory its final name."""
-        shutil.rmtree(self._receipts)
-        for folder, _, _ in os.walk(self.directory):
+        """Give the directory its final name, then drop the receipts."""
+        for folder, _, files in os.walk(self.directory):
+            for name in files:
+                if name.endswith((".tmp", ".partial")):  # of a run that was killed
+                    (Path(folder) / name).unlink()
             sync_directory(Path(folder))
         self.directory.rename(self.target)  # an empty target is replaced, as POSIX says
         sync_directory(self.target.parent)
+        shutil.rmtree(self._receipts)
+
+
+def _receipts_of(directory: Path) -> Path:
+    """Beside it, not in it: they last until it has its final name, by one rename."""
+    return directory.with_name(f"{directory.name}.receipts")
 
 
 def _receipt_path(directory: Path, unit: Unit) -> Path:
-    return directory / _WORK / f"{Path(unit.file).name}.json"
+    return _receipts_of(directory) / f"{Path(unit.file).name}.json"
 
 
 def require_free(target: Path) -> None:
@@ -130,6 +142,12 @@ def require_space(target: Path, num_bytes: int) -> None:
             f"{target} needs {num_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; "
             "choose another disk"
         )
+
+
+def require_workers(num_workers: int) -> None:
+    """Refuse a number that is none."""
+    if num_workers < 1:
+        raise UserError(f"--workers {num_workers}: expected 1 or more")
 
 
 def run_units(
@@ -188,10 +206,14 @@ def _here(directory: Path, units: Sequence[Unit], work: Work) -> Iterator[tuple[
 
 
 def _start_worker(parent: int) -> None:
+    """End with the parent, at once: what outlives it writes beside its successor."""
     if (torch := sys.modules.get("torch")) is not None:  # where there is FP8
         torch.set_num_threads(1)  # the processes are the parallelism
 
-    def watch() -> None:
+    if (prctl := getattr(ctypes.CDLL(None), "prctl", None)) is not None:
+        prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+    def watch() -> None:  # elsewhere than on Linux, and for a parent that has just ended
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
@@ -213,7 +235,7 @@ def write_unit(directory: Path, unit: Unit, work: Work) -> tuple[OutputFile, Rec
     final = directory / unit.file
     temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
     for leftover in final.parent.glob(f"{final.name}.*.tmp"):
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)
     with naming_the_file(final):
         file = OutputFile(temporary, unit.num_bytes)
         try:
@@ -222,7 +244,7 @@ def write_unit(directory: Path, unit: Unit, work: Work) -> tuple[OutputFile, Rec
         except BaseException:
             with contextlib.suppress(OSError):  # of what could not be written, once more
                 file.close()
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
             raise
     return file, receipt
 

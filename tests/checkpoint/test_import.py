@@ -246,7 +246,7 @@ def test_a_receipt_torn_by_a_power_cut_is_taken_for_none(releases, imported, tmp
         with pytest.raises(RuntimeError):
             import_hf(releases / "bf16", tmp_path / "out", ImportOptions())
     partial = tmp_path / "out.partial"
-    torn, whole = (partial / ".work" / f"__{i}_0.distcp.json" for i in (0, 1))
+    torn, whole = (tmp_path / "out.partial.receipts" / f"__{i}_0.distcp.json" for i in (0, 1))
     torn.write_bytes(torn.read_bytes()[:50])
     before = [(partial / "release" / path.stem).stat().st_ino for path in (torn, whole)]
     import_hf(releases / "bf16", tmp_path / "out", ImportOptions())
