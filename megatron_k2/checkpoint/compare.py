@@ -129,6 +129,8 @@ def compare(a: Weights, b: Weights, only: Selection | None = None) -> Comparison
     names_a, names_b = (
         {name for name in side.shapes if only is None or only.has_name(name)} for side in (a, b)
     )
+    if only is not None:
+        only.require_some(names_a | names_b)
     differences = [_difference(name, a, b) for name in sorted(names_a & names_b)]
     differences.sort(key=lambda difference: -difference.relative)
     return Comparison(

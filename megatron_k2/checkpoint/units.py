@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,8 @@ def require_space(target: Path, num_bytes: int) -> None:
     parent = target.resolve().parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{target}: {parent} is no directory that can be written to")
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
         raise UserError(
@@ -185,6 +188,11 @@ def _results(
             try:
                 for future in as_completed(running):
                     yield running[future], future.result()
+            except BrokenProcessPool:
+                raise UserError(
+                    f"{directory}: a worker was killed, for its memory or because a file that it "
+                    "read has become shorter; run the same command again, finished files are kept"
+                ) from None
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise

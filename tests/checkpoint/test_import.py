@@ -12,6 +12,7 @@ import torch
 
 from megatron_k2.checkpoint import import_hf as room
 from megatron_k2.checkpoint import import_units, safetensors_stream
+from megatron_k2.checkpoint.compare import compare, open_weights
 from megatron_k2.checkpoint.export import ExportOptions, export
 from megatron_k2.checkpoint.fp8 import dequantize
 from megatron_k2.checkpoint.fp8_layout import SCALE_SUFFIX, is_quantized
@@ -286,6 +287,26 @@ def set_config(**fields):
     return change
 
 
+def set_entry(**fields):
+    """Of one tensor in its shard's header."""
+
+    def change(path):
+        file = path / "model-2-of-3.safetensors"
+        content = file.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:end])
+        header[Q_B] |= fields
+        text = json.dumps(header).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+    return change
+
+
+def give_a_tensor_twice(path):
+    (path / "model.safetensors.index.json").unlink()
+    shutil.copy(path / "model-2-of-3.safetensors", path / "model-9.safetensors")
+
+
 Q_B = "model.layers.1.self_attn.q_b_proj.weight"
 
 
@@ -306,6 +327,16 @@ Q_B = "model.layers.1.self_attn.q_b_proj.weight"
         (set_config(num_hidden_layers=2), r"model.layers.2.*: in the source, no rule consumes it"),
         (set_config(scoring_func="softmax"), r"scoring_func='softmax', supported is 'sigmoid'"),
         (lambda path: (path / "config.json").unlink(), "has no config.json"),
+        (set_config(hidden_size="256"), "hidden_size='256', expected a positive number"),
+        (set_config(rope_scaling="yarn"), "rope_scaling='yarn', expected an object"),
+        (set_entry(data_offsets=[-8, 0]), rf"model-2-of-3.*'{Q_B}' has a damaged entry"),
+        (set_entry(dtype=None), rf"model-2-of-3.*'{Q_B}' has dtype None; readable are"),
+        (set_entry(shape="ab"), rf"model-2-of-3.*'{Q_B}' has a damaged entry"),
+        (
+            lambda path: (path / "model.safetensors.index.json").write_text('{"weight_map": [1]}'),
+            "index.json has no 'weight_map' from tensors to files",
+        ),
+        (give_a_tensor_twice, r"'model.layers.1.* is in model-2-of-3.* and in model-9.safetensors"),
     ],
     ids=[
         "truncated shard",
@@ -316,6 +347,13 @@ Q_B = "model.layers.1.self_attn.q_b_proj.weight"
         "fewer layers",
         "other scoring",
         "no config",
+        "text for a number",
+        "text for an object",
+        "negative offset",
+        "no dtype",
+        "no shape",
+        "no index",
+        "a tensor twice",
     ],
 )
 def test_a_damaged_release_is_refused_by_file_and_tensor(copy, tmp_path, change, message):
@@ -381,3 +419,14 @@ def test_a_part_can_be_taken_there_and_back(releases, tmp_path):
 def test_a_part_that_is_none_is_refused(text):
     with pytest.raises(UserError, match="--only"):
         Selection.parse(text)
+
+
+@pytest.mark.parametrize("text", ["layers.3", "experts.4", "layers.0,experts.1"])
+def test_a_part_the_model_has_not_is_refused(releases, tmp_path, text):
+    only = Selection.parse(text)
+    with pytest.raises(UserError, match=f"--only {text[:6]}.*has no such layer or expert"):
+        import_hf(releases / "bf16", tmp_path / "out", ImportOptions(only=only))
+    release = open_weights(releases / "bf16")
+    with pytest.raises(UserError, match="there are no such"):
+        compare(release, release, only)
+    assert not list(tmp_path.iterdir())
