@@ -23,7 +23,6 @@ from typing import Any
 
 from megatron_k2.checkpoint import fp8_rows
 from megatron_k2.checkpoint.fp8_layout import SCALE_SUFFIX
-from megatron_k2.checkpoint.hf_config import TOKENIZER_FILES
 from megatron_k2.checkpoint.hf_preset import preset_from_hf
 from megatron_k2.checkpoint.hf_source import HfSource
 from megatron_k2.checkpoint.import_units import (
@@ -43,6 +42,7 @@ from megatron_k2.checkpoint.megatron_target import (
     write_metadata,
 )
 from megatron_k2.checkpoint.origin import SCALES_FILE, SOURCE_DIR
+from megatron_k2.checkpoint.release_files import release_files
 from megatron_k2.checkpoint.rows import Dtype
 from megatron_k2.checkpoint.safetensors_stream import TensorSlot, row_chunks, write_safetensors
 from megatron_k2.checkpoint.selection import Selection
@@ -213,9 +213,8 @@ def _finish(
 def _keep_source(directory: Path, source: HfSource, only: Selection) -> None:
     """The source's own files, and the scales of its FP8 weights."""
     directory.mkdir(exist_ok=True)
-    for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
-        if (source.directory / name).is_file():
-            shutil.copyfile(source.directory / name, directory / name)
+    for path in (source.directory / "config.json", *release_files(source.directory)):
+        shutil.copyfile(path, directory / path.name)
     names = sorted(name for name in source.stored if name.endswith(SCALE_SUFFIX))
     if not names or not only.is_all:
         return

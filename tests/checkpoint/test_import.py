@@ -30,6 +30,13 @@ from tests.checkpoint.hf_directories import as_fp8, random_weights, write_direct
 
 CLASSES = (ScaleClass.BF16_AMAX, ScaleClass.FP32_AMAX, ScaleClass.OTHER)
 
+RELEASE_FILES = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "modeling_deepseek.py",
+    "LICENSE",
+)
+
 WIDE = dataclasses.replace(
     TINY, hidden_size=256, ffn_hidden_size=384, q_lora_rank=128, kv_lora_rank=120, v_head_dim=64
 )
@@ -86,7 +93,7 @@ def test_there_and_back_is_the_same_bytes_and_the_same_config(releases, imported
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     settings = json.loads((releases / dtype / "config.json").read_text())
     assert config == settings | ({"torch_dtype": "float32"} if dtype == "fp32" else {})
-    for name in ("generation_config.json", "tokenizer_config.json"):
+    for name in RELEASE_FILES:
         assert (tmp_path / "back" / name).read_bytes() == (releases / dtype / name).read_bytes()
 
 
