@@ -215,7 +215,7 @@ def _here(directory: Path, units: Sequence[Unit], work: Work) -> Iterator[tuple[
 
 def _start_worker(parent: int) -> None:
     """End with the parent, at once: what outlives it writes beside its successor."""
-    if (torch := sys.modules.get("torch")) is not None:  # where there is FP8
+    if (torch := sys.modules.get("torch")) is not None:  # FP8 without a compiler
         torch.set_num_threads(1)  # the processes are the parallelism
 
     if (prctl := getattr(ctypes.CDLL(None), "prctl", None)) is not None:
