@@ -33,7 +33,7 @@ setup(
         "megatron_k2.recipes",
     ],
     package_dir={"megatron_k2.recipes": "recipes"},
-    package_data={"megatron_k2.fp8": ["*.c"]},
+    package_data={"megatron_k2.fp8": ["*.c", "*.h"]},
     install_requires=[
         "torch>=2.9,<3",
         "megatron-core>=0.19.2,<0.20",

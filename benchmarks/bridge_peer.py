@@ -151,7 +151,8 @@ def main() -> None:
             _import(bridge, hf_dir, megatron_dir, lap)
         else:
             _export(bridge, megatron_dir, back[0], lap)
-    subprocess.run(["sync", "-f", back[0] if back else megatron_dir], check=True)
+    written = Path(back[0] if back else megatron_dir).rglob("*")
+    subprocess.run(["sync", *written], check=True)
     lap("flush")
     above = memory.peak_bytes - imported
     print(json.dumps({"steps": steps, "peak_bytes_above_imports": above}))

@@ -84,6 +84,7 @@ def cpu_seconds() -> float:
 
 def measured(call: Callable[[], object]) -> Cost:
     """Of ``call`` in this process; memory is without its workers'."""
+    os.sync()  # nobody waits for what another has left unwritten
     before, peak, is_over = rss_anon_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -103,6 +104,7 @@ def measured(call: Callable[[], object]) -> Cost:
 
 def run_command(command: list[str]) -> tuple[Cost, str]:
     """A process from start to exit, and what it printed last."""
+    os.sync()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     wall = time.perf_counter()
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
@@ -116,9 +118,9 @@ def run_command(command: list[str]) -> tuple[Cost, str]:
 
 
 def copy(source: Path, target: Path) -> None:
-    """``cp`` and flush, as the conversions flush."""
+    """``cp`` and flush of its files, as the conversions flush theirs."""
     subprocess.run(["cp", "-r", source, target], check=True)
-    subprocess.run(["sync", "-f", target], check=True)
+    subprocess.run(["sync", target, *target.iterdir()], check=True)
 
 
 class Rounds:

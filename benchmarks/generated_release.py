@@ -1,5 +1,9 @@
-"""A Hugging Face directory of random weights at any size, written a tensor at a time."""
+"""A Hugging Face directory of random weights at any size, written a tensor at a time.
 
+python benchmarks/generated_release.py DIR [--preset k2-tiny] [--fp8]
+"""
+
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +19,17 @@ from megatron_k2.checkpoint.fp8_layout import (
     is_quantized,
     scale_shape,
 )
+from megatron_k2.checkpoint.fp8_scales import E4M3_MAX
 from megatron_k2.checkpoint.hf_config import hf_config
 from megatron_k2.checkpoint.rows import Dtype, Rows, rows_of
 from megatron_k2.checkpoint.safetensors_stream import TensorSlot, write_safetensors
-from megatron_k2.presets import ModelPreset
+from megatron_k2.presets import PRESETS, ModelPreset
 
 SHARD = "model.safetensors"
+ONE = 0x3F80
+"""In bf16."""
+STEP = 100_003
+"""From where one tensor's numbers begin to where the next one's do."""
 
 
 def generate(directory: Path, preset: ModelPreset, *, is_fp8: bool) -> int:
@@ -48,13 +57,15 @@ def generate(directory: Path, preset: ModelPreset, *, is_fp8: bool) -> int:
 
 def _tensors(slots: list[TensorSlot]) -> Iterator[Rows]:
     noise = (torch.randn(4 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-    codes = (noise.float() * (fp8.E4M3_MAX / noise.float().abs().max())).to(fp8.E4M3)
-    for slot in slots:
+    codes = (noise.float() * (E4M3_MAX / noise.float().abs().max())).to(fp8.E4M3)
+    for i, slot in enumerate(slots):
         if slot.dtype is Dtype.FP32:
             yield Rows(np.full(slot.shape, 1e-4, np.float32), slot.dtype)
-            continue
-        block = rows_of(codes if slot.dtype is Dtype.E4M3 else noise).bits
-        yield Rows(np.resize(block, slot.shape), slot.dtype)
+        elif "norm" in slot.name:
+            yield Rows(np.full(slot.shape, ONE, np.uint16), slot.dtype)
+        else:
+            block = rows_of(codes if slot.dtype is Dtype.E4M3 else noise).bits
+            yield Rows(np.resize(block[i * STEP % len(block) :], slot.shape), slot.dtype)
 
 
 def give_a_tokenizer(directory: Path) -> None:
@@ -69,3 +80,16 @@ def give_a_tokenizer(directory: Path) -> None:
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "word0"}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--preset", choices=PRESETS, default="k2-tiny")
+    parser.add_argument("--fp8", action="store_true", help="block FP8, as K2's release")
+    arguments = parser.parse_args()
+    generate(arguments.directory, PRESETS[arguments.preset], is_fp8=arguments.fp8)
+
+
+if __name__ == "__main__":
+    main()

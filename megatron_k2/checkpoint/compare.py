@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_k2.checkpoint.export import settle_preset
-from megatron_k2.checkpoint.fp8 import dequantize
 from megatron_k2.checkpoint.fp8_layout import SCALE_SUFFIX, block_rows, scale_shape
+from megatron_k2.checkpoint.fp8_rows import dequantized
 from megatron_k2.checkpoint.hf_source import HfSource, is_hf_directory
 from megatron_k2.checkpoint.iterations import find_iteration
 from megatron_k2.checkpoint.mapping import expand
@@ -56,7 +56,7 @@ class HfWeights:
         if stored.dtype is not Dtype.E4M3:
             return stored.tensor()
         scales = self._source.read(name + SCALE_SUFFIX, block_rows(rows.start, rows.stop))
-        return dequantize(stored.tensor(), scales.tensor())
+        return dequantized(stored, scales, Dtype.BF16)[0].tensor()
 
 
 class MegatronWeights:
@@ -129,6 +129,8 @@ def compare(a: Weights, b: Weights, only: Selection | None = None) -> Comparison
     names_a, names_b = (
         {name for name in side.shapes if only is None or only.has_name(name)} for side in (a, b)
     )
+    if only is not None:
+        only.require_some(names_a | names_b)
     differences = [_difference(name, a, b) for name in sorted(names_a & names_b)]
     differences.sort(key=lambda difference: -difference.relative)
     return Comparison(

@@ -23,11 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_k2 import __version__
+from megatron_k2.checkpoint import fp8_rows
 from megatron_k2.checkpoint.audit import require_clean
-from megatron_k2.checkpoint.export_shards import DTYPES, ShardJob, plan_shards, write_shard
+from megatron_k2.checkpoint.export_shards import (
+    DTYPES,
+    ShardJob,
+    close_sources,
+    plan_shards,
+    write_shard,
+)
 from megatron_k2.checkpoint.fp8_layout import QUANTIZATION_CONFIG
 from megatron_k2.checkpoint.hf_config import (
-    TOKENIZER_FILES,
     generation_config,
     hf_config,
     preset_from_args,
@@ -40,15 +46,17 @@ from megatron_k2.checkpoint.mapping import expand
 from megatron_k2.checkpoint.megatron_source import MegatronSource
 from megatron_k2.checkpoint.model_card import model_card
 from megatron_k2.checkpoint.origin import SCALES_FILE, find_origin
+from megatron_k2.checkpoint.release_files import GENERATION_CONFIG, files_along
 from megatron_k2.checkpoint.selection import Selection
 from megatron_k2.checkpoint.units import (
     Progress,
     Receipt,
     Unit,
     Workplace,
-    naming_a_full_disk,
+    naming_the_file,
     require_free,
     require_space,
+    require_workers,
     run_units,
 )
 from megatron_k2.data.storage import write_atomically
@@ -145,10 +153,11 @@ def export(
     """
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype '{options.dtype}' is not one of: {', '.join(DTYPES)}")
+    require_workers(options.num_workers)
     require_free(hf_dir)
     source = MegatronSource(find_iteration(megatron_dir, options.iteration))
     origin = find_origin(megatron_dir, source, options.origin)
-    files = _files_along(options.tokenizer, origin)
+    files = files_along(options.tokenizer, origin)
     preset = settle_preset(source.args, options.preset, options.use_yarn)
     config = _config(source, preset, options, origin)
     require_clean(source.shapes, preset, only=options.only)
@@ -160,19 +169,21 @@ def export(
     )
     require_space(hf_dir, sum(unit.num_bytes for unit in units))
 
-    workplace = Workplace(hf_dir, _job_record(source, options, config))
     scales = origin / SCALES_FILE if origin and options.dtype == "fp8" else None
+    workplace = Workplace(hf_dir, _job_record(source, options, config, scales))
     if options.dtype == "fp8":
-        import megatron_k2.checkpoint.fp8  # noqa: F401  torch, before workers are forked
+        fp8_rows.prepare()
     job = ShardJob(source.directory, options.check_finite, scales, workplace.fingerprint)
-    receipts = run_units(
-        workplace, units, functools.partial(write_shard, job), options.num_workers, progress
-    )
-    with naming_a_full_disk(hf_dir):
+    work = functools.partial(write_shard, job)
+    try:
+        receipts = run_units(workplace, units, work, options.num_workers, progress)
+    finally:
+        close_sources()
+    with naming_the_file(hf_dir):
         total_bytes, num_tensors = _write_index(workplace.directory, units, receipts)
         _write_json(workplace.directory / "config.json", config)
-        if "generation_config.json" not in {path.name for path in files}:
-            _write_json(workplace.directory / "generation_config.json", generation_config(preset))
+        if GENERATION_CONFIG not in {path.name for path in files}:
+            _write_json(workplace.directory / GENERATION_CONFIG, generation_config(preset))
         card = _card(source, preset, options, config["model_type"])
         write_atomically(workplace.directory / "README.md", card.encode())
         for path in files:
@@ -207,30 +218,20 @@ def _expert_groups(saved: Any) -> dict[str, int]:
 
 
 def _job_record(
-    source: MegatronSource, options: ExportOptions, config: dict[str, Any]
+    source: MegatronSource, options: ExportOptions, config: dict[str, Any], scales: Path | None
 ) -> dict[str, Any]:
     """What makes one export the same as another."""
     metadata = (source.directory / ".metadata").stat()
+    kept = scales.stat() if scales is not None and scales.is_file() else None
     return {
         "directory": str(source.directory.resolve()),
         "metadata": [metadata.st_size, metadata.st_mtime_ns],
         "config": config,
-        "options": [options.dtype, str(options.only), options.check_finite, str(options.origin)],
+        "scales": None if kept is None else [str(scales), kept.st_size, kept.st_mtime_ns],
+        "options": [options.dtype, str(options.only), options.check_finite],
         "max_shard_bytes": options.max_shard_bytes,
-        "schema_version": 1,
+        "schema_version": 2,
     }
-
-
-def _files_along(tokenizer: Path | None, origin: Path | None) -> list[Path]:
-    """Tokenizer files of ``--tokenizer``, else of the origin; its generation config either way."""
-    found = [] if origin is None else [origin / "generation_config.json"]
-    directory = tokenizer or origin
-    if directory is not None:
-        found += [directory / name for name in TOKENIZER_FILES]
-    found = [path for path in found if path.is_file()]
-    if tokenizer is not None and not any(path.parent == tokenizer for path in found):
-        raise UserError(f"--tokenizer {tokenizer} has none of: {', '.join(TOKENIZER_FILES)}")
-    return found
 
 
 def _write_index(directory: Path, units: list[Unit], receipts: list[Receipt]) -> tuple[int, int]:

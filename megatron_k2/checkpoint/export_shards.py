@@ -21,19 +21,19 @@ from megatron_k2.checkpoint.fp8_layout import (
     is_quantized,
     scale_shape,
 )
+from megatron_k2.checkpoint.fp8_rows import requantized
 from megatron_k2.checkpoint.hf_source import HfSource, StoredTensor, read_header
 from megatron_k2.checkpoint.mapping import Pair
 from megatron_k2.checkpoint.megatron_source import MegatronSource
-from megatron_k2.checkpoint.rows import Dtype, Rows, rows_of
+from megatron_k2.checkpoint.output_file import OutputFile
+from megatron_k2.checkpoint.rows import Dtype, Rows
 from megatron_k2.checkpoint.safetensors_stream import (
-    EarlyWriteback,
     TensorSlot,
-    flush,
     row_chunks,
     write_header,
     write_rows,
 )
-from megatron_k2.checkpoint.units import Receipt, Unit, naming_a_full_disk
+from megatron_k2.checkpoint.units import Receipt, Unit, naming_the_file
 from megatron_k2.errors import UserError
 
 DTYPES = {"bf16": Dtype.BF16, "fp32": Dtype.FP32, "fp8": Dtype.BF16}
@@ -158,8 +158,13 @@ def _opened(job: ShardJob) -> tuple[MegatronSource, _Scales]:
     return MegatronSource(job.checkpoint), _Scales(job.scales)
 
 
-def write_shard(job: ShardJob, path: Path, unit: Unit) -> Receipt:
-    """Write one safetensors file; its receipt has the names for the index."""
+def close_sources() -> None:
+    """Unmap what this process has read; workers inherit it otherwise, and deleted files stay."""
+    _opened.cache_clear()
+
+
+def write_shard(job: ShardJob, file: OutputFile, unit: Unit) -> Receipt:
+    """Fill one safetensors file; its receipt has the names for the index."""
     source, scales = _opened(job)
     slots = [piece.slot for piece in unit.payload]
     scale_slots = [slot for weight in slots if (slot := scale_slot(weight))]
@@ -168,20 +173,16 @@ def write_shard(job: ShardJob, path: Path, unit: Unit) -> Receipt:
     # Before anything large: a small tensor made now and then, and kept, would keep the allocator
     # from reusing what large ones leave between them.
     made = {slot.name: np.empty(slot.shape, np.float32) for slot in scale_slots}
-    with path.open("wb") as file:
-        write_header(file, every)
-        scales_at = file.tell()
-        file.seek(sum(slot.num_bytes for slot in scale_slots), 1)  # filled in as codes are made
-        writeback = EarlyWriteback(file)
-        for piece in unit.payload:
-            with naming_a_full_disk(path, piece.slot.name):
-                for rows in _rows(job, source, scales, piece, made, blocks):
-                    write_rows(file, rows)
-                    writeback.step()
-        file.seek(scales_at)
-        for slot in scale_slots:
-            write_rows(file, Rows(made[slot.name], slot.dtype))
-        flush(file)
+    write_header(file, every)
+    scales_at = file.tell()
+    file.seek(sum(slot.num_bytes for slot in scale_slots), 1)  # filled in as codes are made
+    for piece in unit.payload:
+        with naming_the_file(Path(file.name), piece.slot.name):
+            for rows in _rows(job, source, scales, piece, made, blocks):
+                write_rows(file, rows)
+    file.seek(scales_at)
+    for slot in scale_slots:
+        write_rows(file, Rows(made[slot.name], slot.dtype))
     return {
         "names": [slot.name for slot in every],
         "tensor_bytes": sum(slot.num_bytes for slot in every),
@@ -204,15 +205,10 @@ def _rows(
         if job.check_finite:
             _require_finite(source, piece, top, rows)
         if slot.dtype is Dtype.E4M3:
-            from megatron_k2.checkpoint.fp8 import requantize
-
             at = block_rows(top, end)
-            kept = scales.rows(slot.name, slot.shape, at)
-            source_scales = None if kept is None else kept.tensor()
-            codes, fresh, num_kept = requantize(rows.tensor(), source_scales)
-            rows = rows_of(codes)
-            made[slot.name + SCALE_SUFFIX][at] = fresh.numpy()
-            blocks.update(kept=num_kept, fresh=fresh.numel() - num_kept)
+            rows, fresh, num_kept = requantized(rows, scales.rows(slot.name, slot.shape, at))
+            made[slot.name + SCALE_SUFFIX][at] = fresh
+            blocks.update(kept=num_kept, fresh=fresh.size - num_kept)
         yield rows.to(slot.dtype)
 
 

@@ -5,49 +5,32 @@
 Quantising takes ``scale = amax / 448`` (448 is e4m3's largest number), so that each block's largest
 weight lands on the largest code.
 
-What can be rebuilt of a quantised weight from its dequantised bf16 values alone (``ScaleClass``):
-
-- scale = bf16 amax / 448: the block's largest value comes back exactly, so scale and codes do;
-- scale = fp32 amax / 448: the largest value was rounded to bf16, so the scale comes back off by up
-  to 2^-9 relative, the codes exactly (half a code's spacing is 2^-5 relative or more);
-- any other scale (powers of two, a block whose largest code is below 448): neither.
+What can be rebuilt of a quantised weight from its dequantised bf16 values alone depends on how its
+scales were made (``fp8_scales``).
 
 That is why an import keeps the source's scales: ``requantize`` takes the source's scale for every
 block whose values are still those the source had, and a fresh one for the rest.
 
 CPU only, and made for streaming: strips of 128 rows keep temporaries in the cache. torch's own
 ``float8_e4m3fn -> float32`` takes 5 ns an element on a CPU, moving bits by hand 0.3 (measured).
+Conversions come here by ``fp8_rows``, which has the same in C: there this is what a machine without
+a compiler runs, and what the tests hold the C against.
 """
 
-import enum
 import math
-from collections import Counter
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_k2.checkpoint.fp8_layout import BLOCK, scale_shape
+from megatron_k2.checkpoint.fp8_scales import E4M3_MAX
 
 E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
-
-_VALUES = torch.arange(256, dtype=torch.uint8).view(E4M3).to(torch.float32)
-
 _BIAS_SHIFT = 2.0**8
 """Between the exponents' biases of fp16, 15, and e4m3, 7."""
 
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
-
-
-class ScaleClass(enum.StrEnum):
-    """How a block's scale was made, which decides what can be rebuilt without it."""
-
-    ZERO = "zero block"
-    """All codes are 0, so any scale says the same; quantising gives 1."""
-    BF16_AMAX = "bf16 amax / 448"
-    FP32_AMAX = "fp32 amax / 448"
-    OTHER = "other"
 
 
 def _columns(per_block: Tensor, n: int) -> Tensor:
@@ -70,8 +53,11 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat1
     bits = torch.empty(min(m, BLOCK), n, dtype=torch.int16)
     for i, top in enumerate(range(0, m, BLOCK)):
         strip = codes[top : top + BLOCK]
-        values = _values(strip, bits[: len(strip)])
-        result[top : top + BLOCK] = values.mul_(_columns(scales[i], n))
+        product = _values(strip, bits[: len(strip)]).mul_(_columns(scales[i], n))
+        result[top : top + BLOCK] = product
+        if dtype is torch.bfloat16 and (is_nan := product.isnan()).any():  # torch drops its sign
+            kept = (product.view(torch.int32)[is_nan] >> 16).to(torch.int16) | 0x40
+            result[top : top + BLOCK].view(torch.int16)[is_nan] = kept
     return result
 
 
@@ -87,7 +73,8 @@ def _values(strip: Tensor, bits: Tensor) -> Tensor:
     values = bits.view(torch.float16).float().mul_(_BIAS_SHIFT)
     magnitude = strip.view(torch.uint8) & 0x7F
     if magnitude.amax() == 0x7F:  # NaN, the one code that is not a number in these places
-        values[magnitude == 0x7F] = math.nan
+        is_nan = magnitude == 0x7F
+        values[is_nan] = torch.tensor(math.nan).copysign(values[is_nan])
     return values
 
 
@@ -159,29 +146,8 @@ def _encode_as(strip: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     return codes, ~padded.view(-1, BLOCK).any(1)
 
 
-def classify_scales(codes: Tensor, scales: Tensor) -> Counter[ScaleClass]:
-    """Blocks by how their scale was made; what an import reports and an export can expect.
-
-    A block is amax-derived if its largest code is 448; then the bf16 class is the one whose scale
-    is that of its own amax rounded to bf16.
-    """
-    amax = _code_amax(codes)
-    rounded = (scales * E4M3_MAX).to(torch.bfloat16).float() / E4M3_MAX
-    is_zero, is_top = amax == 0, amax == E4M3_MAX
-    is_bf16 = is_top & (rounded == scales)
-    counts = Counter(
-        {
-            ScaleClass.ZERO: int(is_zero.sum()),
-            ScaleClass.BF16_AMAX: int(is_bf16.sum()),
-            ScaleClass.FP32_AMAX: int((is_top & ~is_bf16).sum()),
-            ScaleClass.OTHER: int((~is_zero & ~is_top).sum()),
-        }
-    )
-    return +counts
-
-
-def _code_amax(codes: Tensor) -> Tensor:
-    """Largest magnitude among each block's codes, [mb, nb] fp32, from the codes' order as bytes."""
+def largest_codes(codes: Tensor) -> Tensor:
+    """Largest code of each block without its sign, [mb, nb] uint8."""
     m, n = codes.shape
     largest = torch.empty(scale_shape((m, n)), dtype=torch.uint8)
     for i, top in enumerate(range(0, m, BLOCK)):
@@ -189,4 +155,4 @@ def _code_amax(codes: Tensor) -> Tensor:
         columns = (strip & 0x7F).amax(0)  # sign off: bytes now order as their values do
         padded = torch.nn.functional.pad(columns, (0, -n % BLOCK))
         largest[i] = padded.view(-1, BLOCK).amax(1)
-    return _VALUES[largest.long()]
+    return largest

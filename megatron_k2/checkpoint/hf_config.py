@@ -16,17 +16,6 @@ from typing import Any
 from megatron_k2.errors import UserError
 from megatron_k2.presets import ModelPreset, YarnScaling
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tiktoken.model",
-    "tokenization_kimi.py",
-)
-"""What goes along with a model, in either direction, where it is there."""
-
 MODEL_TYPES = ("kimi_k2", "deepseek_v3")
 TORCH_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 

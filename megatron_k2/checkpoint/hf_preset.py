@@ -8,7 +8,7 @@ package does not map, is refused by name rather than passed over.
 import dataclasses
 from typing import Any
 
-from megatron_k2.checkpoint.fp8_layout import BLOCK
+from megatron_k2.checkpoint.fp8_layout import QUANTIZATION_CONFIG
 from megatron_k2.checkpoint.hf_config import hf_config, require_normalised_choice
 from megatron_k2.errors import UserError
 from megatron_k2.presets import PRESETS, ModelPreset, YarnScaling, get_preset
@@ -34,6 +34,9 @@ _FIELDS = {
     "rms_norm_eps": "norm_epsilon",
 }
 """Key of ``config.json`` -> field of the preset; all are required."""
+
+_FRACTIONS = ("routed_scaling_factor", "rms_norm_eps")
+"""Of them, those that need not be whole."""
 
 _OPTIONAL = {
     "bos_token_id": "bos_token_id",
@@ -81,6 +84,7 @@ def preset_from_hf(config: dict[str, Any], base_name: str | None = None) -> Mode
     """
     if missing := [key for key in _FIELDS if key not in config]:
         raise UserError(f"config.json lacks {', '.join(missing)}: not a DeepSeek-V3 class model")
+    _require_numbers(config)
     for key, known in _REQUIRED_VALUES.items():
         if config.get(key, known[0]) not in known:
             expected = " or ".join(repr(value) for value in known)
@@ -99,6 +103,16 @@ def preset_from_hf(config: dict[str, Any], base_name: str | None = None) -> Mode
     return dataclasses.replace(base, **fields)
 
 
+def _require_numbers(config: dict[str, Any]) -> None:
+    for key in _FIELDS:
+        value = config[key]
+        kinds = (int, float) if key in _FRACTIONS else (int,)
+        is_absent = value is None and key == "q_lora_rank"
+        is_none_dense = value == 0 and key == "first_k_dense_replace"
+        if not (is_absent or (type(value) in kinds and (value > 0 or is_none_dense))):
+            raise UserError(f"config.json: {key}={value!r}, expected a positive number")
+
+
 def _same_shape(fields: dict[str, Any]) -> ModelPreset:
     shape = [_FIELDS[key] for key in sorted(MODEL_KEYS)]
     for preset in PRESETS.values():
@@ -110,12 +124,11 @@ def _same_shape(fields: dict[str, Any]) -> ModelPreset:
 def _check_quantization(quantization: dict[str, Any] | None) -> None:
     if quantization is None:
         return
-    method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
-    if method != "fp8" or block != [BLOCK, BLOCK]:
-        raise UserError(
-            f"config.json: quantization_config has quant_method={method!r}, "
-            f"weight_block_size={block}; supported is 'fp8' with [{BLOCK}, {BLOCK}]"
-        )
+    known = {key: QUANTIZATION_CONFIG[key] for key in ("quant_method", "weight_block_size", "fmt")}
+    found = {"fmt": known["fmt"]} | quantization
+    if any(found.get(key) != value for key, value in known.items()):
+        said = ", ".join(f"{key}={found.get(key)!r}" for key in known)
+        raise UserError(f"config.json: quantization_config has {said}; supported is {known}")
 
 
 def _positions(config: dict[str, Any]) -> tuple[float, YarnScaling | None]:
@@ -130,6 +143,8 @@ def _positions(config: dict[str, Any]) -> tuple[float, YarnScaling | None]:
     if theta != int(theta):
         raise UserError(f"config.json: rope_theta={theta}; Megatron's flag takes whole numbers")
     scaling = config.get("rope_scaling") or modern
+    if not isinstance(scaling, dict):
+        raise UserError(f"config.json: rope_scaling={scaling!r}, expected an object")
     kind = scaling.get("type", scaling.get("rope_type", "default"))
     if kind == "default":
         return float(theta), None

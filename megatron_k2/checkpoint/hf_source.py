@@ -8,6 +8,7 @@ cache, which cost no anonymous memory and are dropped by the kernel under pressu
 import functools
 import json
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, override
 import numpy as np
 
 from megatron_k2.checkpoint.fp8_layout import SCALE_SUFFIX
-from megatron_k2.checkpoint.mapped_files import MappedFiles
+from megatron_k2.checkpoint.mapped_files import MappedFiles, bring_in
 from megatron_k2.checkpoint.rows import BY_SAFETENSORS_NAME, Dtype, Rows
 from megatron_k2.checkpoint.rules import IGNORED_HF_SUFFIXES
 from megatron_k2.errors import UserError
@@ -64,6 +65,9 @@ class HfSource:
                     f"{directory / file} has no '{min(absent)}', which {INDEX} places in it"
                 )
             wanted = header.keys() if names is None else names
+            if twice := wanted & self.stored.keys():
+                first = self.stored[min(twice)].file
+                raise UserError(f"{directory}: '{min(twice)}' is in {first} and in {file}")
             self.stored |= {name: header[name] for name in wanted}
         self._files = MappedFiles()
 
@@ -94,7 +98,7 @@ class HfSource:
             self._files.map(self.directory / tensor.file),
             tensor.offset + begin * math.prod(row) * tensor.dtype.itemsize,
         )
-        return Rows(bits, tensor.dtype)
+        return Rows(bring_in(bits), tensor.dtype)
 
     @override
     def __repr__(self) -> str:
@@ -126,7 +130,10 @@ def _listed_files(directory: Path) -> dict[str, set[str] | None]:
             raise UserError(f"{directory} has neither {INDEX} nor any *.safetensors file")
         return dict.fromkeys(files)
     listed: dict[str, set[str] | None] = {}
-    for name, file in read_json(directory / INDEX).get("weight_map", {}).items():
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise UserError(f"{directory / INDEX} has no 'weight_map' from tensors to files")
+    for name, file in weight_map.items():
         names = listed.setdefault(file, set())
         assert names is not None  # set two lines above
         names.add(name)
@@ -154,30 +161,32 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise UserError(f"{path} is truncated: its header does not fit in {size} bytes")
         try:
             header = json.loads(stream.read(length))
-        except ValueError:
+            entries = {k: v for k, v in header.items() if k != "__metadata__"}
+        except (ValueError, AttributeError):
             raise UserError(f"{path} has a damaged header; download it again") from None
-    tensors: dict[str, StoredTensor] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        tensors[name] = _entry(path, name, entry, data_start=8 + length)
-        begin, end = entry["data_offsets"]
-        if end - begin != tensors[name].num_bytes:
-            raise UserError(f"{path}: '{name}' has {end - begin} bytes, not what its shape says")
-        if 8 + length + end > size:
-            raise UserError(
-                f"{path} is truncated: '{name}' ends at byte {8 + length + end}, the file at {size}"
-            )
-    return tensors
+    return {name: _entry(path, name, entry, 8 + length, size) for name, entry in entries.items()}
 
 
-def _entry(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:
-    if entry["dtype"] not in BY_SAFETENSORS_NAME:
+def _entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> StoredTensor:
+    damaged = UserError(f"{path}: '{name}' has a damaged entry in the header; download it again")
+    try:
+        kind, shape = entry["dtype"], tuple(map(operator.index, entry["shape"]))
+        begin, end = map(operator.index, entry["data_offsets"])
+    except (KeyError, TypeError, ValueError):
+        raise damaged from None
+    if min(begin, *shape, 0) < 0:
+        raise damaged
+    if kind not in BY_SAFETENSORS_NAME:
         known = ", ".join(BY_SAFETENSORS_NAME)
-        raise UserError(f"{path}: '{name}' has dtype {entry['dtype']}; readable are {known}")
-    begin, _ = entry["data_offsets"]
-    dtype = BY_SAFETENSORS_NAME[entry["dtype"]]
-    return StoredTensor(path.name, data_start + begin, tuple(entry["shape"]), dtype)
+        raise UserError(f"{path}: '{name}' has dtype {kind}; readable are {known}")
+    tensor = StoredTensor(path.name, data_start + begin, shape, BY_SAFETENSORS_NAME[kind])
+    if end - begin != tensor.num_bytes:
+        raise UserError(f"{path}: '{name}' has {end - begin} bytes, not what its shape says")
+    if data_start + end > size:
+        raise UserError(
+            f"{path} is truncated: '{name}' ends at byte {data_start + end}, the file at {size}"
+        )
+    return tensor
 
 
 def is_hf_directory(directory: Path) -> bool:

@@ -21,11 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_k2.checkpoint import fp8_rows
 from megatron_k2.checkpoint.fp8_layout import SCALE_SUFFIX
-from megatron_k2.checkpoint.hf_config import TOKENIZER_FILES
 from megatron_k2.checkpoint.hf_preset import preset_from_hf
 from megatron_k2.checkpoint.hf_source import HfSource
-from megatron_k2.checkpoint.import_units import FileJob, file_units, placements, write_file
+from megatron_k2.checkpoint.import_units import (
+    FileJob,
+    close_sources,
+    file_units,
+    placements,
+    write_file,
+)
 from megatron_k2.checkpoint.imported_args import imported_args
 from megatron_k2.checkpoint.iterations import RELEASE, TRACKER
 from megatron_k2.checkpoint.mapping import expand
@@ -36,6 +42,7 @@ from megatron_k2.checkpoint.megatron_target import (
     write_metadata,
 )
 from megatron_k2.checkpoint.origin import SCALES_FILE, SOURCE_DIR
+from megatron_k2.checkpoint.release_files import release_files
 from megatron_k2.checkpoint.rows import Dtype
 from megatron_k2.checkpoint.safetensors_stream import TensorSlot, row_chunks, write_safetensors
 from megatron_k2.checkpoint.selection import Selection
@@ -46,9 +53,10 @@ from megatron_k2.checkpoint.units import (
     Receipt,
     Unit,
     Workplace,
-    naming_a_full_disk,
+    naming_the_file,
     require_free,
     require_space,
+    require_workers,
     run_units,
 )
 from megatron_k2.data.storage import write_atomically
@@ -84,7 +92,7 @@ class ImportResult:
     num_files: int
     total_size_bytes: int
     scale_classes: dict[str, int]
-    """Blocks of the source by ``fp8.ScaleClass``; empty if nothing was FP8."""
+    """Blocks of the source by ``fp8_scales.ScaleClass``; empty if nothing was FP8."""
 
 
 def import_hf(
@@ -107,8 +115,7 @@ def import_hf(
     """
     if options.dtype not in (None, *DTYPES):
         raise UserError(f"--dtype '{options.dtype}' is not one of: {', '.join(DTYPES)}")
-    if options.num_workers < 1:
-        raise UserError(f"--workers {options.num_workers}: expected 1 or more")
+    require_workers(options.num_workers)
     require_free(megatron_dir)
     source = HfSource(hf_dir)
     preset = preset_from_hf(source.config, options.preset)
@@ -130,11 +137,14 @@ def import_hf(
     release = workplace.directory / RELEASE
     release.mkdir(exist_ok=True)
     if source.is_fp8:
-        import megatron_k2.checkpoint.fp8  # noqa: F401  torch, before workers are forked
+        fp8_rows.prepare()
     job = FileJob(hf_dir, options.check_finite, workplace.fingerprint)
     work = functools.partial(write_file, job)
-    receipts = run_units(workplace, units, work, options.num_workers, progress)
-    with naming_a_full_disk(workplace.directory):
+    try:
+        receipts = run_units(workplace, units, work, options.num_workers, progress)
+    finally:
+        close_sources()
+    with naming_the_file(workplace.directory):
         _finish(release, units, receipts, args, options.modules)
         _keep_source(workplace.directory / SOURCE_DIR, source, options.only)
         write_atomically(workplace.directory / TRACKER, RELEASE.encode())
@@ -203,9 +213,8 @@ def _finish(
 def _keep_source(directory: Path, source: HfSource, only: Selection) -> None:
     """The source's own files, and the scales of its FP8 weights."""
     directory.mkdir(exist_ok=True)
-    for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
-        if (source.directory / name).is_file():
-            shutil.copyfile(source.directory / name, directory / name)
+    for path in (source.directory / "config.json", *release_files(source.directory)):
+        shutil.copyfile(path, directory / path.name)
     names = sorted(name for name in source.stored if name.endswith(SCALE_SUFFIX))
     if not names or not only.is_all:
         return

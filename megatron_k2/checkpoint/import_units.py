@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_k2.checkpoint.fp8_layout import SCALE_SUFFIX, block_rows
+from megatron_k2.checkpoint.fp8_rows import dequantized
 from megatron_k2.checkpoint.hf_source import HfSource
 from megatron_k2.checkpoint.iterations import RELEASE
 from megatron_k2.checkpoint.mapping import Pair
 from megatron_k2.checkpoint.megatron_target import Chunk, Placement, place, write_chunk
-from megatron_k2.checkpoint.rows import Dtype, Rows, promoted, rows_of
-from megatron_k2.checkpoint.safetensors_stream import EarlyWriteback, flush, row_chunks
+from megatron_k2.checkpoint.output_file import OutputFile
+from megatron_k2.checkpoint.rows import Dtype, Rows, promoted
+from megatron_k2.checkpoint.safetensors_stream import row_chunks
 from megatron_k2.checkpoint.stored_names import Modules
-from megatron_k2.checkpoint.units import Receipt, Unit, naming_a_full_disk
+from megatron_k2.checkpoint.units import Receipt, Unit, naming_the_file
 from megatron_k2.errors import UserError
 
 UNIT_BYTES = 2**30
@@ -94,22 +96,23 @@ def _opened(job: FileJob) -> HfSource:
     return HfSource(job.hf_dir)
 
 
-def write_file(job: FileJob, path: Path, unit: Unit) -> Receipt:
-    """Write one ``.distcp`` file; its receipt lists the chunks."""
+def close_sources() -> None:
+    """Unmap what this process has read; workers inherit it otherwise, and deleted files stay."""
+    _opened.cache_clear()
+
+
+def write_file(job: FileJob, file: OutputFile, unit: Unit) -> Receipt:
+    """Fill one ``.distcp`` file; its receipt lists the chunks."""
     source = _opened(job)
     chunks: list[Chunk] = []
     classes: Counter[str] = Counter()
-    with path.open("wb") as file:
-        writeback = EarlyWriteback(file)
-        for placement in unit.payload:
-            for name, shape, begin in placement.pair.parts():
-                with naming_a_full_disk(path, name):
-                    for top, rows in _rows(source, name, shape, placement.dtype, classes):
-                        if job.check_finite:
-                            _require_finite(source, name, top, rows)
-                        chunks.append(write_chunk(file, placement, begin + top, rows))
-                        writeback.step()
-        flush(file)
+    for placement in unit.payload:
+        for name, shape, begin in placement.pair.parts():
+            with naming_the_file(Path(file.name), name):
+                for top, rows in _rows(source, name, shape, placement.dtype, classes):
+                    if job.check_finite:
+                        _require_finite(source, name, top, rows)
+                    chunks.append(write_chunk(file, placement, begin + top, rows))
     return {
         "chunks": [dataclasses.astuple(chunk) for chunk in chunks],
         "scale_classes": {str(kind): number for kind, number in classes.items()},
@@ -129,19 +132,9 @@ def _rows(
         rows = source.read(name, slice(top, end))
         if is_fp8:
             scales = source.read(name + SCALE_SUFFIX, block_rows(top, end))
-            rows = _dequantized(rows, scales, dtype, classes)
+            rows, found = dequantized(rows, scales, dtype)
+            classes.update(found)
         yield top, rows.to(dtype)
-
-
-def _dequantized(codes: Rows, scales: Rows, dtype: Dtype, classes: Counter[str]) -> Rows:
-    """Weights in ``dtype``; counts blocks by how their scale was made."""
-    import torch
-
-    from megatron_k2.checkpoint.fp8 import classify_scales, dequantize
-
-    classes.update(classify_scales(codes.tensor(), scales.tensor()))
-    target = getattr(torch, dtype.torch_name)
-    return rows_of(dequantize(codes.tensor(), scales.tensor(), target))
 
 
 def _require_finite(source: HfSource, name: str, top: int, rows: Rows) -> None:

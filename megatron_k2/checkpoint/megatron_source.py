@@ -30,7 +30,7 @@ from typing import Any, override
 import numpy as np
 
 from megatron_k2.checkpoint import torch_archive
-from megatron_k2.checkpoint.mapped_files import MappedFiles
+from megatron_k2.checkpoint.mapped_files import MappedFiles, bring_in
 from megatron_k2.checkpoint.rows import Rows
 from megatron_k2.checkpoint.stored_names import Location, locate
 from megatron_k2.checkpoint.torch_dist import Extent, Index, StoredChunk, read_index
@@ -162,7 +162,7 @@ class MegatronSource:
                 continue
             stored = self._mapped(location, chunk).bits[overlap.source]
             if stored.size == math.prod(shape) and stored.flags.c_contiguous:
-                return Rows(stored.reshape(shape), location.dtype)
+                return Rows(bring_in(stored.reshape(shape)), location.dtype)
             if whole is None:
                 whole = np.empty(shape, location.dtype.numpy)
             whole[overlap.target] = stored

@@ -6,9 +6,9 @@ from megatron_k2.presets import ModelPreset
 _LOAD = {
     "deepseek_v3": "`AutoModelForCausalLM.from_pretrained(directory)`; transformers' DeepseekV3.",
     "kimi_k2": (
-        "vLLM and SGLang know `model_type` kimi_k2. For transformers either put "
-        "`configuration_deepseek.py` and `modeling_deepseek.py` of the Kimi-K2 release beside "
-        "this file and pass `trust_remote_code=True`, or set `model_type` to `deepseek_v3` and "
+        "vLLM and SGLang know `model_type` kimi_k2. For transformers either pass "
+        "`trust_remote_code=True`, which needs the Kimi-K2 release's `configuration_deepseek.py` "
+        "and `modeling_deepseek.py` beside this file, or set `model_type` to `deepseek_v3` and "
         "drop `auto_map` in `config.json`."
     ),
 }

@@ -10,7 +10,6 @@ spaces to a multiple of 8, then the tensors' bytes without gaps, row-major.
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import IO
 import numpy as np
 
 from megatron_k2.checkpoint.fp8_layout import BLOCK
+from megatron_k2.checkpoint.output_file import OutputFile
 from megatron_k2.checkpoint.rows import Dtype, Rows
 
 CHUNK_BYTES = 64 * 2**20
@@ -61,44 +61,17 @@ def write_safetensors(path: Path, slots: Sequence[TensorSlot], tensors: Iterable
     Raises:
         ValueError: if a tensor does not have the announced shape, or there are too few or many.
     """
-    with path.open("wb") as file:
+    num_bytes = sum(slot.num_bytes for slot in slots)
+    with OutputFile(path, num_bytes) as file:
         write_header(file, slots)
-        writeback = EarlyWriteback(file)
         for slot, tensor in zip(slots, tensors, strict=True):
             if tensor.shape != slot.shape:
                 raise ValueError(
                     f"{slot.name}: got {list(tensor.shape)}, announced {list(slot.shape)}"
                 )
             write_rows(file, tensor.to(slot.dtype))
-            writeback.step()
-        flush(file)
-    return sum(slot.num_bytes for slot in slots)
-
-
-class EarlyWriteback:
-    """Lets the disk begin while a file is still being written, so that ``flush`` waits little."""
-
-    STEP_BYTES = 16 * 2**20
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._begin = file, file.tell()
-
-    def step(self) -> None:
-        """After a piece was appended."""
-        end = self._file.tell()
-        if end - self._begin < self.STEP_BYTES or not hasattr(os, "posix_fadvise"):
-            return
-        self._file.flush()
-        # Linux starts to write dirty pages that it is told are not needed, and keeps them
-        size = end - self._begin
-        os.posix_fadvise(self._file.fileno(), self._begin, size, os.POSIX_FADV_DONTNEED)
-        self._begin = end
-
-
-def flush(file: IO[bytes]) -> None:
-    """Onto the disk."""
-    file.flush()
-    os.fsync(file.fileno())
+        file.sync()
+    return num_bytes
 
 
 def write_header(file: IO[bytes], slots: Sequence[TensorSlot]) -> None:

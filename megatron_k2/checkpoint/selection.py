@@ -70,13 +70,24 @@ class Selection:
         Raises:
             UserError: if there are none.
         """
-        is_empty = True
+        has_any = has_expert = False
         for pair in pairs:
             if self.has(pair):
-                is_empty = False
+                has_any, has_expert = True, has_expert or pair.expert is not None
                 yield pair
-        if is_empty:
+        if not has_any or (self.experts is not None and not has_expert):
             raise UserError(f"--only {self}: the model has no such layer or expert")
+
+    def require_some(self, hf_names: Iterable[str]) -> None:
+        """Refuse a range that none of these names is in.
+
+        Raises:
+            UserError: then.
+        """
+        names = [name for name in hf_names if self.has_name(name)]
+        for kind, chosen in (("layers", self.layers), ("experts", self.experts)):
+            if chosen is not None and not any(_INDEX[kind].search(name) for name in names):
+                raise UserError(f"--only {self}: there are no such {kind}")
 
     @override
     def __str__(self) -> str:

@@ -1,11 +1,11 @@
 """A conversion as units of work: one output file each, done once, by any number of processes.
 
 Crash safety: a unit's file is written under a temporary name, flushed and renamed, then its receipt
-(what the file holds) is written beside it. A unit whose receipt and file are there is done, so a
-conversion killed at any moment and started again redoes only what was under way. Receipts and names
-are not flushed one by one, which costs more than small files do: a power cut may lose or tear the
-last ones, and what they stood for is done again. The job's fingerprint (inputs and options) lies
-beside the receipts: of another job's leftovers nothing is taken.
+(what the file holds) is written. A unit whose receipt and file are there is done, so a conversion
+killed at any moment and started again redoes only what was under way. Receipts and names are not
+flushed one by one, which costs more than small files do: a power cut may lose or tear the last
+ones, and what they stood for is done again. The job's fingerprint (inputs and options) lies beside
+the receipts: of another job's leftovers nothing is taken.
 
 Workers are forked, so none imports anything anew, and end with their parent. Forking is safe here:
 until then the parent has read headers and compared names, and no thread pool of torch has started;
@@ -13,21 +13,26 @@ a worker computes in its one thread.
 """
 
 import contextlib
+import ctypes
 import errno
+import gc
 import json
 import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_k2.checkpoint.output_file import OutputFile
 from megatron_k2.data.storage import sha256_of_json, sync_directory, write_atomically
 from megatron_k2.errors import UserError
 
@@ -39,7 +44,7 @@ Receipt = dict[str, Any]
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), after every unit."""
 
-_WORK = ".work"
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ class Unit:
     """What the work function needs to know; must be picklable."""
 
 
-Work = Callable[[Path, Unit], Receipt]
-"""Writes ``unit`` to the path given (a temporary name) and says what it wrote."""
+Work = Callable[[OutputFile, Unit], Receipt]
+"""Writes ``unit`` to the file given (under a temporary name) and says what it wrote."""
 
 
 class Workplace:
@@ -70,15 +75,17 @@ class Workplace:
         require_free(target)
         self.target = target
         self.directory = target.with_name(f"{target.name}.partial")
-        self._receipts = self.directory / _WORK
+        self._receipts = _receipts_of(self.directory)
         self.fingerprint = sha256_of_json(job)
         record = self._receipts / "job"
-        if self.directory.exists() and not (
-            record.is_file() and record.read_text() == self.fingerprint
-        ):
-            logger.warning("removing %s, left by another conversion", self.directory)
-            shutil.rmtree(self.directory)
-        self._receipts.mkdir(parents=True, exist_ok=True)
+        is_ours = record.is_file() and record.read_text() == self.fingerprint
+        if not (is_ours and self.directory.exists()):
+            for leftover in (self.directory, self._receipts):
+                if leftover.exists():
+                    logger.warning("removing %s, left by another conversion", leftover)
+                    shutil.rmtree(leftover)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._receipts.mkdir(exist_ok=True)
         write_atomically(record, self.fingerprint.encode())
 
     def receipt(self, unit: Unit) -> Receipt | None:
@@ -94,16 +101,24 @@ class Workplace:
         return receipt if written.stat().st_size == receipt["num_bytes"] else None
 
     def publish(self) -> None:
-        """Drop the receipts and give the directory its final name."""
-        shutil.rmtree(self._receipts)
-        for folder, _, _ in os.walk(self.directory):
+        """Give the directory its final name, then drop the receipts."""
+        for folder, _, files in os.walk(self.directory):
+            for name in files:
+                if name.endswith((".tmp", ".partial")):  # of a run that was killed
+                    (Path(folder) / name).unlink()
             sync_directory(Path(folder))
         self.directory.rename(self.target)  # an empty target is replaced, as POSIX says
         sync_directory(self.target.parent)
+        shutil.rmtree(self._receipts)
+
+
+def _receipts_of(directory: Path) -> Path:
+    """Beside it, not in it: they last until it has its final name, by one rename."""
+    return directory.with_name(f"{directory.name}.receipts")
 
 
 def _receipt_path(directory: Path, unit: Unit) -> Path:
-    return directory / _WORK / f"{Path(unit.file).name}.json"
+    return _receipts_of(directory) / f"{Path(unit.file).name}.json"
 
 
 def require_free(target: Path) -> None:
@@ -122,12 +137,20 @@ def require_space(target: Path, num_bytes: int) -> None:
     parent = target.resolve().parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{target}: {parent} is no directory that can be written to")
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
         raise UserError(
             f"{target} needs {num_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; "
             "choose another disk"
         )
+
+
+def require_workers(num_workers: int) -> None:
+    """Refuse a number that is none."""
+    if num_workers < 1:
+        raise UserError(f"--workers {num_workers}: expected 1 or more")
 
 
 def run_units(
@@ -153,28 +176,52 @@ def _results(
     directory: Path, units: Sequence[Unit], work: Work, num_workers: int
 ) -> Iterator[tuple[Unit, Receipt]]:
     if num_workers == 1 or len(units) < 2:
-        for unit in units:
-            yield unit, do_unit(directory, unit, work)
+        yield from _here(directory, units, work)
         return
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(
-        min(num_workers, len(units)), context, initializer=_start_worker, initargs=(os.getpid(),)
-    ) as pool:
-        largest_first = sorted(units, key=lambda unit: -unit.num_bytes)
-        running = {pool.submit(do_unit, directory, unit, work): unit for unit in largest_first}
-        try:
-            for future in as_completed(running):
-                yield running[future], future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    gc.freeze()  # else each worker's first collection copies what the parent has imported
+    try:
+        num = min(num_workers, len(units))
+        with ProcessPoolExecutor(num, context, _start_worker, (os.getpid(),)) as pool:
+            largest_first = sorted(units, key=lambda unit: -unit.num_bytes)
+            running = {pool.submit(do_unit, directory, unit, work): unit for unit in largest_first}
+            try:
+                for future in as_completed(running):
+                    yield running[future], future.result()
+            except BrokenProcessPool:
+                raise UserError(
+                    f"{directory}: a worker was killed, for its memory or because a file that it "
+                    "read has become shorter; run the same command again, finished files are kept"
+                ) from None
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        gc.unfreeze()
+
+
+def _here(directory: Path, units: Sequence[Unit], work: Work) -> Iterator[tuple[Unit, Receipt]]:
+    """In this process; a unit is written while the one before goes to the disk."""
+    with ThreadPoolExecutor(1) as flusher:
+        before: tuple[Unit, Future[Receipt]] | None = None
+        for unit in units:
+            written = write_unit(directory, unit, work)
+            if before is not None:
+                yield before[0], before[1].result()
+            before = unit, flusher.submit(finish_unit, directory, unit, *written)
+        if before is not None:
+            yield before[0], before[1].result()
 
 
 def _start_worker(parent: int) -> None:
-    if (torch := sys.modules.get("torch")) is not None:  # where there is FP8
+    """End with the parent, at once: what outlives it writes beside its successor."""
+    if (torch := sys.modules.get("torch")) is not None:  # FP8 without a compiler
         torch.set_num_threads(1)  # the processes are the parallelism
 
-    def watch() -> None:
+    if (prctl := getattr(ctypes.CDLL(None), "prctl", None)) is not None:
+        prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+    def watch() -> None:  # elsewhere than on Linux, and for a parent that has just ended
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
@@ -183,19 +230,45 @@ def _start_worker(parent: int) -> None:
 
 
 def do_unit(directory: Path, unit: Unit, work: Work) -> Receipt:
-    """One unit: temporary name, flush, rename, receipt.
+    """One unit, written and finished."""
+    return finish_unit(directory, unit, *write_unit(directory, unit, work))
+
+
+def write_unit(directory: Path, unit: Unit, work: Work) -> tuple[OutputFile, Receipt]:
+    """Everything but the disk's part: a file under a temporary name, open, and what it holds.
 
     Raises:
-        UserError: naming the file, if the disk is full.
+        UserError: naming the file, if the disk is full or fails.
     """
     final = directory / unit.file
     temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
     for leftover in final.parent.glob(f"{final.name}.*.tmp"):
-        leftover.unlink()
-    with naming_a_full_disk(final):
-        receipt = work(temporary, unit)
-        receipt["num_bytes"] = temporary.stat().st_size
-        temporary.replace(final)
+        leftover.unlink(missing_ok=True)
+    with naming_the_file(final):
+        file = OutputFile(temporary, unit.num_bytes)
+        try:
+            receipt = work(file, unit)
+            file.flush()
+        except BaseException:
+            with contextlib.suppress(OSError):  # of what could not be written, once more
+                file.close()
+            temporary.unlink(missing_ok=True)
+            raise
+    return file, receipt
+
+
+def finish_unit(directory: Path, unit: Unit, file: OutputFile, receipt: Receipt) -> Receipt:
+    """Flush, rename, receipt: after this the unit is done, however the conversion ends.
+
+    Raises:
+        UserError: naming the file, if the disk is full or fails.
+    """
+    final = directory / unit.file
+    with naming_the_file(final):
+        with file:
+            file.sync()
+            receipt["num_bytes"] = os.fstat(file.fileno()).st_size
+        Path(file.name).replace(final)
         path = _receipt_path(directory, unit)
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         unfinished.write_text(json.dumps(receipt, separators=(",", ":")))
@@ -204,14 +277,19 @@ def do_unit(directory: Path, unit: Unit, work: Work) -> Receipt:
 
 
 @contextlib.contextmanager
-def naming_a_full_disk(path: Path, tensor: str | None = None) -> Iterator[None]:
-    """Turn "no space left" into a sentence that names the file, and the tensor being written."""
+def naming_the_file(path: Path, tensor: str | None = None) -> Iterator[None]:
+    """Turn what a disk reports into a sentence that names the file, and the tensor written."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"{path}: the disk is full{f' at {tensor!r}' if tensor else ''}; make room and run the "
-            "same command again, finished files are kept"
-        ) from error
+        at = f" at {tensor!r}" if tensor else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{path}: the disk is full{at}; make room and run the same command again, finished "
+                "files are kept"
+            ) from error
+        if error.errno == errno.EIO:
+            raise UserError(
+                f"{path}: the disk fails{at} ({error.strerror}); look at it, or choose another"
+            ) from error
+        raise

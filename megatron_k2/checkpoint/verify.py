@@ -41,7 +41,10 @@ def read_reference(path: Path) -> tuple[Tensor, Tensor]:
     """
     if not path.is_file():
         raise UserError(f"--reference {path}: no such file")
-    stored = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader raises whatever its bytes lead it to
+        raise UserError(f"--reference {path}: cannot be read ({error})") from error
     if not isinstance(stored, dict) or not {"tokens", "logits"} <= set(stored):
         raise UserError(f"--reference {path}: expected a dict with 'tokens' and 'logits'")
     tokens, logits = stored["tokens"], stored["logits"]

@@ -1,6 +1,7 @@
 """The command line of ``megatron-k2 convert``."""
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -26,6 +27,13 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_inspect(commands.add_parser("inspect", help="what a checkpoint of either kind holds"))
     return whole
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected a positive number")
+    return number
 
 
 def _add_conversion(command: argparse.ArgumentParser) -> None:
@@ -99,7 +107,7 @@ def _add_export(command: argparse.ArgumentParser) -> None:
         help="position encoding is YaRN's; default: what the checkpoint's args say",
     )
     command.add_argument(
-        "--max-shard-gb", type=float, help="cut shards by size; default: one layer a shard"
+        "--max-shard-gb", type=_positive, help="cut shards by size; default: one layer a shard"
     )
     _add_conversion(command)
 

@@ -1,53 +1,11 @@
-/* 1x128 E4M3 tiles on a CPU, the bytes of tiles.py. Plain C: the compiler makes vectors of it.
+/* 1x128 E4M3 tiles on a CPU, the bytes of tiles.py.
 
    Matrices are row-major [rows, width]; the last tile of a row may be shorter. Maxima are taken over
    the bits of the magnitudes, whose order is that of the numbers with NaN above infinity. */
 
-#include <stdint.h>
-#include <string.h>
+#include "e4m3.h"
 
 #define TILE 128
-
-static inline float as_float(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline uint32_t as_bits(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static inline float from_bf16(uint16_t x) { return as_float((uint32_t)x << 16); }
-
-/* To nearest, ties to even; NaN stays NaN. */
-static inline uint16_t to_bf16(float value) {
-    uint32_t bits = as_bits(value);
-    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
-/* To nearest, ties to even, for magnitudes up to 448. */
-static inline uint8_t to_e4m3(float value) {
-    uint32_t bits = as_bits(value), magnitude = bits & 0x7fffffffu;
-    uint32_t normal = ((magnitude + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20) - 960u;
-    /* Below 2^-6 codes are 2^-9 apart, as floats are around 2^14: adding it rounds. */
-    uint32_t subnormal = as_bits(as_float(magnitude) + 16384.0f) - 0x46800000u;
-    uint32_t code = magnitude < 0x3c800000u ? subnormal : normal;
-    code = magnitude > 0x7f800000u ? 0x7fu : code;
-    return (uint8_t)(code | ((bits >> 24) & 0x80u));
-}
-
-static inline float from_e4m3(uint8_t code) {
-    uint32_t magnitude = code & 0x7fu;
-    uint32_t normal = (magnitude << 20) + (120u << 23);
-    uint32_t subnormal = as_bits((float)(int32_t)magnitude * 0x1p-9f);
-    uint32_t bits = magnitude < 8u ? subnormal : normal;
-    bits = magnitude == 0x7fu ? 0x7fc00000u : bits;
-    return as_float(bits | ((uint32_t)(code & 0x80u) << 24));
-}
 
 /* Scale of a tile from its largest magnitude's bits, and what its numbers are multiplied by. */
 static inline float factors(uint32_t largest, float *scale) {

@@ -18,6 +18,8 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
+from megatron_k2.errors import UserError
+
 
 class _GroupedLinear(torch.autograd.Function):
     """``y[i] = x[i] W_eᵀ`` for the rows i of each expert e."""
@@ -139,7 +141,7 @@ class GroupedExperts(SequentialMLP):
         multiple = 16 // config.params_dtype.itemsize
         for name, size in sizes.items():
             if size % multiple:
-                raise ValueError(
+                raise UserError(
                     f"experts with {name}={size} in {config.params_dtype}: the grouped product "
                     f"needs rows of 16 bytes, a multiple of {multiple}"
                 )

@@ -26,8 +26,9 @@ from megatron_k2.checkpoint.torch_archive import (
 from megatron_k2.checkpoint.torch_dist import METADATA, Extent, Index, read_index, write_index
 from megatron_k2.checkpoint.torch_pickle import Instance, stand_in
 from megatron_k2.errors import UserError
+from megatron_k2.fp8 import native
 from tests.checkpoint.build_checkpoints import TINY
-from tests.checkpoint.hf_directories import random_weights, write_directory
+from tests.checkpoint.hf_directories import as_fp8, random_weights, write_directory
 
 REPO = Path(__file__).parents[2]
 
@@ -195,14 +196,19 @@ def test_metadata_of_another_kind_is_refused_by_name(tmp_path):
         read_index(tmp_path)
 
 
-def test_a_bf16_conversion_needs_neither_torch_nor_megatron(tmp_path):
-    release = write_directory(tmp_path / "hf", TINY, random_weights(TINY))
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_a_conversion_needs_neither_torch_nor_megatron(tmp_path, dtype):
+    if dtype == "fp8" and native.library() is None:
+        pytest.skip("no C compiler here")
+    weights = random_weights(TINY)
+    release = write_directory(tmp_path / "hf", TINY, as_fp8(weights) if dtype == "fp8" else weights)
     program = f"""
 import sys
 from megatron_k2.cli.main import main
 assert main(["convert", "import", {str(release)!r}, {str(tmp_path / "m")!r}]) == 0
 assert main(["convert", "inspect", {str(tmp_path / "m")!r}]) == 0
-assert main(["convert", "export", {str(tmp_path / "m")!r}, {str(tmp_path / "back")!r}]) == 0
+assert main(["convert", "export", {str(tmp_path / "m")!r}, {str(tmp_path / "back")!r},
+             "--dtype", {dtype!r}]) == 0
 print([name for name in ("torch", "megatron", "safetensors") if name in sys.modules])
 """
     environment = os.environ | {"PYTHONPATH": str(REPO)}

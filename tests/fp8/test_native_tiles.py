@@ -4,12 +4,13 @@ Wrong variant: a kernel that rounds ties away from zero, made from the same sour
 machine whose compiler makes other vectors of it, which would show here.
 """
 
+import shutil
 import subprocess
 
 import pytest
 import torch
 
-from megatron_k2.fp8 import native_tiles, tiles
+from megatron_k2.fp8 import native, native_tiles, tiles
 from tests.fp8.test_tiles import matrix
 
 pytestmark = pytest.mark.skipif(
@@ -71,19 +72,19 @@ def test_rows_with_a_stride_and_other_dtypes_are_taken_as_they_are():
 def own_cache(monkeypatch, tmp_path):
     """A cache of this test's own, and the library forgotten before and after."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native_tiles._library.cache_clear()
+    native.library.cache_clear()
     yield tmp_path
-    native_tiles._library.cache_clear()
+    native.library.cache_clear()
 
 
 def test_ties_away_from_zero_are_seen(own_cache, monkeypatch):
-    wrong = native_tiles.SOURCE.read_text().replace(
-        "magnitude + 0x7ffffu + ((magnitude >> 20) & 1u)", "magnitude + 0x80000u"
+    wrong = shutil.copytree(native.FOLDER, own_cache / "wrong")
+    right = (wrong / "e4m3.h").read_text()
+    (wrong / "e4m3.h").write_text(
+        right.replace("magnitude + 0x7ffffu + ((magnitude >> 20) & 1u)", "magnitude + 0x80000u")
     )
-    assert wrong != native_tiles.SOURCE.read_text()
-    source = own_cache / "wrong.c"
-    source.write_text(wrong)
-    monkeypatch.setattr(native_tiles, "SOURCE", source)
+    assert (wrong / "e4m3.h").read_text() != right
+    monkeypatch.setattr(native, "FOLDER", wrong)
     x = awkward(128, torch.float32)
     assert not same_bytes(native_tiles.quantize_tiles(x)[:1], tiles.quantize_tiles(x)[:1])
 
