@@ -1,10 +1,10 @@
 """A recipe as one plain sbatch script, and its submission.
 
 One task a GPU, started by srun, so that a signal reaches every rank. Nodes are checked first
-(``launch/node_check.py``). The script ends in one of
-three ways: the run is done; a rank failed (the job fails with it); or the run ended early and well,
-which is a signal before the time limit or before preemption: it saved, so the job queues itself
-again. Lost nodes are Slurm's to requeue. The same ``--save`` makes every start a resume.
+(``launch/node_check.py``). The script ends in one of four ways: the run is done; it was preempted,
+before its first step or after, and the job queues itself again; it ended early and well, which is a
+signal before the time limit, and has saved: likewise; or a rank failed, and the job fails with it.
+Lost nodes are Slurm's to requeue. The same ``--save`` makes every start a resume.
 """
 
 import re
@@ -163,17 +163,18 @@ def render(
         flags=wrapped(recipe.pretrain_flags(save, start_from)),
         srun=shlex.join(srun),
         python=shlex.quote(cluster.python),
-        check=_check(recipe, num_nodes(recipe, nodes)),
+        check=shlex.join(check_arguments(recipe)),
     )
 
 
-def _check(recipe: Recipe, nodes: int) -> str:
-    """What ``launch/node_check.py`` is to expect."""
-    gpus = 0 if recipe.is_cpu else recipe.layout.world_size // nodes
+def check_arguments(recipe: Recipe) -> list[str]:
+    """What ``launch/node_check.py`` is to expect; the training's flags follow."""
+    ranks = recipe.layout.world_size
+    gpus = 0 if recipe.is_cpu else ranks // num_nodes(recipe)
     parameters = count_parameters(recipe.preset).total
     gigabytes = parameters * (WEIGHT_BYTES + MUON_STATE_BYTES) / 1e9
-    ranks = recipe.layout.world_size
-    return f"--ranks {ranks} --gpus {gpus} --checkpoint-gb {gigabytes:.0f}"
+    wanted = {"ranks": ranks, "gpus": gpus, "checkpoint-gb": f"{gigabytes:.0f}"}
+    return [word for name, value in wanted.items() for word in (f"--{name}", str(value))]
 
 
 TEMPLATE = """\
@@ -199,36 +200,42 @@ flags=(
 step_saved() {{ cat "$save/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }}
 before=$(step_saved)
 
-# Before the time limit: every rank saves and ends (--exit-signal-handler).
-interrupted=0
-trap 'interrupted=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+# Before the time limit Slurm signals this script, which asks every rank to save and end
+# (--exit-signal-handler). Before preemption it asks the ranks itself; the node check has nothing
+# to save and ends with an error, so Slurm is asked why.
+near_limit=0
+trap 'near_limit=1 interrupted=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+is_preempted() {{ [[ $(scontrol show job "$SLURM_JOB_ID") == *PreemptTime=[0-9]* ]]; }}
 
 on_every_rank() {{
   {srun} bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-    exec "$@"' task {python} -m "$@"
+    exec "$@"' task {python} -m "$@" &
+  local ranks=$! ended
+  while true; do
+    interrupted=0
+    wait "$ranks"
+    ended=$?
+    [ "$interrupted" -eq 1 ] || return "$ended"  # a signal ends wait, not the ranks
+  done
 }}
-on_every_rank megatron_k2.launch.node_check {check} "${{flags[@]}}" || exit
 
-on_every_rank megatron_k2.training.pretrain "${{flags[@]}}" &
-ranks=$!
-while true; do
-  interrupted=0
-  wait "$ranks"
-  status=$?
-  [ "$interrupted" -eq 1 ] || break  # a signal ends wait, not the ranks
-done
+on_every_rank megatron_k2.launch.node_check {check} "${{flags[@]}}" &&
+  [ "$near_limit" -eq 0 ] &&
+  on_every_rank megatron_k2.training.pretrain "${{flags[@]}}"
+status=$?
 
-[ "$status" -eq 0 ] || exit "$status"
 saved=$(step_saved)
-if [ "$saved" -ge "$last_step" ]; then
+if [ "$status" -eq 0 ] && [ "$saved" -ge "$last_step" ]; then
   echo "done: $last_step steps"
-elif [ "$saved" -gt "$before" ]; then
+elif is_preempted || {{ [ "$status" -eq 0 ] && [ "$saved" -gt "$before" ]; }}; then
   echo "saved at step $saved of $last_step: queued again"
   exec scontrol requeue "$SLURM_JOB_ID"
-else
+elif [ "$saved" -le "$before" ] && {{ [ "$status" -eq 0 ] || [ "$near_limit" -eq 1 ]; }}; then
   echo "ended at step $saved of $last_step without a new checkpoint" >&2
   exit 1
+else
+  exit "$status"
 fi
 """
 

@@ -5,6 +5,7 @@ Slurm's commands are stubs here: what srun, scancel and scontrol do on a cluster
 
 import dataclasses
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -59,18 +60,26 @@ def test_the_example_is_the_recipes_own_flags(monkeypatch):
 
 
 STUBS = {
-    "srun": 'case "$*" in *launch.node_check*) exit $CHECK;; esac\n'
+    "srun": 'echo $$ > "$SAVE/pid"\n'
+    'if [[ "$*" == *launch.node_check* ]]; then\n'
+    '[ "$CHECK" != waits ] || exec sleep 10\n'
+    "exit $CHECK\n"
+    "fi\n"
+    'touch "$SAVE/started"\n'
     'trap "echo $AFTER > $SAVE/latest_checkpointed_iteration.txt; exit $CODE" TERM\n'
-    'echo $$ > "$SAVE/pid"\n'
     'if [ "$WAITS" = 1 ]; then for i in $(seq 200); do sleep 0.05; done; fi\n'
     'echo $AFTER > "$SAVE/latest_checkpointed_iteration.txt"; exit $CODE',
     "scancel": 'kill -TERM "$(cat "$SAVE/pid")"',
-    "scontrol": 'echo "$@" >> "$SAVE/scontrol"',
+    "scontrol": 'case "$1 $2" in "show job") echo "PreemptTime=$PREEMPTED";;\n'
+    '*) echo "$@" >> "$SAVE/scontrol";; esac',
 }
 
 
-def _job(tmp_path, *, before, after, code=0, waits=False, check=0):
-    """The script run with stubs; (exit code, what scontrol was asked last)."""
+def _job(tmp_path, *, before=0, after=100, code=0, check="0", signals=None, preempted="None"):
+    """The script run with stubs; (exit code, what scontrol was asked last).
+
+    ``signals``: the step that is running when Slurm says that the time limit is near.
+    """
     save = tmp_path / "run"
     save.mkdir()
     for name, body in STUBS.items():
@@ -80,38 +89,55 @@ def _job(tmp_path, *, before, after, code=0, waits=False, check=0):
     (save / "latest_checkpointed_iteration.txt").write_text(f"{before}\n")
     script, recipe = tmp_path / "job.sh", get_recipe("kimi_k2_yarn_128k_512gpu_h200")
     script.write_text(render(recipe, str(save), None, Cluster()))
-    own = {"SAVE": save, "AFTER": after, "CODE": code, "WAITS": int(waits)} | {"CHECK": check}
+    own = {"SAVE": save, "AFTER": after, "CODE": code, "WAITS": int(signals == "started")}
+    own |= {"CHECK": check, "PREEMPTED": preempted}
     slurm_own = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
     environment = os.environ | slurm_own | {name: str(v) for name, v in own.items()}
     environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
     job = subprocess.Popen(["bash", str(script)], env=environment, stdout=subprocess.DEVNULL)
-    if waits:
+    if signals:
         deadline = time.monotonic() + 20
-        while not (save / "pid").exists() and time.monotonic() < deadline:
+        while not (save / signals).exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-        job.send_signal(10)  # USR1, as Slurm before the time limit
+        time.sleep(0.1)  # the stub's trap is set after its sign of life
+        job.send_signal(signal.SIGUSR1)
     return job.wait(timeout=30), (save / "scontrol").read_text().splitlines()[-1]
 
 
+NOT_QUEUED = "show hostnames n1"
+
+
 def test_a_signal_before_the_limit_saves_and_queues_again(tmp_path):
-    assert _job(tmp_path, before=0, after=100, waits=True) == (0, "requeue 7")
+    assert _job(tmp_path, signals="started") == (0, "requeue 7")
 
 
 def test_a_finished_run_is_not_queued_again(tmp_path):
-    assert _job(tmp_path, before=200, after=300) == (0, "show hostnames n1")
+    assert _job(tmp_path, before=200, after=300, preempted="2026-11-22T12:00:00") == (0, NOT_QUEUED)
 
 
 def test_a_failed_run_is_not_queued_again(tmp_path):
-    assert _job(tmp_path, before=0, after=100, code=9) == (9, "show hostnames n1")
+    assert _job(tmp_path, code=9) == (9, NOT_QUEUED)
 
 
 def test_a_node_that_is_not_as_it_should_be_ends_the_job_before_the_first_step(tmp_path):
-    assert _job(tmp_path, before=0, after=100, check=1) == (1, "show hostnames n1")
-    assert not (tmp_path / "run" / "pid").exists()
+    assert _job(tmp_path, check="1") == (1, NOT_QUEUED)
+    assert not (tmp_path / "run" / "started").exists()
+
+
+@pytest.mark.parametrize("step", [{"check": "143"}, {"code": 143, "after": 0}])
+def test_preemption_before_the_first_step_queues_again(step, tmp_path):
+    """SIGTERM finds the node check, or ranks that have not come to Megatron's handler yet."""
+    assert _job(tmp_path, preempted="2026-11-22T12:00:00", **step) == (0, "requeue 7")
+
+
+def test_a_signal_during_the_check_starts_no_training_and_is_not_repeated_for_ever(tmp_path):
+    """The time limit is too short for a first step: queued again, it would be again."""
+    assert _job(tmp_path, check="waits", signals="pid") == (1, NOT_QUEUED)
+    assert not (tmp_path / "run" / "started").exists()
 
 
 def test_a_run_that_makes_no_progress_is_not_queued_for_ever(tmp_path):
-    assert _job(tmp_path, before=100, after=100) == (1, "show hostnames n1")
+    assert _job(tmp_path, before=100) == (1, NOT_QUEUED)
 
 
 def test_context_parallel_ranks_without_overlap_get_one_queue():
