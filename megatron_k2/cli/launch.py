@@ -144,7 +144,8 @@ def _launch(runs: list["Run"], arguments: argparse.Namespace) -> int:
     if arguments.nemo_run:
         from megatron_k2.launch.nemo_tasks import run_experiment
 
-        name = run_experiment(runs, arguments.set, cluster, waits=not arguments.detach)
+        waits = not arguments.detach
+        name = run_experiment(runs, arguments.set, cluster, waits=waits, force=arguments.force)
         print(f"experiment {name}; nemo experiment status {name}")
         return 0
     if cluster:

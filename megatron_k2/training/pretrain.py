@@ -26,7 +26,7 @@ from megatron_k2.training.preflight import (
 PROGRAM_START = time.time()
 
 
-def _single_process_environment() -> None:
+def single_process_environment() -> None:
     """What torchrun would have set, for one process started by hand."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if "RANK" in os.environ:
@@ -41,7 +41,7 @@ def _single_process_environment() -> None:
 
 def run(argv: list[str]) -> None:
     """Train with the flags in ``argv`` (``--preset`` and ``--data`` allowed) until done."""
-    _single_process_environment()
+    single_process_environment()
     save = last_value(argv, "--save")
     terminal = None
     if save is not None and last_value(argv, "--console") != "megatron":
