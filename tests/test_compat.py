@@ -237,6 +237,17 @@ def test_a_repair_applied_twice_is_applied_once():
     assert all(getattr(DistributedOptimizer, name) is getattr(once, name) for name in REPAIRED)
 
 
+def _in_a_process(program):
+    """What ``program`` did as a process of its own; output is read until its children end too."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.mark.slow
 def test_megatrons_norm_recomputation_still_needs_transformer_engine():
     """If this fails, upstream has been repaired: drop ``compat.recompute_without_te``."""
@@ -264,13 +275,7 @@ def test_megatrons_norm_recomputation_still_needs_transformer_engine():
         "    expected = 4 * torch.ones(3).mul(4).exp()\n"
         "    torch.testing.assert_close(run(), expected)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = _in_a_process(program)
     assert done.returncode == 0, done.stderr
 
 
@@ -316,13 +321,7 @@ def test_the_queue_ends_with_a_rank_that_is_killed():
         "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
+    done = _in_a_process(program)
     assert done.returncode == -signal.SIGKILL
     left_over = int(done.stdout)
     for _ in range(50):
