@@ -11,7 +11,10 @@ from pathlib import Path
 from megatron_k2.errors import UserError
 
 JOBS = "slurm/jobs.jsonl"
-ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
+ENDED = (
+    *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY"),
+    "DEADLINE",
+)
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,18 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_k2.errors import UserError
+from megatron_k2.launch.cluster import Cluster
 from megatron_k2.launch.environment import cluster_environment
 from megatron_k2.launch.graph import Run, is_done, steps_saved
 from megatron_k2.launch.local import check_fits_here, check_start, write_record
 from megatron_k2.launch.recipe import Recipe
-from megatron_k2.launch.slurm import Cluster, check_arguments, num_nodes
+from megatron_k2.launch.slurm import check_arguments, num_nodes
 
 MAX_RETRIES = 3
 """Starts after a failure. Ours."""
@@ -179,6 +181,46 @@ def local_executor(recipe: Recipe) -> Any:
     )
 
 
+@contextmanager
+def _experiment(
+    runs: Sequence[Run], overrides: Sequence[str], cluster: Cluster | None, *, force: bool
+) -> Iterator[Any]:
+    """A task for every run that is not done, each after the one before it."""
+    run = nemo_run()
+    base = _base(runs).absolute()
+    with run.Experiment("megatron_k2", base_dir=str(base), clean_mode=True) as experiment:
+        before: list[str] = []
+        for recipe, save, start_from in (one for one in runs if not is_done(one)):
+            executor = slurm_executor(recipe, cluster, base) if cluster else local_executor(recipe)
+            one = task(recipe.name, save, start_from, overrides, force=force)
+            before = [
+                experiment.add(
+                    one, executor=executor, name=recipe.name, dependencies=before or None
+                )
+            ]
+        yield experiment
+
+
+def _base(runs: Sequence[Run]) -> Path:
+    """NeMo-Run's own directory, beside the first run's.
+
+    Not "nemo_run": without a container NeMo-Run writes the job's directory over that name.
+    """
+    return Path(runs[0][1]).parent / "nemo"
+
+
+def show_experiment(
+    runs: Sequence[Run], overrides: Sequence[str], cluster: Cluster | None, *, force: bool = False
+) -> None:
+    """Print what NeMo-Run would start: its own sbatch scripts, or its local commands.
+
+    Raises:
+        UserError: without NeMo-Run, or from the executors.
+    """
+    with _experiment(runs, overrides, cluster, force=force) as experiment:
+        experiment.dryrun()
+
+
 def run_experiment(
     runs: Sequence[Run],
     overrides: Sequence[str],
@@ -190,7 +232,7 @@ def run_experiment(
     """One experiment: a task for every run that is not done, each after the one before it.
 
     Args:
-        runs: in order; NeMo-Run's own directory is ``nemo`` beside the first's.
+        runs: in order.
         overrides: of ``--set``, already applied to ``runs``.
         cluster: a Slurm's; ``None`` runs here.
         waits: return when all have ended, with their log on the terminal; else at once.
@@ -203,28 +245,15 @@ def run_experiment(
         UserError: without NeMo-Run, a checkpoint to start from, or when a run fell short and
             ``waits``.
     """
-    run = nemo_run()
-    waiting = [one for one in runs if not is_done(one)]
-    for recipe, save, start_from in waiting[:1]:  # the others start from what these leave
-        check_start(recipe, save, start_from)
-    # Not "nemo_run": without a container NeMo-Run writes the job's directory over that name.
-    base = Path(runs[0][1]).parent / "nemo"
-    with run.Experiment(
-        "megatron_k2", base_dir=str(base.absolute()), clean_mode=True
-    ) as experiment:
-        before: list[str] = []
-        for recipe, save, start_from in waiting:
-            executor = slurm_executor(recipe, cluster, base) if cluster else local_executor(recipe)
-            one = task(recipe.name, save, start_from, overrides, force=force)
-            before = [
-                experiment.add(
-                    one, executor=executor, name=recipe.name, dependencies=before or None
-                )
-            ]
+    for recipe, save, start_from in [one for one in runs if not is_done(one)][:1]:
+        check_start(recipe, save, start_from)  # the others start from what this one leaves
+    with _experiment(runs, overrides, cluster, force=force) as experiment:
         experiment.run(sequential=cluster is None, detach=not waits, tail_logs=waits)
     # NeMo-Run does not know how a local task ended; the checkpoint does.
     if waits and (short := [one[0].name for one in runs if not is_done(one)]):
-        raise UserError(f"{', '.join(short)} did not reach the last step; logs are below {base}")
+        raise UserError(
+            f"{', '.join(short)} did not reach the last step; logs are below {_base(runs)}"
+        )
     return str(experiment._id)
 
 

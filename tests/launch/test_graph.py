@@ -8,8 +8,9 @@ import pytest
 from megatron_k2.cli.main import main
 from megatron_k2.errors import UserError
 from megatron_k2.launch import jobs
+from megatron_k2.launch.cluster import Cluster
 from megatron_k2.launch.graph import chain_summary, places, run_chain, steps_saved, submit_chain
-from megatron_k2.launch.slurm import Cluster, render
+from megatron_k2.launch.slurm import render
 from megatron_k2.planning.phases import kimi_k2_phases
 from megatron_k2.recipes import CHAINS, get_chain, get_recipe
 from megatron_k2.training.preflight import TRACKER

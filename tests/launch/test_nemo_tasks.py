@@ -10,8 +10,9 @@ import pytest
 
 from megatron_k2.errors import UserError
 from megatron_k2.launch import nemo_tasks
+from megatron_k2.launch.cluster import Cluster
 from megatron_k2.launch.nemo_tasks import local_executor, run_experiment, train_recipe
-from megatron_k2.launch.slurm import Cluster, check_arguments, render
+from megatron_k2.launch.slurm import check_arguments, render
 from megatron_k2.recipes import get_recipe
 from megatron_k2.training import pretrain
 

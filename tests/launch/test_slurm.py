@@ -14,9 +14,10 @@ import pytest
 
 from megatron_k2.errors import UserError
 from megatron_k2.launch import slurm
+from megatron_k2.launch.cluster import Cluster, read_profile
 from megatron_k2.launch.command import render_command
 from megatron_k2.launch.overrides import apply
-from megatron_k2.launch.slurm import Cluster, num_nodes, read_profile, render, submit
+from megatron_k2.launch.slurm import job_name, num_nodes, render, submit
 from megatron_k2.recipes import get_recipe
 from megatron_k2.training import flags
 from tests.distributed import REPOSITORY
@@ -32,7 +33,8 @@ SITE = Cluster(
 
 
 def _long():
-    return render(get_recipe("kimi_k2_long_32k_512gpu_h100"), "runs/b", "runs/a", SITE)
+    recipe = get_recipe("kimi_k2_long_32k_512gpu_h100")
+    return render(recipe, "/lustre/runs of us/b", "/lustre/runs of us/a", SITE)
 
 
 def test_the_script_is_the_one_that_was_reviewed():
@@ -149,17 +151,58 @@ def test_context_parallel_ranks_without_overlap_get_one_queue():
     assert "CUDA_DEVICE_MAX_CONNECTIONS=1\n" in scripts[1]
 
 
-def test_a_profile_is_read_and_its_mistakes_are_named(tmp_path):
+def test_a_profile_is_read(tmp_path):
     path = tmp_path / "site.yaml"
-    path.write_text("account: k2\ncontainer: i.sqsh\nmounts: ['/a:/b']\nenvironment: {A: 1}\n")
-    assert read_profile(path) == Cluster(
-        account="k2", container="i.sqsh", mounts=("/a:/b",), environment=(("A", "1"),)
+    path.write_text(
+        "account: 007\ncontainer: i.sqsh\npartition:\nmounts: ['/a:/b']\nenvironment: {A: 1}\n"
     )
-    path.write_text("acount: k2\n")
-    with pytest.raises(UserError, match="acount: expected keys of account"):
+    assert read_profile(path) == Cluster(
+        account="7", container="i.sqsh", mounts=("/a:/b",), environment=(("A", "1"),)
+    )
+    path.write_text("# nothing decided yet\n")
+    assert read_profile(path) == Cluster()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("acount: k2", "no key is called acount; did you mean 'account'"),
+        ("zzz: k2", "no key is called zzz; one of: account, "),
+        ("- a", "expected lines of 'key: value'"),
+        ("a: [", "no YAML"),
+        ("account: [a, b]", r"account: \['a', 'b'\]: expected one word"),
+        ("account: on", "account: True: expected one word"),
+        ("seconds_to_save: 10m", "seconds_to_save: '10m': expected a whole number of seconds"),
+        ("seconds_to_save: -5", "seconds_to_save -5: expected the seconds"),
+        ("time: 24:00:00", "time 86400: expected .*in quotes"),
+        ("mounts: /a:/b", "mounts: '/a:/b': expected a list"),
+        ("{container: i, mounts: [/a]}", "mounts: /a: expected FROM:TO"),
+        ("mounts: ['/a:/a']", "mounts /a:/a without a container"),
+        ("environment: [A=1]", "environment: .*expected NAME: value pairs"),
+        ("environment: {BAD NAME: 1}", "expected variables' names, which 'BAD NAME' is not"),
+        ("environment: {A: yes}", "A: 'text' or a number; true, false and nothing in quotes"),
+    ],
+)
+def test_a_profiles_mistake_is_named_with_what_was_expected(text, words, tmp_path):
+    path = tmp_path / "site.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words) as refused:
         read_profile(path)
-    with pytest.raises(UserError, match="no such file"):
+    assert str(path) in str(refused.value)
+
+
+def test_a_profile_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no such file; examples/cluster/site\.yaml"):
         read_profile(tmp_path / "none.yaml")
+
+
+def test_jobs_of_one_run_share_a_name_and_of_another_do_not(tmp_path, monkeypatch):
+    recipe = get_recipe("kimi_k2_pretrain_cpu")
+    monkeypatch.chdir(tmp_path)
+    name = job_name(recipe, "runs/a")
+    assert name.startswith(recipe.name)
+    assert job_name(recipe, str(tmp_path / "runs" / "a")) == name
+    assert job_name(recipe, "runs/b") != name
 
 
 def test_the_example_profile_has_every_key():
@@ -173,8 +216,8 @@ def test_the_example_profile_has_every_key():
     ("call", "words"),
     [
         (lambda: Cluster(time="2 days"), "expected .*hours:minutes:seconds"),
-        (lambda: Cluster(mounts=("/a:/a",)), "--mounts without --container"),
         (lambda: num_nodes(get_recipe("kimi_k2_pretrain_256gpu_h800"), 16), "32 nodes"),
+        (lambda: num_nodes(get_recipe("kimi_k2_pretrain_cpu"), 2), "a twin for the CPU, on one"),
     ],
 )
 def test_a_wrong_input_is_refused(call, words):

@@ -115,7 +115,7 @@ def _words(*command):
 
 
 def test_a_job_preempted_during_the_node_check_is_queued_again(profile, tmp_path):
-    save = tmp_path / "run"
+    save = tmp_path / "a run's directory"
     _launch(profile, save)
     _state(save, ("RUNNING",))
     job = jobs_of(str(save))[-1].number
