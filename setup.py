@@ -39,6 +39,7 @@ EXTRAS = {
         "tensorstore<0.1.72",
         "zarr>=2.18.2,<3",
         "pandas",
+        "tiktoken==0.7.0",
         *NEMO_RUN,
     ],
     # Tokenizers, and transformers as reader of what we export.

@@ -20,6 +20,8 @@ from megatron_k2.compat import (
     MINIMUM_TE_TEXT,
     has_sound_transformer_engine,
     installed_version,
+    release,
+    resiliency_extension_fault,
 )
 
 MINIMUM_PYTHON = (3, 12)
@@ -32,7 +34,9 @@ DISTRIBUTIONS = {
     "apex": "apex",
     "triton": "triton",
     "NeMo-Run": "nemo-run",
+    "leptonai": "leptonai",
     "Megatron-Bridge": "megatron-bridge",
+    "nvidia-resiliency-ext": "nvidia-resiliency-ext",
     "transformers": "transformers",
     "tokenizers": "tokenizers",
     "tiktoken": "tiktoken",
@@ -158,6 +162,8 @@ def problems(machine: Machine) -> list[str]:
             f"megatron-core {megatron} was not checked (checked: "
             f"{', '.join(CHECKED_MEGATRON_VERSIONS)}); pip install megatron-core=={checked}"
         )
+    if fault := resiliency_extension_fault(machine.versions["nvidia-resiliency-ext"]):
+        found.append(fault)
     if not machine.has("emerging-optimizers"):
         found.append(
             "emerging-optimizers is not installed, and Megatron's optimizer registry opens only "
@@ -252,7 +258,6 @@ COMPANIONS = (
         "transformers; exporting itself does without",
         "pip install -e '.[data]'; exporting itself does without",
     ),
-    ("launching through NeMo-Run", "NeMo-Run", "nemo-run", "pip install -e '.[launch]'"),
     (
         "Megatron-Bridge configs",
         "Megatron-Bridge",
@@ -263,8 +268,23 @@ COMPANIONS = (
 """(feature, the distribution that gives it, what it rests on, the way to get it)."""
 
 
+LEPTONAI_WITHOUT_V1 = (0, 47)
+"""The first leptonai without the module that NeMo-Run imports."""
+
+
 def _companions(machine: Machine) -> list[Feature]:
-    return [_feature(name, machine.has(on), note, way) for name, on, note, way in COMPANIONS]
+    leptonai = machine.versions["leptonai"]
+    has_v1 = leptonai is None or release(leptonai) < LEPTONAI_WITHOUT_V1
+    return [
+        *(_feature(name, machine.has(on), note, way) for name, on, note, way in COMPANIONS),
+        _feature(
+            "launching through NeMo-Run",
+            machine.has("NeMo-Run") and has_v1,
+            "nemo-run",
+            "pip install -e '.[launch]'"
+            + ("" if has_v1 else f"; leptonai {leptonai} makes NeMo-Run's import fail"),
+        ),
+    ]
 
 
 def as_dict(machine: Machine) -> dict[str, Any]:

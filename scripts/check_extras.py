@@ -101,6 +101,12 @@ EXTRAS = {
                 "--profile site.yaml --dry-run",
                 "--account=k2",
             ),
+            Smoke(
+                f"{TRAIN} --nemo-run",
+                "NeMo-Run cannot be imported",
+                code=2,
+                pip="--no-deps leptonai==0.47.1",
+            ),
         )
     ),
     "bridge": Extra(
@@ -121,6 +127,12 @@ EXTRAS = {
             Smoke("python -c 'import nemo.collections.llm'", "inference_wrapper_config", code=1),
             Smoke(f"python -c '{NEMO_RECIPE}'", "same kind", pip=f"--no-deps {OLD_MEGATRON}"),
             Smoke(TRAIN, "megatron-core 0.16.1 is installed, but its internals", code=2),
+            Smoke(
+                TRAIN,
+                "nvidia-resiliency-ext 0.4.1 makes the import of megatron-core fail",
+                code=2,
+                pip="--no-deps megatron-core==0.19.2 nvidia-resiliency-ext==0.4.1",
+            ),
         )
     ),
     "te": Extra(
@@ -205,6 +217,7 @@ def main() -> int:
         build = f"{sys.executable} -m pip wheel --quiet --no-deps --wheel-dir {ROOT} {CHECKOUT}"
         if (built := shell(build, ROOT)).returncode:
             sys.exit(built.stdout)
+        shutil.rmtree(CHECKOUT / "build", ignore_errors=True)  # pip's, where it built the wheel
         (wheel,) = ROOT.glob("*.whl")
         for name in names:
             if EXTRAS[name].needs and shutil.which(EXTRAS[name].needs) is None:
@@ -214,7 +227,6 @@ def main() -> int:
                 print(f"{name}: FAILED\n{fault}\n", flush=True)
     finally:
         shutil.rmtree(ROOT, ignore_errors=True)
-        shutil.rmtree(CHECKOUT / "build", ignore_errors=True)
     print(f"{len(names) - len(failed)} of {len(names)} extras as they should be", flush=True)
     return 1 if failed else 0
 

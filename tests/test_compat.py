@@ -84,6 +84,19 @@ def test_every_repair_refuses_a_version_it_was_not_checked_against(
         repair()
 
 
+@pytest.mark.parametrize(
+    ("found", "is_refused"), [(None, False), ("0.4.1", True), ("0.6.0", False)]
+)
+def test_an_extension_that_breaks_megatrons_import_is_refused(found, is_refused, monkeypatch):
+    versions = {"megatron-core": "0.19.2", "nvidia-resiliency-ext": found}
+    monkeypatch.setattr(compat, "installed_version", versions.get)
+    if not is_refused:
+        assert compat.require_checked_megatron() == "0.19.2"
+        return
+    with pytest.raises(UserError, match=r"0\.4\.1 makes .* pip uninstall nvidia-resiliency-ext"):
+        compat.require_checked_megatron()
+
+
 @pytest.mark.usefixtures("original")
 def test_upstream_still_ships_no_makefile_to_compile_its_helpers_with(capfd):
     import megatron.core.datasets.utils as dataset_utils

@@ -48,8 +48,12 @@ def run(argv: list[str]) -> None:
         terminal = divert_output(Path(save) / "logs" / f"rank{os.environ['RANK']}.log")
     try:
         _run(argv, terminal)
+    except UserError as error:
+        if terminal is not None and os.environ["RANK"] == "0":
+            print(f"pretrain: {error}", file=terminal)
+        raise
     except BaseException as error:
-        if terminal is not None and not isinstance(error, (SystemExit, UserError)):
+        if terminal is not None and not isinstance(error, SystemExit):
             traceback.print_exc(file=terminal)
         raise
 
