@@ -43,10 +43,12 @@ TE_PY := $(TE_VENV)/bin/python
 TE_STAMP := $(TE_VENV)/.stamp
 TE_VERSION ?= 2.20.2
 SITE := import site; print(site.getsitepackages()[0])
+# What .venv has is there too, its .pth files (this checkout) included.
+SHARED = printf 'import site; site.addsitedir("%s")\n' "$$($(PY) -c "$(SITE)")"
 
 $(TE_STAMP): $(STAMP)
 	$(PY) -m venv $(TE_VENV)
-	$(PY) -c "$(SITE)" > "$$($(TE_PY) -c "$(SITE)")/zz_shared.pth"
+	$(SHARED) > "$$($(TE_PY) -c "$(SITE)")/zz_shared.pth"
 	$(TE_PY) -m pip install --quiet --no-deps transformer-engine==$(TE_VERSION)
 	$(TE_PY) -m pip install --quiet pydantic einops onnxscript
 	@touch $@
@@ -63,7 +65,7 @@ LAUNCH_STAMP := $(LAUNCH_VENV)/.stamp
 
 $(LAUNCH_STAMP): $(STAMP)
 	$(PY) -m venv $(LAUNCH_VENV)
-	$(PY) -c "$(SITE)" > "$$($(LAUNCH_PY) -c "$(SITE)")/zz_shared.pth"
+	$(SHARED) > "$$($(LAUNCH_PY) -c "$(SITE)")/zz_shared.pth"
 	$(LAUNCH_PY) -m pip install --quiet 'nemo-run>=0.11,<0.12' 'leptonai<0.47' 'pyyaml>=6'
 	printf '#!%s\nfrom torch.distributed.run import main\nmain()\n' "$$($(LAUNCH_PY) -c \
 	  'import sys; print(sys.executable)')" > $(LAUNCH_VENV)/bin/torchrun

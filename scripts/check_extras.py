@@ -53,6 +53,8 @@ TRAIN = (
 """Four steps."""
 TRAINED = "test $(cat run/latest_checkpointed_iteration.txt) = 4"
 
+COMPANIONS = "python -m pytest -q tests/patches/test_companions.py"
+
 NEMO_RECIPE = """
 import inspect
 from nemo.collections.llm.recipes.deepseek_v3 import pretrain_recipe as theirs
@@ -101,6 +103,7 @@ EXTRAS = {
                 "--profile site.yaml --dry-run",
                 "--account=k2",
             ),
+            Smoke(f"cd {CHECKOUT} && {COMPANIONS}", "2 passed", pip="pytest"),
             Smoke(
                 f"{TRAIN} --nemo-run",
                 "NeMo-Run cannot be imported",
@@ -112,7 +115,7 @@ EXTRAS = {
     "bridge": Extra(
         (
             Smoke(
-                f"cd {CHECKOUT} && python -m pytest -q tests/launch/test_bridge_config.py",
+                f"cd {CHECKOUT} && {COMPANIONS} tests/launch/test_bridge_config.py",
                 "passed",
                 pip="pytest",
             ),

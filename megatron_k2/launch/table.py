@@ -56,6 +56,7 @@ def rows(recipe: Recipe, changed: list[str], save: str, start_from: str | None) 
             source_of(recipe, "checkpoint.interval"),
         ),
         Row("starts from", start_from or "random weights"),
+        Row("logs", f"{save}/logs, of Slurm {save}/slurm; tensorboard --logdir {save}"),
         Row("data", " ".join(recipe.data.flags(recipe.preset.eos_token_id)[:9])),
         Row(
             "bad loss",
@@ -73,7 +74,8 @@ def rows(recipe: Recipe, changed: list[str], save: str, start_from: str | None) 
 def _layout(recipe: Recipe) -> list[Row]:
     r = recipe.layout
     if recipe.is_cpu:
-        return [Row("layout", "one rank, CPU, fp32", source_of(recipe, "layout"))]
+        ranks = "one rank" if r.world_size == 1 else f"{r.world_size} ranks"
+        return [Row("layout", f"{ranks}, CPU, fp32", source_of(recipe, "layout"))]
     return [
         Row(
             "GPUs",

@@ -125,6 +125,14 @@ def test_status_logs_and_cancel_know_a_runs_jobs(tmp_path, slurm_log, capsys):
     assert "the job has not started" in capsys.readouterr().err
 
 
+def test_without_accounting_the_commands_to_use_by_hand_are_named(monkeypatch, tmp_path):
+    (tmp_path / "sacct").write_text("#!/bin/sh\necho storage is disabled >&2; exit 1\n")
+    (tmp_path / "sacct").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(UserError, match="storage is disabled; by hand: squeue --jobs 8, scancel 8"):
+        jobs.states([jobs.Job("8", "")])
+
+
 def test_a_run_that_was_never_submitted_has_no_log(tmp_path):
     assert steps_saved(tmp_path) == 0
     with pytest.raises(UserError, match="nothing was submitted"):

@@ -32,6 +32,7 @@ def test_the_table_says_what_will_run_and_what_differs(capsys):
         "TP 1, PP 16, VPP 2, EP 16",
         "planner: data sheet times assumed efficiencies, not measured",
         "#SBATCH --signal=B:USR1@600",
+        "tensorboard --logdir runs/kimi_k2_pretrain_256gpu_h800",
     ):
         assert words in text
 
