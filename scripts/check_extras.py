@@ -79,9 +79,9 @@ EXTRAS = {
     "data": Extra(
         (
             Smoke(
-                "for i in $(seq 400); do echo line $i of some text; done > a.txt; "
-                "megatron-k2 data prepare --input a.txt --output data --train-bpe 300 && "
-                "megatron-k2 data inspect data",
+                "for i in $(seq 400); do echo line $i of some text; done | tee a.txt > b.txt; "
+                "megatron-k2 data prepare --input a.txt --valid-input b.txt --output data "
+                "--train-bpe 300 && megatron-k2 data inspect data",
                 "tokens",
             ),
             Smoke("python -c 'import tiktoken, transformers as t; print(t.__version__)'", "5."),
