@@ -45,7 +45,7 @@ def _launch(profile, save, recipe=RECIPE, *extra):
     assert main([*argv, "--save", str(save), *TWO_TASKS, *extra]) == 0
 
 
-def _state(save, wanted, seconds=300):
+def _state(save, wanted, seconds=900):
     """Wait until the run's last job is in one of the states ``wanted``."""
     deadline = time.monotonic() + seconds
     while True:
@@ -63,7 +63,7 @@ def _log(save):
     return path.read_text()[-3000:] if path.exists() else "no log"
 
 
-def _reach(save, step, seconds=300):
+def _reach(save, step, seconds=900):
     deadline = time.monotonic() + seconds
     while steps_saved(Path(save)) < step:
         assert time.monotonic() < deadline, _log(save)
@@ -119,7 +119,7 @@ def test_a_job_preempted_during_the_node_check_is_queued_again(profile, tmp_path
     _launch(profile, save)
     _state(save, ("RUNNING",))
     job = jobs_of(str(save))[-1].number
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while f"{job}.0" not in _words("squeue", "--steps", "--noheader", "--format=%i"):
         assert time.monotonic() < deadline, _log(save)
     _preempt(tmp_path)
@@ -147,7 +147,7 @@ def test_a_chain_of_phases_runs_in_order(profile, tmp_path, capsys):
     alone = ["--set", "layout.world_size=1"]  # the last phases' batches are too small for two
     _launch(profile, tmp_path, "kimi_k2_phases_cpu", *alone)
     last = tmp_path / CHAINS["kimi_k2_phases_cpu"][-1]
-    assert _state(last, ("COMPLETED", "FAILED", "CANCELLED"), 600) == "COMPLETED", _log(last)
+    assert _state(last, ("COMPLETED", "FAILED", "CANCELLED")) == "COMPLETED", _log(last)
     starts = [
         (tmp_path / name / METRICS_FILE).stat().st_mtime for name in CHAINS["kimi_k2_phases_cpu"]
     ]
