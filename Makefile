@@ -1,10 +1,11 @@
-# make demo | test | test-te | test-slurm | check | bench | clean      (the environment is .venv/, built once)
+# make demo | test | test-te | test-slurm | test-extras | check | bench | clean      (the environment is .venv/, built once)
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv demo lint fast check test te-venv test-te launch-venv test-slurm bench clean
+.PHONY: venv demo lint fast check test te-venv test-te launch-venv test-slurm test-extras bench \
+        clean
 
 venv: $(STAMP)
 
@@ -42,10 +43,12 @@ TE_PY := $(TE_VENV)/bin/python
 TE_STAMP := $(TE_VENV)/.stamp
 TE_VERSION ?= 2.20.2
 SITE := import site; print(site.getsitepackages()[0])
+# What .venv has is there too, its .pth files (this checkout) included.
+SHARED = printf 'import site; site.addsitedir("%s")\n' "$$($(PY) -c "$(SITE)")"
 
 $(TE_STAMP): $(STAMP)
 	$(PY) -m venv $(TE_VENV)
-	$(PY) -c "$(SITE)" > "$$($(TE_PY) -c "$(SITE)")/zz_shared.pth"
+	$(SHARED) > "$$($(TE_PY) -c "$(SITE)")/zz_shared.pth"
 	$(TE_PY) -m pip install --quiet --no-deps transformer-engine==$(TE_VERSION)
 	$(TE_PY) -m pip install --quiet pydantic einops onnxscript
 	@touch $@
@@ -62,8 +65,8 @@ LAUNCH_STAMP := $(LAUNCH_VENV)/.stamp
 
 $(LAUNCH_STAMP): $(STAMP)
 	$(PY) -m venv $(LAUNCH_VENV)
-	$(PY) -c "$(SITE)" > "$$($(LAUNCH_PY) -c "$(SITE)")/zz_shared.pth"
-	$(LAUNCH_PY) -m pip install --quiet 'nemo-run>=0.11,<0.12' 'leptonai<0.47' pyyaml
+	$(SHARED) > "$$($(LAUNCH_PY) -c "$(SITE)")/zz_shared.pth"
+	$(LAUNCH_PY) -m pip install --quiet 'nemo-run>=0.11,<0.12' 'leptonai<0.47' 'pyyaml>=6'
 	printf '#!%s\nfrom torch.distributed.run import main\nmain()\n' "$$($(LAUNCH_PY) -c \
 	  'import sys; print(sys.executable)')" > $(LAUNCH_VENV)/bin/torchrun
 	chmod +x $(LAUNCH_VENV)/bin/torchrun
@@ -75,6 +78,10 @@ launch-venv: $(LAUNCH_STAMP)
 test-slurm: launch-venv
 	bash scripts/install_slurm.sh
 	$(LAUNCH_PY) -m pytest -q --no-showlocals tests/slurm
+
+# Every extra in a fresh environment, one after another; not part of CI (7 GB at a time, 20 minutes).
+test-extras: venv
+	$(PY) scripts/check_extras.py
 
 # convert_slice.py is left out: it writes 20 GB.
 BENCHMARKS := train_step newton_schulz optimizer_step activation_fp8 convert

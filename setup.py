@@ -4,19 +4,47 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+NEMO_RUN = ["nemo-run>=0.11,<0.12", "leptonai<0.47", "pyyaml>=6"]
+
 EXTRAS = {
     # Transformer Engine modules, FP8 (needs a CUDA toolchain; the CPU path does without).
     # nvidia-ml-py: Megatron's activation offload needs it and does not declare it.
     "te": ["transformer-engine[pytorch]>=2.14,<3", "nvidia-ml-py"],
     # Launching on Slurm or locally through NeMo-Run, which imports a module leptonai 0.47 dropped.
-    "launch": ["nemo-run>=0.11,<0.12", "leptonai<0.47", "pyyaml>=6"],
-    # Megatron-Bridge configs (installs with --no-deps only, see docs).
-    "bridge": ["megatron-bridge>=0.6.2,<0.7"],
-    # nemo-toolkit's recipe style; an environment of its own.
-    "nemo": ["nemo-toolkit[llm]>=2.7,<2.8"],
+    "launch": NEMO_RUN,
+    # What Megatron-Bridge's configs import. Itself it installs with --no-deps only, first:
+    # one of its dependencies wants torch, and a CUDA toolchain, while it is built.
+    "bridge": [
+        "transformers>=5.8,<=5.12.1",
+        "nvidia-modelopt",
+        "datasets>=2.20",
+        "accelerate",
+        "peft>=0.18.1",
+        "einops",
+        "diffusers>=0.36",
+        "megatron-energon",
+        "wandb==0.29.0",
+        "omegaconf>=2.3",
+    ],
+    # nemo-toolkit's recipes, in an environment of its own (transformers 4.57). Not its extra llm,
+    # which brings an nvidia-resiliency-ext that makes Megatron's import fail; the rest of that.
+    "nemo": [
+        "nemo-toolkit[lightning]>=2.7,<2.8",
+        "nvidia-modelopt==0.37.0",
+        "multi-storage-client>=0.21",
+        "boto3",
+        "datasets",
+        "einops",
+        "nvtx",
+        "sentencepiece<1",
+        "tensorstore<0.1.72",
+        "zarr>=2.18.2,<3",
+        "pandas",
+        "tiktoken==0.7.0",
+        *NEMO_RUN,
+    ],
     # Tokenizers, and transformers as reader of what we export.
     "data": ["tokenizers>=0.21", "tiktoken>=0.9", "transformers>=5,<6"],
-    "rl": [],
     "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.9", "mypy>=1.15"],
 }
 

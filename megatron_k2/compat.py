@@ -29,6 +29,9 @@ MINIMUM_TE_VERSION = (2, 14)
 extra asks for. Tested over stand-ins for its kernels: 2.17.1 and 2.20.2."""
 MINIMUM_TE_TEXT = ".".join(map(str, MINIMUM_TE_VERSION))
 
+MINIMUM_NVRX_VERSION = (0, 6)
+"""Megatron looks for it while it is imported, and an older one ends that with an error."""
+
 
 def installed_version(distribution: str) -> str | None:
     """Version of an installed distribution, or ``None``."""
@@ -42,7 +45,7 @@ def require_checked_megatron() -> str:
     """The installed Megatron-Core version.
 
     Raises:
-        UserError: if it is absent or was not checked.
+        UserError: if it is absent, was not checked, or cannot be imported beside what is installed.
     """
     version = installed_version("megatron-core")
     if version is None:
@@ -53,15 +56,29 @@ def require_checked_megatron() -> str:
             f"{', '.join(CHECKED_MEGATRON_VERSIONS)}; "
             f"pip install megatron-core=={CHECKED_MEGATRON_VERSIONS[-1]}"
         )
+    if fault := resiliency_extension_fault(installed_version("nvidia-resiliency-ext")):
+        raise UserError(fault)
     return version
+
+
+def resiliency_extension_fault(version: str | None) -> str:
+    """Why Megatron-Core cannot be imported beside this nvidia-resiliency-ext; "" where it can."""
+    if version is None or release(version) >= MINIMUM_NVRX_VERSION:
+        return ""
+    minimum = ".".join(map(str, MINIMUM_NVRX_VERSION))
+    return (
+        f"nvidia-resiliency-ext {version} makes the import of megatron-core fail, which wants "
+        f"{minimum} or none (nemo-toolkit[llm] brings it); pip uninstall nvidia-resiliency-ext"
+    )
 
 
 def has_sound_transformer_engine(version: str | None) -> bool:
     """Whether ``version`` of Transformer Engine is one that the model's modules can use."""
-    return version is not None and _release(version) >= MINIMUM_TE_VERSION
+    return version is not None and release(version) >= MINIMUM_TE_VERSION
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
+    """Major and minor version."""
     return tuple(int(part) for part in version.split(".")[:2])
 
 

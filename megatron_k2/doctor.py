@@ -20,6 +20,8 @@ from megatron_k2.compat import (
     MINIMUM_TE_TEXT,
     has_sound_transformer_engine,
     installed_version,
+    release,
+    resiliency_extension_fault,
 )
 
 MINIMUM_PYTHON = (3, 12)
@@ -32,7 +34,9 @@ DISTRIBUTIONS = {
     "apex": "apex",
     "triton": "triton",
     "NeMo-Run": "nemo-run",
+    "leptonai": "leptonai",
     "Megatron-Bridge": "megatron-bridge",
+    "nvidia-resiliency-ext": "nvidia-resiliency-ext",
     "transformers": "transformers",
     "tokenizers": "tokenizers",
     "tiktoken": "tiktoken",
@@ -158,6 +162,8 @@ def problems(machine: Machine) -> list[str]:
             f"megatron-core {megatron} was not checked (checked: "
             f"{', '.join(CHECKED_MEGATRON_VERSIONS)}); pip install megatron-core=={checked}"
         )
+    if fault := resiliency_extension_fault(machine.versions["nvidia-resiliency-ext"]):
+        found.append(fault)
     if not machine.has("emerging-optimizers"):
         found.append(
             "emerging-optimizers is not installed, and Megatron's optimizer registry opens only "
@@ -170,12 +176,17 @@ def _feature(name: str, is_on: bool, rests_on: str, way: str) -> Feature:
     return Feature(name, is_on, rests_on if is_on else way)
 
 
+NEEDS_GPU = "needs an NVIDIA GPU and a CUDA build of torch"
+
+
 def features(machine: Machine) -> list[Feature]:
     """What this machine turns on and off."""
-    torch, cuda, has = machine.torch, machine.has_cuda, machine.has
+    return [*_training(machine), *_kernels(machine), *_companions(machine)]
+
+
+def _training(machine: Machine) -> list[Feature]:
+    torch, cuda = machine.torch, machine.has_cuda
     is_sound = not problems(machine)
-    gpu = "needs an NVIDIA GPU and a CUDA build of torch"
-    fused = "Transformer Engine" if has("Transformer Engine") else "apex"
     return [
         _feature(
             "training on CPU",
@@ -187,26 +198,34 @@ def features(machine: Machine) -> list[Feature]:
             "training on GPUs",
             is_sound and cuda and torch is not None and torch.has_nccl,
             f"NCCL, {len(torch.devices) if torch else 0} device(s)",
-            "see the problems below" if cuda else gpu,
+            "see the problems below" if cuda else NEEDS_GPU,
         ),
+    ]
+
+
+def _kernels(machine: Machine) -> list[Feature]:
+    """What makes it faster or smaller, most of it on GPUs only."""
+    cuda, has = machine.has_cuda, machine.has
+    te_version = machine.versions["Transformer Engine"]
+    return [
         _feature(
             "fused AdamW",
             cuda and (has("Transformer Engine") or has("apex")),
-            fused,
-            "pip install -e '.[te]'; torch's AdamW serves until then" if cuda else gpu,
+            "Transformer Engine" if has("Transformer Engine") else "apex",
+            "pip install -e '.[te]'; torch's AdamW serves until then" if cuda else NEEDS_GPU,
         ),
         _feature(
             "Transformer Engine modules and FP8 compute",
-            cuda and has_sound_transformer_engine(machine.versions["Transformer Engine"]),
-            f"transformer-engine {machine.versions['Transformer Engine']}",
+            cuda and has_sound_transformer_engine(te_version),
+            f"transformer-engine {te_version}",
             f"pip install 'transformer-engine[pytorch]>={MINIMUM_TE_TEXT},<3'; the local modules "
             "serve until then"
             if cuda
-            else gpu,
+            else NEEDS_GPU,
         ),
         _feature(
             "FP8 storage of activations",
-            is_sound,
+            not problems(machine),
             "Triton kernels where the GPU has E4M3" if cuda and has("triton") else "plain torch",
             "see the problems below",
         ),
@@ -214,35 +233,56 @@ def features(machine: Machine) -> list[Feature]:
             "symmetric products in Triton",
             cuda and has("triton"),
             "Newton-Schulz computes one triangle",
-            "pip install triton; the plain products serve until then" if cuda else gpu,
+            "pip install triton; the plain products serve until then" if cuda else NEEDS_GPU,
         ),
         _feature(
             "Megatron's compiled fusions",
             cuda and has("triton") and machine.c_compiler is not None,
             f"torch.compile with triton and {machine.c_compiler}",
-            "pip install triton, and a C compiler (apt-get install gcc)" if cuda else gpu,
+            "pip install triton, and a C compiler (apt-get install gcc)" if cuda else NEEDS_GPU,
         ),
+    ]
+
+
+COMPANIONS = (
+    (
+        "Hugging Face tokenizers and --train-bpe",
+        "tokenizers",
+        "tokenizers",
+        "pip install -e '.[data]'",
+    ),
+    ("K2's own tokenizer", "tiktoken", "tiktoken", "pip install -e '.[data]'"),
+    (
+        "loading exports in transformers",
+        "transformers",
+        "transformers; exporting itself does without",
+        "pip install -e '.[data]'; exporting itself does without",
+    ),
+    (
+        "Megatron-Bridge configs",
+        "Megatron-Bridge",
+        "megatron-bridge",
+        "pip install --no-deps 'megatron-bridge>=0.6.2,<0.7'",
+    ),
+)
+"""(feature, the distribution that gives it, what it rests on, the way to get it)."""
+
+
+LEPTONAI_WITHOUT_V1 = (0, 47)
+"""The first leptonai without the module that NeMo-Run imports."""
+
+
+def _companions(machine: Machine) -> list[Feature]:
+    leptonai = machine.versions["leptonai"]
+    has_v1 = leptonai is None or release(leptonai) < LEPTONAI_WITHOUT_V1
+    return [
+        *(_feature(name, machine.has(on), note, way) for name, on, note, way in COMPANIONS),
         _feature(
-            "Hugging Face tokenizers and --train-bpe",
-            has("tokenizers"),
-            "tokenizers",
-            "pip install -e '.[data]'",
-        ),
-        _feature("K2's own tokenizer", has("tiktoken"), "tiktoken", "pip install -e '.[data]'"),
-        _feature(
-            "loading exports in transformers",
-            has("transformers"),
-            "transformers; exporting itself does without",
-            "pip install -e '.[data]'; exporting itself does without",
-        ),
-        _feature(
-            "launching through NeMo-Run", has("NeMo-Run"), "nemo-run", "pip install -e '.[launch]'"
-        ),
-        _feature(
-            "Megatron-Bridge configs",
-            has("Megatron-Bridge"),
-            "megatron-bridge",
-            "pip install --no-deps 'megatron-bridge>=0.6.2,<0.7'",
+            "launching through NeMo-Run",
+            machine.has("NeMo-Run") and has_v1,
+            "nemo-run",
+            "pip install -e '.[launch]'"
+            + ("" if has_v1 else f"; leptonai {leptonai} makes NeMo-Run's import fail"),
         ),
     ]
 

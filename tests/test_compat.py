@@ -84,6 +84,19 @@ def test_every_repair_refuses_a_version_it_was_not_checked_against(
         repair()
 
 
+@pytest.mark.parametrize(
+    ("found", "is_refused"), [(None, False), ("0.4.1", True), ("0.6.0", False)]
+)
+def test_an_extension_that_breaks_megatrons_import_is_refused(found, is_refused, monkeypatch):
+    versions = {"megatron-core": "0.19.2", "nvidia-resiliency-ext": found}
+    monkeypatch.setattr(compat, "installed_version", versions.get)
+    if not is_refused:
+        assert compat.require_checked_megatron() == "0.19.2"
+        return
+    with pytest.raises(UserError, match=r"0\.4\.1 makes .* pip uninstall nvidia-resiliency-ext"):
+        compat.require_checked_megatron()
+
+
 @pytest.mark.usefixtures("original")
 def test_upstream_still_ships_no_makefile_to_compile_its_helpers_with(capfd):
     import megatron.core.datasets.utils as dataset_utils
@@ -237,6 +250,17 @@ def test_a_repair_applied_twice_is_applied_once():
     assert all(getattr(DistributedOptimizer, name) is getattr(once, name) for name in REPAIRED)
 
 
+def _in_a_process(program):
+    """What ``program`` did as a process of its own; output is read until its children end too."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.mark.slow
 def test_megatrons_norm_recomputation_still_needs_transformer_engine():
     """If this fails, upstream has been repaired: drop ``compat.recompute_without_te``."""
@@ -264,13 +288,7 @@ def test_megatrons_norm_recomputation_still_needs_transformer_engine():
         "    expected = 4 * torch.ones(3).mul(4).exp()\n"
         "    torch.testing.assert_close(run(), expected)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = _in_a_process(program)
     assert done.returncode == 0, done.stderr
 
 
@@ -316,13 +334,7 @@ def test_the_queue_ends_with_a_rank_that_is_killed():
         "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
+    done = _in_a_process(program)
     assert done.returncode == -signal.SIGKILL
     left_over = int(done.stdout)
     for _ in range(50):

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 from megatron_k2.cli.launch_jobs import ACTIONS
 
 if TYPE_CHECKING:
+    from megatron_k2.launch.cluster import Cluster
     from megatron_k2.launch.graph import Run
     from megatron_k2.launch.recipe import Recipe
-    from megatron_k2.launch.slurm import Cluster
 
 CLUSTER_FLAGS = ("account", "partition", "container", "time")
+ONLY_SLURM = ("profile", "nodes", "mounts", *CLUSTER_FLAGS)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,7 +53,7 @@ def _cluster(arguments: argparse.Namespace) -> "Cluster":
     from dataclasses import replace
     from pathlib import Path
 
-    from megatron_k2.launch.slurm import Cluster, read_profile
+    from megatron_k2.launch.cluster import Cluster, read_profile
 
     profile = read_profile(Path(arguments.profile)) if arguments.profile else Cluster()
     typed = {name: value for name in CLUSTER_FLAGS if (value := getattr(arguments, name))}
@@ -128,35 +129,66 @@ def _chain(recipes: list["Recipe"], arguments: argparse.Namespace) -> list["Run"
     return places(recipes, Path(arguments.save or "runs"))
 
 
+def _check_executor(arguments: argparse.Namespace) -> None:
+    from megatron_k2.errors import UserError
+
+    given = [name for name in ONLY_SLURM if getattr(arguments, name) is not None]
+    if arguments.executor == "local" and given:
+        raise UserError(
+            f"--{given[0]} with --executor local: only Slurm asks for it; drop it, or use "
+            "--executor slurm"
+        )
+    if arguments.detach and not arguments.nemo_run:
+        raise UserError(
+            "--detach without --nemo-run: sbatch returns at once anyway, and --executor local "
+            "waits; drop it, or add --nemo-run"
+        )
+
+
 def _launch(runs: list["Run"], arguments: argparse.Namespace) -> int:
     from megatron_k2.launch.slurm import render
     from megatron_k2.launch.table import rows, shown
 
+    _check_executor(arguments)
     cluster = _cluster(arguments) if arguments.executor == "slurm" else None
     scripts = [render(*run, cluster, arguments.nodes) for run in runs] if cluster else []
     for recipe, save, start_from in runs:
         table = shown(rows(recipe, arguments.set, save, start_from))
         print(f"{recipe.name}\n\n{table}\n", flush=True)
-    if arguments.dry_run:
-        if len(scripts) == 1:
-            print(scripts[0], end="")
-        return 0
     if arguments.nemo_run:
-        from megatron_k2.launch.nemo_tasks import run_experiment
-
-        name = run_experiment(runs, arguments.set, cluster, waits=not arguments.detach)
-        print(f"experiment {name}; nemo experiment status {name}")
+        return _through_nemo_run(runs, arguments, cluster)
+    if arguments.dry_run:
+        print("\n".join(scripts), end="")
         return 0
     if cluster:
-        from megatron_k2.launch.graph import submit_chain
-
-        jobs = submit_chain(runs, scripts, arguments.set)
-        print(f"submitted {' -> '.join(jobs) or 'nothing: done before'}")
-        print(f"megatron-k2 launch status|logs|cancel {arguments.recipe}")
-        return 0
+        return _submit(runs, scripts, arguments)
     from megatron_k2.launch.graph import chain_summary, run_chain
 
     code = run_chain(runs, arguments.set)
     if len(runs) > 1:
         print(f"\n{chain_summary(runs)}")
     return code
+
+
+def _through_nemo_run(
+    runs: list["Run"], arguments: argparse.Namespace, cluster: "Cluster | None"
+) -> int:
+    from megatron_k2.launch.nemo_tasks import run_experiment, show_experiment
+
+    if arguments.dry_run:
+        show_experiment(runs, arguments.set, cluster, force=arguments.force)
+        return 0
+    waits = not arguments.detach
+    name = run_experiment(runs, arguments.set, cluster, waits=waits, force=arguments.force)
+    print(f"experiment {name}; nemo experiment status {name}")
+    return 0
+
+
+def _submit(runs: list["Run"], scripts: list[str], arguments: argparse.Namespace) -> int:
+    from megatron_k2.launch.graph import submit_chain
+
+    jobs = submit_chain(runs, scripts, arguments.set)
+    print(f"submitted {' -> '.join(jobs) or 'nothing: done before'}")
+    place = f" --save {arguments.save}" if arguments.save else ""
+    print(f"megatron-k2 launch status|logs|cancel {arguments.recipe}{place}")
+    return 0

@@ -45,6 +45,9 @@ def _status(recipe: "Recipe", save: str) -> None:
     from megatron_k2.launch.jobs import jobs_of, log_path, states
     from megatron_k2.training.metrics import METRICS_FILE, read_records
 
+    if not Path(save).is_dir():
+        print(f"{recipe.name}: not launched here, there is no {save}; --save DIR says where it is")
+        return
     print(f"{recipe.name}: saved at step {steps_saved(Path(save)):,} of {recipe.steps:,}")
     if records := read_records(Path(save) / METRICS_FILE):
         last = records[-1]

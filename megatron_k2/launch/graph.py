@@ -8,7 +8,7 @@ it has ended well; a job that queues itself again has not ended yet.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_k2.launch.local import run_local, write_record
+from megatron_k2.launch.local import check_start, run_local, write_record
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.launch.slurm import submit
 from megatron_k2.training.metrics import METRICS_FILE, read_records
@@ -71,12 +71,14 @@ def submit_chain(runs: Sequence[Run], scripts: Sequence[str], changed: list[str]
         changed: assignments of ``--set``, for the record.
 
     Raises:
-        UserError: from ``slurm.submit``.
+        UserError: without a checkpoint to start from, or from ``slurm.submit``.
     """
     jobs: list[str] = []
     for run, script in zip(runs, scripts, strict=True):
         if not is_done(run):
             recipe, save, start_from = run
+            if not jobs:  # the others start from what these leave
+                check_start(recipe, save, start_from)
             jobs.append(submit(script, save, after=jobs[-1] if jobs else None))
             write_record(recipe, save, start_from, changed)
     return jobs

@@ -11,7 +11,10 @@ from pathlib import Path
 from megatron_k2.errors import UserError
 
 JOBS = "slurm/jobs.jsonl"
-ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
+ENDED = (
+    *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY"),
+    "DEADLINE",
+)
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,16 @@ def states(jobs: list[Job]) -> dict[str, State]:
     """Each job's state by its number, from ``sacct``; of a requeued job its last start's.
 
     Raises:
-        UserError: without sacct, or with its own words where it fails.
+        UserError: without sacct, or with its own words where it fails, as without accounting.
     """
     if not jobs:
         return {}
     numbers = ",".join(job.number for job in jobs)
     columns = "--format=JobID,State,Elapsed"
-    lines = _ask("sacct", "-X", "--noheader", "--parsable2", columns, f"--jobs={numbers}")
+    try:
+        lines = _ask("sacct", "-X", "--noheader", "--parsable2", columns, f"--jobs={numbers}")
+    except UserError as error:
+        raise UserError(f"{error}; by hand: squeue --jobs {numbers}, scancel {numbers}") from None
     found = {}
     for line in lines.splitlines():
         number, state, elapsed = line.split("|")

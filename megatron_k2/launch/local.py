@@ -42,11 +42,11 @@ def write_record(recipe: Recipe, save: str, start_from: str | None, changed: lis
     return path
 
 
-def run_local(recipe: Recipe, save: str, start_from: str | None, changed: list[str]) -> int:
-    """Train ``recipe`` here and wait, again after each rollback; returns the exit code.
+def check_fits_here(recipe: Recipe) -> None:
+    """Refuse to start a recipe of a cluster on this machine.
 
     Raises:
-        UserError: for a recipe of a cluster, or flags that cannot run.
+        UserError: naming its twin.
     """
     if not recipe.is_cpu:
         phase = recipe.phase.name.replace("-", "_")
@@ -54,12 +54,28 @@ def run_local(recipe: Recipe, save: str, start_from: str | None, changed: list[s
             f"{recipe.name} needs {recipe.layout.world_size} GPUs: --executor slurm; its twin "
             f"for this machine is {recipe.name.split('_' + phase)[0]}_{phase}_cpu"
         )
-    has_start = any((Path(run) / TRACKER).is_file() for run in (save, start_from or save))
-    if start_from is not None and not has_start:
-        raise UserError(
-            f"{start_from} has no checkpoint to start from; run {recipe.previous} first, or "
-            "--start-from DIR"
-        )
+
+
+def check_start(recipe: Recipe, save: str, start_from: str | None) -> None:
+    """Refuse a run that starts from a checkpoint which is not there.
+
+    Raises:
+        UserError: naming the recipe that leaves it.
+    """
+    if start_from is None or any((Path(d) / TRACKER).is_file() for d in (save, start_from)):
+        return
+    first = f"run {recipe.previous} first, or " if recipe.previous else ""
+    raise UserError(f"{start_from} has no checkpoint to start from; {first}--start-from DIR")
+
+
+def run_local(recipe: Recipe, save: str, start_from: str | None, changed: list[str]) -> int:
+    """Train ``recipe`` here and wait, again after each rollback; returns the exit code.
+
+    Raises:
+        UserError: for a recipe of a cluster, or flags that cannot run.
+    """
+    check_fits_here(recipe)
+    check_start(recipe, save, start_from)
     check_run(recipe.to_megatron_args(save, start_from), recipe.layout.world_size)
     write_record(recipe, save, start_from, changed)
     flags = recipe.pretrain_flags(save, start_from)

@@ -5,25 +5,36 @@ a ``run.Partial`` of ``train_recipe``, which names its recipe, so that what NeMo
 beside the experiment is a handful of words.
 
 NeMo-Run's own sbatch script queues a job again when it fails, up to ``max_retries``; ours
-(``launch/slurm.py``) when it was interrupted and has saved. Both resume from the last checkpoint.
+(``launch/slurm.py``) when it was interrupted. So a task that ends before its last step ends with an
+error here. Both resume from the last checkpoint, and both check the nodes at every start.
 """
 
 import os
 import shutil
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_k2.errors import UserError
+from megatron_k2.launch.cluster import Cluster
 from megatron_k2.launch.environment import cluster_environment
-from megatron_k2.launch.graph import Run, is_done
+from megatron_k2.launch.graph import Run, is_done, steps_saved
+from megatron_k2.launch.local import check_fits_here, check_start, write_record
 from megatron_k2.launch.recipe import Recipe
-from megatron_k2.launch.slurm import Cluster, num_nodes
+from megatron_k2.launch.slurm import check_arguments, num_nodes
 
 MAX_RETRIES = 3
 """Starts after a failure. Ours."""
 
-SLURM_RANKS = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+SLURM_RANKS = {
+    "RANK": "SLURM_PROCID",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "WORLD_SIZE": "SLURM_NTASKS",
+    "MASTER_ADDR": "SLURM_LAUNCH_NODE_IPADDR",
+}
 
 
 def train_recipe(
@@ -42,25 +53,67 @@ def train_recipe(
         overrides: assignments of ``--set``.
         force: also where the planner says it does not fit.
     """
-    from megatron_k2.launch.local import write_record
     from megatron_k2.launch.overrides import apply
     from megatron_k2.recipes import get_recipe
-    from megatron_k2.training.pretrain import run
+    from megatron_k2.training.pretrain import run, single_process_environment
 
-    for name, slurms in SLURM_RANKS.items():
-        if name not in os.environ and slurms in os.environ:
-            os.environ[name] = os.environ[slurms]
-    os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-    if "SLURM_JOB_ID" in os.environ:
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
     chosen = apply(get_recipe(recipe), overrides or [], force=force)
-    if os.environ.get("RANK", "0") == "0":
+    flags = chosen.pretrain_flags(save, start_from)
+    _take_slurms_ranks()
+    single_process_environment()
+    check_nodes(chosen, flags)
+    if os.environ["RANK"] == "0":
         write_record(chosen, save, start_from, overrides or [])
-    run(chosen.pretrain_flags(save, start_from))
+    try:
+        run(flags)
+    except SystemExit as end:  # Megatron's way out after a signal and a save
+        if end.code:
+            raise
+    if os.environ["RANK"] == "0" and (step := steps_saved(Path(save))) < chosen.steps:
+        sys.exit(f"ended at step {step} of {chosen.steps}: to be started again")
 
 
-def task(recipe: str, save: str, start_from: str | None, overrides: Sequence[str] = ()) -> Any:
-    """A ``run.Partial`` of ``train_recipe``.
+def _take_slurms_ranks() -> None:
+    """Where srun started this process: the variables that torchrun would have set."""
+    if "SLURM_PROCID" not in os.environ or "RANK" in os.environ:
+        return
+    job = int(os.environ["SLURM_JOB_ID"])
+    os.environ |= {name: os.environ[slurms] for name, slurms in SLURM_RANKS.items()}
+    os.environ.setdefault("MASTER_PORT", str(20000 + 2 * (job % 10000)))
+
+
+def check_nodes(recipe: Recipe, flags: list[str]) -> None:
+    """``launch/node_check.py`` beside this rank, with what the plain script gives it.
+
+    A process of its own gives back its GPU and process groups. It meets the others one port above
+    the training's, lest a rank that is through finds the check's store there; under torchrun at
+    torchrun's store.
+
+    Raises:
+        SystemExit: with its code, where it found something; it has said what.
+    """
+    program = [sys.executable, "-m", "megatron_k2.launch.node_check"]
+    port = int(os.environ["MASTER_PORT"])
+    if "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+        port += 1
+    done = subprocess.run(
+        [*program, *check_arguments(recipe), *flags],
+        env=os.environ | {"MASTER_PORT": str(port)},
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def task(
+    recipe: str,
+    save: str,
+    start_from: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    force: bool = False,
+) -> Any:
+    """A ``run.Partial`` of ``train_recipe``, whose arguments these are.
 
     Raises:
         UserError: without NeMo-Run.
@@ -71,6 +124,7 @@ def task(recipe: str, save: str, start_from: str | None, overrides: Sequence[str
         save=os.path.abspath(save),
         start_from=os.path.abspath(start_from) if start_from else None,
         overrides=list(overrides),
+        force=force,
     )
 
 
@@ -95,6 +149,7 @@ def slurm_executor(recipe: Recipe, cluster: Cluster, base: Path) -> Any:
         account=cluster.account,
         partition=cluster.partition,
         time=cluster.time,
+        signal=f"TERM@{cluster.seconds_to_save}",  # to the ranks; the task then ends with an error
         nodes=nodes,
         ntasks_per_node=tasks,
         container_image=cluster.container,
@@ -113,8 +168,9 @@ def local_executor(recipe: Recipe) -> Any:
     """A ``run.LocalExecutor`` with torchrun where there are several ranks.
 
     Raises:
-        UserError: without NeMo-Run, or torchrun on PATH where it is needed.
+        UserError: for a recipe of a cluster; without NeMo-Run, or torchrun where it is needed.
     """
+    check_fits_here(recipe)
     size = recipe.layout.world_size
     if size > 1 and shutil.which("torchrun") is None:
         raise UserError("NeMo-Run starts torchrun, which is not on PATH: activate the environment")
@@ -125,42 +181,79 @@ def local_executor(recipe: Recipe) -> Any:
     )
 
 
-def run_experiment(
-    runs: Sequence[Run], overrides: Sequence[str], cluster: Cluster | None, *, waits: bool
-) -> str:
-    """One experiment: a task for every run that is not done, each after the one before it.
-
-    Args:
-        runs: in order; NeMo-Run's own directory is ``nemo`` beside the first's.
-        overrides: of ``--set``, already applied to ``runs``.
-        cluster: a Slurm's; ``None`` runs here.
-        waits: return when all have ended, with their log on the terminal; else at once.
-
-    Returns:
-        The experiment's id, for ``nemo experiment status`` and its like.
-
-    Raises:
-        UserError: without NeMo-Run, or when a run fell short and ``waits``.
-    """
+@contextmanager
+def _experiment(
+    runs: Sequence[Run], overrides: Sequence[str], cluster: Cluster | None, *, force: bool
+) -> Iterator[Any]:
+    """A task for every run that is not done, each after the one before it."""
     run = nemo_run()
-    # Not "nemo_run": without a container NeMo-Run writes the job's directory over that name.
-    base = Path(runs[0][1]).parent / "nemo"
-    with run.Experiment(
-        "megatron_k2", base_dir=str(base.absolute()), clean_mode=True
-    ) as experiment:
+    base = _base(runs).absolute()
+    with run.Experiment("megatron_k2", base_dir=str(base), clean_mode=True) as experiment:
         before: list[str] = []
         for recipe, save, start_from in (one for one in runs if not is_done(one)):
             executor = slurm_executor(recipe, cluster, base) if cluster else local_executor(recipe)
-            one = task(recipe.name, save, start_from, overrides)
+            one = task(recipe.name, save, start_from, overrides, force=force)
             before = [
                 experiment.add(
                     one, executor=executor, name=recipe.name, dependencies=before or None
                 )
             ]
+        yield experiment
+
+
+def _base(runs: Sequence[Run]) -> Path:
+    """NeMo-Run's own directory, beside the first run's.
+
+    Not "nemo_run": without a container NeMo-Run writes the job's directory over that name.
+    """
+    return Path(runs[0][1]).parent / "nemo"
+
+
+def show_experiment(
+    runs: Sequence[Run], overrides: Sequence[str], cluster: Cluster | None, *, force: bool = False
+) -> None:
+    """Print what NeMo-Run would start: its own sbatch scripts, or its local commands.
+
+    Raises:
+        UserError: without NeMo-Run, or from the executors.
+    """
+    with _experiment(runs, overrides, cluster, force=force) as experiment:
+        experiment.dryrun()
+
+
+def run_experiment(
+    runs: Sequence[Run],
+    overrides: Sequence[str],
+    cluster: Cluster | None,
+    *,
+    waits: bool,
+    force: bool = False,
+) -> str:
+    """One experiment: a task for every run that is not done, each after the one before it.
+
+    Args:
+        runs: in order.
+        overrides: of ``--set``, already applied to ``runs``.
+        cluster: a Slurm's; ``None`` runs here.
+        waits: return when all have ended, with their log on the terminal; else at once.
+        force: was given when they were applied.
+
+    Returns:
+        The experiment's id, for ``nemo experiment status`` and its like.
+
+    Raises:
+        UserError: without NeMo-Run, a checkpoint to start from, or when a run fell short and
+            ``waits``.
+    """
+    for recipe, save, start_from in [one for one in runs if not is_done(one)][:1]:
+        check_start(recipe, save, start_from)  # the others start from what this one leaves
+    with _experiment(runs, overrides, cluster, force=force) as experiment:
         experiment.run(sequential=cluster is None, detach=not waits, tail_logs=waits)
     # NeMo-Run does not know how a local task ended; the checkpoint does.
     if waits and (short := [one[0].name for one in runs if not is_done(one)]):
-        raise UserError(f"{', '.join(short)} did not reach the last step; logs are below {base}")
+        raise UserError(
+            f"{', '.join(short)} did not reach the last step; logs are below {_base(runs)}"
+        )
     return str(experiment._id)
 
 

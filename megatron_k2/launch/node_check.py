@@ -125,14 +125,36 @@ def _agreed(
     return answer
 
 
+def _master() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def _meeting_place(rank: int, world: int, seconds: float) -> Any:
+    """The store at ``MASTER_ADDR``: rank 0's own, or torchrun's, where each start has its keys."""
+    from torch.distributed import PrefixStore, TCPStore
+
+    has_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world,
+        rank == 0 and not has_torchruns,
+        timeout=timedelta(seconds=seconds),
+        wait_for_workers=False,
+    )
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"node_check/{start}", store)
+
+
 def _of_rank(store: Any, key: str, rank: int) -> bytes:
     import torch
 
     try:
         found: bytes = store.get(f"{key}/{rank}")
     except torch.distributed.DistStoreError:
-        master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"rank {rank} has not come to {master}: its node's log says why") from None
+        raise UserError(
+            f"rank {rank} has not come to {_master()}: its node's log says why"
+        ) from None
     return found
 
 
@@ -150,12 +172,8 @@ def check(argv: list[str]) -> int:
     wanted, training = _arguments(argv)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     flags = read_flags(expand(training, cuda=torch.cuda.is_available()))
-    master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    limit = timedelta(seconds=wanted.seconds)
-    with within(wanted.seconds + 30, f"meeting the other ranks at {master[0]}:{master[1]}"):
-        store = torch.distributed.TCPStore(
-            *master, world, rank == 0, timeout=limit, wait_for_workers=False
-        )
+    with within(wanted.seconds + 30, f"meeting the other ranks at {_master()}"):
+        store = _meeting_place(rank, world, wanted.seconds)
         mine = asdict(look(rank, wanted, flags.save))
         if _agreed(
             store, "facts", rank, mine, lambda all_: verdict([NodeFacts(**one) for one in all_])

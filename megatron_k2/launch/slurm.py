@@ -1,21 +1,21 @@
 """A recipe as one plain sbatch script, and its submission.
 
 One task a GPU, started by srun, so that a signal reaches every rank. Nodes are checked first
-(``launch/node_check.py``). The script ends in one of
-three ways: the run is done; a rank failed (the job fails with it); or the run ended early and well,
-which is a signal before the time limit or before preemption: it saved, so the job queues itself
-again. Lost nodes are Slurm's to requeue. The same ``--save`` makes every start a resume.
+(``launch/node_check.py``). The script ends in one of four ways: the run is done; it was preempted,
+before its first step or after, and the job queues itself again; it ended early and well, which is a
+signal before the time limit, and has saved: likewise; or a rank failed, and the job fails with it.
+Lost nodes are Slurm's to requeue. The same ``--save`` makes every start a resume.
 """
 
-import re
+import hashlib
+import os
 import shlex
 import shutil
 import subprocess
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from megatron_k2.errors import UserError
+from megatron_k2.launch.cluster import Cluster
 from megatron_k2.launch.environment import cluster_environment
 from megatron_k2.launch.jobs import note
 from megatron_k2.launch.recipe import Recipe
@@ -24,84 +24,34 @@ from megatron_k2.planning.memory import MUON_STATE_BYTES, WEIGHT_BYTES
 from megatron_k2.planning.params import count_parameters
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """What a site adds to a recipe; from a YAML profile, from flags, flags last."""
-
-    account: str | None = None
-    partition: str | None = None
-    time: str = "24:00:00"
-    container: str | None = None
-    """Image for pyxis; without one, ``python`` is the node's own."""
-    mounts: tuple[str, ...] = ()
-    """``from:to``, for the container."""
-    python: str = "python"
-    seconds_to_save: int = 600
-    """Between the signal and the time limit: one step and one checkpoint. Ours."""
-    environment: tuple[tuple[str, str], ...] = ()
-    """(name, value), over ``launch/environment.py``."""
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"(\d+-)?\d{1,2}:\d{2}:\d{2}", self.time):
-            raise UserError(f"--time {self.time}: expected [days-]hours:minutes:seconds")
-        if self.mounts and not self.container:
-            raise UserError("--mounts without --container: there is nothing to mount into")
-
-
-def read_profile(path: Path) -> Cluster:
-    """A cluster's YAML profile: keys are ``Cluster``'s.
-
-    Raises:
-        UserError: without PyYAML or the file, for another shape, or for an unknown key.
-    """
-    try:
-        import yaml
-    except ImportError:
-        raise UserError("--profile needs PyYAML: pip install pyyaml") from None
-    if not path.is_file():
-        raise UserError(f"--profile {path}: no such file")
-    try:
-        read: Any = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"--profile {path}: no YAML: {' '.join(str(error).split())}") from None
-    known = [f.name for f in fields(Cluster)]
-    if not isinstance(read, dict) or not set(read) <= set(known):
-        unknown = ", ".join(sorted(map(str, set(read) - set(known)))) if read else ""
-        raise UserError(f"--profile {path}: {unknown}: expected keys of {', '.join(known)}")
-    pairs = read.pop("environment", None) or {}
-    mounts = read.pop("mounts", None) or ()
-    if not isinstance(pairs, dict) or not isinstance(mounts, (list, tuple)):
-        raise UserError(f"--profile {path}: environment is a map and mounts a list")
-    environment = tuple((str(name), str(value)) for name, value in pairs.items())
-    numbers = {f.name for f in fields(Cluster) if f.type is int}
-    if wrong := [name for name in numbers & set(read) if not isinstance(read[name], int)]:
-        raise UserError(f"--profile {path}: {wrong[0]}: expected a whole number of seconds")
-    words: dict[str, Any] = {k: v if k in numbers else str(v) for k, v in read.items()}
-    return Cluster(**words, mounts=tuple(map(str, mounts)), environment=environment)
-
-
 def num_nodes(recipe: Recipe, asked: int | None = None) -> int:
     """Nodes of eight GPUs, or one of a twin for the CPU; ``asked`` must agree.
 
     Raises:
         UserError: where it does not.
     """
+    nodes = 1 if recipe.is_cpu else -(-recipe.layout.world_size // GPUS_PER_NODE)
+    if asked is None or asked == nodes:
+        return nodes
     if recipe.is_cpu:
-        return 1
-    nodes = -(-recipe.layout.world_size // GPUS_PER_NODE)
-    if asked is not None and asked != nodes:
-        raise UserError(
-            f"--nodes {asked}: {recipe.name} is {recipe.layout.world_size} GPUs on {nodes} nodes; "
-            f"change it by --set layout.world_size={asked * GPUS_PER_NODE}"
-        )
-    return nodes
+        raise UserError(f"--nodes {asked}: {recipe.name} is a twin for the CPU, on one node")
+    raise UserError(
+        f"--nodes {asked}: {recipe.name} is {recipe.layout.world_size} GPUs on {nodes} nodes; "
+        f"change it by --set layout.world_size={asked * GPUS_PER_NODE}"
+    )
+
+
+def job_name(recipe: Recipe, save: str) -> str:
+    """Of every job of one run, and of no other's: jobs of a name run one after another."""
+    digest = hashlib.sha256(os.path.abspath(save).encode()).hexdigest()[:8]
+    return f"{recipe.name}-{digest}"
 
 
 def _header(recipe: Recipe, cluster: Cluster, save: str, nodes: int) -> list[str]:
     tasks = recipe.layout.world_size if nodes == 1 else GPUS_PER_NODE
     on_gpus = {} if recipe.is_cpu else {"gpus-per-node": tasks, "exclusive": ""}
     options = {
-        "job-name": recipe.name,
+        "job-name": job_name(recipe, save),
         "account": cluster.account,
         "partition": cluster.partition,
         "nodes": nodes,
@@ -115,7 +65,7 @@ def _header(recipe: Recipe, cluster: Cluster, save: str, nodes: int) -> list[str
         "dependency": "singleton",
     }
     return [
-        f"#SBATCH --{name}" + (f"={value}" if value != "" else "")
+        f"#SBATCH --{name}" + (f"={shlex.quote(str(value))}" if value != "" else "")
         for name, value in options.items()
         if value is not None
     ]
@@ -163,17 +113,18 @@ def render(
         flags=wrapped(recipe.pretrain_flags(save, start_from)),
         srun=shlex.join(srun),
         python=shlex.quote(cluster.python),
-        check=_check(recipe, num_nodes(recipe, nodes)),
+        check=shlex.join(check_arguments(recipe)),
     )
 
 
-def _check(recipe: Recipe, nodes: int) -> str:
-    """What ``launch/node_check.py`` is to expect."""
-    gpus = 0 if recipe.is_cpu else recipe.layout.world_size // nodes
+def check_arguments(recipe: Recipe) -> list[str]:
+    """What ``launch/node_check.py`` is to expect; the training's flags follow."""
+    ranks = recipe.layout.world_size
+    gpus = 0 if recipe.is_cpu else ranks // num_nodes(recipe)
     parameters = count_parameters(recipe.preset).total
     gigabytes = parameters * (WEIGHT_BYTES + MUON_STATE_BYTES) / 1e9
-    ranks = recipe.layout.world_size
-    return f"--ranks {ranks} --gpus {gpus} --checkpoint-gb {gigabytes:.0f}"
+    wanted = {"ranks": ranks, "gpus": gpus, "checkpoint-gb": f"{gigabytes:.0f}"}
+    return [word for name, value in wanted.items() for word in (f"--{name}", str(value))]
 
 
 TEMPLATE = """\
@@ -199,36 +150,42 @@ flags=(
 step_saved() {{ cat "$save/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }}
 before=$(step_saved)
 
-# Before the time limit: every rank saves and ends (--exit-signal-handler).
-interrupted=0
-trap 'interrupted=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+# Before the time limit Slurm signals this script, which asks every rank to save and end
+# (--exit-signal-handler). Before preemption it asks the ranks itself; the node check has nothing
+# to save and ends with an error, so Slurm is asked why.
+near_limit=0
+trap 'near_limit=1 interrupted=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+is_preempted() {{ [[ $(scontrol show job "$SLURM_JOB_ID") == *PreemptTime=[0-9]* ]]; }}
 
 on_every_rank() {{
   {srun} bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-    exec "$@"' task {python} -m "$@"
+    exec "$@"' task {python} -m "$@" &
+  local ranks=$! ended
+  while true; do
+    interrupted=0
+    wait "$ranks"
+    ended=$?
+    [ "$interrupted" -eq 1 ] || return "$ended"  # a signal ends wait, not the ranks
+  done
 }}
-on_every_rank megatron_k2.launch.node_check {check} "${{flags[@]}}" || exit
 
-on_every_rank megatron_k2.training.pretrain "${{flags[@]}}" &
-ranks=$!
-while true; do
-  interrupted=0
-  wait "$ranks"
-  status=$?
-  [ "$interrupted" -eq 1 ] || break  # a signal ends wait, not the ranks
-done
+on_every_rank megatron_k2.launch.node_check {check} "${{flags[@]}}" &&
+  [ "$near_limit" -eq 0 ] &&
+  on_every_rank megatron_k2.training.pretrain "${{flags[@]}}"
+status=$?
 
-[ "$status" -eq 0 ] || exit "$status"
 saved=$(step_saved)
-if [ "$saved" -ge "$last_step" ]; then
+if [ "$status" -eq 0 ] && [ "$saved" -ge "$last_step" ]; then
   echo "done: $last_step steps"
-elif [ "$saved" -gt "$before" ]; then
+elif is_preempted || {{ [ "$status" -eq 0 ] && [ "$saved" -gt "$before" ]; }}; then
   echo "saved at step $saved of $last_step: queued again"
   exec scontrol requeue "$SLURM_JOB_ID"
-else
+elif [ "$saved" -le "$before" ] && {{ [ "$status" -eq 0 ] || [ "$near_limit" -eq 1 ]; }}; then
   echo "ended at step $saved of $last_step without a new checkpoint" >&2
   exit 1
+else
+  exit "$status"
 fi
 """
 

@@ -56,6 +56,7 @@ def rows(recipe: Recipe, changed: list[str], save: str, start_from: str | None) 
             source_of(recipe, "checkpoint.interval"),
         ),
         _start(recipe, start_from),
+        Row("logs", f"{save}/logs, of Slurm {save}/slurm; tensorboard --logdir {save}"),
         Row("data", recipe.data.described(), source_of(recipe, "data.weights")),
         Row(
             "bad loss",
@@ -82,7 +83,8 @@ def _start(recipe: Recipe, start_from: str | None) -> Row:
 def _layout(recipe: Recipe) -> list[Row]:
     r = recipe.layout
     if recipe.is_cpu:
-        return [Row("layout", "one rank, CPU, fp32", source_of(recipe, "layout"))]
+        ranks = "one rank" if r.world_size == 1 else f"{r.world_size} ranks"
+        return [Row("layout", f"{ranks}, CPU, fp32", source_of(recipe, "layout"))]
     return [
         Row(
             "GPUs",

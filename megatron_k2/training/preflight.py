@@ -14,7 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_k2.compat import installed_version, require_transformer_engine
+from megatron_k2.compat import (
+    installed_version,
+    require_checked_megatron,
+    require_transformer_engine,
+)
 from megatron_k2.data.storage import write_atomically
 from megatron_k2.errors import UserError
 from megatron_k2.fp8.compute import check_fp8
@@ -90,6 +94,7 @@ def check_run(flags: list[str], world_size: int) -> None:
     Raises:
         UserError: naming the value, what was expected, and the way out.
     """
+    require_checked_megatron()
     values = read_flags(flags)
     check_layout(_layout_request(values, world_size))
     check_fp8(

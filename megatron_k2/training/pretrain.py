@@ -27,7 +27,7 @@ from megatron_k2.training.preflight import (
 PROGRAM_START = time.time()
 
 
-def _single_process_environment() -> None:
+def single_process_environment() -> None:
     """What torchrun would have set, for one process started by hand."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if "RANK" in os.environ:
@@ -42,15 +42,19 @@ def _single_process_environment() -> None:
 
 def run(argv: list[str]) -> None:
     """Train with the flags in ``argv`` (``--preset`` and ``--data`` allowed) until done."""
-    _single_process_environment()
+    single_process_environment()
     save = last_value(argv, "--save")
     terminal = None
     if save is not None and last_value(argv, "--console") != "megatron":
         terminal = divert_output(Path(save) / "logs" / f"rank{os.environ['RANK']}.log")
     try:
         _run(argv, terminal)
+    except UserError as error:
+        if terminal is not None and os.environ["RANK"] == "0":
+            print(f"pretrain: {error}", file=terminal)
+        raise
     except BaseException as error:
-        if terminal is not None and not isinstance(error, (SystemExit, UserError)):
+        if terminal is not None and not isinstance(error, SystemExit):
             traceback.print_exc(file=terminal)
         raise
 

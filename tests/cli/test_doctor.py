@@ -71,6 +71,12 @@ def test_one_package_turns_on_one_feature(name, feature):
     assert _on(machine) - _on(LAPTOP) == {feature}
 
 
+@pytest.mark.parametrize(("version", "is_on"), [("0.27.3", True), ("0.47.1", False)])
+def test_nemo_run_counts_unless_a_newer_leptonai_breaks_its_import(version, is_on):
+    machine = replace(LAPTOP, versions=REQUIRED | {"NeMo-Run": "0.11.1", "leptonai": version})
+    assert ("launching through NeMo-Run" in _on(machine)) == is_on
+
+
 def test_triton_without_a_gpu_turns_nothing_on():
     assert _on(replace(LAPTOP, versions=REQUIRED | {"triton": "3.8.0"})) == _on(LAPTOP)
 
@@ -93,6 +99,10 @@ def test_whatever_is_off_says_how_to_get_it(machine):
         ({"versions": REQUIRED | {"megatron-core": None}}, "megatron-core is not installed"),
         ({"versions": REQUIRED | {"megatron-core": "0.20.0"}}, "0.20.0 was not checked"),
         ({"versions": REQUIRED | {"emerging-optimizers": None}}, "emerging-optimizers"),
+        (
+            {"versions": REQUIRED | {"nvidia-resiliency-ext": "0.4.1"}},
+            "nvidia-resiliency-ext 0.4.1 makes the import of megatron-core fail",
+        ),
     ],
 )
 def test_each_missing_requirement_is_one_problem_and_exit_code_one(

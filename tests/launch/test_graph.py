@@ -8,8 +8,9 @@ import pytest
 from megatron_k2.cli.main import main
 from megatron_k2.errors import UserError
 from megatron_k2.launch import jobs
+from megatron_k2.launch.cluster import Cluster
 from megatron_k2.launch.graph import chain_summary, places, run_chain, steps_saved, submit_chain
-from megatron_k2.launch.slurm import Cluster, render
+from megatron_k2.launch.slurm import render
 from megatron_k2.planning.phases import kimi_k2_phases
 from megatron_k2.recipes import CHAINS, get_chain, get_recipe
 from megatron_k2.training.preflight import TRACKER
@@ -125,6 +126,14 @@ def test_status_logs_and_cancel_know_a_runs_jobs(tmp_path, slurm_log, capsys):
     assert slurm_log.read_text().endswith("cancel 3\n")
     assert main(["launch", "logs", "kimi_k2_pretrain_cpu", "--save", save]) == 2
     assert "the job has not started" in capsys.readouterr().err
+
+
+def test_without_accounting_the_commands_to_use_by_hand_are_named(monkeypatch, tmp_path):
+    (tmp_path / "sacct").write_text("#!/bin/sh\necho storage is disabled >&2; exit 1\n")
+    (tmp_path / "sacct").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(UserError, match="storage is disabled; by hand: squeue --jobs 8, scancel 8"):
+        jobs.states([jobs.Job("8", "")])
 
 
 def test_a_run_that_was_never_submitted_has_no_log(tmp_path):

@@ -38,8 +38,34 @@ def test_the_table_says_what_will_run_and_what_differs(capsys):
         "TP 1, PP 16, VPP 2, EP 16",
         "planner: data sheet times assumed efficiencies, not measured",
         "#SBATCH --signal=B:USR1@600",
+        "tensorboard --logdir runs/kimi_k2_pretrain_256gpu_h800",
     ):
         assert words in text
+
+
+def test_a_chains_dry_run_shows_every_script(capsys):
+    assert main("launch kimi_k2_phases_256gpu_h200 --dry-run".split()) == 0
+    assert capsys.readouterr().out.count("#SBATCH --job-name=kimi_k2_") == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--executor local --account k2", "--account with --executor local"),
+        ("--executor local --profile site.yaml", "--profile with --executor local"),
+        ("--executor local --detach", "--detach without --nemo-run"),
+        ("--executor local --nodes 2", "--nodes with --executor local"),
+    ],
+)
+def test_what_only_another_executor_understands_is_refused(words, complaint, capsys):
+    assert main(["launch", "kimi_k2_pretrain_cpu", *words.split()]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_the_state_of_a_run_that_is_not_here_says_so(capsys, tmp_path):
+    argv = ["launch", "status", "kimi_k2_pretrain_cpu", "--save", str(tmp_path / "none")]
+    assert main(argv) == 0
+    assert "not launched here" in capsys.readouterr().out
 
 
 def test_a_cluster_recipe_is_not_run_here(capsys):

@@ -5,6 +5,7 @@ Slurm's commands are stubs here: what srun, scancel and scontrol do on a cluster
 
 import dataclasses
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 
 from megatron_k2.errors import UserError
 from megatron_k2.launch import slurm
+from megatron_k2.launch.cluster import Cluster, read_profile
 from megatron_k2.launch.command import render_command
 from megatron_k2.launch.overrides import apply
-from megatron_k2.launch.slurm import Cluster, num_nodes, read_profile, render, submit
+from megatron_k2.launch.slurm import job_name, num_nodes, render, submit
 from megatron_k2.recipes import get_recipe
 from megatron_k2.training import flags
 from tests.distributed import REPOSITORY
@@ -31,7 +33,8 @@ SITE = Cluster(
 
 
 def _long():
-    return render(get_recipe("kimi_k2_long_32k_512gpu_h100"), "runs/b", "runs/a", SITE)
+    recipe = get_recipe("kimi_k2_long_32k_512gpu_h100")
+    return render(recipe, "/lustre/runs of us/b", "/lustre/runs of us/a", SITE)
 
 
 def test_the_script_is_the_one_that_was_reviewed():
@@ -59,18 +62,26 @@ def test_the_example_is_the_recipes_own_flags(monkeypatch):
 
 
 STUBS = {
-    "srun": 'case "$*" in *launch.node_check*) exit $CHECK;; esac\n'
+    "srun": 'echo $$ > "$SAVE/pid"\n'
+    'if [[ "$*" == *launch.node_check* ]]; then\n'
+    '[ "$CHECK" != waits ] || exec sleep 10\n'
+    "exit $CHECK\n"
+    "fi\n"
+    'touch "$SAVE/started"\n'
     'trap "echo $AFTER > $SAVE/latest_checkpointed_iteration.txt; exit $CODE" TERM\n'
-    'echo $$ > "$SAVE/pid"\n'
     'if [ "$WAITS" = 1 ]; then for i in $(seq 200); do sleep 0.05; done; fi\n'
     'echo $AFTER > "$SAVE/latest_checkpointed_iteration.txt"; exit $CODE',
     "scancel": 'kill -TERM "$(cat "$SAVE/pid")"',
-    "scontrol": 'echo "$@" >> "$SAVE/scontrol"',
+    "scontrol": 'case "$1 $2" in "show job") echo "PreemptTime=$PREEMPTED";;\n'
+    '*) echo "$@" >> "$SAVE/scontrol";; esac',
 }
 
 
-def _job(tmp_path, *, before, after, code=0, waits=False, check=0):
-    """The script run with stubs; (exit code, what scontrol was asked last)."""
+def _job(tmp_path, *, before=0, after=100, code=0, check="0", signals=None, preempted="None"):
+    """The script run with stubs; (exit code, what scontrol was asked last).
+
+    ``signals``: the step that is running when Slurm says that the time limit is near.
+    """
     save = tmp_path / "run"
     save.mkdir()
     for name, body in STUBS.items():
@@ -80,38 +91,55 @@ def _job(tmp_path, *, before, after, code=0, waits=False, check=0):
     (save / "latest_checkpointed_iteration.txt").write_text(f"{before}\n")
     script, recipe = tmp_path / "job.sh", get_recipe("kimi_k2_yarn_128k_512gpu_h200")
     script.write_text(render(recipe, str(save), None, Cluster()))
-    own = {"SAVE": save, "AFTER": after, "CODE": code, "WAITS": int(waits)} | {"CHECK": check}
+    own = {"SAVE": save, "AFTER": after, "CODE": code, "WAITS": int(signals == "started")}
+    own |= {"CHECK": check, "PREEMPTED": preempted}
     slurm_own = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
     environment = os.environ | slurm_own | {name: str(v) for name, v in own.items()}
     environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
     job = subprocess.Popen(["bash", str(script)], env=environment, stdout=subprocess.DEVNULL)
-    if waits:
+    if signals:
         deadline = time.monotonic() + 20
-        while not (save / "pid").exists() and time.monotonic() < deadline:
+        while not (save / signals).exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-        job.send_signal(10)  # USR1, as Slurm before the time limit
+        time.sleep(0.1)  # the stub's trap is set after its sign of life
+        job.send_signal(signal.SIGUSR1)
     return job.wait(timeout=30), (save / "scontrol").read_text().splitlines()[-1]
 
 
+NOT_QUEUED = "show hostnames n1"
+
+
 def test_a_signal_before_the_limit_saves_and_queues_again(tmp_path):
-    assert _job(tmp_path, before=0, after=100, waits=True) == (0, "requeue 7")
+    assert _job(tmp_path, signals="started") == (0, "requeue 7")
 
 
 def test_a_finished_run_is_not_queued_again(tmp_path):
-    assert _job(tmp_path, before=200, after=300) == (0, "show hostnames n1")
+    assert _job(tmp_path, before=200, after=300, preempted="2026-11-22T12:00:00") == (0, NOT_QUEUED)
 
 
 def test_a_failed_run_is_not_queued_again(tmp_path):
-    assert _job(tmp_path, before=0, after=100, code=9) == (9, "show hostnames n1")
+    assert _job(tmp_path, code=9) == (9, NOT_QUEUED)
 
 
 def test_a_node_that_is_not_as_it_should_be_ends_the_job_before_the_first_step(tmp_path):
-    assert _job(tmp_path, before=0, after=100, check=1) == (1, "show hostnames n1")
-    assert not (tmp_path / "run" / "pid").exists()
+    assert _job(tmp_path, check="1") == (1, NOT_QUEUED)
+    assert not (tmp_path / "run" / "started").exists()
+
+
+@pytest.mark.parametrize("step", [{"check": "143"}, {"code": 143, "after": 0}])
+def test_preemption_before_the_first_step_queues_again(step, tmp_path):
+    """SIGTERM finds the node check, or ranks that have not come to Megatron's handler yet."""
+    assert _job(tmp_path, preempted="2026-11-22T12:00:00", **step) == (0, "requeue 7")
+
+
+def test_a_signal_during_the_check_starts_no_training_and_is_not_repeated_for_ever(tmp_path):
+    """The time limit is too short for a first step: queued again, it would be again."""
+    assert _job(tmp_path, check="waits", signals="pid") == (1, NOT_QUEUED)
+    assert not (tmp_path / "run" / "started").exists()
 
 
 def test_a_run_that_makes_no_progress_is_not_queued_for_ever(tmp_path):
-    assert _job(tmp_path, before=100, after=100) == (1, "show hostnames n1")
+    assert _job(tmp_path, before=100) == (1, NOT_QUEUED)
 
 
 def test_context_parallel_ranks_without_overlap_get_one_queue():
@@ -123,17 +151,58 @@ def test_context_parallel_ranks_without_overlap_get_one_queue():
     assert "CUDA_DEVICE_MAX_CONNECTIONS=1\n" in scripts[1]
 
 
-def test_a_profile_is_read_and_its_mistakes_are_named(tmp_path):
+def test_a_profile_is_read(tmp_path):
     path = tmp_path / "site.yaml"
-    path.write_text("account: k2\ncontainer: i.sqsh\nmounts: ['/a:/b']\nenvironment: {A: 1}\n")
-    assert read_profile(path) == Cluster(
-        account="k2", container="i.sqsh", mounts=("/a:/b",), environment=(("A", "1"),)
+    path.write_text(
+        "account: 007\ncontainer: i.sqsh\npartition:\nmounts: ['/a:/b']\nenvironment: {A: 1}\n"
     )
-    path.write_text("acount: k2\n")
-    with pytest.raises(UserError, match="acount: expected keys of account"):
+    assert read_profile(path) == Cluster(
+        account="7", container="i.sqsh", mounts=("/a:/b",), environment=(("A", "1"),)
+    )
+    path.write_text("# nothing decided yet\n")
+    assert read_profile(path) == Cluster()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("acount: k2", "no key is called acount; did you mean 'account'"),
+        ("zzz: k2", "no key is called zzz; one of: account, "),
+        ("- a", "expected lines of 'key: value'"),
+        ("a: [", "no YAML"),
+        ("account: [a, b]", r"account: \['a', 'b'\]: expected one word"),
+        ("account: on", "account: True: expected one word"),
+        ("seconds_to_save: 10m", "seconds_to_save: '10m': expected a whole number of seconds"),
+        ("seconds_to_save: -5", "seconds_to_save -5: expected the seconds"),
+        ("time: 24:00:00", "time 86400: expected .*in quotes"),
+        ("mounts: /a:/b", "mounts: '/a:/b': expected a list"),
+        ("{container: i, mounts: [/a]}", "mounts: /a: expected FROM:TO"),
+        ("mounts: ['/a:/a']", "mounts /a:/a without a container"),
+        ("environment: [A=1]", "environment: .*expected NAME: value pairs"),
+        ("environment: {BAD NAME: 1}", "expected variables' names, which 'BAD NAME' is not"),
+        ("environment: {A: yes}", "A: 'text' or a number; true, false and nothing in quotes"),
+    ],
+)
+def test_a_profiles_mistake_is_named_with_what_was_expected(text, words, tmp_path):
+    path = tmp_path / "site.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words) as refused:
         read_profile(path)
-    with pytest.raises(UserError, match="no such file"):
+    assert str(path) in str(refused.value)
+
+
+def test_a_profile_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no such file; examples/cluster/site\.yaml"):
         read_profile(tmp_path / "none.yaml")
+
+
+def test_jobs_of_one_run_share_a_name_and_of_another_do_not(tmp_path, monkeypatch):
+    recipe = get_recipe("kimi_k2_pretrain_cpu")
+    monkeypatch.chdir(tmp_path)
+    name = job_name(recipe, "runs/a")
+    assert name.startswith(recipe.name)
+    assert job_name(recipe, str(tmp_path / "runs" / "a")) == name
+    assert job_name(recipe, "runs/b") != name
 
 
 def test_the_example_profile_has_every_key():
@@ -147,8 +216,8 @@ def test_the_example_profile_has_every_key():
     ("call", "words"),
     [
         (lambda: Cluster(time="2 days"), "expected .*hours:minutes:seconds"),
-        (lambda: Cluster(mounts=("/a:/a",)), "--mounts without --container"),
         (lambda: num_nodes(get_recipe("kimi_k2_pretrain_256gpu_h800"), 16), "32 nodes"),
+        (lambda: num_nodes(get_recipe("kimi_k2_pretrain_cpu"), 2), "a twin for the CPU, on one"),
     ],
 )
 def test_a_wrong_input_is_refused(call, words):

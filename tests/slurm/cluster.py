@@ -127,7 +127,8 @@ class PrivateCluster:
         (root / "slurm.conf").write_text(
             f"ClusterName=private\nSlurmctldHost={host}(127.0.0.1)\nSlurmctldPort={ports['slurmctld']}\n"
             f"SlurmdPort={ports['slurmd']}\nSlurmUser=root\nSlurmdUser=root\n"
-            f"AuthType=auth/munge\nAuthInfo=socket={self.munge}\nMpiDefault=none\n"
+            # A job that is queued again waits until its credentials have expired: 120 s by default.
+            f"AuthType=auth/munge\nAuthInfo=socket={self.munge},cred_expire=20\nMpiDefault=none\n"
             f"ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\n"
             f"JobAcctGatherType=jobacct_gather/linux\n"
             f"AccountingStorageType=accounting_storage/slurmdbd\n"

@@ -45,7 +45,7 @@ def _launch(profile, save, recipe=RECIPE, *extra):
     assert main([*argv, "--save", str(save), *TWO_TASKS, *extra]) == 0
 
 
-def _state(save, wanted, seconds=300):
+def _state(save, wanted, seconds=900):
     """Wait until the run's last job is in one of the states ``wanted``."""
     deadline = time.monotonic() + seconds
     while True:
@@ -63,7 +63,7 @@ def _log(save):
     return path.read_text()[-3000:] if path.exists() else "no log"
 
 
-def _reach(save, step, seconds=300):
+def _reach(save, step, seconds=900):
     deadline = time.monotonic() + seconds
     while steps_saved(Path(save)) < step:
         assert time.monotonic() < deadline, _log(save)
@@ -103,13 +103,40 @@ def test_a_job_whose_rank_is_killed_fails_and_the_same_command_goes_on(
     assert _losses(save) == uninterrupted
 
 
+def _preempt(folder):
+    """A job that needs the whole node at once."""
+    urgent = ["sbatch", "--parsable", f"--partition={HIGH}", "--ntasks", str(os.cpu_count())]
+    urgent += [f"--output={folder}/urgent.log", "--wrap=sleep 1"]
+    subprocess.run(urgent, check=True, capture_output=True)
+
+
+def _words(*command):
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+
+def test_a_job_preempted_during_the_node_check_is_queued_again(profile, tmp_path):
+    save = tmp_path / "a run's directory"
+    _launch(profile, save)
+    _state(save, ("RUNNING",))
+    job = jobs_of(str(save))[-1].number
+    deadline = time.monotonic() + 300
+    while f"{job}.0" not in _words("squeue", "--steps", "--noheader", "--format=%i"):
+        assert time.monotonic() < deadline, _log(save)
+    _preempt(tmp_path)
+    assert _state(save, ("PENDING", "REQUEUED", "PREEMPTED", "COMPLETED")) != "COMPLETED"
+    assert "queued again" in _log(save)
+    assert "training.pretrain" not in _log(save)
+    while "Restarts=1" not in (found := _words("scontrol", "show", "job", job)):
+        assert time.monotonic() < deadline, found
+    assert not any(word.startswith("PreemptTime=2") for word in found)  # nor is its next start
+    assert cancel(str(save)) == [job]
+
+
 def test_a_preempted_job_saves_is_queued_again_and_resumes(uninterrupted, profile, tmp_path):
     save = tmp_path / "run"
     _launch(profile, save)
     _reach(save, 10)
-    urgent = ["sbatch", "--parsable", f"--partition={HIGH}", "--ntasks", str(os.cpu_count())]
-    urgent += [f"--output={tmp_path}/urgent.log", "--wrap=sleep 1"]
-    subprocess.run(urgent, check=True, capture_output=True)
+    _preempt(tmp_path)
     _state(save, ("PENDING", "REQUEUED", "PREEMPTED"))
     assert 10 <= steps_saved(save) < 20
     assert _state(save, ("COMPLETED", "FAILED")) == "COMPLETED", _log(save)
@@ -120,7 +147,7 @@ def test_a_chain_of_phases_runs_in_order(profile, tmp_path, capsys):
     alone = ["--set", "layout.world_size=1"]  # the last phases' batches are too small for two
     _launch(profile, tmp_path, "kimi_k2_phases_cpu", *alone)
     last = tmp_path / CHAINS["kimi_k2_phases_cpu"][-1]
-    assert _state(last, ("COMPLETED", "FAILED", "CANCELLED"), 600) == "COMPLETED", _log(last)
+    assert _state(last, ("COMPLETED", "FAILED", "CANCELLED")) == "COMPLETED", _log(last)
     starts = [
         (tmp_path / name / METRICS_FILE).stat().st_mtime for name in CHAINS["kimi_k2_phases_cpu"]
     ]

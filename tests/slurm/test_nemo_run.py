@@ -6,6 +6,7 @@ Needs NeMo-Run (``make launch-venv``); the jobs need a Slurm as well (``make tes
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,10 @@ pytest.importorskip("nemo_run", reason="NeMo-Run is not in this environment: mak
 import nemo_run as run
 
 from megatron_k2.errors import UserError
+from megatron_k2.launch.cluster import Cluster
 from megatron_k2.launch.graph import steps_saved
 from megatron_k2.launch.nemo_factories import pretrain_recipe
 from megatron_k2.launch.nemo_tasks import slurm_executor, task, train_recipe
-from megatron_k2.launch.slurm import Cluster
 from megatron_k2.recipes import RECIPES, get_recipe
 from megatron_k2.training.metrics import METRICS_FILE, read_records
 from tests.slurm.cluster import LOW, missing, private_cluster
@@ -45,6 +46,7 @@ def test_the_executor_has_the_recipes_size_and_the_sites_names(tmp_path):
         "i.sqsh",
     )
     assert executor.env_vars["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+    assert executor.signal == "TERM@600"
     assert executor.tunnel.job_dir == str(tmp_path / "experiments")
     with pytest.raises(UserError, match="--account and --partition"):
         slurm_executor(recipe, Cluster(), tmp_path)
@@ -64,13 +66,20 @@ def test_the_older_style_finds_the_recipe_of_its_size(tmp_path):
         pretrain_recipe(num_nodes=65)
 
 
-def _launch(save, *more):
+def _start(save, *more):
     """As from a shell: NeMo-Run reads standard input."""
     argv = ["launch", RECIPE, "--nemo-run", "--save", str(save), *more]
-    program = [sys.executable, "-m", "megatron_k2.cli.main", *argv]
-    return subprocess.run(
-        [*program, "--set", "layout.world_size=2"], stdin=subprocess.DEVNULL, check=False
-    ).returncode
+    with _printed(save).open("w") as terminal:
+        return subprocess.Popen(
+            [sys.executable, "-m", "megatron_k2.cli.main", *argv, "--set", "layout.world_size=2"],
+            stdin=subprocess.DEVNULL,
+            stdout=terminal,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _printed(save):
+    return save.with_suffix(".txt")
 
 
 def _losses(save):
@@ -88,20 +97,41 @@ def _environment():
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
     save = tmp_path_factory.mktemp("local") / "run"
-    assert _launch(save, "--executor", "local") == 0
+    assert _start(save, "--executor", "local").wait() == 0, _printed(save).read_text()
     return save
 
 
-def test_a_local_experiment_trains(local):
+def test_a_local_experiment_checks_its_ranks_and_trains(local):
     assert steps_saved(local) == 20
     assert len(_losses(local)) == 20
+    assert "2 ranks agree" in _printed(local).read_text()
+
+
+def _jobs():
+    """Numbers of the jobs that run."""
+    asked = ["squeue", "--noheader", "--format=%i", "--states=RUNNING"]
+    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.split()
 
 
 @pytest.mark.skipif(bool(missing()), reason=missing())
-def test_two_tasks_on_slurm_train_the_same_numbers(local, tmp_path):
+def test_two_tasks_on_slurm_are_checked_interrupted_and_train_the_same_numbers(local, tmp_path):
+    """The signal is what Slurm sends before the time limit."""
     site = tmp_path / "site.yaml"
     site.write_text(f"account: root\npartition: {LOW}\ntime: '00:30:00'\n")
     save = tmp_path / "run"
     with private_cluster(tmp_path / "slurm"):
-        assert _launch(save, "--executor", "slurm", "--profile", str(site)) == 0
+        launched = _start(save, "--executor", "slurm", "--profile", str(site))
+        while steps_saved(save) < 10:
+            assert launched.poll() is None, _printed(save).read_text()
+            time.sleep(0.05)
+        (job,) = _jobs()
+        subprocess.run(["scancel", "--signal=TERM", job], check=True)
+        assert launched.wait() == 0, _printed(save).read_text()
+        shown = subprocess.run(
+            ["scontrol", "show", "job", job], check=True, capture_output=True, text=True
+        )
+    logs = [path.read_text() for path in (tmp_path / "nemo").rglob(f"log*_{job}_*.out")]
+    assert "Restarts=1" in shown.stdout
+    assert sum("2 ranks agree" in log for log in logs) == 2, logs
+    assert "ended at step" in (save / "logs" / "rank0.log").read_text()
     assert _losses(save) == _losses(local)
