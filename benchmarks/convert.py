@@ -150,7 +150,7 @@ def one_round(rounds: Rounds, folder: Path, dtype: str, peer: str | None) -> Non
     rounds.take("export, a worker a core", measured(lambda: export(megatron, back, split)))
     shutil.rmtree(megatron)
     shutil.rmtree(back)
-    convert = [sys.executable, "-m", "megatron_k2.cli.main", "convert"]
+    convert = [sys.executable, "-m", "megatron_k2", "convert"]
     commands = {
         "import command": [*convert, "import", str(source), str(megatron)],
         "export command": [*convert, "export", str(megatron), str(back), "--dtype", dtype],

@@ -92,7 +92,7 @@ def main() -> None:
         num_bytes = generate(folder / "hf", preset, is_fp8=True)
         cp_seconds = copied(folder)
         print(f"source: {num_bytes / 1e9:.2f} GB; cp, flushed: {cp_seconds:.1f} s", flush=True)
-        convert = [sys.executable, "-m", "megatron_k2.cli.main", "convert"]
+        convert = [sys.executable, "-m", "megatron_k2", "convert"]
         same = ["--workers", str(arguments.workers), "--project", "kimi-k2"]
         there = [*convert, "import", str(folder / "hf"), str(folder / "megatron"), *same]
         back = [*convert, "export", str(folder / "megatron"), str(folder / "back"), *same]

@@ -53,7 +53,7 @@ class Seed:
 
 def megatron_k2(*arguments: str) -> None:
     """One verb in a process of its own; its output is shown only if it fails."""
-    command = [sys.executable, "-m", "megatron_k2.cli.main", *arguments]
+    command = [sys.executable, "-m", "megatron_k2", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])

@@ -31,7 +31,7 @@ class Command:
         self.target = Path(arguments[2])
         self.partial = self.target.with_name(f"{self.target.name}.partial")
         self.receipts = self.partial.with_name(f"{self.partial.name}.receipts")
-        self._command = [sys.executable, "-m", "megatron_k2.cli.main", "convert"]
+        self._command = [sys.executable, "-m", "megatron_k2", "convert"]
         self._command += [*map(str, arguments), "--workers", "2"]
 
     def run(self, kill_after=None):

@@ -119,7 +119,7 @@ def test_parts_tile_the_input_whatever_their_size(corpus):
 
 def _start(corpus, output):
     command = [
-        sys.executable, "-m", "megatron_k2.cli.main", "data", "prepare",
+        sys.executable, "-m", "megatron_k2", "data", "prepare",
         "--input", corpus, "--output", output, "--train-bpe", "300", "--workers", "2",
     ]  # fmt: skip
     return subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)

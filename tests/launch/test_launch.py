@@ -43,6 +43,7 @@ def test_the_table_says_what_will_run_and_what_differs(capsys):
         assert words in text
 
 
+@pytest.mark.slow
 def test_a_chains_dry_run_shows_every_script(capsys):
     assert main("launch kimi_k2_phases_256gpu_h200 --dry-run".split()) == 0
     assert capsys.readouterr().out.count("#SBATCH --job-name=kimi_k2_") == 4

@@ -70,7 +70,11 @@ CASES = [("k2-tiny", dtype, *setting) for dtype in ("fp32", "bf16") for setting 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "recompute", "fp8"),
-    [*CASES, ("k2-mini", "fp32", (), False), ("k2-mini", "bf16", BOTH, True)],
+    [
+        *CASES,
+        pytest.param("k2-mini", "fp32", (), False, marks=pytest.mark.slow),
+        ("k2-mini", "bf16", BOTH, True),
+    ],
 )
 def test_activation_bytes_are_autograds(name, dtype, recompute, fp8):
     preset, element_bytes = get_preset(name), {"fp32": 4, "bf16": 2}[dtype]

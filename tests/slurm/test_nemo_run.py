@@ -71,7 +71,7 @@ def _start(save, *more):
     argv = ["launch", RECIPE, "--nemo-run", "--save", str(save), *more]
     with _printed(save).open("w") as terminal:
         return subprocess.Popen(
-            [sys.executable, "-m", "megatron_k2.cli.main", *argv, "--set", "layout.world_size=2"],
+            [sys.executable, "-m", "megatron_k2", *argv, "--set", "layout.world_size=2"],
             stdin=subprocess.DEVNULL,
             stdout=terminal,
             stderr=subprocess.STDOUT,
