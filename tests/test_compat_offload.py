@@ -4,14 +4,13 @@ A handler's state is written out; whole runs are ``tests/te/test_overlapped.py``
 seen without a GPU is the stale copy itself: here it is who waits for whom.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from megatron.core.pipeline_parallel import fine_grained_activation_offload as room
 
 from megatron_k2 import compat_offload
 from megatron_k2.errors import UserError
+from tests.offload_states import between_two_layers, on_the_host
 
 NAMES = ("finish_all_groups", "tensor_pop")
 
@@ -23,25 +22,10 @@ def original(monkeypatch):
         monkeypatch.setattr(room.ChunkOffloadHandler, name, vars(room.ChunkOffloadHandler)[name])
 
 
-def _between_two_layers():
-    """One of the chunk's two groups came and went; nothing is pending, one is to come."""
-    groups = [SimpleNamespace(_name="moe_act"), SimpleNamespace(_name="moe_act")]
-    return SimpleNamespace(
-        offload_groups=groups,
-        _offloaded_group_index=1,
-        _groups_to_reload=[],
-        _groups_to_offload=[],
-        _max_group_size=2,
-        find_group_with_name=lambda groups, name, start=0: next(
-            (group for group in groups[start:] if group._name == name), None
-        ),
-    )
-
-
 @pytest.mark.usefixtures("original")
 def test_upstream_still_leaves_a_chunk_whose_groups_are_to_come():
     """If this fails, upstream has been repaired: drop ``end_offload_chunk_with_its_groups``."""
-    chunk = _between_two_layers()
+    chunk = between_two_layers()
     assert room.ChunkOffloadHandler.finish_all_groups(chunk, "moe_act")
     compat_offload.end_offload_chunk_with_its_groups()
     assert not room.ChunkOffloadHandler.finish_all_groups(chunk, "moe_act")
@@ -49,25 +33,12 @@ def test_upstream_still_leaves_a_chunk_whose_groups_are_to_come():
     assert room.ChunkOffloadHandler.finish_all_groups(chunk, "moe_act")
 
 
-def _on_the_host(events):
-    tag, value = (1, 0), torch.ones(2)
-    group = SimpleNamespace(
-        _tensors={tag: ("cuda", value)},
-        pop_tensor=lambda tag: ("cuda", value),
-        wait_offload_event=lambda _stream: events.append("wait"),
-    )
-    handler = SimpleNamespace(
-        offload_groups=[group], reload=lambda state: events.append("reload") or state[1]
-    )
-    return handler, tag
-
-
 @pytest.mark.usefixtures("original")
 def test_upstream_still_reloads_without_waiting_for_the_copy_it_reads(monkeypatch):
     """If this fails, upstream has been repaired: drop ``reload_after_offload``."""
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     events = []
-    handler, tag = _on_the_host(events)
+    handler, tag = on_the_host(events)
     room.ChunkOffloadHandler.tensor_pop(handler, tag)
     assert events == ["reload"]
     events.clear()

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.model.worker import _attention, latent_attention_gradients, seeded
+from tests.offload_states import between_two_layers, on_the_host
 
 TAU = 100.0
 
@@ -198,6 +199,29 @@ def yarn_flags_for_mla() -> str:
     return "" if found == (7, 3) else f"beta fast and slow are {found}, not the flags' (7, 3)"
 
 
+def activation_offload_chunk_end() -> str:
+    """A chunk of which another group is to come is taken for finished."""
+    from megatron.core.pipeline_parallel.fine_grained_activation_offload import ChunkOffloadHandler
+
+    chunk = between_two_layers()
+    is_over = ChunkOffloadHandler.finish_all_groups(chunk, "moe_act")
+    return "left before its second group" if is_over else ""
+
+
+def activation_offload_inline_reload() -> str:
+    """A reload reads the host's buffer before the copy that fills it has ended."""
+    from megatron.core.pipeline_parallel.fine_grained_activation_offload import ChunkOffloadHandler
+
+    events: list[str] = []
+    handler, tag = on_the_host(events)
+    current_stream, torch.cuda.current_stream = torch.cuda.current_stream, lambda: None
+    try:
+        ChunkOffloadHandler.tensor_pop(handler, tag)
+    finally:
+        torch.cuda.current_stream = current_stream
+    return "" if events == ["wait", "reload"] else f"only {', '.join(events)}"
+
+
 def _single_rank[T](run: Callable[[], T]) -> T:
     """``run()`` with Megatron's groups over all ranks by data parallelism."""
     from megatron.core import parallel_state
@@ -219,6 +243,8 @@ REPRODUCTIONS = (
     optimizer_resume_shared_step,
     fully_reshardable_padding,
     yarn_flags_for_mla,
+    activation_offload_chunk_end,
+    activation_offload_inline_reload,
 )
 
 

@@ -20,6 +20,8 @@ DEFECTS = {
     "optimizer_resume_shared_step": "after two steps",
     "fully_reshardable_padding": "saved main parameters are off by",
     "yarn_flags_for_mla": "beta fast and slow are",
+    "activation_offload_chunk_end": "left before its second group",
+    "activation_offload_inline_reload": "only reload",
 }
 """What each reproduction says over the released wheel."""
 
