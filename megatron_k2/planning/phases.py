@@ -44,6 +44,16 @@ class Phase:
     has_yarn: bool = False
 
     def __post_init__(self) -> None:
+        if not 0 <= self.min_lr <= self.lr or self.lr == 0:
+            raise UserError(
+                f"phase {self.name}: a rate from lr={self.lr:g} to min_lr={self.min_lr:g}; "
+                "expected lr above 0, and min_lr from 0 to lr"
+            )
+        if min(self.tokens, self.seq_length, self.tokens_per_step) < 1:
+            raise UserError(
+                f"phase {self.name}: tokens={self.tokens}, seq_length={self.seq_length}, "
+                f"tokens_per_step={self.tokens_per_step}; each is expected above 0"
+            )
         if self.tokens_per_step % self.seq_length:
             raise UserError(
                 f"phase {self.name}: {self.tokens_per_step} tokens a step are no whole number of "

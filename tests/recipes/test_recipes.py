@@ -135,6 +135,9 @@ def test_megatron_builds_every_distinct_full_size_layout_from_the_flags(name, mo
         ("layout.ep=3", "does not divide"),
         ("layout.world_size=128", "start a multiple of 256 ranks"),
         ("layout.recompute=swigluu", "swigluu is none of"),
+        ("phase.lr=-1", "expected lr above 0"),
+        ("phase.min_lr=0.1", "min_lr from 0 to lr"),
+        ("phase.tokens=0", "each is expected above 0"),
     ],
 )
 def test_a_wrong_assignment_is_refused_with_the_way_out(assignment, words):
