@@ -114,10 +114,11 @@ EXTRAS = {
     ),
     "bridge": Extra(
         (
+            # The tests import the checkout, whose recipes are a package of it when installed so.
             Smoke(
                 f"cd {CHECKOUT} && {COMPANIONS} tests/launch/test_bridge_config.py",
                 "passed",
-                pip="pytest",
+                pip=f"pytest --editable {CHECKOUT}",
             ),
         ),
         before=f"--no-deps {BRIDGE}",
