@@ -1,4 +1,4 @@
-"""What Megatron keeps in its classes must not pass from one test file to the next."""
+"""What must not pass from one test file to the next: Megatron's class state, a compiled library."""
 
 import sys
 
@@ -15,3 +15,14 @@ def _forget_megatrons_moe_globals():
     logging = sys.modules.get("megatron.core.transformer.moe.moe_logging")
     if logging is not None:  # has as many rows as the first model had layers
         logging.destroy_moe_metrics_tracker()
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    """A cache of this test's own for compiled C, and the library forgotten before and after."""
+    from megatron_k2.fp8 import native
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    yield tmp_path
+    native.library.cache_clear()

@@ -108,15 +108,6 @@ def test_scales_of_another_shape_are_refused():
         dequantized(rows_of(codes), rows_of(scales[:1]), Dtype.BF16)
 
 
-@pytest.fixture
-def own_cache(monkeypatch, tmp_path):
-    """A cache of this test's own, and the library forgotten before and after."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.library.cache_clear()
-    yield tmp_path
-    native.library.cache_clear()
-
-
 @needs_compiler
 @pytest.mark.parametrize(
     ("right", "wrong"),

@@ -68,15 +68,6 @@ def test_rows_with_a_stride_and_other_dtypes_are_taken_as_they_are():
         native_tiles.dequantize_tiles(codes[:3], scales, torch.float32)
 
 
-@pytest.fixture
-def own_cache(monkeypatch, tmp_path):
-    """A cache of this test's own, and the library forgotten before and after."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.library.cache_clear()
-    yield tmp_path
-    native.library.cache_clear()
-
-
 def test_ties_away_from_zero_are_seen(own_cache, monkeypatch):
     wrong = shutil.copytree(native.FOLDER, own_cache / "wrong")
     right = (wrong / "e4m3.h").read_text()
