@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 venv: $(STAMP)
 
 $(STAMP): setup.py
-	@python="$$(PYTHON="$(PYTHON)" bash scripts/find_python.sh)" && "$$python" -m venv $(VENV)
+	@python="$$(PYTHON="$(PYTHON)" bash .ci/find_python.sh)" && "$$python" -m venv $(VENV)
 	$(PY) -m pip install --quiet --editable ".[data,dev]"
 	@touch $@
 
@@ -76,12 +76,12 @@ launch-venv: $(LAUNCH_STAMP)
 
 # A real Slurm with its accounting, private to the tests: Debian's packages, installed where absent.
 test-slurm: launch-venv
-	bash scripts/install_slurm.sh
+	bash .ci/install_slurm.sh
 	$(LAUNCH_PY) -m pytest -q --no-showlocals tests/slurm
 
 # Every extra in a fresh environment, one after another; not part of CI (7 GB at a time, 20 minutes).
 test-extras: venv
-	$(PY) scripts/check_extras.py
+	$(PY) .ci/check_extras.py
 
 # convert_slice.py is left out: it writes 20 GB.
 BENCHMARKS := train_step newton_schulz optimizer_step activation_fp8 convert

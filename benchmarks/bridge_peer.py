@@ -11,7 +11,7 @@ runs on a CPU only with the patches named here; none of them touches the convers
 
 - ``_import_without_transformer_engine``: peft/lora_layers.py imports it unguarded;
 - ``_accept_mla_widths``: the local core attention refuses MLA's ``k_channels``;
-- the rest is Megatron's CPU host, as this package runs it (``megatron_k2.parallel.cpu_host``).
+- the rest is Megatron's CPU host, as this package runs it (``megatron_k2.host.cpu``).
 """
 
 import builtins
@@ -138,7 +138,7 @@ def main() -> None:
     import torch.distributed as dist
     from megatron.bridge import AutoBridge
 
-    from megatron_k2.parallel.cpu_host import cpu_host
+    from megatron_k2.host.cpu import cpu_host
 
     torch.set_num_threads(1)
     lap("import")

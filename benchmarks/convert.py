@@ -29,8 +29,8 @@ import torch
 from generated_release import generate, give_a_tokenizer
 from harness import machine_lock, print_inputs, print_result
 
-from megatron_k2.checkpoint.export import ExportOptions, export
-from megatron_k2.checkpoint.import_hf import ImportOptions, import_hf
+from megatron_k2.checkpoint.convert.export_hf import ExportOptions, export
+from megatron_k2.checkpoint.convert.import_hf import ImportOptions, import_hf
 from megatron_k2.presets import K2_TINY
 
 ANCHOR = dataclasses.replace(

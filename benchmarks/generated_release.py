@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_k2.checkpoint import fp8
-from megatron_k2.checkpoint.audit import released_shapes
-from megatron_k2.checkpoint.fp8_layout import (
+from megatron_k2.checkpoint.block_fp8 import reference
+from megatron_k2.checkpoint.block_fp8.layout import (
     QUANTIZATION_CONFIG,
     SCALE_SUFFIX,
     is_quantized,
     scale_shape,
 )
-from megatron_k2.checkpoint.fp8_scales import E4M3_MAX
-from megatron_k2.checkpoint.hf_config import hf_config
-from megatron_k2.checkpoint.rows import Dtype, Rows, rows_of
-from megatron_k2.checkpoint.safetensors_stream import TensorSlot, write_safetensors
+from megatron_k2.checkpoint.block_fp8.scales import E4M3_MAX
+from megatron_k2.checkpoint.hf.config import hf_config
+from megatron_k2.checkpoint.hf.writer import TensorSlot, write_safetensors
+from megatron_k2.checkpoint.names.audit import released_shapes
+from megatron_k2.checkpoint.stream.rows import Dtype, Rows, rows_of
 from megatron_k2.presets import PRESETS, ModelPreset
 
 SHARD = "model.safetensors"
@@ -57,7 +57,7 @@ def generate(directory: Path, preset: ModelPreset, *, is_fp8: bool) -> int:
 
 def _tensors(slots: list[TensorSlot]) -> Iterator[Rows]:
     noise = (torch.randn(4 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-    codes = (noise.float() * (E4M3_MAX / noise.float().abs().max())).to(fp8.E4M3)
+    codes = (noise.float() * (E4M3_MAX / noise.float().abs().max())).to(reference.E4M3)
     for i, slot in enumerate(slots):
         if slot.dtype is Dtype.FP32:
             yield Rows(np.full(slot.shape, 1e-4, np.float32), slot.dtype)

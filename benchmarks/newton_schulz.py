@@ -17,9 +17,10 @@ import torch
 from harness import Timing, machine_lock, paired_medians, print_inputs, print_result
 from torch import Tensor
 
-from megatron_k2.optimizer.coefficients import coefficient_set
-from megatron_k2.optimizer.gram_restarts import restart_segments
-from megatron_k2.optimizer.newton_schulz import newton_schulz_flops, orthogonalize
+from megatron_k2.optimizer.newton_schulz.coefficients import coefficient_set
+from megatron_k2.optimizer.newton_schulz.cost import newton_schulz_flops
+from megatron_k2.optimizer.newton_schulz.gram_restarts import restart_segments
+from megatron_k2.optimizer.newton_schulz.iteration import orthogonalize
 
 STEPS = 5
 GEMM_SIZE = 768

@@ -36,9 +36,9 @@ from typing import Any
 import torch
 from harness import machine_lock, print_inputs, print_result
 
-from megatron_k2.optimizer.newton_schulz import newton_schulz_flops
+from megatron_k2.flags.megatron import add_k2_arguments, model_flags, platform_flags
+from megatron_k2.optimizer.newton_schulz.cost import newton_schulz_flops
 from megatron_k2.presets import ModelPreset, get_preset
-from megatron_k2.training.flags import add_k2_arguments, model_flags, platform_flags
 
 STEPS = 5
 BAR, SHARE_OF_FLOPS = 2.0, 0.85
@@ -182,7 +182,7 @@ def ranks(world_size: int) -> Iterator[None]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from megatron_k2.parallel.cpu_host import megatron_host
+    from megatron_k2.host.cpu import megatron_host
 
     with megatron_host() as backend:
         torch.distributed.init_process_group(backend)
@@ -197,7 +197,7 @@ def ranks(world_size: int) -> Iterator[None]:
 
 def worker(divisor: int, precision: str, rounds: int, seed: int, out: Path) -> None:
     """One rank: both contestants, interleaved; writes its samples."""
-    import megatron_k2.optimizer.domain as domain_module
+    import megatron_k2.optimizer.sharded.matrix_group as domain_module
 
     torch.set_num_threads(1)
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
@@ -314,10 +314,10 @@ def report(label: str, found: list[Any]) -> dict[str, float]:
 
 def whole_k2_flop_ratio() -> float:
     """All matrices of Kimi K2 once, bf16: Megatron's way over ours."""
-    from megatron_k2.optimizer.coefficients import coefficient_set
-    from megatron_k2.optimizer.full_plan import weight_roles
-    from megatron_k2.optimizer.gram_restarts import restart_segments
-    from megatron_k2.planning.shapes import rank_weights
+    from megatron_k2.optimizer.newton_schulz.coefficients import coefficient_set
+    from megatron_k2.optimizer.newton_schulz.gram_restarts import restart_segments
+    from megatron_k2.planning.cost.shapes import rank_weights
+    from megatron_k2.planning.muonclip.model import weight_roles
 
     k2 = get_preset("kimi-k2")
     segments = restart_segments(coefficient_set("jordan").take(STEPS), torch.bfloat16)

@@ -31,13 +31,13 @@ from harness import Timing, machine_lock, print_inputs, print_result, summarize
 from plain_torch_peer import Peer
 from torch import Tensor
 
-from megatron_k2.checkpoint.hf_config import hf_config, without_yarn
-from megatron_k2.checkpoint.mapping import classic_from_transformers, hf_state_to_megatron
-from megatron_k2.optimizer.newton_schulz import newton_schulz_flops
-from megatron_k2.parallel.cpu_host import megatron_host
-from megatron_k2.planning.params import count_parameters
+from megatron_k2.checkpoint.hf.config import hf_config, without_yarn
+from megatron_k2.checkpoint.names.mapping import classic_from_transformers, hf_state_to_megatron
+from megatron_k2.flags.megatron import add_k2_arguments, expand
+from megatron_k2.host.cpu import megatron_host
+from megatron_k2.optimizer.newton_schulz.cost import newton_schulz_flops
+from megatron_k2.planning.cost.params import count_parameters
 from megatron_k2.presets import ModelPreset, get_preset
-from megatron_k2.training.flags import add_k2_arguments, expand
 
 GEMM_SIZE = 768
 LR, DECAY = 1e-3, 0.1

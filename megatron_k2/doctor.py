@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_k2.compat import (
+from megatron_k2.host.repairs import (
     CHECKED_MEGATRON_VERSIONS,
     MINIMUM_TE_TEXT,
     has_sound_transformer_engine,
@@ -191,7 +191,7 @@ def _training(machine: Machine) -> list[Feature]:
         _feature(
             "training on CPU",
             is_sound and not cuda and torch is not None and torch.has_gloo,
-            "gloo, through megatron_k2.parallel.cpu_host",
+            "gloo, through megatron_k2.host.cpu",
             "used only where there is no CUDA device" if cuda else "see the problems below",
         ),
         _feature(

@@ -37,7 +37,10 @@ CHECKS = (
     ),
     Check("attention, largest logits", ("model/test_attention.py",), on_gpu=False, is_quick=True),
     Check(
-        "MuonClip against its oracles", ("optimizer/test_qk_clip.py",), on_gpu=False, is_quick=True
+        "MuonClip against its oracles",
+        ("optimizer/qk_clip/test_factors.py",),
+        on_gpu=False,
+        is_quick=True,
     ),
     Check("an allocation before its first step", ("launch/test_node_check.py",)),
     Check("every layout = one rank", ("parallel/test_layouts.py",)),

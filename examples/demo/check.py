@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_k2.training.metrics import METRICS_FILE, read_records
+from megatron_k2.run.metrics import METRICS_FILE, read_records
 
 MARGIN_NATS = 0.15
 MIN_CLIPPED_HEAD_STEPS = 100

@@ -20,8 +20,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_k2.data.storage import write_atomically
-from megatron_k2.training.metrics import METRICS_FILE, read_records
+from megatron_k2.files import write_atomically
+from megatron_k2.run.metrics import METRICS_FILE, read_records
 
 BOUND = 2e-3
 """Relative difference of the final validation loss."""

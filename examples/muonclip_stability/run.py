@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_k2.optimizer.muon import muon_step
-from megatron_k2.optimizer.qk_clip import (
+from megatron_k2.optimizer.qk_clip.factors import (
     clip_factor,
     mla_key_value_row_scale,
     mla_query_row_scale,

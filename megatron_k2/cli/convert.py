@@ -10,10 +10,10 @@ from megatron_k2.cli.convert_arguments import parser
 from megatron_k2.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_k2.checkpoint.compare import Comparison
-    from megatron_k2.checkpoint.source_audit import SourceAudit
-    from megatron_k2.checkpoint.units import Progress
-    from megatron_k2.checkpoint.verify import LogitComparison
+    from megatron_k2.checkpoint.names.audit_release import SourceAudit
+    from megatron_k2.checkpoint.stream.jobs import Progress
+    from megatron_k2.checkpoint.verify.against_reference import LogitComparison
+    from megatron_k2.checkpoint.verify.compare import Comparison
 
 
 def _with_progress[Result](run: "Callable[[Progress], Result]") -> tuple[Result, float]:
@@ -73,7 +73,7 @@ def _project(name: str | None, num_bytes: int, seconds: float, bytes_per_element
     """What the same would take for a whole preset, at the rate just measured."""
     if name is None:
         return
-    from megatron_k2.planning.params import count_parameters
+    from megatron_k2.planning.cost.params import count_parameters
     from megatron_k2.presets import get_preset
 
     projected = count_parameters(get_preset(name)).total * bytes_per_element
@@ -85,8 +85,8 @@ def _project(name: str | None, num_bytes: int, seconds: float, bytes_per_element
 
 
 def _import(args: argparse.Namespace) -> int:
-    from megatron_k2.checkpoint.import_hf import ImportOptions, import_hf
-    from megatron_k2.checkpoint.selection import Selection
+    from megatron_k2.checkpoint.convert.import_hf import ImportOptions, import_hf
+    from megatron_k2.checkpoint.names.selection import Selection
 
     options = ImportOptions(
         preset=args.preset,
@@ -126,8 +126,8 @@ def _accounted(found: "SourceAudit") -> str:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from megatron_k2.checkpoint.export import ExportOptions, export
-    from megatron_k2.checkpoint.selection import Selection
+    from megatron_k2.checkpoint.convert.export_hf import ExportOptions, export
+    from megatron_k2.checkpoint.names.selection import Selection
 
     options = ExportOptions(
         preset=args.preset,
@@ -160,9 +160,9 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from megatron_k2.checkpoint.hf_preset import preset_from_hf
-    from megatron_k2.checkpoint.hf_source import HfSource
-    from megatron_k2.checkpoint.source_audit import audit_source, released_tensors
+    from megatron_k2.checkpoint.hf.preset import preset_from_hf
+    from megatron_k2.checkpoint.hf.reader import HfSource
+    from megatron_k2.checkpoint.names.audit_release import audit_source, released_tensors
     from megatron_k2.presets import get_preset
 
     if (args.hf_dir is None) == (args.preset is None):
@@ -181,14 +181,14 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from megatron_k2.checkpoint.compare import compare, open_weights
-    from megatron_k2.checkpoint.selection import Selection
+    from megatron_k2.checkpoint.names.selection import Selection
+    from megatron_k2.checkpoint.verify.compare import compare, open_weights
 
     weights = [open_weights(directory, args.preset) for directory in (args.a, args.b)]
     found = compare(weights[0], weights[1], Selection.parse(args.only))
     is_same = _print_comparison(found, args.rows, args.tolerance)
     if args.logits:
-        from megatron_k2.checkpoint.verify_pair import compare_logits
+        from megatron_k2.engine.mcore.compare_logits import compare_logits
 
         logits = compare_logits(args.a, args.b, dtype=args.logits_dtype)
         is_same &= _print_logits(logits, args.logit_tolerance)
@@ -225,14 +225,14 @@ def _print_logits(found: "LogitComparison", tolerance: float) -> bool:
 
 
 def _verify_logits(args: argparse.Namespace) -> int:
-    from megatron_k2.checkpoint.verify import verify_logits
+    from megatron_k2.checkpoint.verify.against_reference import verify_logits
 
     found = verify_logits(args.hf_dir, args.reference)
     return 0 if _print_logits(found, args.tolerance) else 1
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from megatron_k2.checkpoint.inspect import inspect_checkpoint
+    from megatron_k2.checkpoint.verify.inspect import inspect_checkpoint
 
     found = inspect_checkpoint(args.directory, args.iteration)
     for name, value in found.facts.items():

@@ -140,8 +140,8 @@ def _baseline(arguments: argparse.Namespace) -> int:
     from megatron_k2.data.indexed import read_sequence_lengths, read_tokens
     from megatron_k2.data.manifest import read_manifest
     from megatron_k2.data.ngram import BASELINE_FILE, held_out_tokens, interpolated_bigram
-    from megatron_k2.data.storage import write_atomically
     from megatron_k2.errors import UserError
+    from megatron_k2.files import write_atomically
 
     directory: Path = arguments.directory
     manifest = read_manifest(directory)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def _facts(machine: "Machine") -> list[tuple[str, str]]:
-    from megatron_k2.compat import CHECKED_MEGATRON_VERSIONS
+    from megatron_k2.host.repairs import CHECKED_MEGATRON_VERSIONS
 
     torch = machine.torch
     rows = [

@@ -1,11 +1,11 @@
 """``megatron-k2 evaluate``: loss and perplexity of a Megatron checkpoint."""
 
-from megatron_k2.inference.options import (
+from megatron_k2.engine.mcore.options import (
     check_evaluate,
     evaluate_parser,
     without_nproc,
 )
-from megatron_k2.parallel.launch import launch
+from megatron_k2.host.torchrun import launch
 
 
 def main(argv: list[str]) -> int:
@@ -13,7 +13,7 @@ def main(argv: list[str]) -> int:
     args = evaluate_parser().parse_args(argv)
     check_evaluate(args)
     if args.nproc > 1:  # a rank's error would come wrapped in torchrun's report
-        from megatron_k2.inference.jobs import evaluate_job
+        from megatron_k2.engine.mcore.jobs import evaluate_job
 
         evaluate_job(args, args.nproc)
-    return launch("megatron_k2.inference.ranks", ["evaluate", *without_nproc(argv)], args.nproc)
+    return launch("megatron_k2.engine.mcore.ranks", ["evaluate", *without_nproc(argv)], args.nproc)

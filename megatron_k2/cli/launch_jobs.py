@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
 def _status(recipe: "Recipe", save: str) -> None:
     from megatron_k2.launch.graph import steps_saved
     from megatron_k2.launch.jobs import jobs_of, log_path, states
-    from megatron_k2.training.metrics import METRICS_FILE, read_records
+    from megatron_k2.run.metrics import METRICS_FILE, read_records
 
     if not Path(save).is_dir():
         print(f"{recipe.name}: not launched here, there is no {save}; --save DIR says where it is")

@@ -9,8 +9,8 @@ import importlib
 import sys
 
 from megatron_k2 import __version__
-from megatron_k2.cli.quiet import quieten
 from megatron_k2.errors import UserError
+from megatron_k2.quiet import quieten
 
 VERBS = {
     "presets": "list the model presets with their exact parameter counts",

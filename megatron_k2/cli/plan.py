@@ -6,17 +6,17 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_k2.optimizer.full_plan import Layout
+    from megatron_k2.planning.muonclip.model import Layout
 
 ASSUMPTIONS = (
-    "Layers are split as in the plan of a whole run (planning/chunks.py, our choice). Buffers are "
-    "in Megatron's default buckets; data-parallel ranks include context-parallel ones. FLOPs are "
-    "those Newton-Schulz executes, a multiply-add counted as two. /item: the largest load over "
-    "the larger of the mean and the costliest matrix; /floor, of both domains together: over the "
-    "larger of the mean and the costliest dense matrix on top of one rank's experts, which stay "
-    "where they lie. Bytes are a rank's and a step's: out and back in bf16, mean and largest "
-    "(sent or received); ZeRO-1's are fp32 gradients scattered and bf16 parameters gathered over "
-    "the same ranks, AdamW's included."
+    "Layers are split as in the plan of a whole run (planning/schedule/chunks.py, our choice). "
+    "Buffers are in Megatron's default buckets; data-parallel ranks include context-parallel ones. "
+    "FLOPs are those Newton-Schulz executes, a multiply-add counted as two. /item: the largest "
+    "load over the larger of the mean and the costliest matrix; /floor, of both domains together: "
+    "over the larger of the mean and the costliest dense matrix on top of one rank's experts, "
+    "which stay where they lie. Bytes are a rank's and a step's: out and back in bf16, mean and "
+    "largest (sent or received); ZeRO-1's are fp32 gradients scattered and bf16 parameters "
+    "gathered over the same ranks, AdamW's included."
 )
 
 HEADINGS = (
@@ -44,7 +44,7 @@ def facts(preset_name: str, layout: "Layout", tflops: float | None) -> dict[str,
         layout: ranks.
         tflops: assumed rate of a rank, TFLOP/s; ``None``: no seconds.
     """
-    from megatron_k2.optimizer.full_plan import plan_model
+    from megatron_k2.planning.muonclip.model import plan_model
     from megatron_k2.presets import get_preset
 
     preset = get_preset(preset_name)
@@ -163,7 +163,7 @@ def main(argv: list[str]) -> int:
         )
     if arguments.tflops is not None and arguments.tflops <= 0:
         raise UserError(f"--tflops {arguments.tflops:g}: a rate above 0 is expected")
-    from megatron_k2.optimizer.full_plan import Layout
+    from megatron_k2.planning.muonclip.model import Layout
 
     layout = Layout(
         arguments.world_size, arguments.tp, arguments.pp, arguments.ep, vpp=arguments.vpp

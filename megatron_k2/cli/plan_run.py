@@ -174,13 +174,13 @@ def _write_figures(e: "Estimate", a: "Assumptions", arguments: argparse.Namespac
 
     written = []
     if arguments.trace:
-        from megatron_k2.planning.trace import step_lanes, write_trace
+        from megatron_k2.planning.schedule.trace import step_lanes, write_trace
 
         write_trace(Path(arguments.trace), step_lanes(e.request, a))
         written.append(f"{arguments.trace}  (open in ui.perfetto.dev or chrome://tracing)")
     if arguments.png:
         from megatron_k2.planning.figure import draw_plan
-        from megatron_k2.planning.trace import step_lanes
+        from megatron_k2.planning.schedule.trace import step_lanes
 
         path = Path(arguments.png)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,7 @@ def _write_figures(e: "Estimate", a: "Assumptions", arguments: argparse.Namespac
 
 def _print_dry_run(r: "RunRequest", a: "Assumptions", extra: list[str]) -> None:
     """A line a distinct rank as it is built."""
-    from megatron_k2.planning.dry_run import SUBSTITUTES, dry_run
+    from megatron_k2.training.dry_run import SUBSTITUTES, dry_run
 
     print("\ndry run: every distinct pipeline rank, built by Megatron on the meta device")
     for theirs, ours in SUBSTITUTES:
@@ -209,7 +209,7 @@ def _print_dry_run(r: "RunRequest", a: "Assumptions", extra: list[str]) -> None:
 
 def _check_total(r: "RunRequest", total: int) -> None:
     from megatron_k2.errors import UserError
-    from megatron_k2.planning.params import count_parameters
+    from megatron_k2.planning.cost.params import count_parameters
 
     expected = count_parameters(r.preset).trainable
     if total != expected:
@@ -247,7 +247,7 @@ def main(argv: list[str]) -> int:
         r = _fitted(r, arguments, a)
     e = estimate(r, a)
     if arguments.print_args:
-        from megatron_k2.planning.run_flags import megatron_flags
+        from megatron_k2.flags.layout import megatron_flags
 
         print(" ".join(megatron_flags(r)))
         return 0

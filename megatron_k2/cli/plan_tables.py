@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from megatron_k2.planning.dry_run import BuiltRank
     from megatron_k2.planning.estimate import Assumptions, Estimate
     from megatron_k2.planning.request import RunRequest
     from megatron_k2.planning.search import Found
+    from megatron_k2.training.dry_run import BuiltRank
 
 GB = 1e9
 
 
 def facts(e: "Estimate", tokens: float) -> dict[str, Any]:
     """Everything printed, for JSON; bytes, seconds, elements."""
-    from megatron_k2.planning.chunks import megatron_layout
+    from megatron_k2.planning.schedule.chunks import megatron_layout
 
     r = e.request
     return {

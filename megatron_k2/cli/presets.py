@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def description(preset: "ModelPreset") -> dict[str, Any]:
     """Everything printed on ``preset``: shape, source and counts in elements."""
-    from megatron_k2.planning.params import count_parameters
+    from megatron_k2.planning.cost.params import count_parameters
 
     count = count_parameters(preset)
     return {

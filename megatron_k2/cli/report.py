@@ -24,13 +24,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
 
     from megatron_k2.errors import UserError
-    from megatron_k2.training.report import (
-        REPORT_FILE,
-        read_run,
-        summarise,
-        write_heads,
-        write_report,
-    )
+    from megatron_k2.run.report.run import read_run
+    from megatron_k2.run.report.summary import REPORT_FILE, summarise, write_heads, write_report
 
     output = arguments.output or arguments.run_dir / REPORT_FILE
     if output.suffix != ".png":

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_k2.data.storage import sha256_of_files
 from megatron_k2.errors import UserError
+from megatron_k2.files import sha256_of_files
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_k2.data.storage import commit_file
 from megatron_k2.errors import UserError
+from megatron_k2.files import commit_file
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_k2.data.indexed import bin_path, idx_path
-from megatron_k2.data.storage import write_atomically
 from megatron_k2.errors import UserError
+from megatron_k2.files import write_atomically
 
 MANIFEST_FILE = "dataset.json"
 SCHEMA_VERSION = 1

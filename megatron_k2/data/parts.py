@@ -23,8 +23,8 @@ from megatron_k2.data.sources import (
     read_jsonl_range,
     read_text_file,
 )
-from megatron_k2.data.storage import write_atomically
 from megatron_k2.data.tokenizer import Tokenizer
+from megatron_k2.files import write_atomically
 
 SPLITS = ("train", "valid")
 MIN_PART_BYTES, MAX_PART_BYTES = 1 << 20, 64 << 20

@@ -12,9 +12,9 @@ from megatron_k2.data.sources import (
     is_validation,
     python_stdlib_files,
 )
-from megatron_k2.data.storage import sha256_of_json
 from megatron_k2.data.tokenizer import load_tokenizer
 from megatron_k2.errors import UserError
+from megatron_k2.files import sha256_of_json
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,9 @@ from megatron_k2.data.ngram import BASELINE_FILE
 from megatron_k2.data.parts import SPLITS, read_documents, read_part
 from megatron_k2.data.plan import Plan, PrepareOptions, check_counts, make_plan
 from megatron_k2.data.pool import tokenize_parts
-from megatron_k2.data.storage import write_atomically
 from megatron_k2.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_k2.errors import UserError
+from megatron_k2.files import write_atomically
 
 PARTS_DIRECTORY = ".parts"
 TOKENIZER_DIRECTORY = "tokenizer"

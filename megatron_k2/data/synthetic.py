@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_k2.data.indexed import bin_path, idx_path, token_dtype, write_indexed
-from megatron_k2.data.storage import commit_file
 from megatron_k2.errors import UserError
+from megatron_k2.files import commit_file
 
 DOMAINS = ("web", "code", "mathematics", "knowledge", "long", "train")
 NUM_TOKENS = 2**16

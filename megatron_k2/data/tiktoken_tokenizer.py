@@ -20,8 +20,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_k2.data.storage import sha256_of_files
 from megatron_k2.errors import UserError
+from megatron_k2.files import sha256_of_files
 
 VOCABULARY_FILE = "tiktoken.model"
 CONFIG_FILE = "tokenizer_config.json"

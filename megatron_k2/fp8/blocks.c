@@ -1,4 +1,4 @@
-/* 128x128 E4M3 blocks of a weight on a CPU, the bytes of checkpoint/fp8.py.
+/* 128x128 E4M3 blocks of a weight on a CPU, the bytes of checkpoint/block_fp8/reference.py.
 
    Matrices are row-major [rows, width]; blocks at the lower and right edge may be smaller. Scales are
    [ceil(rows / 128), ceil(width / 128)]. Weights are bf16 or fp32, widened a run at a time: a run is

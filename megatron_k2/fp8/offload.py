@@ -17,7 +17,7 @@ import torch
 from megatron.core.pipeline_parallel.fine_grained_activation_offload import PipelineOffloadManager
 from torch import Tensor
 
-from megatron_k2.fp8.storage import ActivationStorage, StoredTensor
+from megatron_k2.fp8.pack import ActivationStorage, StoredTensor
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from megatron_k2.data.manifest import MANIFEST_FILE, DataManifest, read_manifest
 from megatron_k2.errors import UserError
+from megatron_k2.flags.data import read_blend
+from megatron_k2.flags.megatron import check_vocabulary
 from megatron_k2.presets import ModelPreset
-from megatron_k2.training.blend_files import read_blend
-from megatron_k2.training.flags import check_vocabulary
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def _parsed(recipe: Recipe, save: str, start_from: str | None) -> Namespace:
     """The recipe's flags as rank 0 of its world reads them."""
     from megatron.training.arguments import parse_args, validate_args
 
-    from megatron_k2.training.flags import add_k2_arguments
+    from megatron_k2.flags.megatron import add_k2_arguments
 
     flags = recipe.to_megatron_args(save, start_from)
     world = {"WORLD_SIZE": str(recipe.layout.world_size), "RANK": "0", "LOCAL_RANK": "0"}

@@ -3,8 +3,8 @@
 None of this has been measured here. A profile's ``environment`` is added to it and wins.
 """
 
+from megatron_k2.flags.layout import speed_flags
 from megatron_k2.planning.request import RunRequest
-from megatron_k2.planning.run_flags import speed_flags
 
 CLUSTER_ENVIRONMENT = (
     ("NCCL_IB_TIMEOUT", "22", "a slow link is waited for, not declared dead, in a long run"),

@@ -11,8 +11,8 @@ from pathlib import Path
 from megatron_k2.launch.local import check_start, run_local, write_record
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.launch.slurm import submit
-from megatron_k2.training.metrics import METRICS_FILE, read_records
-from megatron_k2.training.preflight import TRACKER
+from megatron_k2.run.metrics import METRICS_FILE, read_records
+from megatron_k2.run.record import TRACKER
 
 INTERRUPTED = 1
 """Exit code of a chain whose run ended well before its last step, as after a SIGTERM."""

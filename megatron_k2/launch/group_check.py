@@ -57,7 +57,7 @@ def timed_sums(
     """
     import torch
 
-    from megatron_k2.parallel.cpu_host import megatron_host
+    from megatron_k2.host.cpu import megatron_host
 
     with megatron_host() as backend:
         from megatron.core import parallel_state

@@ -3,15 +3,16 @@
 import json
 from pathlib import Path
 
-from megatron_k2.compat import installed_version
-from megatron_k2.data.storage import write_atomically
 from megatron_k2.errors import UserError
+from megatron_k2.files import write_atomically
+from megatron_k2.host.repairs import installed_version
+from megatron_k2.host.torchrun import launch
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.launch.table import resolved
-from megatron_k2.parallel.launch import launch
-from megatron_k2.training.commit import git_commit
-from megatron_k2.training.preflight import TRACKER, check_run
-from megatron_k2.training.rollback import read_rollbacks
+from megatron_k2.run.commit import git_commit
+from megatron_k2.run.record import TRACKER
+from megatron_k2.run.rollback import read_rollbacks
+from megatron_k2.training.preflight import check_run
 
 RECORD = "recipe.json"
 PACKAGES = (

@@ -21,10 +21,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron_k2.compat import installed_version
 from megatron_k2.errors import UserError
+from megatron_k2.flags.megatron import expand
+from megatron_k2.host.repairs import installed_version
 from megatron_k2.launch.group_check import slow_groups, timed_sums, within
-from megatron_k2.training.flags import expand
 from megatron_k2.training.preflight import read_flags
 
 PACKAGES = ("megatron-k2", "megatron-core", "torch", "transformer-engine", "numpy")

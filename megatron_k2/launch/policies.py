@@ -49,7 +49,7 @@ class LossPolicy:
     iterations_to_skip: tuple[int, ...] = ()
     """Steps whose batch is left out: how a spike is passed after going back to a checkpoint."""
     on_spike: SpikeAction = "warn"
-    """``stop`` and ``rollback`` act before the next save (``training/spikes.py``)."""
+    """``stop`` and ``rollback`` act before the next save (``run/spikes.py``)."""
     spike_nats: float = 0.5
     """Nats over the running median under which nothing is a spike."""
     spike_margin: int = 10

@@ -1,7 +1,7 @@
 """A whole run as frozen data, and as the flags that Megatron reads.
 
 A recipe decides; this module only writes down. Architecture and optimizer are the preset's
-(``training/flags.py``), layout and memory the planner's (``planning/run_flags.py``), schedule the
+(``flags/megatron.py``), layout and memory the planner's (``flags/layout.py``), schedule the
 phase's. The last flag of a name wins, so the order of ``pretrain_flags`` matters.
 """
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megatron_k2.errors import UserError
+from megatron_k2.flags.layout import layout_flags, memory_flags, speed_flags
+from megatron_k2.flags.megatron import expand
 from megatron_k2.launch.blend import DataBlend
 from megatron_k2.launch.policies import CheckpointPolicy, ExpertDispatch, LossPolicy, Profiler
 from megatron_k2.planning.phases import Phase
 from megatron_k2.planning.request import RunRequest
-from megatron_k2.planning.run_flags import layout_flags, memory_flags, speed_flags
 from megatron_k2.presets import ModelPreset
-from megatron_k2.training.flags import expand
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Recipe:
         ]
 
     def to_megatron_args(self, save: str, start_from: str | None = None) -> list[str]:
-        """The exact flag list: Megatron's own and those declared in ``training/flags.py``."""
+        """The exact flag list: Megatron's own and those declared in ``flags/megatron.py``."""
         return expand(self.pretrain_flags(save, start_from), cuda=not self.is_cpu)
 
     def replace(self, **changes: object) -> "Recipe":

@@ -19,9 +19,9 @@ from megatron_k2.launch.cluster import Cluster
 from megatron_k2.launch.environment import cluster_environment
 from megatron_k2.launch.jobs import note
 from megatron_k2.launch.recipe import Recipe
+from megatron_k2.planning.cost.memory import MUON_STATE_BYTES, WEIGHT_BYTES
+from megatron_k2.planning.cost.params import count_parameters
 from megatron_k2.planning.gpus import GPUS_PER_NODE
-from megatron_k2.planning.memory import MUON_STATE_BYTES, WEIGHT_BYTES
-from megatron_k2.planning.params import count_parameters
 
 
 def num_nodes(recipe: Recipe, asked: int | None = None) -> int:

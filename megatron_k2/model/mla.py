@@ -62,7 +62,7 @@ class K2SelfAttention(LatentAttention):
     gather's backward pass only splits, but each tensor-parallel rank uses the shared rotary key
     for its own heads alone, so the last ``qk_pos_emb_head_dim`` rows of the kv down-projection get
     one rank's share of their gradient (``multi_latent_attention.py:739``, 0.19.2;
-    ``tests/parallel/test_upstream_mla_gradients.py`` shows it). Here every rank holds them whole,
+    ``tests/host/test_upstream_mla_gradients.py`` shows it). Here every rank holds them whole,
     as Transformer Engine's "duplicated" mode does.
     """
 

@@ -24,8 +24,8 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from megatron_k2.compat import require_transformer_engine
 from megatron_k2.errors import UserError
+from megatron_k2.host.repairs import require_transformer_engine
 from megatron_k2.model.attention import MLACoreAttention
 from megatron_k2.model.experts import GroupedExperts
 from megatron_k2.model.mla import K2SelfAttention, LatentAttention

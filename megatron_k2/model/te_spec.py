@@ -9,7 +9,8 @@ Differences from the local modules that a reader of the numbers should know:
 
 - S_max comes from TE's ``return_max_logit``. It has the dtype of the attention's output: in bf16 it
   is rounded to 8 bits, steps of 0.5 between 64 and 128, so a head is known to be over τ = 100 only
-  to ±0.25. It is recorded in evaluation as well; ``optimizer/max_logits.py`` keeps training's.
+  to ±0.25. It is recorded in evaluation as well; ``optimizer/qk_clip/max_logits.py`` keeps
+  training's.
 - ``return_max_logit`` turns FlashAttention off: TE then chooses cuDNN's fused attention, or its
   unfused one, which holds all logits. It is asked for only where MuonClip reads it.
 - Parameters of a fused norm are named ``layer_norm_weight`` in ``state_dict``. In checkpoints they

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_k2.optimizer.newton_schulz import orthogonalize
+from megatron_k2.optimizer.newton_schulz.iteration import orthogonalize
 
 RMS_MATCH_FACTOR = 0.2
 """K2 report, Algorithm 1; AdamW's usual update RMS is 0.2 to 0.4 (Moonlight, section 2.2)."""

@@ -21,14 +21,14 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_k2.optimizer.adamw import fuse_on_cpu
-from megatron_k2.optimizer.chain import MuonClipChain
-from megatron_k2.optimizer.distributed import DistributedMuonClip
-from megatron_k2.optimizer.domain import MuonClipSettings
-from megatron_k2.optimizer.max_logits import MaxLogits
-from megatron_k2.optimizer.offloaded import OffloadedMuonClip
+from megatron_k2.optimizer.offload.optimizer import OffloadedMuonClip
 from megatron_k2.optimizer.param_groups import muon_matrices
 from megatron_k2.optimizer.plain import MuonClip
 from megatron_k2.optimizer.plain_chain import PlainMuonClipChain
+from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
+from megatron_k2.optimizer.settings import MuonClipSettings
+from megatron_k2.optimizer.sharded.chain import MuonClipChain
+from megatron_k2.optimizer.sharded.optimizer import DistributedMuonClip
 
 
 def register(

@@ -12,11 +12,12 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_k2.optimizer.clip_step import row_scales
-from megatron_k2.optimizer.domain import MatrixParameter, MuonClipSettings, MuonDomain
-from megatron_k2.optimizer.max_logits import MaxLogits
 from megatron_k2.optimizer.muon import apply_updates, rms_match_scale, update_momenta
 from megatron_k2.optimizer.param_groups import MatrixSpec
+from megatron_k2.optimizer.qk_clip.apply import row_scales
+from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
+from megatron_k2.optimizer.settings import MuonClipSettings
+from megatron_k2.optimizer.sharded.matrix_group import MatrixParameter, MuonDomain
 
 BUCKET_SIZE = 40_000_000
 """Elements exchanged together: Megatron's own, so that a step's memory is bounded as over ZeRO."""

@@ -6,15 +6,15 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from torch import Tensor
 
 from megatron_k2.optimizer.adamw import fuse_on_cpu
-from megatron_k2.optimizer.grad_scope import GradScopeChain
-from megatron_k2.optimizer.plain import MuonClip
-from megatron_k2.optimizer.saved_state import (
+from megatron_k2.optimizer.foreign_state import (
     adopt_groups,
     inner,
     parts,
     take_over,
     upstream_momentum,
 )
+from megatron_k2.optimizer.muonclip_chain import GradScopeChain
+from megatron_k2.optimizer.plain import MuonClip
 
 
 class PlainMuonClipChain(GradScopeChain):

@@ -6,10 +6,9 @@ and the efficiencies are assumptions of ours, printed beside every result and op
 
 from dataclasses import dataclass
 
-from megatron_k2.planning import traffic
-from megatron_k2.planning.activations import formed_again_bytes
-from megatron_k2.planning.chunks import Chunk
-from megatron_k2.planning.flops import (
+from megatron_k2.planning.cost import traffic
+from megatron_k2.planning.cost.activations import formed_again_bytes
+from megatron_k2.planning.cost.flops import (
     Flops,
     attention_forward,
     head_forward,
@@ -20,10 +19,11 @@ from megatron_k2.planning.flops import (
     up_projections,
     weight_gradients,
 )
-from megatron_k2.planning.memory import RESERVED_GB, Memory, layer_activations, rank_memory
-from megatron_k2.planning.pipeline import Shape
+from megatron_k2.planning.cost.memory import RESERVED_GB, Memory, layer_activations, rank_memory
 from megatron_k2.planning.request import RunRequest
-from megatron_k2.planning.timeline import ChunkCost, exposed, simulate_tasks, span
+from megatron_k2.planning.schedule.chunks import Chunk
+from megatron_k2.planning.schedule.pipeline import Shape
+from megatron_k2.planning.schedule.timeline import ChunkCost, exposed, simulate_tasks, span
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class _OptimizerSeconds:
 def _optimizer(r: RunRequest, memory: tuple[Memory, ...], a: Assumptions) -> _OptimizerSeconds:
     once = [traffic.step_traffic(r, m.parameters) for m in memory]
     moved = max(t.gradients + t.weights + t.muonclip for t in once)
-    # Matrices are planned evenly over all ranks of the world (optimizer/plan.py).
+    # Matrices are planned evenly over all ranks of the world (optimizer/sharded/homes.py).
     orthogonal = orthogonalisation(r.preset) / r.world_size / (r.gpu.bf16_tflops * 1e12 * a.gemm)
     group = r.tp * r.dense_shards
     moving = max(m.optimizer_on_host for m in memory)

@@ -10,7 +10,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from megatron_k2.planning.timeline import LANES, Task, span
+from megatron_k2.planning.schedule.timeline import LANES, Task, span
 
 if TYPE_CHECKING:
     from megatron_k2.planning.estimate import Estimate

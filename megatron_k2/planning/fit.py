@@ -10,11 +10,11 @@ import itertools
 import math
 
 from megatron_k2.errors import UserError
+from megatron_k2.planning.cost.memory import RESERVED_GB, rank_memory
+from megatron_k2.planning.cost.offload import movable
 from megatron_k2.planning.gpus import GPUS, GPUS_PER_NODE
-from megatron_k2.planning.memory import RESERVED_GB, rank_memory
-from megatron_k2.planning.offload import movable
-from megatron_k2.planning.pipeline import Shape, num_warmup
 from megatron_k2.planning.request import RunRequest
+from megatron_k2.planning.schedule.pipeline import Shape, num_warmup
 
 STEP = 0.05
 """Fractions are chosen in twentieths."""

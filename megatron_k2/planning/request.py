@@ -5,9 +5,9 @@ from typing import get_args
 
 from megatron_k2.errors import UserError
 from megatron_k2.parallel.layout import LayoutRequest, check_layout
-from megatron_k2.planning.activations import Modules, Recompute
-from megatron_k2.planning.chunks import Chunk, split_into_chunks
+from megatron_k2.planning.cost.kept import Modules, Recompute
 from megatron_k2.planning.gpus import GPUS_PER_NODE, Gpu
+from megatron_k2.planning.schedule.chunks import Chunk, split_into_chunks
 from megatron_k2.presets import ModelPreset
 
 REPORT_RECOMPUTE: frozenset[Recompute] = frozenset({"norm", "swiglu", "mla_up"})

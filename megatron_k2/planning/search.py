@@ -11,8 +11,16 @@ from dataclasses import dataclass
 from typing import get_args
 
 from megatron_k2.errors import UserError
-from megatron_k2.planning.activations import Modules, Recompute, head_bytes, layer_bytes
-from megatron_k2.planning.chunks import split_into_chunks
+from megatron_k2.planning.cost.activations import head_bytes, layer_bytes
+from megatron_k2.planning.cost.kept import Modules, Recompute
+from megatron_k2.planning.cost.memory import (
+    GRADIENT_BYTES,
+    WEIGHT_BYTES,
+    Parameters,
+    optimizer_bytes,
+    optimizer_step_bytes,
+    rank_parameters,
+)
 from megatron_k2.planning.estimate import (
     Assumptions,
     Estimate,
@@ -23,16 +31,9 @@ from megatron_k2.planning.estimate import (
 )
 from megatron_k2.planning.fit import fit_to_memory, most_activations
 from megatron_k2.planning.gpus import GPUS, GPUS_PER_NODE
-from megatron_k2.planning.memory import (
-    GRADIENT_BYTES,
-    WEIGHT_BYTES,
-    Parameters,
-    optimizer_bytes,
-    optimizer_step_bytes,
-    rank_parameters,
-)
-from megatron_k2.planning.pipeline import Shape, num_warmup
 from megatron_k2.planning.request import RunRequest
+from megatron_k2.planning.schedule.chunks import split_into_chunks
+from megatron_k2.planning.schedule.pipeline import Shape, num_warmup
 from megatron_k2.presets import ModelPreset
 
 MICRO_BATCHES = (1, 2, 4)

@@ -16,16 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_k2.optimizer.chain import FORMAT
 from megatron_k2.optimizer.classification import classification_table
-from megatron_k2.optimizer.clip_step import check_clippable
-from megatron_k2.optimizer.domain import settings_from
-from megatron_k2.optimizer.expert_layout import expert_layout
-from megatron_k2.optimizer.max_logits import MaxLogits
+from megatron_k2.optimizer.foreign_state import check_optimizer_state
 from megatron_k2.optimizer.muonclip import adopt_distributed, adopt_plain, register
-from megatron_k2.optimizer.saved_state import check_optimizer_state
-from megatron_k2.training.console import step_line
-from megatron_k2.training.metrics import MetricsWriter, StepRecord
+from megatron_k2.optimizer.qk_clip.apply import check_clippable
+from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
+from megatron_k2.optimizer.settings import settings_from
+from megatron_k2.optimizer.sharded.chain import FORMAT
+from megatron_k2.optimizer.sharded.expert_layout import expert_layout
+from megatron_k2.run.console import step_line
+from megatron_k2.run.metrics import MetricsWriter, StepRecord
 from megatron_k2.training.phase_start import load_with_optimizer, starts_here
 from megatron_k2.training.spike_watch import SpikeWatch, meet_spike, skip_batch, take_skips
 from megatron_k2.training.step_log import StepLog

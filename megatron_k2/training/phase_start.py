@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_k2.training.preflight import TRACKER
+from megatron_k2.run.record import TRACKER
 
 
 def starts_here(args: Namespace) -> bool:

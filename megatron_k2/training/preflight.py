@@ -8,26 +8,23 @@ import argparse
 import importlib
 import importlib.util
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_k2.compat import (
+from megatron_k2.errors import UserError
+from megatron_k2.files import write_atomically
+from megatron_k2.flags.data import check_files
+from megatron_k2.fp8.compute import check_fp8
+from megatron_k2.host.repairs import (
     installed_version,
     require_checked_megatron,
     require_transformer_engine,
 )
-from megatron_k2.data.storage import write_atomically
-from megatron_k2.errors import UserError
-from megatron_k2.fp8.compute import check_fp8
 from megatron_k2.parallel.layout import LayoutRequest, check_layout
-from megatron_k2.training.blend_files import check_files
-from megatron_k2.training.commit import git_commit
-
-RUN_RECORD = "run.json"
-TRACKER = "latest_checkpointed_iteration.txt"
+from megatron_k2.run.commit import git_commit
+from megatron_k2.run.record import RUN_RECORD, TRACKER
 
 _LAYOUT_FLAGS = {
     "--tensor-model-parallel-size": "tensor_model_parallel_size",
@@ -289,22 +286,6 @@ def write_run_record(flags: list[str], world_size: int) -> None:
     path = Path(values.save) / RUN_RECORD
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
-
-
-def repair_tracker(save: Path) -> None:
-    """Mend ``latest_checkpointed_iteration.txt`` if a kill left it empty.
-
-    Megatron truncates and rewrites it in place, after the checkpoint itself is whole. Checkpoints
-    whose ``metadata.json`` is there are whole: it is written last.
-    """
-    tracker = save / TRACKER
-    if not tracker.exists() or re.fullmatch(r"\d+|release", tracker.read_text().strip()):
-        return
-    whole = sorted(path.parent.name for path in save.glob("iter_*/metadata.json"))
-    if whole:
-        write_atomically(tracker, str(int(whole[-1].removeprefix("iter_"))).encode())
-    else:
-        tracker.unlink()
 
 
 def drop_damaged_index_cache(prefixes: list[str]) -> None:

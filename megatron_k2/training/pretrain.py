@@ -13,16 +13,12 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_k2.errors import UserError
+from megatron_k2.flags.data import data_prefixes, make_synthetic
+from megatron_k2.flags.megatron import add_k2_arguments, expand, last_value
 from megatron_k2.fp8.compute import choose_offload_version, choose_scale_format
-from megatron_k2.training.blend_files import data_prefixes, make_synthetic
-from megatron_k2.training.console import divert_output
-from megatron_k2.training.flags import add_k2_arguments, expand, last_value
-from megatron_k2.training.preflight import (
-    check_run,
-    drop_damaged_index_cache,
-    repair_tracker,
-    write_run_record,
-)
+from megatron_k2.run.console import divert_output
+from megatron_k2.run.record import repair_tracker
+from megatron_k2.training.preflight import check_run, drop_damaged_index_cache, write_run_record
 
 PROGRAM_START = time.time()
 
@@ -62,14 +58,17 @@ def run(argv: list[str]) -> None:
 def _run(argv: list[str], terminal: TextIO | None) -> None:
     import torch
 
-    from megatron_k2.compat import (
+    from megatron_k2.host.cpu import megatron_host
+    from megatron_k2.host.offload_repairs import (
+        end_offload_chunk_with_its_groups,
+        reload_after_offload,
+    )
+    from megatron_k2.host.repairs import (
         keep_checkpoint_queue_through_sigterm,
         recompute_without_te,
         restore_distributed_optimizer_without_te,
         skip_helpers_compilation,
     )
-    from megatron_k2.compat_offload import end_offload_chunk_with_its_groups, reload_after_offload
-    from megatron_k2.parallel.cpu_host import megatron_host
 
     flags = expand(argv, cuda=torch.cuda.is_available())
     world_size = int(os.environ["WORLD_SIZE"])
@@ -110,10 +109,10 @@ def _pretrain(terminal: TextIO | None) -> None:
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_k2.model.build import model_config_from_args
+    from megatron_k2.run.metrics import MetricsWriter
+    from megatron_k2.run.report.summary import finish
     from megatron_k2.training.hooks import TrainingHooks, training_hooks
-    from megatron_k2.training.metrics import MetricsWriter
     from megatron_k2.training.providers import datasets_provider, forward_step
-    from megatron_k2.training.report import finish
 
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
     args = parse_and_validate_args(extra_args_provider=add_k2_arguments)

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_k2.training.metrics import METRICS_FILE, StepRecord, read_records
-from megatron_k2.training.rollback import (
+from megatron_k2.run.metrics import METRICS_FILE, StepRecord, read_records
+from megatron_k2.run.rollback import (
     Rollback,
     plan_rollback,
     read_rollbacks,
     roll_back,
     whole_checkpoints,
 )
-from megatron_k2.training.spikes import WINDOW, Spike, find_spike
+from megatron_k2.run.spikes import WINDOW, Spike, find_spike
 
 EXIT_CODE = 3
 """Of a run that a spike stopped."""

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_k2.model.moe import routers
-from megatron_k2.optimizer.grad_scope import GradScopeChain
-from megatron_k2.optimizer.max_logits import MaxLogits
+from megatron_k2.optimizer.muonclip_chain import GradScopeChain
+from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
 from megatron_k2.optimizer.step_statistics import GROUPS, PARTS
-from megatron_k2.training.metrics import StepRecord
+from megatron_k2.run.metrics import StepRecord
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,16 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import REPOSITORY
 
 
 def benchmark_output(name: str, arguments: str) -> str:
     """What ``benchmarks/NAME.py ARGUMENTS`` prints; it must succeed."""
     done = subprocess.run(
         [sys.executable, f"benchmarks/{name}.py", *arguments.split()],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=300,

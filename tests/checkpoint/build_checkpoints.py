@@ -204,7 +204,7 @@ def _work(rank: int, out: Path) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from megatron_k2.parallel.cpu_host import cpu_host
+    from megatron_k2.host.cpu import cpu_host
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=2)

@@ -4,13 +4,13 @@ import json
 
 import torch
 
-from megatron_k2.checkpoint import fp8
-from megatron_k2.checkpoint.audit import released_shapes
-from megatron_k2.checkpoint.fp8_layout import SCALE_SUFFIX, is_quantized
-from megatron_k2.checkpoint.fp8_scales import ScaleClass
-from megatron_k2.checkpoint.hf_config import hf_config
-from megatron_k2.checkpoint.rows import rows_of
-from megatron_k2.checkpoint.safetensors_stream import TensorSlot, write_safetensors
+from megatron_k2.checkpoint.block_fp8 import reference
+from megatron_k2.checkpoint.block_fp8.layout import SCALE_SUFFIX, is_quantized
+from megatron_k2.checkpoint.block_fp8.scales import ScaleClass
+from megatron_k2.checkpoint.hf.config import hf_config
+from megatron_k2.checkpoint.hf.writer import TensorSlot, write_safetensors
+from megatron_k2.checkpoint.names.audit import released_shapes
+from megatron_k2.checkpoint.stream.rows import rows_of
 
 QUANTIZATION = {
     "activation_scheme": "dynamic",
@@ -46,12 +46,12 @@ def as_fp8(weights, kind=ScaleClass.BF16_AMAX):
             continue
         if kind is ScaleClass.FP32_AMAX:
             weight = weight.float() * 1.001  # off the bf16 grid
-        codes, scales = fp8.quantize(weight)
+        codes, scales = reference.quantize(weight)
         if kind is ScaleClass.OTHER:
             scales = torch.exp2(torch.ceil(torch.log2(scales)))
             wide = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
             wide = wide[: weight.shape[0], : weight.shape[1]]
-            codes = (weight.float() / wide).to(fp8.E4M3)
+            codes = (weight.float() / wide).to(reference.E4M3)
         result |= {name: codes, name + SCALE_SUFFIX: scales}
     return result
 
@@ -75,7 +75,7 @@ def write_directory(directory, preset, weights, *, leftovers=False, **config):
     weight_map = {name: file for file, tensors in shards.items() for name in tensors}
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    is_fp8 = any(tensor.dtype == fp8.E4M3 for tensor in weights.values())
+    is_fp8 = any(tensor.dtype == reference.E4M3 for tensor in weights.values())
     settings = hf_config(preset) | {"ep_size": 1, "a_field_of_its_own": "kept"} | config
     settings |= {"quantization_config": QUANTIZATION} if is_fp8 else {}
     (directory / "config.json").write_text(json.dumps(settings))

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_k2 import doctor
 from megatron_k2.cli import doctor as verb
-from megatron_k2.compat import CHECKED_MEGATRON_VERSIONS
+from megatron_k2.host.repairs import CHECKED_MEGATRON_VERSIONS
 
 CPU_TORCH = doctor.TorchFacts("2.14.1", None, (), has_nccl=False, has_gloo=True)
 CUDA_TORCH = doctor.TorchFacts("2.14.1", "13.0", ("H800",) * 8, has_nccl=True, has_gloo=True)

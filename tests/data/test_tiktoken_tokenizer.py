@@ -19,8 +19,9 @@ from megatron_k2.data.tiktoken_tokenizer import (
     split_long_text,
 )
 from megatron_k2.errors import UserError
+from tests.support.paths import SHARED
 
-K2 = Path(__file__).resolve().parents[3] / "shared" / "data" / "kimi-k2"
+K2 = SHARED / "data" / "kimi-k2"
 SAMPLES = [
     "Hello world, it's 12345 o'clock!\r\n\r\n  def f(x):\n\treturn x  ",
     "你好world的HTTPServer2Go",

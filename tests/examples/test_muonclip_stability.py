@@ -8,11 +8,10 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import REPOSITORY
 
 
 @pytest.mark.slow
@@ -21,8 +20,8 @@ def test_vanilla_muon_passes_three_thresholds_where_muonclip_stays_at_one(tmp_pa
     arguments = "--steps 80 --seeds 0 --threshold 12 --optimizers muon muonclip --plot".split()
     done = subprocess.run(
         [sys.executable, script, *arguments, tmp_path / "plot.png"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -5,12 +5,12 @@ import types
 
 import pytest
 
-from megatron_k2 import compat
 from megatron_k2.errors import UserError
+from megatron_k2.flags import megatron as flags_module
+from megatron_k2.flags.megatron import expand, last_value
 from megatron_k2.fp8.compute import FP32_SCALES, check_fp8, choose_scale_format
-from megatron_k2.training import flags as flags_module
+from megatron_k2.host import repairs
 from megatron_k2.training import preflight
-from megatron_k2.training.flags import expand, last_value
 from megatron_k2.training.preflight import check_run
 
 TINY = ["--preset", "k2-tiny"]
@@ -62,13 +62,13 @@ def test_gradients_are_added_up_in_the_product_only_where_apex_can(monkeypatch):
 def installed(monkeypatch):
     """Says which Transformer Engine is installed."""
 
-    original = compat.installed_version
+    original = repairs.installed_version
 
     def say(version):
         def found(name):
             return version if name == "transformer-engine" else original(name)
 
-        for module in (compat, preflight):
+        for module in (repairs, preflight):
             monkeypatch.setattr(module, "installed_version", found)
 
     return say

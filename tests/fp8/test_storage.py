@@ -17,8 +17,8 @@ from megatron_k2.errors import UserError
 from megatron_k2.fp8.tiles import stored_bytes
 from megatron_k2.presets import K2_TINY
 from tests.fp8.stored_experts import SIZES, expected, inputs, run, worst
-from tests.saved_tensors import saved_bytes
-from tests.single_rank import SMALL, build, one_rank, randomise
+from tests.support.saved_tensors import saved_bytes
+from tests.support.single_rank import SMALL, build, one_rank, randomise
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -164,7 +164,7 @@ def test_megatrons_recomputation_of_the_activation_reads_the_stored_input():
     from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
-    from megatron_k2.fp8.storage import ActivationStorage, restore, store
+    from megatron_k2.fp8.pack import ActivationStorage, restore, store
 
     gate_up, probs = torch.randn(6, 40), torch.rand(6, 1)
 

@@ -1,6 +1,6 @@
 """The Triton kernels under the CPU interpreter: the same bytes as ``tiles``; compiled for sm_90.
 
-The interpreter's own fp8 and bf16 rounding is wrong (``tests/triton_interpreter.py``). Not
+The interpreter's own fp8 and bf16 rounding is wrong (``tests/support/triton_interpreter.py``). Not
 exercised: a GPU, where ``maximum`` and ``div_rn`` are other code.
 """
 
@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from tests.fp8.test_tiles import matrix
-from tests.optimizer.test_symmetric import run_python
+from tests.optimizer.newton_schulz.test_symmetric import run_python
 
 INTERPRETED = """
 import sys
 import torch
 from megatron_k2.fp8 import tiles, triton_tiles
 if "stock" not in sys.argv:
-    from tests.triton_interpreter import round_as_torch_does
+    from tests.support.triton_interpreter import round_as_torch_does
     round_as_torch_does()
 
 def matrix(m, k, dtype):
@@ -90,7 +90,7 @@ def test_kernels_on_a_gpu_give_the_bytes_of_the_cpu(dtype):
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("a GPU with E4M3 (compute capability 8.9) is needed")
     from megatron_k2.fp8 import tiles
-    from megatron_k2.fp8.storage import restore, store
+    from megatron_k2.fp8.pack import restore, store
 
     x = matrix(300, 1000, dtype)
     stored = store(x.cuda())
@@ -102,7 +102,7 @@ def test_kernels_on_a_gpu_give_the_bytes_of_the_cpu(dtype):
 
 @pytest.mark.slow
 def test_the_stock_interpreter_still_rounds_wrongly():
-    """If this fails, Triton has been repaired: drop ``tests/triton_interpreter.py``."""
+    """If this fails, Triton has been repaired: drop ``tests/support/triton_interpreter.py``."""
     assert int(_interpreted("stock").split()[-1]) > 100
 
 

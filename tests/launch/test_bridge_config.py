@@ -10,11 +10,11 @@ import sys
 import pytest
 
 from megatron_k2.errors import UserError
+from megatron_k2.flags.megatron import last_value
 from megatron_k2.launch.bridge_config import to_bridge_config
 from megatron_k2.launch.overrides import apply
 from megatron_k2.launch.policies import ExpertDispatch
 from megatron_k2.recipes import get_recipe
-from megatron_k2.training.flags import last_value
 
 HAS_BRIDGE = (
     importlib.util.find_spec("megatron") is not None
@@ -68,7 +68,7 @@ FIELDS = {
 @pytest.fixture(scope="module")
 def _host():
     from benchmarks.bridge_peer import _import_without_transformer_engine
-    from megatron_k2.parallel.cpu_host import megatron_host
+    from megatron_k2.host.cpu import megatron_host
 
     _import_without_transformer_engine()
     with megatron_host():

@@ -13,7 +13,7 @@ from megatron_k2.launch.graph import chain_summary, places, run_chain, steps_sav
 from megatron_k2.launch.slurm import render
 from megatron_k2.planning.phases import kimi_k2_phases
 from megatron_k2.recipes import CHAINS, get_chain, get_recipe
-from megatron_k2.training.preflight import TRACKER
+from megatron_k2.run.record import TRACKER
 
 NAME = "kimi_k2_phases_cpu"
 

@@ -12,9 +12,9 @@ from megatron_k2.launch.local import RECORD
 from megatron_k2.launch.overrides import apply
 from megatron_k2.launch.table import resolved
 from megatron_k2.recipes import get_recipe
-from megatron_k2.training.commit import git_commit
-from megatron_k2.training.metrics import METRICS_FILE, read_records
-from megatron_k2.training.preflight import RUN_RECORD
+from megatron_k2.run.commit import git_commit
+from megatron_k2.run.metrics import METRICS_FILE, read_records
+from megatron_k2.run.record import RUN_RECORD
 
 DRY_RUN = "launch kimi_k2_pretrain_256gpu_h800 --executor slurm --dry-run".split()
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_k2.launch.group_check import slow_groups
 from megatron_k2.launch.node_check import NodeFacts, existing_parent, verdict
-from tests.distributed import BACKENDS, end, start_ranks
+from tests.support.distributed import BACKENDS, end, start_ranks
 
 HOST = socket.gethostname()
 FLAGS = "--preset k2-tiny --seq-length 64 --micro-batch-size 1 --global-batch-size 2".split()

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from megatron_k2.errors import UserError
+from megatron_k2.flags import megatron as flags
 from megatron_k2.launch import slurm
 from megatron_k2.launch.cluster import Cluster, read_profile
 from megatron_k2.launch.command import render_command
 from megatron_k2.launch.overrides import apply
 from megatron_k2.launch.slurm import job_name, num_nodes, render, submit
 from megatron_k2.recipes import get_recipe
-from megatron_k2.training import flags
-from tests.distributed import REPOSITORY
+from tests.support.paths import REPOSITORY
 
 GOLDEN = Path(__file__).parent / "golden" / "kimi_k2_long_32k_512gpu_h100.sbatch"
 SITE = Cluster(

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from megatron_k2.model.attention import MLACoreAttention, causal_attention
-from megatron_k2.optimizer.max_logits import MaxLogits
+from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
 from tests.oracles.attention import (
     attention_that_peeks_one_token_ahead,
     einsum_attention,

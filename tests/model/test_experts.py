@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe.experts import SequentialMLP
 
 from megatron_k2.model.experts import GroupedExperts, weighted_swiglu
-from tests.single_rank import SMALL, build, one_rank, randomise
+from tests.support.single_rank import SMALL, build, one_rank, randomise
 
 SIZES = [5, 0, 3, 1, 0, 7, 2, 6]
 """Tokens of each expert; two have none."""

@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_k2.checkpoint.hf_config import hf_config, without_yarn
-from megatron_k2.checkpoint.mapping import classic_from_transformers, hf_state_to_megatron
-from tests.single_rank import SMALL, build, one_rank, randomise
+from megatron_k2.checkpoint.hf.config import hf_config, without_yarn
+from megatron_k2.checkpoint.names.mapping import classic_from_transformers, hf_state_to_megatron
+from tests.support.single_rank import SMALL, build, one_rank, randomise
 
 SHAPES = {
     "k2": SMALL,

@@ -2,7 +2,7 @@
 
 Tolerances: context parallelism in fp64, 1e-12. Tensor parallelism in fp32 sums each output in two
 parts, a few 2⁻²⁴ of the tensor's largest magnitude: 2e-6. The upstream module's error, which is
-what ``K2SelfAttention`` repairs, is in ``tests/parallel/test_upstream_mla_gradients.py``. Not
+what ``K2SelfAttention`` repairs, is in ``tests/host/test_upstream_mla_gradients.py``. Not
 exercised: more than two ranks, both kinds at once (``tests/parallel/test_layouts.py``).
 """
 

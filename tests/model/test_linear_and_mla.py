@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_k2.model.linear import ReplicatedLinear
-from tests.single_rank import SMALL, build, one_rank
+from tests.support.single_rank import SMALL, build, one_rank
 
 
 @pytest.fixture(scope="module", autouse=True)

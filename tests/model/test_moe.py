@@ -12,7 +12,7 @@ import torch
 
 from megatron_k2.model.moe import BalancedFinalize, remove_common_drift, routers
 from tests.oracles.router import next_bias, route_token, route_token_with_biased_weights
-from tests.single_rank import SMALL, build, one_rank, randomise
+from tests.support.single_rank import SMALL, build, one_rank, randomise
 
 EXPERTS, TOPK, SCALE = (
     SMALL.num_moe_experts,

@@ -7,10 +7,10 @@ Engine's modules: ``tests/te/test_recompute.py``. Not exercised: memory of a GPU
 import pytest
 import torch
 
-from megatron_k2.compat import recompute_without_te
-from megatron_k2.optimizer.max_logits import MaxLogits
-from tests.saved_tensors import saved_bytes
-from tests.single_rank import SMALL, build, one_rank, randomise
+from megatron_k2.host.repairs import recompute_without_te
+from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
+from tests.support.saved_tensors import saved_bytes
+from tests.support.single_rank import SMALL, build, one_rank, randomise
 
 SEQUENCE, BATCH = 32, 2
 

@@ -9,9 +9,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 
+from megatron_k2.flags.megatron import add_k2_arguments, model_flags, platform_flags
 from megatron_k2.model import spec
-from megatron_k2.training.flags import add_k2_arguments, model_flags, platform_flags
-from tests.single_rank import SMALL, build, one_rank, randomise
+from tests.support.single_rank import SMALL, build, one_rank, randomise
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -175,7 +175,7 @@ CASES = {
 
 
 def main() -> None:
-    from megatron_k2.parallel.cpu_host import megatron_host
+    from megatron_k2.host.cpu import megatron_host
 
     with megatron_host() as backend:
         dist.init_process_group(backend)
@@ -188,7 +188,7 @@ def main() -> None:
 
 def results_of(cases: list[str], root: Path) -> dict[str, list[dict[str, torch.Tensor]]]:
     """Run ``cases`` on two ranks, one start-up; results by case, then by rank."""
-    from tests.distributed import run_ranks
+    from tests.support.distributed import run_ranks
 
     payload = [{"case": case, "out": str(root / str(i))} for i, case in enumerate(cases)]
     run_ranks("tests.model.worker", 2, payload, root / "logs")

@@ -12,7 +12,7 @@ from megatron_k2.optimizer.muon import (
     rms_match_scale,
     update_momentum,
 )
-from megatron_k2.optimizer.newton_schulz import frobenius_norm, orthogonalize
+from megatron_k2.optimizer.newton_schulz.iteration import frobenius_norm, orthogonalize
 from tests.oracles.polar import polar_factor, polynomial_of_singular_values
 
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5

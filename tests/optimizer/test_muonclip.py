@@ -11,9 +11,9 @@ import math
 import pytest
 import torch
 
-from megatron_k2.optimizer.newton_schulz import orthogonalize
+from megatron_k2.optimizer.newton_schulz.iteration import orthogonalize
 from megatron_k2.training.step_log import StepLog
-from tests.single_rank import SMALL, arguments, build, one_rank, randomise
+from tests.support.single_rank import SMALL, arguments, build, one_rank, randomise
 
 LR, DECAY, MU, THRESHOLD = 0.02, 0.1, 0.95, 20.0
 FLAGS = f"""

@@ -7,14 +7,14 @@ import torch
 
 from megatron_k2.optimizer.classification import classification_table
 from megatron_k2.optimizer.muon import muon_step
-from megatron_k2.optimizer.newton_schulz import orthogonalize
+from megatron_k2.optimizer.newton_schulz.iteration import orthogonalize
 from megatron_k2.optimizer.param_groups import (
     MatrixOptions,
     MatrixSpec,
     as_matrix,
     muon_matrices,
 )
-from tests.single_rank import SMALL, build, one_rank
+from tests.support.single_rank import SMALL, build, one_rank
 
 
 @pytest.fixture(scope="module", autouse=True)

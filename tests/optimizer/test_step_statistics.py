@@ -14,9 +14,9 @@ from megatron_k2.optimizer import step_statistics
 from megatron_k2.optimizer.param_groups import muon_matrices
 from megatron_k2.optimizer.step_statistics import GROUPS, StepStatistics
 from megatron_k2.training.step_log import StepLog
-from tests.optimizer.counting_worker import Watch
+from tests.optimizer.sharded.counting_worker import Watch
 from tests.optimizer.test_muonclip import DECAY, LR, _built_with_hooks, _set_gradients
-from tests.single_rank import one_rank
+from tests.support.single_rank import one_rank
 
 FLAG = ["--log-muon-steps"]
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_k2.training.metrics import METRICS_FILE, read_records
-from tests.distributed import BACKENDS, run_ranks
+from megatron_k2.run.metrics import METRICS_FILE, read_records
 from tests.parallel.test_layouts import EP2, MODEL, OVERLAP, STEPS, TP2, ZERO
 from tests.parallel.test_reshard import _everything
+from tests.support.distributed import BACKENDS, run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

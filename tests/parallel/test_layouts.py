@@ -21,8 +21,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_k2.training.metrics import METRICS_FILE, read_records
-from tests.distributed import BACKENDS, run_ranks
+from megatron_k2.run.metrics import METRICS_FILE, read_records
+from tests.support.distributed import BACKENDS, run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

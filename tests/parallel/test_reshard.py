@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from tests.distributed import BACKENDS, run_ranks
 from tests.parallel.test_layouts import EP2, MODEL, OVERLAP, PP2, STEPS, TP2, ZERO, _load
+from tests.support.distributed import BACKENDS, run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from tests.distributed import free_port
+from tests.support.distributed import free_port
 
 
 def _box(sharded, key_suffix: str) -> torch.Tensor:

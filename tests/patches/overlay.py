@@ -7,7 +7,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-PATCHES = Path(__file__).resolve().parents[2] / "patches"
+from tests.support.paths import REPOSITORY
+
+PATCHES = REPOSITORY / "patches"
 
 
 def patches_of(release: str) -> list[Path]:

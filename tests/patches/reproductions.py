@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.model.worker import _attention, latent_attention_gradients, seeded
-from tests.offload_states import between_two_layers, on_the_host
+from tests.support.offload_states import between_two_layers, on_the_host
 
 TAU = 100.0
 
@@ -190,7 +190,7 @@ def yarn_flags_for_mla() -> str:
     """YaRN's flags are accepted and ignored for MLA."""
     from megatron.training.arguments import core_transformer_config_from_args
 
-    from tests.single_rank import SMALL, arguments
+    from tests.support.single_rank import SMALL, arguments
 
     flags = "--global-batch-size 2 --rope-type yarn --yarn-beta-fast 7 --yarn-beta-slow 3".split()
     args = arguments(SMALL, *flags)
@@ -249,7 +249,7 @@ REPRODUCTIONS = (
 
 
 def main(out: Path) -> None:
-    from megatron_k2.parallel.cpu_host import megatron_host
+    from megatron_k2.host.cpu import megatron_host
 
     with megatron_host() as backend:
         dist.init_process_group(backend)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.distributed import REPOSITORY
 from tests.patches.overlay import overlay, patches_of
+from tests.support.paths import REPOSITORY
 
 WITHOUT_LEPTON = """
 import importlib.abc, sys

@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
-from tests.distributed import run_ranks
 from tests.patches.overlay import apply, installed_root, overlay, patches_of, touched
 from tests.patches.reproductions import REPRODUCTIONS
+from tests.support.distributed import run_ranks
 
 RELEASE = "0.19.2"
 PATCHES = patches_of(f"megatron-core-{RELEASE}")

@@ -11,20 +11,20 @@ import pytest
 from megatron_k2.cli import plan_tables
 from megatron_k2.cli.main import main
 from megatron_k2.errors import UserError
-from megatron_k2.planning.activations import head_bytes, layer_bytes
+from megatron_k2.flags.layout import megatron_flags
+from megatron_k2.planning.cost.activations import head_bytes, layer_bytes
+from megatron_k2.planning.cost.flops import model_flops_per_token, newton_schulz
+from megatron_k2.planning.cost.memory import rank_memory, rank_parameters
+from megatron_k2.planning.cost.offload import Movable, layer_groups, movable
+from megatron_k2.planning.cost.params import count_parameters
 from megatron_k2.planning.estimate import Assumptions, estimate, layer_cost
 from megatron_k2.planning.fit import fit_to_memory, most_activations, shortfall
-from megatron_k2.planning.flops import model_flops_per_token, newton_schulz
 from megatron_k2.planning.gpus import GPUS, get_gpu
-from megatron_k2.planning.memory import rank_memory, rank_parameters
-from megatron_k2.planning.offload import Movable, layer_groups, movable
-from megatron_k2.planning.params import count_parameters
 from megatron_k2.planning.request import RunRequest
-from megatron_k2.planning.run_flags import megatron_flags
+from megatron_k2.planning.schedule.trace import step_lanes, trace_events
 from megatron_k2.planning.search import RECOMPUTES, cheapest_first, layouts, search
-from megatron_k2.planning.trace import step_lanes, trace_events
 from megatron_k2.presets import get_preset
-from tests.planning.test_memory import request
+from tests.planning.cost.test_memory import request
 
 K2 = get_preset("kimi-k2")
 

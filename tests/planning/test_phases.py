@@ -11,9 +11,9 @@ import pytest
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_k2.errors import UserError
+from megatron_k2.flags.megatron import training_flags
 from megatron_k2.planning.phases import Phase, kimi_k2_phases, scaled_down
 from megatron_k2.presets import get_preset
-from megatron_k2.training.flags import training_flags
 
 PHASES = {phase.name: phase for phase in kimi_k2_phases()}
 PRETRAIN = PHASES["pretrain"]

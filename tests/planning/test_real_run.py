@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_k2.planning import traffic
+from megatron_k2.planning.cost import traffic
+from megatron_k2.planning.cost.memory import rank_parameters
 from megatron_k2.planning.gpus import get_gpu
-from megatron_k2.planning.memory import rank_parameters
-from megatron_k2.planning.pipeline import Shape, rank_order
 from megatron_k2.planning.request import RunRequest
+from megatron_k2.planning.schedule.pipeline import Shape, rank_order
 from megatron_k2.presets import get_preset
-from tests.distributed import run_ranks
 from tests.parallel.test_layouts import CP2, EP2, MODEL, PP2, TP2, VPP2, ZERO
+from tests.support.distributed import run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

@@ -23,20 +23,20 @@ from megatron_k2.data.manifest import (
 )
 from megatron_k2.data.synthetic import DOMAINS, NUM_TOKENS, domain_ids, write_domain
 from megatron_k2.errors import UserError
-from megatron_k2.launch.blend import DataBlend
-from megatron_k2.launch.overrides import apply
-from megatron_k2.presets import K2_TINY
-from megatron_k2.recipes import CHAINS, get_recipe
-from megatron_k2.recipes.blends import BLENDS
-from megatron_k2.training.blend_files import (
+from megatron_k2.flags.data import (
     check_files,
     data_prefixes,
     make_synthetic,
     prefixes_of,
 )
-from megatron_k2.training.flags import add_k2_arguments, last_value
+from megatron_k2.flags.megatron import add_k2_arguments, last_value
+from megatron_k2.launch.blend import DataBlend
+from megatron_k2.launch.overrides import apply
+from megatron_k2.presets import K2_TINY
+from megatron_k2.recipes import CHAINS, get_recipe
+from megatron_k2.recipes.blends import BLENDS
 from megatron_k2.training.preflight import drop_damaged_index_cache
-from tests.single_rank import one_rank
+from tests.support.single_rank import one_rank
 
 VOCABULARY, EOD = K2_TINY.vocab_size, K2_TINY.eos_token_id
 

@@ -8,16 +8,16 @@ import pytest
 
 from megatron_k2.cli.main import main
 from megatron_k2.errors import UserError
+from megatron_k2.flags.megatron import add_k2_arguments, last_value
 from megatron_k2.launch.blend import DataBlend
 from megatron_k2.launch.overrides import apply
 from megatron_k2.launch.table import resolved, source_of
-from megatron_k2.planning.dry_run import NEEDS_TE, dry_run
+from megatron_k2.planning.cost.memory import rank_parameters
 from megatron_k2.planning.fit import shortfall
-from megatron_k2.planning.memory import rank_parameters
 from megatron_k2.planning.phases import kimi_k2_phases
 from megatron_k2.recipes import RECIPES, get_recipe
 from megatron_k2.recipes.cpu import twins
-from megatron_k2.training.flags import add_k2_arguments, last_value
+from megatron_k2.training.dry_run import NEEDS_TE, dry_run
 
 PHASES = ("pretrain", "anneal_4k", "long_32k", "yarn_128k")
 CPU_TWINS = [name for name in RECIPES if name.endswith("_cpu")]
@@ -84,7 +84,7 @@ def test_the_twins_keep_the_curves_shape():
 def test_megatron_accepts_the_twins_flags(name, monkeypatch):
     from megatron.training.arguments import parse_args, validate_args
 
-    from megatron_k2.parallel.cpu_host import megatron_host
+    from megatron_k2.host.cpu import megatron_host
 
     recipe = get_recipe(name)
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -117,7 +117,7 @@ def _without_te(recipe):
     ],
 )
 def test_megatron_builds_every_distinct_full_size_layout_from_the_flags(name, monkeypatch):
-    """Its first rank; all ranks of a layout are ``tests/planning/test_dry_run.py``'s."""
+    """Its first rank; all ranks of a layout are ``tests/training/test_dry_run.py``'s."""
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     recipe = get_recipe(name)
     built = next(dry_run(recipe.layout, _without_te(recipe)))

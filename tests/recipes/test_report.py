@@ -11,9 +11,9 @@ from megatron.training import global_vars
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.training import get_optimizer_param_scheduler
 
+from megatron_k2.flags.megatron import add_k2_arguments
 from megatron_k2.launch.overrides import apply
 from megatron_k2.recipes import get_recipe
-from megatron_k2.training.flags import add_k2_arguments
 
 PAPER, CONFIG = "arXiv:2507.20534 ", "config.json of moonshotai/Kimi-K2-Instruct: "
 MOONLIGHT = "not stated for K2; Moonlight, arXiv:2502.16982 "

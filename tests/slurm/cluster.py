@@ -1,6 +1,6 @@
 """A private Slurm of one node with accounting, for tests: real daemons, none of them system-wide.
 
-Needs root (slurmd changes users) and Debian's packages, see ``scripts/install_slurm.sh``. Every
+Needs root (slurmd changes users) and Debian's packages, see ``.ci/install_slurm.sh``. Every
 daemon has its directory, sockets and ports here and is ended by its pid.
 """
 

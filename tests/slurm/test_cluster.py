@@ -13,7 +13,7 @@ from megatron_k2.cli.main import main
 from megatron_k2.launch.graph import steps_saved
 from megatron_k2.launch.jobs import cancel, follow, jobs_of, states
 from megatron_k2.recipes import CHAINS
-from megatron_k2.training.metrics import METRICS_FILE, read_records
+from megatron_k2.run.metrics import METRICS_FILE, read_records
 from tests.slurm.cluster import HIGH, LOW, missing, private_cluster
 
 pytestmark = [

@@ -21,7 +21,7 @@ from megatron_k2.launch.graph import steps_saved
 from megatron_k2.launch.nemo_factories import pretrain_recipe
 from megatron_k2.launch.nemo_tasks import slurm_executor, task, train_recipe
 from megatron_k2.recipes import RECIPES, get_recipe
-from megatron_k2.training.metrics import METRICS_FILE, read_records
+from megatron_k2.run.metrics import METRICS_FILE, read_records
 from tests.slurm.cluster import LOW, missing, private_cluster
 
 pytestmark = pytest.mark.slurm

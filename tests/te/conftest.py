@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from megatron_k2.compat import installed_version
+from megatron_k2.host.repairs import installed_version
 
 HAS_PYTHON = installed_version("transformer-engine") is not None
 HAS_ALL = installed_version("transformer-engine-torch") is not None

@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from tests.single_rank import SMALL, build, randomise
+from tests.support.single_rank import SMALL, build, randomise
 
 LOCAL_FLAGS = "--muonclip --attention-backend unfused".split()
 """Unfused attention is the one backend of TE's that is Python; the choice is the process's."""

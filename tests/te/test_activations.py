@@ -10,16 +10,16 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
-from megatron_k2.planning.activations import (
+from megatron_k2.planning.cost.activations import (
     attention_rows,
     head_rows,
     kept_bytes,
     mlp_rows,
 )
 from megatron_k2.presets import get_preset
-from tests import single_rank
-from tests.saved_tensors import saved_bytes
-from tests.single_rank import build, one_rank
+from tests.support import single_rank
+from tests.support.saved_tensors import saved_bytes
+from tests.support.single_rank import build, one_rank
 from tests.te.models import TE_FLAGS, batch, token_losses
 
 SEQUENCE = 256

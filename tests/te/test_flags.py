@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from megatron_k2.training.flags import add_k2_arguments, expand
+from megatron_k2.flags.megatron import add_k2_arguments, expand
 
 LAYOUT = """
     --preset kimi-k2 --mock-data --bf16 --use-distributed-optimizer
@@ -23,8 +23,8 @@ def validated(_transformer_engine, monkeypatch):
     """Megatron's arguments and the model's config for the flags of a CUDA machine."""
     from megatron.training.arguments import parse_args, validate_args
 
+    from megatron_k2.host.cpu import megatron_host
     from megatron_k2.model.build import model_config_from_args
-    from megatron_k2.parallel.cpu_host import megatron_host
 
     monkeypatch.setenv("WORLD_SIZE", "256")
     monkeypatch.setenv("RANK", "0")
@@ -82,10 +82,10 @@ def test_the_reports_activation_memory_scheme_is_accepted(validated):
 @pytest.mark.parametrize("part", [0.0, 0.55])
 def test_a_plan_is_accepted_as_flags(validated, monkeypatch, part):
     """Layout, overlap, recompute, FP8 storage, both offloads: all that the planner writes."""
+    from megatron_k2.flags.layout import megatron_flags
     from megatron_k2.fp8.compute import OFFLOAD_V1, choose_offload_version
     from megatron_k2.planning.fit import fit_to_memory
-    from megatron_k2.planning.run_flags import megatron_flags
-    from tests.planning.test_memory import request
+    from tests.planning.cost.test_memory import request
 
     world = 256 if part else 512
     planned = fit_to_memory(

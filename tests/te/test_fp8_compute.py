@@ -12,11 +12,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_k2.flags.megatron import expand
 from megatron_k2.fp8.compute import FP32_SCALES
 from megatron_k2.presets import K2_TINY
-from megatron_k2.training.flags import expand
-from tests.distributed import REPOSITORY
-from tests.single_rank import one_rank
+from tests.support.paths import REPOSITORY
+from tests.support.single_rank import one_rank
 from tests.te.models import TE_FLAGS, batch, local_name, token_losses
 from tests.te.worker import whole_weight
 
@@ -30,7 +30,7 @@ def _rank(_transformer_engine):
 
 
 def _model(*flags):
-    from tests.single_rank import build
+    from tests.support.single_rank import build
 
     model = build(SMALL, *TE_FLAGS, "--bf16", *flags).train()
     for name, param in model.named_parameters():
@@ -101,7 +101,7 @@ def test_router_head_and_embedding_are_never_quantised(quantised):
 
 def test_max_logits_are_those_of_unquantised_queries_and_keys(host):
     from megatron_k2.model.attention import causal_max_logit
-    from megatron_k2.optimizer.max_logits import MaxLogits
+    from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
 
     model = _blockwise()
     recorder, handed = MaxLogits([model]), []
@@ -135,7 +135,7 @@ def test_each_name_selects_its_recipe_of_te(name, recipe_class):
     from megatron.core.fp8_utils import get_fp8_recipe
 
     from megatron_k2.model.build import model_config_from_args
-    from tests.single_rank import arguments
+    from tests.support.single_rank import arguments
 
     flags = expand(["--fp8-compute", name], cuda=True)
     chosen = flags[flags.index("--fp8-format") :]

@@ -12,8 +12,8 @@ import torch
 from megatron_k2.fp8.tiles import stored_bytes
 from megatron_k2.presets import K2_TINY
 from tests.fp8.stored_experts import SIZES, expected, inputs, run, worst
-from tests.saved_tensors import saved_bytes
-from tests.single_rank import one_rank
+from tests.support.saved_tensors import saved_bytes
+from tests.support.single_rank import one_rank
 from tests.te.models import TE_FLAGS, local_name
 from tests.te.worker import whole_weight
 
@@ -30,7 +30,7 @@ def _experts(*flags, is_stored=False):
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_k2.model.build import K2ModelBuilder, model_config_from_args
-    from tests.single_rank import arguments
+    from tests.support.single_rank import arguments
 
     config = model_config_from_args(arguments(PRESET, *TE_FLAGS, *flags))
     config.transformer.bias_activation_fusion = True  # off on the CPU host, on wherever TE runs

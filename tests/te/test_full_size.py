@@ -1,7 +1,7 @@
 """The whole Kimi K2 from TE modules on the meta device: every name and shape.
 
 A fake process group stands for 32 ranks. The local modules, built the same way, are the oracle for
-names in a checkpoint and global shapes; ``planning/shapes.py`` for what a rank holds. Not
+names in a checkpoint and global shapes; ``planning/cost/shapes.py`` for what a rank holds. Not
 exercised: values.
 """
 
@@ -10,8 +10,8 @@ from collections import Counter
 import pytest
 import torch
 
-from megatron_k2.planning.params import count_parameters
-from megatron_k2.planning.shapes import rank_weights
+from megatron_k2.planning.cost.params import count_parameters
+from megatron_k2.planning.cost.shapes import rank_weights
 from megatron_k2.presets import KIMI_K2
 
 EP = 32
@@ -21,7 +21,7 @@ def _build(*flags):
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_k2.model.build import K2ModelBuilder, model_config_from_args
-    from tests.single_rank import arguments
+    from tests.support.single_rank import arguments
 
     batch = f"--expert-model-parallel-size {EP} --global-batch-size {EP} --bf16".split()
     config = model_config_from_args(arguments(KIMI_K2, *flags, *batch))

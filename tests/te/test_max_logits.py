@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.single_rank import SMALL, one_rank
+from tests.support.single_rank import SMALL, one_rank
 from tests.te.models import batch, pair, token_losses
 
 
@@ -25,7 +25,7 @@ def _forward(model, seed):
 
 
 def _recorder(model):
-    from megatron_k2.optimizer.max_logits import MaxLogits
+    from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
 
     return MaxLogits([model])
 
@@ -64,9 +64,9 @@ def test_in_bf16_the_statistic_is_rounded_to_the_outputs_dtype(host):
 
 
 def test_the_clip_scales_the_same_rows_by_the_same_factors(host):
-    from megatron_k2.optimizer.clip_step import check_clippable, row_scales
-    from megatron_k2.optimizer.domain import settings_from
-    from tests.single_rank import arguments
+    from megatron_k2.optimizer.qk_clip.apply import check_clippable, row_scales
+    from megatron_k2.optimizer.settings import settings_from
+    from tests.support.single_rank import arguments
 
     args = arguments(SMALL, "--qk-clip-threshold", "3.5")
     scales = []
@@ -86,7 +86,7 @@ def test_the_clip_scales_the_same_rows_by_the_same_factors(host):
 
 
 def test_without_muonclip_te_is_left_free_to_choose_flash_attention():
-    from tests.single_rank import build
+    from tests.support.single_rank import build
     from tests.te.models import TE_FLAGS
 
     flags = [flag for flag in TE_FLAGS if flag != "--muonclip"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_k2.fp8.tiles import E4M3, num_tiles
-from tests.single_rank import SMALL, one_rank
+from tests.support.single_rank import SMALL, one_rank
 from tests.te.models import TE_FLAGS, batch, differing, local_name, token_losses
 from tests.te.worker import whole_weight
 
@@ -63,7 +63,7 @@ def train(*flags, is_stored):
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_k2.model.build import K2ModelBuilder, model_config_from_args
-    from tests.single_rank import arguments
+    from tests.support.single_rank import arguments
 
     config = model_config_from_args(arguments(SMALL, *TE_FLAGS, *flags))
     config.transformer.bias_activation_fusion = True  # off on the CPU host, on wherever TE runs
@@ -124,7 +124,7 @@ def test_a_plans_groups_move_what_the_planner_says(host, moved, is_stored, fract
         PipelineOffloadManager,
     )
 
-    from megatron_k2.planning.offload import is_kept_on_device, layer_groups, offload_modules
+    from megatron_k2.planning.cost.offload import is_kept_on_device, layer_groups, offload_modules
 
     recompute = frozenset({"norm", "swiglu", "mla_up"})
     expected = train(*RECOMPUTE.split(), is_stored=is_stored)

@@ -9,9 +9,9 @@ exercised: streams, so nothing is hidden under anything here.
 
 import pytest
 
-from megatron_k2.planning.offload import offload_modules
-from megatron_k2.training.metrics import METRICS_FILE, read_records
-from tests.distributed import BACKENDS, run_ranks
+from megatron_k2.planning.cost.offload import offload_modules
+from megatron_k2.run.metrics import METRICS_FILE, read_records
+from tests.support.distributed import BACKENDS, run_ranks
 from tests.te.test_training import MODEL, TE
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.single_rank import SMALL, one_rank
+from tests.support.single_rank import SMALL, one_rank
 from tests.te.models import largest_difference, local_name, loss_and_gradients, pair
 
 UNEQUAL_EPSILONS = replace(SMALL, norm_epsilon=1e-2, latent_norm_epsilon=1e-1)

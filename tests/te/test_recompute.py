@@ -8,8 +8,8 @@ unfused one.
 import pytest
 import torch
 
-from tests.saved_tensors import saved_bytes
-from tests.single_rank import SMALL, one_rank
+from tests.support.saved_tensors import saved_bytes
+from tests.support.single_rank import SMALL, one_rank
 from tests.te.models import TE_FLAGS, batch, differing, local_name, token_losses
 from tests.te.worker import whole_weight
 
@@ -25,8 +25,8 @@ def train(*modules, is_stored=False):
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_k2.model.build import K2ModelBuilder, model_config_from_args
-    from megatron_k2.optimizer.max_logits import MaxLogits
-    from tests.single_rank import arguments
+    from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
+    from tests.support.single_rank import arguments
 
     flags = ["--recompute-granularity", "selective", "--recompute-modules", *modules]
     config = model_config_from_args(arguments(SMALL, *TE_FLAGS, *(flags if modules else [])))

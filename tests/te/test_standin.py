@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from tests.distributed import REPOSITORY
+from tests.support.paths import REPOSITORY
 from tests.te.standin import KNOWN_VERSIONS, require_known_version
 
 

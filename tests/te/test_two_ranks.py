@@ -7,8 +7,8 @@ exercised: both at once, communication overlapped with TE's GEMMs.
 import pytest
 import torch
 
-from tests.distributed import BACKENDS, run_ranks
-from tests.single_rank import SMALL, build, one_rank
+from tests.support.distributed import BACKENDS, run_ranks
+from tests.support.single_rank import SMALL, build, one_rank
 from tests.te.models import LOCAL_FLAGS, batch, largest_difference, token_losses
 from tests.te.worker import FLAGS, LAYOUTS, whole_weight
 

@@ -48,8 +48,8 @@ def _let_a_cpu_offload() -> None:
 
 
 def run_case(case: dict) -> None:
-    import megatron_k2.optimizer.distributed as distributed
-    import megatron_k2.training.flags as flags_module
+    import megatron_k2.flags.megatron as flags_module
+    import megatron_k2.optimizer.sharded.optimizer as distributed
     from megatron_k2.training.pretrain import run
     from tests.parallel.worker import reset_megatron
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tests.model.worker import seeded
-from tests.single_rank import SMALL
+from tests.support.single_rank import SMALL
 
 FLAGS = "--moe-aux-loss-coeff 0 --micro-batch-size 1 --global-batch-size 2".split()
 LAYOUTS = {
@@ -109,7 +109,7 @@ def run(layout: str) -> dict[str, torch.Tensor]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from tests.single_rank import build
+    from tests.support.single_rank import build
     from tests.te.models import TE_FLAGS, batch, token_losses
 
     parallel_state.initialize_model_parallel(**SIZES[layout])
@@ -133,7 +133,7 @@ def main() -> None:
     from tests.te.standin import prepare
 
     prepare()
-    from megatron_k2.parallel.cpu_host import megatron_host
+    from megatron_k2.host.cpu import megatron_host
 
     with megatron_host() as backend:
         dist.init_process_group(backend)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megatron_k2.planning.phases import Phase
-from megatron_k2.training.metrics import METRICS_FILE, read_records
+from megatron_k2.run.metrics import METRICS_FILE, read_records
+from megatron_k2.run.record import TRACKER
 from megatron_k2.training.phase_start import starts_here
-from megatron_k2.training.preflight import TRACKER
-from tests.distributed import BACKENDS, start_ranks, wait_for
+from tests.support.distributed import BACKENDS, start_ranks, wait_for
 
 MODULE = "tests.training.phase_worker"
 MODEL = """

@@ -9,16 +9,10 @@ import numpy as np
 import pytest
 
 from megatron_k2.errors import UserError
-from megatron_k2.training.commit import git_commit
-from megatron_k2.training.flags import expand
-from megatron_k2.training.preflight import (
-    RUN_RECORD,
-    TRACKER,
-    check_run,
-    drop_damaged_index_cache,
-    repair_tracker,
-    write_run_record,
-)
+from megatron_k2.flags.megatron import expand
+from megatron_k2.run.commit import git_commit
+from megatron_k2.run.record import RUN_RECORD, TRACKER, repair_tracker
+from megatron_k2.training.preflight import check_run, drop_damaged_index_cache, write_run_record
 
 TINY = ["--preset", "k2-tiny", "--mock-data"]
 

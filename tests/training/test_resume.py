@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from megatron_k2.training.metrics import METRICS_FILE, read_records
-from tests.distributed import BACKENDS, end, start_ranks, wait_for
+from megatron_k2.run.metrics import METRICS_FILE, read_records
+from tests.support.distributed import BACKENDS, end, start_ranks, wait_for
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

@@ -15,9 +15,9 @@ from megatron_k2.launch import local
 from megatron_k2.launch.graph import places, run_chain
 from megatron_k2.launch.overrides import apply
 from megatron_k2.recipes import get_recipe
-from megatron_k2.training.metrics import METRICS_FILE, read_records
-from megatron_k2.training.preflight import TRACKER
-from megatron_k2.training.rollback import (
+from megatron_k2.run.metrics import METRICS_FILE, read_records
+from megatron_k2.run.record import TRACKER
+from megatron_k2.run.rollback import (
     ASIDE,
     ROLLBACKS,
     Rollback,
@@ -26,9 +26,9 @@ from megatron_k2.training.rollback import (
     roll_back,
     whole_checkpoints,
 )
+from megatron_k2.run.spikes import MINIMUM, WINDOW, Spike, find_spike
 from megatron_k2.training.spike_watch import EXIT_CODE, meet_spike, skip_batch
-from megatron_k2.training.spikes import MINIMUM, WINDOW, Spike, find_spike
-from tests.distributed import BACKENDS, start_ranks, wait_for
+from tests.support.distributed import BACKENDS, start_ranks, wait_for
 
 LEAST = 0.5
 
@@ -126,7 +126,7 @@ def test_a_batch_is_drawn_of_every_virtual_stage_where_megatron_fails():
     from megatron.core.rerun_state_machine import RerunDataIterator, destroy_rerun_state_machine
     from megatron.training import global_vars, training
 
-    from tests.single_rank import one_rank
+    from tests.support.single_rank import one_rank
 
     def iterators():
         return [RerunDataIterator(iter([{"tokens": None}] * 3 + [4])) for _ in range(2)]

@@ -1,6 +1,6 @@
 """What "cuda" means to TE's Python on a CPU. Plain replacements, never undone: a process is for TE.
 
-``megatron_k2.parallel.cpu_host`` answers Megatron by a ``TorchFunctionMode``; modes are switched
+``megatron_k2.host.cpu`` answers Megatron by a ``TorchFunctionMode``; modes are switched
 off inside ``autograd.Function.backward``, where TE makes most of its tensors, so the factories
 themselves are replaced here. ``Tensor.is_cuda`` is true only when TE's own code asks.
 """

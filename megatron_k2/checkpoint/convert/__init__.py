@@ -1,0 +1,1 @@
+"""Conversion between Hugging Face releases and Megatron checkpoints."""

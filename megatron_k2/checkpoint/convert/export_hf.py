@@ -1,0 +1,275 @@
+"""Megatron checkpoint -> Hugging Face directory, streaming, whole or not at all.
+
+Order of work: open the checkpoint, settle the shape, audit every key, look at the disk; then write
+shard after shard into ``<directory>.partial`` beside the target (``units``), and rename when
+everything is on the disk. Killed at any moment and started again, it goes on with the shards that
+are missing.
+
+One layer is one shard, ``model-{i}-of-{n}.safetensors``, i from 1 without padding, as in K2's
+release: embedding with layer 0, norm and head with the last. ``max_shard_bytes`` cuts by size
+instead.
+
+What the checkpoint does not know (other fields of ``config.json``, tokenizer, FP8 scales) is taken
+from the directory its weights were imported from, if one is found (``origin``).
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from megatron_k2 import __version__
+from megatron_k2.checkpoint.block_fp8 import convert as block_fp8
+from megatron_k2.checkpoint.block_fp8.layout import QUANTIZATION_CONFIG
+from megatron_k2.checkpoint.convert.export_shards import (
+    DTYPES,
+    ShardJob,
+    close_sources,
+    plan_shards,
+    write_shard,
+)
+from megatron_k2.checkpoint.convert.source_trail import SCALES_FILE, find_origin
+from megatron_k2.checkpoint.hf.config import (
+    generation_config,
+    hf_config,
+    preset_from_args,
+    without_yarn,
+)
+from megatron_k2.checkpoint.hf.model_card import model_card
+from megatron_k2.checkpoint.hf.preset import config_like
+from megatron_k2.checkpoint.hf.reader import INDEX, read_json
+from megatron_k2.checkpoint.hf.release_files import GENERATION_CONFIG, files_along
+from megatron_k2.checkpoint.names.audit import require_clean
+from megatron_k2.checkpoint.names.mapping import expand
+from megatron_k2.checkpoint.names.selection import Selection
+from megatron_k2.checkpoint.stream.jobs import (
+    Progress,
+    Receipt,
+    Unit,
+    Workplace,
+    naming_the_file,
+    require_free,
+    require_space,
+    require_workers,
+    run_units,
+)
+from megatron_k2.checkpoint.torch_dist.reader import MegatronSource
+from megatron_k2.errors import UserError
+from megatron_k2.files import write_atomically
+from megatron_k2.presets import ModelPreset, get_preset
+from megatron_k2.run.iterations import find_iteration
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """What a person may choose; None: take it from the checkpoint's saved arguments."""
+
+    preset: str | None = None
+    iteration: int | None = None
+    dtype: str = "bf16"
+    """``bf16``, ``fp32``, or ``fp8``: block FP8 for what a release holds so, else bf16."""
+    model_type: str | None = None
+    """None: the origin's, else ``kimi_k2``."""
+    use_yarn: bool | None = None
+    tokenizer: Path | None = None
+    origin: Path | None = None
+    """Hugging Face directory whose other fields, files and FP8 scales are taken; None: found by
+    the checkpoint's own trail."""
+    max_shard_bytes: int | None = None
+    """None: one layer a shard."""
+    only: Selection = dataclasses.field(default_factory=Selection)
+    num_workers: int = 1
+    check_finite: bool = False
+    """Refuse NaN and infinite weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportResult:
+    """What was written."""
+
+    directory: Path
+    preset: ModelPreset
+    num_tensors: int
+    num_shards: int
+    total_size_bytes: int
+    origin: Path | None
+    """Where other fields and FP8 scales came from."""
+    blocks: dict[str, int]
+    """FP8 blocks by ``kept`` (source's scale and codes) and ``fresh``; empty without FP8."""
+
+
+def settle_preset(saved: Any, name: str | None, use_yarn: bool | None) -> ModelPreset:
+    """The shape of the checkpoint: the preset, changed by the run's flags where it saved them.
+
+    Args:
+        saved: Megatron's ``args`` of the run, or None.
+        name: the preset's name, or None to take ``args.preset``.
+        use_yarn: whether the position encoding is YaRN's; None to take ``args.rope_type``.
+
+    Raises:
+        UserError: if name or YaRN are in neither place.
+    """
+    name = name or getattr(saved, "preset", None)
+    if name is None:
+        raise UserError("the checkpoint saved no preset name; give one with --preset")
+    base = get_preset(name)
+    preset = base if saved is None else preset_from_args(saved, base)
+    if use_yarn is False:
+        return without_yarn(preset)
+    if use_yarn is None and getattr(saved, "rope_type", None) is None and base.yarn is not None:
+        raise UserError(
+            f"preset '{name}' can be trained with and without YaRN and the checkpoint does not "
+            "say which; give --yarn or --no-yarn"
+        )
+    if use_yarn and preset.yarn is None:
+        if base.yarn is None:
+            raise UserError(f"--yarn: preset '{name}' has no YaRN parameters")
+        return dataclasses.replace(
+            preset, yarn=base.yarn, max_position_embeddings=base.max_position_embeddings
+        )
+    return preset
+
+
+def export(
+    megatron_dir: Path,
+    hf_dir: Path,
+    options: ExportOptions,
+    progress: Progress = lambda done, total: None,
+) -> ExportResult:
+    """Write ``hf_dir`` from the checkpoint in ``megatron_dir``.
+
+    Args:
+        megatron_dir: Megatron's ``--save`` directory, or one ``iter_*`` inside it.
+        hf_dir: must not exist yet, or be empty.
+        options: choices that the checkpoint does not answer, or that shall differ from it.
+        progress: told after every shard.
+
+    Raises:
+        UserError: before anything is written, for every wrong input that can be seen then.
+    """
+    if options.dtype not in DTYPES:
+        raise UserError(f"--dtype '{options.dtype}' is not one of: {', '.join(DTYPES)}")
+    require_workers(options.num_workers)
+    require_free(hf_dir)
+    source = MegatronSource(find_iteration(megatron_dir, options.iteration))
+    origin = find_origin(megatron_dir, source, options.origin)
+    files = files_along(options.tokenizer, origin)
+    preset = settle_preset(source.args, options.preset, options.use_yarn)
+    config = _config(source, preset, options, origin)
+    require_clean(source.shapes, preset, only=options.only)
+    units = plan_shards(
+        options.only.take(expand(preset)),
+        preset.num_layers + preset.num_mtp_layers,
+        options.dtype,
+        options.max_shard_bytes,
+    )
+    require_space(hf_dir, sum(unit.num_bytes for unit in units))
+
+    scales = origin / SCALES_FILE if origin and options.dtype == "fp8" else None
+    workplace = Workplace(hf_dir, _job_record(source, options, config, scales))
+    if options.dtype == "fp8":
+        block_fp8.prepare()
+    job = ShardJob(source.directory, options.check_finite, scales, workplace.fingerprint)
+    work = functools.partial(write_shard, job)
+    try:
+        receipts = run_units(workplace, units, work, options.num_workers, progress)
+    finally:
+        close_sources()
+    with naming_the_file(hf_dir):
+        total_bytes, num_tensors = _write_index(workplace.directory, units, receipts)
+        _write_json(workplace.directory / "config.json", config)
+        if GENERATION_CONFIG not in {path.name for path in files}:
+            _write_json(workplace.directory / GENERATION_CONFIG, generation_config(preset))
+        card = _card(source, preset, options, config["model_type"])
+        write_atomically(workplace.directory / "README.md", card.encode())
+        for path in files:
+            shutil.copyfile(path, workplace.directory / path.name)
+        workplace.publish()
+    blocks: Counter[str] = Counter()
+    for receipt in receipts:
+        blocks.update(receipt["blocks"])
+    return ExportResult(hf_dir, preset, num_tensors, len(units), total_bytes, origin, dict(blocks))
+
+
+def _config(
+    source: MegatronSource, preset: ModelPreset, options: ExportOptions, origin: Path | None
+) -> dict[str, Any]:
+    dtype = "fp32" if options.dtype == "fp32" else "bf16"
+    if origin is not None:
+        template = read_json(origin / "config.json")
+        config = config_like(template, preset, model_type=options.model_type, dtype=dtype)
+    else:
+        config = hf_config(preset, model_type=options.model_type or "kimi_k2", dtype=dtype)
+        config |= _expert_groups(source.args)
+    if options.dtype == "fp8":
+        config["quantization_config"] = QUANTIZATION_CONFIG
+    return config
+
+
+def _expert_groups(saved: Any) -> dict[str, int]:
+    """DeepSeek-V3's two-stage choice, which the preset has no field for."""
+    groups = getattr(saved, "moe_router_num_groups", None)
+    chosen = getattr(saved, "moe_router_group_topk", None)
+    return {"n_group": groups, "topk_group": chosen} if groups and chosen else {}
+
+
+def _job_record(
+    source: MegatronSource, options: ExportOptions, config: dict[str, Any], scales: Path | None
+) -> dict[str, Any]:
+    """What makes one export the same as another."""
+    metadata = (source.directory / ".metadata").stat()
+    kept = scales.stat() if scales is not None and scales.is_file() else None
+    return {
+        "directory": str(source.directory.resolve()),
+        "metadata": [metadata.st_size, metadata.st_mtime_ns],
+        "config": config,
+        "scales": None if kept is None else [str(scales), kept.st_size, kept.st_mtime_ns],
+        "options": [options.dtype, str(options.only), options.check_finite],
+        "max_shard_bytes": options.max_shard_bytes,
+        "schema_version": 2,
+    }
+
+
+def _write_index(directory: Path, units: list[Unit], receipts: list[Receipt]) -> tuple[int, int]:
+    """The index file; ``total_size`` in bytes and the number of tensors."""
+    weight_map = {
+        name: unit.file
+        for unit, receipt in zip(units, receipts, strict=True)
+        for name in receipt["names"]
+    }
+    total_bytes = sum(receipt["tensor_bytes"] for receipt in receipts)
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    _write_json(directory / INDEX, index)
+    return total_bytes, len(weight_map)
+
+
+def _card(
+    source: MegatronSource, preset: ModelPreset, options: ExportOptions, model_type: str
+) -> str:
+    samples = getattr(source.args, "consumed_train_samples", None)
+    seq_length = getattr(source.args, "seq_length", None)
+    return model_card(
+        preset,
+        checkpoint=source.directory.name,
+        iteration=source.common.get("iteration") or None,
+        num_tokens=samples * seq_length if samples and seq_length else None,
+        dtype=options.dtype,
+        model_type=model_type,
+        versions={
+            "megatron-k2": __version__,
+            "megatron-core": importlib.metadata.version("megatron-core"),
+            "torch": importlib.metadata.version("torch"),
+        },
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, text.encode())

@@ -1,0 +1,1 @@
+"""Hugging Face releases: weights, config and the files beside them."""

@@ -1,0 +1,198 @@
+"""A Hugging Face directory opened for reading: names, shapes, dtypes, and rows on request.
+
+Headers are read at once and checked against the files' lengths, so a damaged directory is refused
+before anything is written. Data is memory-mapped: what ``read`` returns are views of the page
+cache, which cost no anonymous memory and are dropped by the kernel under pressure.
+"""
+
+import functools
+import json
+import math
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, override
+
+import numpy as np
+
+from megatron_k2.checkpoint.block_fp8.layout import SCALE_SUFFIX
+from megatron_k2.checkpoint.names.rules import IGNORED_HF_SUFFIXES
+from megatron_k2.checkpoint.stream.mapped_files import MappedFiles, bring_in
+from megatron_k2.checkpoint.stream.rows import BY_SAFETENSORS_NAME, Dtype, Rows
+from megatron_k2.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+
+_MAX_HEADER_BYTES = 100_000_000  # of the safetensors format
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies."""
+
+    file: str
+    offset: int
+    """Of its first byte in the file."""
+    shape: tuple[int, ...]
+    dtype: Dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class HfSource:
+    """An opened directory of safetensors files."""
+
+    def __init__(self, directory: Path, files: Iterable[str] | None = None) -> None:
+        """Open a directory.
+
+        Args:
+            directory: of the checkpoint.
+            files: read these alone, whatever the index says.
+        """
+        self.directory = directory
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such directory; expected a Hugging Face checkpoint")
+        self.stored: dict[str, StoredTensor] = {}
+        listed = _listed_files(directory) if files is None else dict.fromkeys(files)
+        for file, names in listed.items():
+            header = read_header(directory / file)
+            if names is not None and (absent := names - header.keys()):
+                raise UserError(
+                    f"{directory / file} has no '{min(absent)}', which {INDEX} places in it"
+                )
+            wanted = header.keys() if names is None else names
+            if twice := wanted & self.stored.keys():
+                first = self.stored[min(twice)].file
+                raise UserError(f"{directory}: '{min(twice)}' is in {first} and in {file}")
+            self.stored |= {name: header[name] for name in wanted}
+        self._files = MappedFiles()
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """``config.json``."""
+        return read_json(self.directory / "config.json")
+
+    @property
+    def weights(self) -> dict[str, StoredTensor]:
+        """What a model reads: no FP8 scales, no leftover buffers."""
+        leftovers = (SCALE_SUFFIX, *IGNORED_HF_SUFFIXES)
+        return {k: v for k, v in self.stored.items() if not k.endswith(leftovers)}
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether any weight is block FP8."""
+        return any(tensor.dtype is Dtype.E4M3 for tensor in self.stored.values())
+
+    def read(self, name: str, rows: slice = slice(None)) -> Rows:
+        """Rows of a tensor as it is stored: a view of the mapped file; do not write to it."""
+        tensor = self.stored[name]
+        begin, end, _ = rows.indices(tensor.shape[0])
+        row = tensor.shape[1:]
+        bits = np.ndarray(
+            (end - begin, *row),
+            tensor.dtype.numpy,
+            self._files.map(self.directory / tensor.file),
+            tensor.offset + begin * math.prod(row) * tensor.dtype.itemsize,
+        )
+        return Rows(bring_in(bits), tensor.dtype)
+
+    @override
+    def __repr__(self) -> str:
+        return f"HfSource({self.directory}, {len(self.stored)} tensors)"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: if it is missing, or no JSON object.
+    """
+    if not path.is_file():
+        raise UserError(f"{path.parent} has no {path.name}: not a Hugging Face checkpoint")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def _listed_files(directory: Path) -> dict[str, set[str] | None]:
+    """File -> tensors the index places in it; None: no index, so whatever the file has."""
+    if not (directory / INDEX).is_file():
+        files = sorted(path.name for path in directory.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{directory} has neither {INDEX} nor any *.safetensors file")
+        return dict.fromkeys(files)
+    listed: dict[str, set[str] | None] = {}
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise UserError(f"{directory / INDEX} has no 'weight_map' from tensors to files")
+    for name, file in weight_map.items():
+        names = listed.setdefault(file, set())
+        assert names is not None  # set two lines above
+        names.add(name)
+        if Path(file).name != file:
+            raise UserError(f"{directory / INDEX} places '{name}' in '{file}', outside {directory}")
+    for file, names in listed.items():
+        if not (directory / file).is_file():
+            raise UserError(
+                f"{directory / file} is missing, though {INDEX} places '{min(names or '')}' in it; "
+                "download it again"
+            )
+    return listed
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Tensors of one safetensors file, checked against its length.
+
+    Raises:
+        UserError: naming the file, and the tensor where one is at fault.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise UserError(f"{path} is truncated: its header does not fit in {size} bytes")
+        try:
+            header = json.loads(stream.read(length))
+            entries = {k: v for k, v in header.items() if k != "__metadata__"}
+        except (ValueError, AttributeError):
+            raise UserError(f"{path} has a damaged header; download it again") from None
+    return {name: _entry(path, name, entry, 8 + length, size) for name, entry in entries.items()}
+
+
+def _entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> StoredTensor:
+    damaged = UserError(f"{path}: '{name}' has a damaged entry in the header; download it again")
+    try:
+        kind, shape = entry["dtype"], tuple(map(operator.index, entry["shape"]))
+        begin, end = map(operator.index, entry["data_offsets"])
+    except (KeyError, TypeError, ValueError):
+        raise damaged from None
+    if min(begin, *shape, 0) < 0:
+        raise damaged
+    if kind not in BY_SAFETENSORS_NAME:
+        known = ", ".join(BY_SAFETENSORS_NAME)
+        raise UserError(f"{path}: '{name}' has dtype {kind}; readable are {known}")
+    tensor = StoredTensor(path.name, data_start + begin, shape, BY_SAFETENSORS_NAME[kind])
+    if end - begin != tensor.num_bytes:
+        raise UserError(f"{path}: '{name}' has {end - begin} bytes, not what its shape says")
+    if data_start + end > size:
+        raise UserError(
+            f"{path} is truncated: '{name}' ends at byte {data_start + end}, the file at {size}"
+        )
+    return tensor
+
+
+def is_hf_directory(directory: Path) -> bool:
+    """Whether this looks like a Hugging Face checkpoint rather than a Megatron one."""
+    return (directory / INDEX).is_file() or _any(directory.glob("*.safetensors"))
+
+
+def _any(items: Iterable[object]) -> bool:
+    return next(iter(items), None) is not None

@@ -1,0 +1,1 @@
+"""Which tensor of a release is which part of which Megatron tensor."""

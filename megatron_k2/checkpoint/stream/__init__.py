@@ -1,0 +1,1 @@
+"""Conversion as jobs that read rows of bounded size and write files."""

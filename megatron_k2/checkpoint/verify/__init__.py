@@ -1,0 +1,1 @@
+"""Whether what was converted equals what it was made from."""

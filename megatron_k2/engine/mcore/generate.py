@@ -1,0 +1,85 @@
+"""Text from a model at any layout, one whole forward pass a token.
+
+Recomputing costs O(s) forward tokens for each new one; it needs no cache and is the same arithmetic
+as training. For serving, export to Hugging Face and use vLLM or SGLang.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_k2.data.tokenizer import Tokenizer
+from megatron_k2.engine.mcore.jobs import check_length, round_up
+from megatron_k2.engine.mcore.model import InferenceModel
+from megatron_k2.engine.mcore.options import Layout
+
+INCOMPLETE = "�"
+"""What ``decode`` ends with while a character's bytes are not all there."""
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """The next token.
+
+    Args:
+        logits: [V] fp32.
+        temperature: 0 takes the largest logit, the first of equals.
+        top_p: draw from the fewest most likely tokens whose probabilities reach this sum.
+        generator: of the CPU, at the same state on every rank.
+    """
+    if temperature == 0:
+        return int(logits.argmax())
+    # On the CPU in fp64, so that the draw does not depend on the device.
+    probs = (logits.double().cpu() / temperature).softmax(-1)
+    probs, order = probs.sort(descending=True, stable=True)
+    before = probs.cumsum(-1) - probs
+    probs = probs.masked_fill(before >= top_p, 0)
+    return int(order[torch.multinomial(probs, 1, generator=generator)])
+
+
+def generate(
+    model: InferenceModel,
+    prompt: list[int],
+    *,
+    layout: Layout,
+    max_new_tokens: int,
+    device: torch.device,
+    eod_id: int | None = None,
+    temperature: float = 0.6,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """New tokens one by one, the same on every rank; ends after ``eod_id``.
+
+    Every rank must draw from the iterator as long as the others do.
+    """
+    check_length(len(prompt), max_new_tokens, model.max_length)
+    generator = torch.Generator().manual_seed(seed)
+    ids = list(prompt)
+    for _ in range(max_new_tokens):
+        # Causal, and no expert drops tokens: what stands behind the last token changes nothing.
+        padded = ids + [0] * (round_up(len(ids), layout) - len(ids))
+        tokens = torch.tensor([padded], device=device)
+        last = slice(len(ids) - 1, len(ids))
+        token = choose(model.whole_logits(tokens, last)[0, 0], temperature, top_p, generator)
+        ids.append(token)
+        yield token
+        if token == eod_id:
+            return
+
+
+def text_pieces(tokenizer: Tokenizer, prompt: list[int], tokens: Iterator[int]) -> Iterator[str]:
+    """Text of new tokens as soon as its characters are whole.
+
+    Everything is decoded anew for each token: what a token adds depends on those before it.
+    """
+    ids, shown = list(prompt), len(tokenizer.decode(prompt))
+    text = ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith(INCOMPLETE):
+            yield text[shown:]
+            shown = len(text)
+    if len(text) > shown:
+        yield text[shown:]

@@ -1,0 +1,112 @@
+"""What is to be done and with which checkpoint, checked: no process group, no weights.
+
+Run by every rank, and by the command before it starts several: a rank's error comes wrapped in
+torchrun's report, this one in a line.
+"""
+
+import argparse
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_k2.data.indexed import read_tokens
+from megatron_k2.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_k2.engine.mcore.options import Layout, check_evaluate, check_generate, layout_of
+from megatron_k2.engine.mcore.saved_args import check_model, read_saved_args
+from megatron_k2.errors import UserError
+
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """``evaluate``, ready to start."""
+
+    directory: Path
+    """The checkpoint's ``iter_*``."""
+    saved: Namespace
+    layout: Layout
+    tokens: np.ndarray
+    """[num_tokens], the first two or more of the split, as a memory map."""
+    seq_length: int
+
+
+@dataclass(frozen=True)
+class GenerateJob:
+    """``generate``, ready to start."""
+
+    directory: Path
+    saved: Namespace
+    layout: Layout
+    tokenizer: Tokenizer
+    prompt: list[int]
+
+
+def evaluate_job(args: argparse.Namespace, world_size: int) -> EvaluateJob:
+    """Settle ``evaluate``'s options against checkpoint, data and ranks.
+
+    Raises:
+        UserError: for every wrong input.
+    """
+    manifest = check_evaluate(args)
+    layout = layout_of(args)
+    directory, saved = read_saved_args(args.load, args.iteration)
+    seq_length = args.seq_length or saved.seq_length
+    check_model(
+        saved,
+        layout,
+        world_size=world_size,
+        seq_length=seq_length,
+        data_vocab=manifest.tokenizer.vocab_size,
+        data=str(args.data),
+    )
+    tokens = read_tokens(args.data / manifest.splits[args.split].prefix)
+    if args.max_tokens is not None:
+        tokens = tokens[: args.max_tokens + 1]
+    if args.dump_logits is not None and len(tokens) < args.dump_sequences * seq_length:
+        raise UserError(
+            f"--dump-sequences {args.dump_sequences} of {seq_length} tokens: there are "
+            f"{len(tokens):,}; lower one of them (--seq-length)"
+        )
+    return EvaluateJob(directory, saved, layout, tokens, seq_length)
+
+
+def generate_job(args: argparse.Namespace, world_size: int) -> GenerateJob:
+    """Settle ``generate``'s options against checkpoint, tokenizer and ranks.
+
+    Raises:
+        UserError: for every wrong input.
+    """
+    tokenizer = load_tokenizer(check_generate(args))
+    layout = layout_of(args)
+    prompt = tokenizer.encode(args.prompt)
+    directory, saved = read_saved_args(args.load, args.iteration)
+    check_length(len(prompt), args.max_new_tokens, saved.max_position_embeddings)
+    check_model(
+        saved,
+        layout,
+        world_size=world_size,
+        seq_length=round_up(len(prompt), layout),
+        data_vocab=tokenizer.vocab_size,
+        data="the tokenizer",
+    )
+    return GenerateJob(directory, saved, layout, tokenizer, prompt)
+
+
+def check_length(num_prompt: int, max_new_tokens: int, max_length: int) -> None:
+    """Refuse what would leave the positions that the model knows."""
+    if num_prompt == 0:
+        raise UserError("--prompt is empty; at least one token is needed")
+    if num_prompt + max_new_tokens > max_length:
+        raise UserError(
+            f"a prompt of {num_prompt} tokens and --max-new-tokens {max_new_tokens} exceed the "
+            f"model's {max_length} positions; at most {max(0, max_length - num_prompt)} new "
+            "tokens fit"
+        )
+
+
+def round_up(num_tokens: int, layout: Layout) -> int:
+    """The next length that sequence and context parallelism can cut."""
+    cp = layout.context_parallel_size
+    multiple = (2 * cp if cp > 1 else 1) * layout.tensor_model_parallel_size
+    return -(-num_tokens // multiple) * multiple

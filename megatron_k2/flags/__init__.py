@@ -1,0 +1,1 @@
+"""Megatron's flags: presets, layouts and data written as them, and read back."""

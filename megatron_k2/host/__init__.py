@@ -1,0 +1,1 @@
+"""Repairs of the hosts by name, and the CPU as a host of Megatron."""

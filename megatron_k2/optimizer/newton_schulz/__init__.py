@@ -1,0 +1,1 @@
+"""Orthogonalisation of matrices by Newton-Schulz iterations, and its cost."""

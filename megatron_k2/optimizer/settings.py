@@ -1,0 +1,72 @@
+"""MuonClip's settings, read once from Megatron's flags."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_k2.optimizer.newton_schulz.coefficients import coefficient_set
+from megatron_k2.optimizer.newton_schulz.gram_restarts import restart_segments
+from megatron_k2.optimizer.param_groups import K2_OPTIONS, MatrixOptions
+from megatron_k2.optimizer.qk_clip.factors import GroupedQueryMode
+
+
+@dataclass(frozen=True)
+class MuonClipSettings:
+    """What MuonClip takes from flags; ``from_config`` reads Megatron's."""
+
+    momentum: float
+    """μ."""
+    nesterov: bool
+    coefficients: str
+    """A key of ``coefficients.COEFFICIENTS``."""
+    steps: int
+    scale_factor: float
+    """Update RMS; the report's 0.2."""
+    dtype: torch.dtype
+    """Of the exchange and of Newton-Schulz."""
+    qk_clip_threshold: float
+    """τ."""
+    qk_clip_alpha: float
+    """α: the query's share of γ where both sides are the head's own."""
+    grouped_query_mode: GroupedQueryMode
+    """Which heads grouped-query attention scales, see ``qk_clip.gqa_row_scale``."""
+    has_idle_floor: bool
+    """Whether a matrix without gradients fades out (``muon.idle_factor``)."""
+    matrices: MatrixOptions = K2_OPTIONS
+    """What counts as one matrix."""
+    clip_grad_scope: str = "all"
+    """See ``grad_scope``."""
+    has_statistics: bool = False
+    """See ``step_statistics``."""
+    offload_fraction: float = 0.0
+    """Part of the optimizer's states in host memory (``offloaded.py``)."""
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """Newton-Schulz steps between restarts of its Gram form."""
+        return restart_segments(coefficient_set(self.coefficients).take(self.steps), self.dtype)
+
+
+MEGATRON_COEFFICIENTS = {"simple": "jordan", "quintic": "quintic", "polar_express": "polar_express"}
+"""``--muon-coefficient-type`` -> our table."""
+
+
+def settings_from(args: Any, transformer: Any) -> MuonClipSettings:
+    """Megatron's ``--muon-*`` and ``--qk-clip-*`` flags, and ours."""
+    return MuonClipSettings(
+        momentum=args.muon_momentum,
+        nesterov=args.muon_nesterov,
+        coefficients=MEGATRON_COEFFICIENTS[args.muon_coefficient_type],
+        steps=args.muon_num_ns_steps,
+        scale_factor=args.muon_extra_scale_factor,
+        dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[args.muonclip_dtype],
+        qk_clip_threshold=transformer.qk_clip_threshold,
+        qk_clip_alpha=transformer.qk_clip_alpha,
+        grouped_query_mode=args.qk_clip_grouped_query,
+        has_idle_floor=not args.no_muon_idle_floor,
+        matrices=MatrixOptions(args.muon_per_head, args.muon_router == "muon"),
+        clip_grad_scope=args.clip_grad_scope,
+        has_statistics=args.log_muon_steps,
+        offload_fraction=args.optimizer_offload_fraction if args.muonclip_cpu_offload else 0.0,
+    )

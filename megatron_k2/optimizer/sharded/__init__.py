@@ -1,0 +1,1 @@
+"""MuonClip over Megatron's ZeRO-1 shards."""

@@ -1,0 +1,1 @@
+"""Parameters, memory, FLOPs and traffic of one rank, in closed form."""

@@ -1,0 +1,35 @@
+"""One tensor that autograd keeps, and the words for who recomputes or offloads it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Recompute = Literal["norm", "swiglu", "mla_up"]
+"""What is computed again: norm outputs; the experts' SwiGLU outputs; queries, keys and values from
+the latents with the latents' norms (Megatron's ``layernorm``, ``moe_act``, ``mla_up_proj``)."""
+
+
+Modules = Literal["transformer_engine", "local"]
+"""``--transformer-impl``."""
+
+
+OffloadModule = Literal["attn_norm", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"]
+"""In the forward's order."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One tensor held for the backward pass."""
+
+    name: str
+    bytes_per_token: float
+    recompute: Recompute | None = None
+    """Dropped when this is recomputed."""
+    instead_of: Recompute | None = None
+    """Kept only when this is recomputed."""
+    offload: OffloadModule | None = None
+    """Of Megatron's ``--offload-modules``, the one whose group takes it off the device, where it
+    has a million elements."""
+    copies_on_host: int = 1
+    """Groups that hand over this tensor, each a copy of its own."""
+    can_be_fp8: bool = False
+    """Stored as FP8 tiles when that is on: inputs of the experts' up-projection and of SwiGLU."""

@@ -1,0 +1,1 @@
+"""The pipeline's schedule: which stage does what when."""

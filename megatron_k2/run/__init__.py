@@ -1,0 +1,1 @@
+"""What lies in a run's directory, and who writes and reads it."""

@@ -1,0 +1,1 @@
+"""The report of a run: tables and figures made from its directory."""

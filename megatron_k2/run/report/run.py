@@ -1,0 +1,74 @@
+"""A run as its directory tells it: metrics and, where there is one, run.json."""
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_k2.errors import UserError
+from megatron_k2.run.metrics import (
+    METRICS_FILE,
+    StepRecord,
+    read_records,
+)
+from megatron_k2.run.record import RUN_RECORD
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory says of its run."""
+
+    directory: Path
+    records: tuple[StepRecord, ...]
+    """In order of iterations; at least one."""
+    threshold: float | None
+    """QK-Clip's τ; ``None`` if unknown."""
+    preset: str | None
+    data: str | None
+    """The data directory it was trained on."""
+
+
+def read_run(directory: Path, threshold: float | None = None) -> Run:
+    """Metrics and, where there is one, ``run.json`` of the run in ``directory``.
+
+    Args:
+        directory: what ``--save`` named.
+        threshold: τ for a run without ``run.json``; a run that recorded its own keeps it.
+
+    Raises:
+        UserError: if there are no metrics.
+    """
+    path = directory / METRICS_FILE
+    records = tuple(read_records(path))
+    if not records:
+        what = "has no whole line" if path.exists() else "does not exist"
+        raise UserError(
+            f"{path} {what}; give the directory that 'megatron-k2 pretrain --save' wrote to"
+        )
+    recorded = _run_record(directory / RUN_RECORD)
+    tau = recorded.get("qk_clip_threshold")
+    return Run(
+        directory=directory,
+        records=records,
+        threshold=threshold if tau is None else float(tau),
+        preset=recorded.get("preset"),
+        data=_following(recorded.get("flags", []), "--data"),
+    )
+
+
+def _run_record(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}); remove it or restore it") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path} holds {type(record).__name__}, expected an object; remove it")
+    return record
+
+
+def _following(flags: list[str], name: str) -> str | None:
+    values = [value for flag, value in itertools.pairwise(flags) if flag == name]
+    return values[-1] if values else None

@@ -1,0 +1,116 @@
+"""Units of work: what overlaps, and what a disk or a dying worker makes of them."""
+
+import errno
+import os
+import signal
+import threading
+
+import pytest
+
+from megatron_k2.checkpoint.stream import jobs as room
+from megatron_k2.checkpoint.stream.jobs import Unit, Workplace, run_units
+from megatron_k2.checkpoint.stream.output_file import OutputFile
+from megatron_k2.errors import UserError
+
+UNITS = [Unit(f"{name}.bin", 3, name) for name in "abc"]
+
+
+def write(file, unit):
+    file.write(unit.payload.encode() * unit.num_bytes)
+    return {"letter": unit.payload}
+
+
+def run(tmp_path, work=write, num_workers=1, progress=lambda done, total: None):
+    place = Workplace(tmp_path / "out", {"job": 1})
+    return run_units(place, UNITS, work, num_workers, progress)
+
+
+def partial(tmp_path):
+    return sorted(path.name for path in (tmp_path / "out.partial").iterdir())
+
+
+def test_a_unit_is_written_while_the_one_before_goes_to_the_disk(tmp_path, monkeypatch):
+    second_begins = threading.Event()
+    real = OutputFile.sync
+
+    def slow_sync(file):
+        assert file.name.name[0] != "a" or second_begins.wait(10)
+        real(file)
+
+    def work(file, unit):
+        if unit.payload == "b":
+            assert partial(tmp_path) == [file_of("a"), file_of("b")]
+            second_begins.set()
+        return write(file, unit)
+
+    def file_of(letter):
+        return f"{letter}.bin.{os.getpid()}.tmp"  # not its final name before it is on the disk
+
+    monkeypatch.setattr(OutputFile, "sync", slow_sync)
+    receipts = run(tmp_path, work)
+    assert [receipt["letter"] for receipt in receipts] == ["a", "b", "c"]
+    assert [receipt["num_bytes"] for receipt in receipts] == [3, 3, 3]
+    assert partial(tmp_path) == ["a.bin", "b.bin", "c.bin"]
+
+
+def test_what_the_disk_reports_afterwards_names_the_file_and_keeps_the_others(
+    tmp_path, monkeypatch
+):
+    real = os.fsync
+
+    def broken_for_b(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").find("/b.bin") > 0:
+            raise OSError(errno.EIO, "Input/output error")
+        real(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", broken_for_b)
+        with pytest.raises(UserError, match=r"out.partial/b.bin: the disk fails .Input/output"):
+            run(tmp_path)
+    assert "a.bin" in partial(tmp_path)
+    assert "b.bin" not in partial(tmp_path)
+    written = []
+    run(tmp_path, lambda file, unit: written.append(unit.payload) or write(file, unit))
+    assert written[0] == "b"
+    assert "a" not in written
+    assert partial(tmp_path) == ["a.bin", "b.bin", "c.bin"]
+
+
+def die_at_b(file, unit):
+    if unit.payload == "b":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(file, unit)
+
+
+def test_a_worker_that_is_killed_is_no_traceback(tmp_path):
+    with pytest.raises(UserError, match=r"a worker was killed.*run the same command again"):
+        run(tmp_path, die_at_b, num_workers=2)
+    run(tmp_path, num_workers=2)
+    assert partial(tmp_path) == ["a.bin", "b.bin", "c.bin"]
+
+
+def test_a_result_that_was_killed_while_it_got_its_name_is_not_done_again(tmp_path, monkeypatch):
+    run(tmp_path)
+    place = Workplace(tmp_path / "out", {"job": 1})
+    (tmp_path / "out.partial" / ".config.json.17.partial").write_text("of a killed run")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(room, "sync_directory", killed)
+        with pytest.raises(KeyboardInterrupt):
+            place.publish()
+    run(tmp_path, die_at_b)  # nothing is left to do
+    place.publish()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.bin", "b.bin", "c.bin"]
+
+
+@pytest.mark.parametrize("is_file", [True, False], ids=["a file", "read only"])
+def test_a_place_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch, is_file):
+    parent = tmp_path / "parent"
+    parent.write_text("") if is_file else parent.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(UserError, match="parent is no directory that can be written to"):
+        room.require_space(parent / "out", 1)
