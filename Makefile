@@ -26,6 +26,7 @@ lint: venv
 	$(PY) -m ruff check --no-cache .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 fast: venv
 	$(PY) -m pytest -q --no-showlocals $(FAST)

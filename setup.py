@@ -45,7 +45,14 @@ EXTRAS = {
     ],
     # Tokenizers, and transformers as reader of what we export.
     "data": ["tokenizers>=0.21", "tiktoken>=0.9", "transformers>=5,<6"],
-    "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.9", "mypy>=1.15"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6",
+        "ruff>=0.9",
+        "mypy>=1.15",
+        "import-linter>=2.17,<3",
+    ],
 }
 
 setup(
@@ -76,6 +83,6 @@ setup(
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": ["megatron-k2 = megatron_k2.cli.main:main"],
-        "nemo_run.cli": ["k2 = megatron_k2.launch.nemo_factories"],
+        "nemo_run.cli": ["k2 = megatron_k2.nemo.factories"],
     },
 )

@@ -58,7 +58,7 @@ COMPANIONS = "python -m pytest -q tests/patches/test_companions.py"
 NEMO_RECIPE = """
 import inspect
 from nemo.collections.llm.recipes.deepseek_v3 import pretrain_recipe as theirs
-from megatron_k2.launch.nemo_factories import pretrain_recipe as ours
+from megatron_k2.nemo.factories import pretrain_recipe as ours
 words = [list(inspect.signature(f).parameters)[:4] for f in (theirs, ours)]
 assert words[0] == words[1], words
 made = [f(dir="runs", name="x", num_nodes=32) for f in (theirs, ours)]

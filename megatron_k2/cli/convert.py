@@ -10,7 +10,7 @@ from megatron_k2.cli.convert_arguments import parser
 from megatron_k2.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_k2.checkpoint.names.audit_release import SourceAudit
+    from megatron_k2.checkpoint.hf.audit import SourceAudit
     from megatron_k2.checkpoint.stream.jobs import Progress
     from megatron_k2.checkpoint.verify.against_reference import LogitComparison
     from megatron_k2.checkpoint.verify.compare import Comparison
@@ -160,9 +160,9 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
+    from megatron_k2.checkpoint.hf.audit import audit_source, released_tensors
     from megatron_k2.checkpoint.hf.preset import preset_from_hf
     from megatron_k2.checkpoint.hf.reader import HfSource
-    from megatron_k2.checkpoint.names.audit_release import audit_source, released_tensors
     from megatron_k2.presets import get_preset
 
     if (args.hf_dir is None) == (args.preset is None):

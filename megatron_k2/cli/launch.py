@@ -173,7 +173,7 @@ def _launch(runs: list["Run"], arguments: argparse.Namespace) -> int:
 def _through_nemo_run(
     runs: list["Run"], arguments: argparse.Namespace, cluster: "Cluster | None"
 ) -> int:
-    from megatron_k2.launch.nemo_tasks import run_experiment, show_experiment
+    from megatron_k2.nemo.tasks import run_experiment, show_experiment
 
     if arguments.dry_run:
         show_experiment(runs, arguments.set, cluster, force=arguments.force)

@@ -174,13 +174,13 @@ def _write_figures(e: "Estimate", a: "Assumptions", arguments: argparse.Namespac
 
     written = []
     if arguments.trace:
-        from megatron_k2.planning.schedule.trace import step_lanes, write_trace
+        from megatron_k2.planning.trace import step_lanes, write_trace
 
         write_trace(Path(arguments.trace), step_lanes(e.request, a))
         written.append(f"{arguments.trace}  (open in ui.perfetto.dev or chrome://tracing)")
     if arguments.png:
         from megatron_k2.planning.figure import draw_plan
-        from megatron_k2.planning.schedule.trace import step_lanes
+        from megatron_k2.planning.trace import step_lanes
 
         path = Path(arguments.png)
         path.parent.mkdir(parents=True, exist_ok=True)

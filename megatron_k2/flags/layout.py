@@ -4,9 +4,8 @@ Architecture and schedule are the preset's (``flags/megatron.py``); these come a
 """
 
 from megatron_k2.errors import UserError
-from megatron_k2.planning.cost.kept import Recompute
 from megatron_k2.planning.cost.offload import movable, offload_fraction, offload_modules
-from megatron_k2.planning.request import RunRequest
+from megatron_k2.planning.request import Recompute, RunRequest
 from megatron_k2.planning.schedule.chunks import megatron_layout
 
 RECOMPUTE_MODULES: dict[Recompute, str] = {

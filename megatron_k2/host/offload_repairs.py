@@ -1,4 +1,4 @@
-"""Named repairs of Megatron's fine-grained activation offload, as in ``compat``."""
+"""Named repairs of Megatron's fine-grained activation offload, as in ``repairs``."""
 
 import functools
 from typing import Any

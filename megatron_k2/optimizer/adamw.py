@@ -12,8 +12,8 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 def fuse_on_cpu(chain: ChainedOptimizer) -> None:
     """Let every torch AdamW of ``chain`` that steps on a CPU run fused.
 
-    That is where the gradients are: states kept on the host (``offloaded.py``) visit a GPU. To be
-    called again after a checkpoint was loaded, which brings its own parameter groups.
+    That is where the gradients are: states kept on the host (``offload/optimizer.py``) visit a GPU.
+    To be called again after a checkpoint was loaded, which brings its own parameter groups.
     """
     for optimizer in chain.chained_optimizers:
         inner = getattr(optimizer, "optimizer", None)

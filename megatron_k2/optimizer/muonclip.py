@@ -3,9 +3,9 @@
 Kimi K2 report (arXiv:2507.20534), Algorithm 1: a Muon step on every matrix, then QK-Clip on the
 heads whose largest logit exceeded τ. AdamW takes the rest.
 
-- With ``--use-distributed-optimizer``: ``distributed.DistributedMuonClip`` adopts the optimizers
-  that Megatron's factory built in ``adam`` mode (``offloaded.OffloadedMuonClip`` with part of their
-  states on the host).
+- With ``--use-distributed-optimizer``: ``sharded.optimizer.DistributedMuonClip`` adopts the
+  optimizers that Megatron's factory built in ``adam`` mode (``offload.optimizer.OffloadedMuonClip``
+  with part of their states on the host).
 - Without: ``plain.MuonClip``, registered in Megatron's optimizer registry.
 """
 

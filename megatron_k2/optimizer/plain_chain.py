@@ -20,7 +20,8 @@ from megatron_k2.optimizer.plain import MuonClip
 class PlainMuonClipChain(GradScopeChain):
     """The registry's chain; made of a finished one by ``adopt``.
 
-    Its checkpoint format is Megatron's; what Megatron's own ``muon`` wrote loads (``saved_state``).
+    Its checkpoint format is Megatron's; what Megatron's own ``muon`` wrote loads
+    (``foreign_state``).
     """
 
     @classmethod

@@ -1,14 +1,16 @@
 """MuonClip's settings, read once from Megatron's flags."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_k2.optimizer.newton_schulz.coefficients import coefficient_set
 from megatron_k2.optimizer.newton_schulz.gram_restarts import restart_segments
 from megatron_k2.optimizer.param_groups import K2_OPTIONS, MatrixOptions
-from megatron_k2.optimizer.qk_clip.factors import GroupedQueryMode
+
+if TYPE_CHECKING:
+    from megatron_k2.optimizer.qk_clip.factors import GroupedQueryMode
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,18 @@ class MuonClipSettings:
     """τ."""
     qk_clip_alpha: float
     """α: the query's share of γ where both sides are the head's own."""
-    grouped_query_mode: GroupedQueryMode
+    grouped_query_mode: "GroupedQueryMode"
     """Which heads grouped-query attention scales, see ``qk_clip.gqa_row_scale``."""
     has_idle_floor: bool
     """Whether a matrix without gradients fades out (``muon.idle_factor``)."""
     matrices: MatrixOptions = K2_OPTIONS
     """What counts as one matrix."""
     clip_grad_scope: str = "all"
-    """See ``grad_scope``."""
+    """See ``muonclip_chain``."""
     has_statistics: bool = False
     """See ``step_statistics``."""
     offload_fraction: float = 0.0
-    """Part of the optimizer's states in host memory (``offloaded.py``)."""
+    """Part of the optimizer's states in host memory (``offload/optimizer.py``)."""
 
     @property
     def segments(self) -> tuple[int, ...]:

@@ -1,14 +1,20 @@
 """What a run asks for, in the planner's terms."""
 
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Literal, get_args
 
 from megatron_k2.errors import UserError
 from megatron_k2.parallel.layout import LayoutRequest, check_layout
-from megatron_k2.planning.cost.kept import Modules, Recompute
 from megatron_k2.planning.gpus import GPUS_PER_NODE, Gpu
 from megatron_k2.planning.schedule.chunks import Chunk, split_into_chunks
 from megatron_k2.presets import ModelPreset
+
+Recompute = Literal["norm", "swiglu", "mla_up"]
+"""What is computed again: norm outputs; the experts' SwiGLU outputs; queries, keys and values from
+the latents with the latents' norms (Megatron's ``layernorm``, ``moe_act``, ``mla_up_proj``)."""
+
+Modules = Literal["transformer_engine", "local"]
+"""``--transformer-impl``."""
 
 REPORT_RECOMPUTE: frozenset[Recompute] = frozenset({"norm", "swiglu", "mla_up"})
 """Report 2.4.4, item 1. Its optional fourth, the experts' down-projection, keeps nothing here:

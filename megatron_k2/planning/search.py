@@ -12,7 +12,6 @@ from typing import get_args
 
 from megatron_k2.errors import UserError
 from megatron_k2.planning.cost.activations import head_bytes, layer_bytes
-from megatron_k2.planning.cost.kept import Modules, Recompute
 from megatron_k2.planning.cost.memory import (
     GRADIENT_BYTES,
     WEIGHT_BYTES,
@@ -31,7 +30,7 @@ from megatron_k2.planning.estimate import (
 )
 from megatron_k2.planning.fit import fit_to_memory, most_activations
 from megatron_k2.planning.gpus import GPUS, GPUS_PER_NODE
-from megatron_k2.planning.request import RunRequest
+from megatron_k2.planning.request import Modules, Recompute, RunRequest
 from megatron_k2.planning.schedule.chunks import split_into_chunks
 from megatron_k2.planning.schedule.pipeline import Shape, num_warmup
 from megatron_k2.presets import ModelPreset

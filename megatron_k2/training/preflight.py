@@ -85,7 +85,7 @@ def check_run(flags: list[str], world_size: int) -> None:
     """Refuse what cannot run.
 
     Args:
-        flags: as ``flags.expand`` returns them.
+        flags: as ``flags.megatron.expand`` returns them.
         world_size: ranks that will be started.
 
     Raises:

@@ -8,7 +8,7 @@ from tests.support.paths import REPOSITORY
 
 
 def benchmark_output(name: str, arguments: str) -> str:
-    """What ``benchmarks/NAME.py ARGUMENTS`` prints; it must succeed."""
+    """What ``benchmarks/<name>.py ARGUMENTS`` prints; it must succeed."""
     done = subprocess.run(
         [sys.executable, f"benchmarks/{name}.py", *arguments.split()],
         cwd=REPOSITORY,

@@ -85,7 +85,7 @@ def test_importing_the_package_patches_nothing():
     assert "megatron_k2.optimizer.muonclip" in found["imported"]
     others = {
         "megatron_k2.optimizer.newton_schulz.triton_symmetric",
-        "megatron_k2.launch.nemo_factories",
+        "megatron_k2.nemo.factories",
     }
     assert {name for name, _ in found["failed"]} <= others  # need Triton, and NeMo-Run
 

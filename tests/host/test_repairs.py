@@ -1,4 +1,4 @@
-"""Each repair of ``compat.py``: the defect without it, its absence with it.
+"""Each repair of ``repairs.py``: the defect without it, its absence with it.
 
 A test named ``upstream_still_...`` fails when upstream has fixed the defect; then the repair and
 the test can go.
@@ -263,7 +263,7 @@ def _in_a_process(program):
 
 @pytest.mark.slow
 def test_megatrons_norm_recomputation_still_needs_transformer_engine():
-    """If this fails, upstream has been repaired: drop ``compat.recompute_without_te``."""
+    """If this fails, upstream has been repaired: drop ``repairs.recompute_without_te``."""
     program = (
         "import torch\n"
         "from megatron.core.tensor_parallel.random import CheckpointWithoutOutput\n"

@@ -1,9 +1,9 @@
 """``--optimizer muonclip``, built by Megatron's factory on one rank, against a hand-written loop.
 
 The loop knows no batches, specs or row scales: one matrix at a time through ``orthogonalize`` (its
-own oracle is in ``test_newton_schulz.py``), one head at a time through QK-Clip, AdamW by its
-formula. Both work in fp32 with matrix products batched differently: 2e-6 of a weight of order one.
-Several ranks are in ``tests/parallel/test_layouts.py``.
+own oracle is in ``newton_schulz/test_iteration.py``), one head at a time through QK-Clip, AdamW by
+its formula. Both work in fp32 with matrix products batched differently: 2e-6 of a weight of order
+one. Several ranks are in ``tests/parallel/test_layouts.py``.
 """
 
 import math

@@ -21,8 +21,8 @@ from megatron_k2.planning.estimate import Assumptions, estimate, layer_cost
 from megatron_k2.planning.fit import fit_to_memory, most_activations, shortfall
 from megatron_k2.planning.gpus import GPUS, get_gpu
 from megatron_k2.planning.request import RunRequest
-from megatron_k2.planning.schedule.trace import step_lanes, trace_events
 from megatron_k2.planning.search import RECOMPUTES, cheapest_first, layouts, search
+from megatron_k2.planning.trace import step_lanes, trace_events
 from megatron_k2.presets import get_preset
 from tests.planning.cost.test_memory import request
 

@@ -18,8 +18,8 @@ import nemo_run as run
 from megatron_k2.errors import UserError
 from megatron_k2.launch.cluster import Cluster
 from megatron_k2.launch.graph import steps_saved
-from megatron_k2.launch.nemo_factories import pretrain_recipe
-from megatron_k2.launch.nemo_tasks import slurm_executor, task, train_recipe
+from megatron_k2.nemo.factories import pretrain_recipe
+from megatron_k2.nemo.tasks import slurm_executor, task, train_recipe
 from megatron_k2.recipes import RECIPES, get_recipe
 from megatron_k2.run.metrics import METRICS_FILE, read_records
 from tests.slurm.cluster import LOW, missing, private_cluster

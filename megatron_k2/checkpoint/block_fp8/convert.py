@@ -1,4 +1,4 @@
-"""Block FP8 of rows: by C where there is a compiler (``blocks.c``), else by torch (``fp8``).
+"""Block FP8 of rows: by C where there is a compiler (``blocks.c``), else by torch (``reference``).
 
 The same bytes either way. With C a conversion does not import torch; a worker computes in its one
 thread, and other threads run meanwhile.
@@ -56,7 +56,7 @@ def dequantized(codes: Rows, scales: Rows, dtype: Dtype) -> tuple[Rows, Counter[
 
 
 def requantized(weight: Rows, source_scales: Rows | None) -> tuple[Rows, np.ndarray, int]:
-    """Codes, scales, and how many blocks have the source's; see ``fp8.requantize``."""
+    """Codes, scales, and how many blocks have the source's; see ``reference.requantize``."""
     m, n = weight.shape
     if weight.dtype not in _WIDE:
         weight = weight.to(Dtype.FP32)

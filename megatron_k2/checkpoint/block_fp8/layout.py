@@ -1,7 +1,7 @@
 """How a release lays block FP8 out: which tensors, in what blocks, under which names.
 
 Codes are e4m3; one fp32 ``weight_scale_inv`` a 128x128 block, rows and columns ceil-divided. The
-arithmetic is in ``fp8``, which needs torch; names and shapes do not.
+arithmetic is in ``reference``, which needs torch; names and shapes do not.
 """
 
 BLOCK = 128

@@ -6,14 +6,14 @@ Quantising takes ``scale = amax / 448`` (448 is e4m3's largest number), so that 
 weight lands on the largest code.
 
 What can be rebuilt of a quantised weight from its dequantised bf16 values alone depends on how its
-scales were made (``fp8_scales``).
+scales were made (``scales``).
 
 That is why an import keeps the source's scales: ``requantize`` takes the source's scale for every
 block whose values are still those the source had, and a fresh one for the rest.
 
 CPU only, and made for streaming: strips of 128 rows keep temporaries in the cache. torch's own
 ``float8_e4m3fn -> float32`` takes 5 ns an element on a CPU, moving bits by hand 0.3 (measured).
-Conversions come here by ``fp8_rows``, which has the same in C: there this is what a machine without
+Conversions come here by ``convert``, which has the same in C: there this is what a machine without
 a compiler runs, and what the tests hold the C against.
 """
 

@@ -1,16 +1,16 @@
 """Megatron checkpoint -> Hugging Face directory, streaming, whole or not at all.
 
 Order of work: open the checkpoint, settle the shape, audit every key, look at the disk; then write
-shard after shard into ``<directory>.partial`` beside the target (``units``), and rename when
-everything is on the disk. Killed at any moment and started again, it goes on with the shards that
-are missing.
+shard after shard into ``<directory>.partial`` beside the target (``stream/jobs.py``), and rename
+when everything is on the disk. Killed at any moment and started again, it goes on with the shards
+that are missing.
 
 One layer is one shard, ``model-{i}-of-{n}.safetensors``, i from 1 without padding, as in K2's
 release: embedding with layer 0, norm and head with the last. ``max_shard_bytes`` cuts by size
 instead.
 
 What the checkpoint does not know (other fields of ``config.json``, tokenizer, FP8 scales) is taken
-from the directory its weights were imported from, if one is found (``origin``).
+from the directory its weights were imported from, if one is found (``source_trail``).
 """
 
 import dataclasses

@@ -31,15 +31,15 @@ from megatron_k2.checkpoint.convert.import_files import (
     write_file,
 )
 from megatron_k2.checkpoint.convert.source_trail import SCALES_FILE, SOURCE_DIR
-from megatron_k2.checkpoint.hf.preset import preset_from_hf
-from megatron_k2.checkpoint.hf.reader import HfSource
-from megatron_k2.checkpoint.hf.release_files import release_files
-from megatron_k2.checkpoint.hf.writer import TensorSlot, row_chunks, write_safetensors
-from megatron_k2.checkpoint.names.audit_release import (
+from megatron_k2.checkpoint.hf.audit import (
     SourceAudit,
     audit_source,
     require_clean_source,
 )
+from megatron_k2.checkpoint.hf.preset import preset_from_hf
+from megatron_k2.checkpoint.hf.reader import HfSource
+from megatron_k2.checkpoint.hf.release_files import release_files
+from megatron_k2.checkpoint.hf.writer import TensorSlot, row_chunks, write_safetensors
 from megatron_k2.checkpoint.names.mapping import expand
 from megatron_k2.checkpoint.names.megatron_keys import Modules
 from megatron_k2.checkpoint.names.selection import Selection
@@ -96,7 +96,7 @@ class ImportResult:
     num_files: int
     total_size_bytes: int
     scale_classes: dict[str, int]
-    """Blocks of the source by ``fp8_scales.ScaleClass``; empty if nothing was FP8."""
+    """Blocks of the source by ``scales.ScaleClass``; empty if nothing was FP8."""
 
 
 def import_hf(

@@ -1,4 +1,4 @@
-"""``config.json`` -> preset: the inverse of ``hf_config``, and what a template lends an export.
+"""``config.json`` -> preset: the inverse of ``config``, and what a template lends an export.
 
 Reads the classic keys of the releases (``rope_theta``, ``rope_scaling``) and the
 ``rope_parameters`` that transformers 5 writes instead. Whatever Megatron cannot be told, or this

@@ -2,7 +2,7 @@
 
 Hugging Face names are the released ones (Kimi-K2-Instruct's and DeepSeek-V3's index: experts, gate
 and up are separate tensors); Megatron names are those of ``GPTModel.state_dict()`` with the local
-spec at TP1/EP1/PP1. How a distributed checkpoint stores them is left to ``stored_names``.
+spec at TP1/EP1/PP1. How a distributed checkpoint stores them is left to ``megatron_keys``.
 
 Facts the operations rest on:
 

@@ -111,7 +111,7 @@ def _wide(extra: memoryview, entry: Sequence[Any]) -> tuple[int, int]:
 
 
 def read_object(archive: memoryview, resolve: Resolve = lambda module, name: None) -> Any:
-    """What was saved; see ``torch_pickle``. Tensors within it come as ``Layout``."""
+    """What was saved; see ``pickles``. Tensors within it come as ``Layout``."""
     return _unpickle(bytes(records(archive)["data.pkl"]), resolve)
 
 

@@ -3,9 +3,9 @@
 Megatron saves with ``megatron.core.dist_checkpointing`` on top of torch's distributed checkpoint:
 ``.metadata`` says which global tensor has which chunks in which file, at whatever TP/EP/PP layout
 they were written. Reading asks for a box of a global tensor; the optimizer's tensors lie in the
-same files and are never touched. Neither Megatron nor torch is imported (``torch_archive``).
+same files and are never touched. Neither Megatron nor torch is imported (``archive``).
 
-Names are those of ``GPTModel.state_dict()`` at TP1/EP1/PP1 with the local spec; ``stored_names``
+Names are those of ``GPTModel.state_dict()`` at TP1/EP1/PP1 with the local spec; ``megatron_keys``
 undoes where storage differs. Experts are stored one chunk (two for gate and up) each, so reading
 one reads no other.
 
@@ -92,7 +92,7 @@ class MegatronSource:
     def common(self) -> dict[str, Any]:
         """What was saved beside tensors, ``args``, ``iteration``; empty if nothing was.
 
-        Values of classes other than Python's own are ``torch_pickle``'s stand-ins.
+        Values of classes other than Python's own are ``pickles``'s stand-ins.
         """
         return self.read_common(lambda module, name: None)
 

@@ -1,6 +1,6 @@
 """Write a Megatron ``torch_dist`` checkpoint tensor by tensor: no model, no process group.
 
-The counterpart of ``megatron_source``, which describes the format. A global tensor is written as
+The counterpart of ``reader``, which describes the format. A global tensor is written as
 row chunks, each a ``torch.save`` archive in a ``.distcp`` file; ``.metadata`` says where they are.
 Megatron's loader asks for boxes of global tensors, so the result loads at any TP/EP/PP.
 

@@ -1,6 +1,6 @@
 """Two checkpoints of either kind by their logits: each run by its own side's code.
 
-A Megatron checkpoint runs in Megatron (one rank, ``megatron_k2.inference``), a Hugging Face
+A Megatron checkpoint runs in Megatron (one rank, ``engine.mcore``), a Hugging Face
 directory in transformers. Weights are what lies on the disk, widened; FP8 is dequantised to bf16
 first, as an import does, so a checkpoint and its FP8 source agree.
 """

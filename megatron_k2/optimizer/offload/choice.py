@@ -1,7 +1,7 @@
 """Which optimizer states live in host memory, given the part that is to, and how many visit.
 
-A run decides with this (``offloaded.py``, ``residence.py``), and the planner counts with it
-(``planning/cost/memory.py``, ``training/dry_run.py``), so a plan's fraction is a run's. No torch
+A run decides with this (``offload/optimizer.py``, ``host_tensors.py``), and the planner counts with
+it (``planning/cost/memory.py``, ``training/dry_run.py``), so a plan's fraction is a run's. No torch
 here.
 """
 

@@ -4,8 +4,9 @@ Kimi K2 report, section 2.4.2: on few nodes part of the optimizer's states is ke
 256 GPUs no two ranks share an expert, so its states are not cut, and 32 GB a GPU is too much beside
 the activations. Megatron's own form (``--optimizer-cpu-offload``) is a hybrid optimizer that runs
 AdamW on the host; a Newton-Schulz iteration there would take minutes. Here the arithmetic stays on
-the device and the states visit it (``residence.py``): momenta when a bucket's directions are made,
-masters when its updates are applied. Same operations on same numbers, so weights are bit-equal.
+the device and the states visit it (``host_tensors.py``): momenta when a bucket's directions are
+made, masters when its updates are applied. Same operations on same numbers, so weights are
+bit-equal.
 
 In host memory are momentum or moments, and the fp32 master where the weight has another dtype. A
 master that leaves again has its weight written first; those that QK-Clip scales wait for the clip.

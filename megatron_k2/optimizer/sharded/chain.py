@@ -14,7 +14,7 @@ FORMAT = "megatron_k2/parameter-space/1"
 
 
 class MuonClipChain(GradScopeChain):
-    """Megatron's chain with ``param_space`` as its checkpoint format; made by ``adopt``."""
+    """Megatron's chain with ``checkpoint_by_name`` as its checkpoint format; made by ``adopt``."""
 
     @classmethod
     def adopt(cls, chain: ChainedOptimizer) -> "MuonClipChain":

@@ -11,7 +11,7 @@ There, after unscaling, clipping and the skip on overflow, and before AdamW and 
 5. QK-Clip scales rows of the fp32 shards, so that bf16 is round(master) on every rank.
 
 State of a Muon parameter: ``momentum_buffer``. There is no ``exp_avg_sq``. Checkpoints are by
-parameter name (``param_space.py``), through ``chain.MuonClipChain``.
+parameter name (``checkpoint_by_name.py``), through ``chain.MuonClipChain``.
 """
 
 from typing import Any, override
@@ -66,7 +66,7 @@ class DistributedMuonClip(DistributedOptimizer):
             max_logits: for the optimizer that holds the attention; None for the experts' one.
             tensor_group: that this optimizer's parameters are split over.
             data_cp_group: the ranks that see other tokens of the same batch.
-            seed_loads: see ``plan.make_plan``.
+            seed_loads: see ``homes.make_plan``.
         """
         if optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
             raise ValueError(

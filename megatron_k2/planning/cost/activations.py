@@ -13,7 +13,8 @@ import functools
 import itertools
 from collections.abc import Iterator
 
-from megatron_k2.planning.cost.kept import Kept, Modules, OffloadModule, Recompute
+from megatron_k2.planning.cost.kept import Kept, OffloadModule
+from megatron_k2.planning.request import Modules, Recompute
 from megatron_k2.presets import ModelPreset
 
 FP8_TILE = 128

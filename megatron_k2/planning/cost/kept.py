@@ -1,16 +1,9 @@
-"""One tensor that autograd keeps, and the words for who recomputes or offloads it."""
+"""One tensor that autograd keeps for the backward pass, and who recomputes or offloads it."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-Recompute = Literal["norm", "swiglu", "mla_up"]
-"""What is computed again: norm outputs; the experts' SwiGLU outputs; queries, keys and values from
-the latents with the latents' norms (Megatron's ``layernorm``, ``moe_act``, ``mla_up_proj``)."""
-
-
-Modules = Literal["transformer_engine", "local"]
-"""``--transformer-impl``."""
-
+from megatron_k2.planning.request import Recompute
 
 OffloadModule = Literal["attn_norm", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"]
 """In the forward's order."""

@@ -12,7 +12,8 @@ fp32 as well.
 import functools
 from collections.abc import Iterator
 
-from megatron_k2.planning.cost.kept import Kept, Recompute
+from megatron_k2.planning.cost.kept import Kept
+from megatron_k2.planning.request import Recompute
 from megatron_k2.presets import ModelPreset
 
 FP32, INT64 = 4, 8

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import get_args
 
 from megatron_k2.planning.cost.activations import attention_rows, kept_bytes, layer_bytes, mlp_rows
-from megatron_k2.planning.cost.kept import OffloadModule, Recompute
-from megatron_k2.planning.request import RunRequest
+from megatron_k2.planning.cost.kept import OffloadModule
+from megatron_k2.planning.request import Recompute, RunRequest
 from megatron_k2.presets import ModelPreset
 
 

@@ -1,8 +1,9 @@
 """MuonClip's plan for a whole model at any world size, on one CPU and without a process group.
 
-What a run plans on its ranks (``distributed.py``, ``domain.py``) is repeated here for each distinct
-pipeline rank from shapes alone: Megatron's layout of ZeRO-1 buffers with our expert layout in it,
-the cut of every matrix, the homes (``plan.make_plan``), and from them FLOPs and bytes of each rank.
+What a run plans on its ranks (``sharded/optimizer.py``, ``sharded/matrix_group.py``) is repeated
+here for each distinct pipeline rank from shapes alone: Megatron's layout of ZeRO-1 buffers with our
+expert layout in it, the cut of every matrix, the homes (``homes.make_plan``), and from them FLOPs
+and bytes of each rank.
 
 Layers are split over ranks and virtual stages as everywhere (``planning/schedule/chunks.py``).
 Assumed: buffers are cut into Megatron's default buckets, as with ``--overlap-grad-reduce`` on the

@@ -1,6 +1,6 @@
 """What one pipeline stage's plan amounts to: FLOPs, balance and bytes of its ranks.
 
-Pure arithmetic on a ``plan.Plan``; ``full_plan`` makes them for a whole model.
+Pure arithmetic on a ``homes.Plan``; ``model`` makes them for a whole model.
 """
 
 from collections.abc import Sequence

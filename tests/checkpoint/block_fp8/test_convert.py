@@ -1,4 +1,4 @@
-"""``blocks.c`` against ``fp8``: the same bytes, for every code and every kind of number.
+"""``blocks.c`` against ``reference``: the same bytes, for every code and every kind of number.
 
 Wrong variants are made of the same source. Not exercised: a machine whose compiler makes other
 vectors of it, which would show here.

@@ -1,7 +1,7 @@
 """The commands killed at random moments and run again, until they finish: the same bytes.
 
-Fixed moments (after a file, between the last file and the end) are in ``test_import`` and
-``test_export``. Not exercised: a power cut, which loses what a kill does not.
+Fixed moments (after a file, between the last file and the end) are in ``test_import_hf`` and
+``test_export_hf``. Not exercised: a power cut, which loses what a kill does not.
 """
 
 import dataclasses

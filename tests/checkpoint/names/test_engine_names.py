@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from megatron_k2.checkpoint.names.audit_release import released_tensors
+from megatron_k2.checkpoint.hf.audit import released_tensors
 from megatron_k2.presets import K2_TINY, KIMI_K2, MOONLIGHT_16B_A3B
 
 Q_A = {"vllm": "fused_qkv_a_proj", "sglang": "fused_qkv_a_proj_with_mqa"}

@@ -9,10 +9,10 @@ import torch
 from megatron_k2.checkpoint.block_fp8.layout import is_quantized
 from megatron_k2.checkpoint.convert.export_hf import ExportOptions, export
 from megatron_k2.checkpoint.convert.import_hf import ImportOptions, import_hf
+from megatron_k2.checkpoint.hf.audit import audit_source, released_tensors
 from megatron_k2.checkpoint.hf.preset import preset_from_hf
 from megatron_k2.checkpoint.hf.reader import HfSource
 from megatron_k2.checkpoint.names.audit import audit
-from megatron_k2.checkpoint.names.audit_release import audit_source, released_tensors
 from megatron_k2.checkpoint.names.mapping import expand, hf_state_to_megatron, megatron_state_to_hf
 from megatron_k2.checkpoint.torch_dist.reader import MegatronSource
 from megatron_k2.engine.mcore.compare_logits import compare_logits

@@ -1,7 +1,7 @@
 """What MuonClip keeps and what a step takes on top, in bytes, from the tensors themselves.
 
 bf16 parameters, fp32 gradients and masters, one rank: of D ranks each keeps 1/D of master and
-momentum (that the elements add up is counted over ranks in ``test_distributed_counts.py``). Wrong
+momentum (that the elements add up is counted over ranks in ``test_counts.py``). Wrong
 variant: a step that works on all buckets at once. Not exercised: CUDA's allocator, AdamW's step and
 the cast, which are the host's.
 """

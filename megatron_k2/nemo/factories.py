@@ -12,7 +12,7 @@ from typing import Any
 
 import nemo_run as run
 
-from megatron_k2.launch.nemo_tasks import task, train_recipe
+from megatron_k2.nemo.tasks import task, train_recipe
 from megatron_k2.planning.gpus import GPUS_PER_NODE
 from megatron_k2.recipes import RECIPES, get_recipe, kimi_k2
 

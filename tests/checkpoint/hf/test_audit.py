@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from megatron_k2.checkpoint.names.audit_release import (
+from megatron_k2.checkpoint.hf.audit import (
     audit_source,
     released_tensors,
     require_clean_source,

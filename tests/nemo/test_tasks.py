@@ -9,10 +9,10 @@ import subprocess
 import pytest
 
 from megatron_k2.errors import UserError
-from megatron_k2.launch import nemo_tasks
 from megatron_k2.launch.cluster import Cluster
-from megatron_k2.launch.nemo_tasks import local_executor, run_experiment, train_recipe
 from megatron_k2.launch.slurm import check_arguments, render
+from megatron_k2.nemo import tasks
+from megatron_k2.nemo.tasks import local_executor, run_experiment, train_recipe
 from megatron_k2.recipes import get_recipe
 from megatron_k2.training import pretrain
 
@@ -36,7 +36,7 @@ def started(monkeypatch):
         return subprocess.CompletedProcess(command, code.get("check", 0))
 
     code: dict[str, int] = {}
-    monkeypatch.setattr(nemo_tasks.subprocess, "run", check)
+    monkeypatch.setattr(tasks.subprocess, "run", check)
     monkeypatch.setattr(os, "environ", dict(os.environ) | SRUNS)
     monkeypatch.setattr(pretrain, "run", lambda flags: seen.append(flags))
     return seen, code
@@ -102,7 +102,7 @@ def test_a_layout_that_does_not_fit_is_refused_on_the_ranks_too_unless_forced(tm
 def test_what_cannot_start_is_refused_before_nemo_run_is_asked(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="needs 256 GPUs"):
         local_executor(get_recipe("kimi_k2_pretrain_256gpu_h800"))
-    monkeypatch.setattr(nemo_tasks, "nemo_run", lambda: None)
+    monkeypatch.setattr(tasks, "nemo_run", lambda: None)
     second = get_recipe("kimi_k2_anneal_4k_cpu")
     with pytest.raises(UserError, match="run kimi_k2_pretrain_cpu first"):
         run_experiment([(second, str(tmp_path / "b"), str(tmp_path / "a"))], [], None, waits=True)

@@ -1,0 +1,1 @@
+"""Recipes through NeMo-Run: tasks, executors, experiments, factories of its command line."""
