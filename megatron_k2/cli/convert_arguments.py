@@ -37,7 +37,7 @@ def _positive(text: str) -> float:
 
 
 def _add_conversion(command: argparse.ArgumentParser) -> None:
-    """What both directions have."""
+    """Add the options that import and export share."""
     command.add_argument(
         "--workers",
         type=int,
@@ -123,7 +123,7 @@ def _add_verify(command: argparse.ArgumentParser) -> None:
     command.add_argument("--preset", choices=PRESETS, help="where a checkpoint saved no arguments")
     command.add_argument("--rows", type=int, default=10, help="of the table of differences")
     command.add_argument(
-        "--tolerance", type=float, default=0.0, help="largest relative difference that is no error"
+        "--tolerance", type=float, default=0.0, help="largest relative difference that passes"
     )
     command.add_argument(
         "--logits", action="store_true", help="also run both models on the same tokens"

@@ -69,7 +69,7 @@ def _keys(recipe: "Recipe") -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb."""
+    """``megatron-k2 launch``; returns the exit code."""
     if argv and argv[0] in ACTIONS:
         from megatron_k2.cli.launch_jobs import main as of_launched
 

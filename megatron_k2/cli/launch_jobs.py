@@ -21,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb."""
+    """``megatron-k2 launch status|logs|cancel``; returns the exit code."""
     arguments = _parser().parse_args(argv)
     from megatron_k2.recipes import get_chain
 

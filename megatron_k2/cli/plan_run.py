@@ -147,7 +147,7 @@ def assumptions_from(text: str) -> "Assumptions":
     """``gemm=0.7,network=0.8`` over the defaults.
 
     Raises:
-        UserError: for an unknown name or a value that is no positive number.
+        UserError: for an unknown name or a value that is not a positive number.
     """
     from dataclasses import fields, replace
 

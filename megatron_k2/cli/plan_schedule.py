@@ -63,7 +63,7 @@ def draw(phases: "tuple[Phase, ...]") -> bytes:
 
 
 def main(argv: list[str]) -> int:
-    """Print the phases."""
+    """``megatron-k2 plan schedule``: print the phases; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="megatron-k2 plan schedule",
         description="The report's training schedule (section 2.5): phases, steps, learning rate.",

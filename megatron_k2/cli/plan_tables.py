@@ -102,7 +102,7 @@ def memory_table(e: "Estimate") -> "Table":
 
 
 def summary(e: "Estimate", a: "Assumptions", tokens: float) -> str:
-    """Lines around the table."""
+    """Memory, time and assumptions in sentences, below the table of ranks."""
     r = e.request
     mean = sum(m.states for m in e.memory) / len(e.memory) / GB
     verdict = "fits" if e.fits else "DOES NOT FIT"
@@ -158,7 +158,7 @@ def built_line(built: "BuiltRank", r: "RunRequest") -> str:
 
 
 def title(r: "RunRequest") -> str:
-    """What is planned."""
+    """Model, GPUs, parallel sizes and batch of the plan, in one line."""
     return (
         f"{r.preset.name} on {r.world_size} x {r.gpu.name}: TP {r.tp}, PP {r.pp}, VPP {r.vpp}, EP "
         f"{r.ep}, CP {r.cp}, DP {r.data_parallel}; {r.sequences_per_step} x {r.seq_length} tokens "
@@ -167,7 +167,7 @@ def title(r: "RunRequest") -> str:
 
 
 def search_table(found: "Found", tokens: float) -> "Table":
-    """The best layouts."""
+    """The search's best layouts, a row each, fastest first."""
     from rich import box
     from rich.table import Table
 

@@ -27,7 +27,7 @@ Any other flag is Megatron's, and overrides the preset's.
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb."""
+    """``megatron-k2 pretrain``: start the ranks; returns the exit code."""
     if not argv or "-h" in argv or "--help" in argv:
         print(HELP, end="")
         return 0

@@ -147,7 +147,7 @@ class TransformersTokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def save(self, directory: Path) -> None:
-        """Copy the tokenizer's files."""
+        """Copy the files that the tokenizer was read from into ``directory``."""
         directory.mkdir(parents=True, exist_ok=True)
         for path in self._files:
             shutil.copyfile(path, directory / path.name)

@@ -28,7 +28,7 @@ _DTYPES: dict[int, np.dtype] = {
 
 
 def bin_path(prefix: Path) -> Path:
-    """``prefix.bin``: the tokens."""
+    """``prefix.bin``, the file with the tokens."""
     return prefix.with_name(prefix.name + ".bin")
 
 

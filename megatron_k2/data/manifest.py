@@ -32,7 +32,7 @@ class TokenizerRecord:
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """One indexed dataset."""
+    """One split, an indexed dataset of Megatron's."""
 
     prefix: str
     """Relative to the dataset's directory, without ``.bin`` or ``.idx``."""
@@ -45,7 +45,7 @@ class SplitRecord:
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """What was read."""
+    """The text that a dataset was made of."""
 
     description: str
     num_files: int
@@ -58,7 +58,7 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class DataManifest:
-    """All of ``dataset.json``."""
+    """The content of ``dataset.json``, which describes a prepared directory."""
 
     tokenizer: TokenizerRecord
     splits: dict[str, SplitRecord]

@@ -117,7 +117,7 @@ def interpolated_bigram(
             documents are better, see ``held_out_tokens``.
 
     Raises:
-        UserError: too few tokens, or an id that is no entry of the vocabulary.
+        UserError: too few tokens, or an id outside the vocabulary.
     """
     train = np.asarray(train_tokens, dtype=np.int64)
     valid = np.asarray(valid_tokens, dtype=np.int64)

@@ -55,7 +55,7 @@ class Part:
         return sum(span.end - span.start for span in self.spans)
 
     def path(self, directory: Path) -> Path:
-        """Where the finished part lies."""
+        """The path of the finished part."""
         return directory / f"{self.index:06d}.npz"
 
 

@@ -79,7 +79,7 @@ def make_plan(options: PrepareOptions) -> Plan:
     """Look at every input without reading any, and load a named tokenizer to see that it is one.
 
     Raises:
-        UserError: an input or the tokenizer is no such thing, or the split leaves one side empty.
+        UserError: an input or the tokenizer cannot be read as one, or a side of the split is empty.
     """
     if options.use_python_stdlib:
         train = python_stdlib_files()

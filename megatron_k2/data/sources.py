@@ -25,7 +25,7 @@ _STDLIB_SKIPPED = frozenset(
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One input file."""
+    """One input file, with what its identity is judged by."""
 
     path: Path
     name: str

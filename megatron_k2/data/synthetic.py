@@ -33,7 +33,7 @@ def domain_ids(domain: str, vocab_size: int) -> range:
     """
     if domain not in DOMAINS:
         raise UserError(
-            f"--synthetic-data: '{domain}' is no domain; a prefix ends in one of "
+            f"--synthetic-data: '{domain}' is not a domain; a prefix ends in one of "
             f"{', '.join(DOMAINS)}"
         )
     width = vocab_size // (len(DOMAINS) + 1)

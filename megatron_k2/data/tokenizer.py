@@ -29,7 +29,7 @@ class Tokenizer(Protocol):
         """Ids of plain text; names of control tokens in it stay letters."""
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids."""
+        """The text of ``ids``, control tokens by their names."""
 
     def save(self, directory: Path) -> None:
         """Write the Hugging Face files of this tokenizer into ``directory``."""

@@ -21,7 +21,7 @@ def is_available(dtype: torch.dtype) -> bool:
 
 
 def quantize_tiles(x: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``tiles.quantize_tiles``."""
+    """Quantise as ``tiles.quantize_tiles`` does, by C where it can be: the same bytes."""
     if not is_available(x.dtype):
         return tiles.quantize_tiles(x)
     m, k = x.shape
@@ -32,7 +32,7 @@ def quantize_tiles(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_tiles(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """As ``tiles.dequantize_tiles``."""
+    """Read back as ``tiles.dequantize_tiles`` does, by C where it can be: the same bytes."""
     if not is_available(dtype) or tuple(scales.shape) != (len(codes), num_tiles(codes.shape[1])):
         return tiles.dequantize_tiles(codes, scales, dtype)
     out = torch.empty(codes.shape, dtype=dtype)

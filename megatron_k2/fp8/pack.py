@@ -67,7 +67,7 @@ class ActivationStorage:
         return store(saved) if self._is_kept_in_fp8(saved) else saved
 
     def unpack(self, kept: Tensor | StoredTensor) -> Tensor:
-        """What backward gets."""
+        """The tensor that the backward pass gets, read back if it was stored in FP8."""
         return restore(kept) if isinstance(kept, StoredTensor) else kept
 
     def _is_kept_in_fp8(self, saved: Tensor) -> bool:

@@ -24,7 +24,7 @@ AMAX_FLOOR = E4M3_MAX * 2.0**-126
 
 
 def num_tiles(width: int) -> int:
-    """Tiles of a row."""
+    """Tiles of 128 elements that a row of ``width`` has, the last one short."""
     return -(-width // TILE)
 
 

@@ -16,7 +16,7 @@ ROWS = 32
 
 
 def quantize_tiles(x: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``tiles.quantize_tiles``; ``x`` [m, k] with any row stride."""
+    """Quantise as ``tiles.quantize_tiles`` does, by Triton; ``x`` [m, k] with any row stride."""
     m, k = x.shape
     codes = torch.empty(m, k, dtype=E4M3, device=x.device)
     scales = torch.empty(m, num_tiles(k), dtype=torch.float32, device=x.device)
@@ -38,7 +38,7 @@ def quantize_tiles(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_tiles(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """As ``tiles.dequantize_tiles``; ``codes`` and ``scales`` contiguous."""
+    """Read back as ``tiles.dequantize_tiles`` does; ``codes`` and ``scales`` are contiguous."""
     m, k = codes.shape
     out = torch.empty(m, k, dtype=dtype, device=codes.device)
     if not m:

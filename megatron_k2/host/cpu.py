@@ -356,7 +356,7 @@ def meta_host() -> Iterator[None]:
 
 @contextlib.contextmanager
 def megatron_host() -> Iterator[str]:
-    """``cpu_host()`` where there is no CUDA, nothing where there is; yields the backend's name."""
+    """``cpu_host()`` unless there is CUDA; yields the backend's name, ``nccl`` or ``gloo``."""
     if torch.cuda.is_available():
         yield "nccl"
         return

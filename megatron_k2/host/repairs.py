@@ -78,7 +78,7 @@ def has_sound_transformer_engine(version: str | None) -> bool:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """Major and minor version."""
+    """(major, minor) of a version string."""
     return tuple(int(part) for part in version.split(".")[:2])
 
 

@@ -100,16 +100,16 @@ class ColumnParallelWeight(ColumnParallelLinear):
 
     @override
     def forward(self) -> Tensor:  # type: ignore[override]
-        """[2 width, hidden]."""
+        """The weight of gate over up, [2 width, hidden]."""
         return self.weight
 
 
 class RowParallelWeight(RowParallelLinear):
-    """One expert's down projection, likewise."""
+    """One expert's down projection; see ``ColumnParallelWeight`` for why it is called."""
 
     @override
     def forward(self) -> Tensor:  # type: ignore[override]
-        """[hidden, width]."""
+        """The weight of the down projection, [hidden, width]."""
         return self.weight
 
 
@@ -117,7 +117,7 @@ class GroupedExperts(SequentialMLP):
     """Megatron's local experts, computed together.
 
     Raises:
-        ValueError: for experts that are no plain SwiGLU without bias, which is what K2's are, and
+        ValueError: for experts other than a plain SwiGLU without bias, which is what K2's are, and
             for rows that are no multiple of 16 bytes, which the grouped product needs.
     """
 

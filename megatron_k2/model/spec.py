@@ -40,10 +40,10 @@ class Backend(Protocol):
     latent_attention: type[LatentAttention]
 
     def down_projection(self) -> Any:
-        """To a latent, whole on every tensor-parallel rank."""
+        """The linear down to a latent, whole on every tensor-parallel rank."""
 
     def up_projection(self) -> Any:
-        """From a latent; may hold the latent's norm."""
+        """The linear up from a latent, column-parallel; may hold the latent's norm."""
 
     def latent_norm(self) -> Any:
         """Between the two, where it is a module of its own."""
@@ -81,7 +81,7 @@ class LocalBackend(LocalSpecProvider):
         return self.column_parallel_linear()
 
     def up_projection(self) -> Any:
-        """Without the norm."""
+        """The linear alone: the latent's norm is a module of its own here."""
         return self.column_parallel_linear()
 
     def latent_norm(self) -> Any:
@@ -94,7 +94,7 @@ class LocalBackend(LocalSpecProvider):
         return RMSNorm
 
     def checkpoint_names(self, *, is_moe: bool) -> dict[str, str]:
-        """As they are."""
+        """No renaming: modules are called as Megatron's local spec calls them."""
         del is_moe
         return {}
 

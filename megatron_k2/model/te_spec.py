@@ -44,11 +44,11 @@ class TEBackend(TESpecProvider):
         return self.linear()
 
     def up_projection(self) -> Any:
-        """From a latent, its norm fused in."""
+        """The linear up from a latent, column-parallel, with the latent's norm fused in."""
         return self.column_parallel_layer_norm_linear()
 
     def latent_norm(self) -> Any:
-        """None of its own: it is in the up-projection."""
+        """An identity: the norm is fused into the up-projection."""
         return IdentityOp
 
     def pre_mlp_norm(self, *, is_moe: bool) -> Any:

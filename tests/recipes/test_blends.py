@@ -128,7 +128,7 @@ def test_a_synthetic_domain_is_its_own_ids_and_the_same_bytes_again(tmp_path):
     assert np.array_equal(tokens, read_tokens(tmp_path / "b" / "long"))
     ranges = [domain_ids(domain, VOCABULARY) for domain in DOMAINS]
     assert len({i for r in ranges for i in r}) == sum(map(len, ranges))
-    with pytest.raises(UserError, match="'prose' is no domain"):
+    with pytest.raises(UserError, match="'prose' is not a domain"):
         write_domain(tmp_path / "prose", VOCABULARY, EOD)
 
 

@@ -89,7 +89,7 @@ class ExportOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ExportResult:
-    """What was written."""
+    """What an export wrote, for the line that the command prints."""
 
     directory: Path
     preset: ModelPreset

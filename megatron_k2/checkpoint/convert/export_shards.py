@@ -145,7 +145,7 @@ class _Scales:
             self._stored = read_header(path)
 
     def rows(self, name: str, shape: tuple[int, ...], blocks: slice) -> Rows | None:
-        """Scales of a weight's rows of blocks; None if the origin's weight was none of this."""
+        """Scales of a weight's rows of blocks; None if the origin's weight was not block FP8."""
         stored = self._stored.get(name + SCALE_SUFFIX)
         if stored is None or stored.shape != scale_shape(shape):
             return None

@@ -76,7 +76,7 @@ def _dtype_of(source: HfSource, pair: Pair, dtype: Dtype | None) -> Dtype:
 
 
 def file_units(placed: Iterable[Placement]) -> Iterator[Unit]:
-    """Of at most ``UNIT_BYTES`` that never cross a layer."""
+    """Files of at most ``UNIT_BYTES`` each, none with tensors of two layers."""
     group: list[Placement] = []
     num_bytes, num_files = 0, 0
     for placement in placed:

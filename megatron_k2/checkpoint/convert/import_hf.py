@@ -88,7 +88,7 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class ImportResult:
-    """What was written."""
+    """What an import wrote, for the lines that the command prints."""
 
     directory: Path
     preset: ModelPreset

@@ -74,7 +74,7 @@ def audit_source(
     Args:
         source: as ``HfSource.stored``.
         preset: the shape of the model.
-        selection: then tensors outside of it are no findings.
+        selection: tensors outside it are not reported.
         rules: the table to replay.
     """
     pairs = list((selection or Selection()).take(expand(preset, rules)))

@@ -184,7 +184,7 @@ def preset_from_args(args: Namespace, base: ModelPreset) -> ModelPreset:
 
     Raises:
         UserError: if the run's model cannot be said in a Hugging Face config: a dense layer behind
-            one with experts, a shared width that is no multiple of the expert width, another
+            one with experts, a shared width that is not a multiple of the expert width, another
             epsilon of the latent norms.
     """
     given = vars(args)

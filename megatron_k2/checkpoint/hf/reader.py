@@ -39,7 +39,7 @@ class StoredTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Size in the file."""
+        """Bytes it takes in its file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -73,7 +73,7 @@ class HfSource:
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """``config.json``."""
+        """The parsed ``config.json`` of the release."""
         return read_json(self.directory / "config.json")
 
     @property

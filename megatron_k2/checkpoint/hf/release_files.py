@@ -21,7 +21,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-"""Beside ``tokenization_*.py``."""
+"""A tokenizer's files by fixed names; its code, ``tokenization_*.py``, is matched by pattern."""
 
 
 def _is_tokenizers(path: Path) -> bool:
@@ -29,13 +29,13 @@ def _is_tokenizers(path: Path) -> bool:
 
 
 def release_files(directory: Path) -> list[Path]:
-    """Those that are in ``directory``."""
+    """The files beside the weights that ``directory`` has, in a fixed order."""
     named = [directory / name for name in (GENERATION_CONFIG, "LICENSE", *TOKENIZER_FILES)]
     return [path for path in named if path.is_file()] + sorted(directory.glob("*.py"))
 
 
 def files_along(tokenizer: Path | None, origin: Path | None) -> list[Path]:
-    """Of the origin; with ``--tokenizer`` all of the tokenizer's files are from there.
+    """Files to copy beside an export: the origin's, but all of the tokenizer's from ``tokenizer``.
 
     Raises:
         UserError: if ``tokenizer`` has none.

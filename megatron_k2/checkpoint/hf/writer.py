@@ -43,7 +43,7 @@ class TensorSlot:
 
     @property
     def num_bytes(self) -> int:
-        """Size in the file."""
+        """Bytes it will take in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -75,7 +75,7 @@ def write_safetensors(path: Path, slots: Sequence[TensorSlot], tensors: Iterable
 
 
 def write_header(file: IO[bytes], slots: Sequence[TensorSlot]) -> None:
-    """Everything before the data."""
+    """Write the length and the JSON that precede the data of a safetensors file."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for slot in slots:
@@ -92,5 +92,5 @@ def write_header(file: IO[bytes], slots: Sequence[TensorSlot]) -> None:
 
 
 def write_rows(file: IO[bytes], rows: Rows) -> None:
-    """A tensor's bytes, row-major."""
+    """Append the bytes of ``rows``, row-major."""
     file.write(rows.bits.reshape(-1).view(np.uint8).data)

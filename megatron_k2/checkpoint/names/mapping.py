@@ -41,7 +41,7 @@ class Pair:
 
     @property
     def num_elements(self) -> int:
-        """Of the Megatron tensor, without vocabulary padding."""
+        """Elements of the Megatron tensor, without vocabulary padding."""
         return math.prod(self.megatron_shape)
 
     def parts(self) -> Iterator[tuple[str, Shape, int]]:

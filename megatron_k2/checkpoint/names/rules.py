@@ -49,30 +49,30 @@ class Operation(Protocol):
         """Hugging Face tensors -> Megatron tensor."""
 
     def split_shape(self, shape: Shape) -> tuple[Shape, ...]:
-        """``split`` on shapes alone."""
+        """The shapes that ``split`` gives for a tensor of ``shape``."""
 
     def join_shape(self, shapes: Sequence[Shape]) -> Shape:
-        """``join`` on shapes alone."""
+        """The shape that ``join`` gives for parts of ``shapes``."""
 
 
 class Identity:
     """One tensor, the same on both sides."""
 
     def split(self, tensor: "Tensor") -> "tuple[Tensor, ...]":
-        """The tensor itself."""
+        """The tensor itself, as the only part."""
         return (tensor,)
 
     def join(self, parts: "Sequence[Tensor]") -> "Tensor":
-        """The only part."""
+        """The only part, unchanged."""
         (part,) = parts
         return part
 
     def split_shape(self, shape: Shape) -> tuple[Shape, ...]:
-        """The shape itself."""
+        """The shape itself, of the only part."""
         return (shape,)
 
     def join_shape(self, shapes: Sequence[Shape]) -> Shape:
-        """The only shape."""
+        """The shape of the only part."""
         (shape,) = shapes
         return shape
 
@@ -81,11 +81,11 @@ class StackedRows:
     """Two tensors [F, H] one above the other in [2F, H]: a SwiGLU's gate over its up."""
 
     def split(self, tensor: "Tensor") -> "tuple[Tensor, ...]":
-        """Upper and lower half."""
+        """Gate [F, H] and up [F, H], views of the upper and lower half."""
         return tensor.chunk(2)
 
     def join(self, parts: "Sequence[Tensor]") -> "Tensor":
-        """First part on top."""
+        """[2F, H] with the first part on top."""
         import torch
 
         upper, lower = parts

@@ -21,7 +21,7 @@ class Selection:
 
     @classmethod
     def parse(cls, text: str | None) -> "Selection":
-        """From the command line.
+        """The part of a model that ``--only`` names.
 
         Args:
             text: ``layers.0-3``, ``experts.5``, or both with a comma between; None takes all.
@@ -79,7 +79,7 @@ class Selection:
             raise UserError(f"--only {self}: the model has no such layer or expert")
 
     def require_some(self, hf_names: Iterable[str]) -> None:
-        """Refuse a range that none of these names is in.
+        """Refuse a selection that matches none of ``names``.
 
         Raises:
             UserError: then.

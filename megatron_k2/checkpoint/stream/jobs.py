@@ -138,7 +138,7 @@ def require_space(target: Path, num_bytes: int) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{target}: {parent} is no directory that can be written to")
+        raise UserError(f"{target}: {parent} is not a directory that can be written to")
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
         raise UserError(
@@ -148,7 +148,7 @@ def require_space(target: Path, num_bytes: int) -> None:
 
 
 def require_workers(num_workers: int) -> None:
-    """Refuse a number that is none."""
+    """Refuse a number of workers below one."""
     if num_workers < 1:
         raise UserError(f"--workers {num_workers}: expected 1 or more")
 

@@ -19,7 +19,7 @@ class MappedFiles:
         self._maps: dict[Path, mmap.mmap] = {}
 
     def map(self, path: Path) -> mmap.mmap:
-        """The whole file."""
+        """Map the whole of ``path`` for reading, or return the map made before."""
         if path not in self._maps:
             with path.open("rb") as stream:
                 # Private and writable only because torch warns of read-only buffers; nobody writes.

@@ -52,7 +52,7 @@ class OutputFile(io.BufferedWriter):
         return num_bytes
 
     def sync(self) -> None:
-        """Onto the disk."""
+        """Wait until everything written so far is on the disk."""
         self.flush()
         os.fsync(self.fileno())
 

@@ -66,19 +66,19 @@ class Rows:
     """A run of rows of a tensor, [r, ...]; often a view of a mapped file: do not write to it."""
 
     bits: np.ndarray
-    """Of ``dtype.numpy``."""
+    """The values' bits, [r, ...], as an array of ``dtype.numpy``."""
     dtype: Dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the rows."""
+        """[r, ...]: as many rows as there are, then the tensor's other dimensions."""
         return self.bits.shape
 
     def to(self, dtype: Dtype) -> "Rows":
-        """In another of ``WEIGHTS``, rounded to nearest even; itself where nothing changes.
+        """The rows in another dtype of ``WEIGHTS``, to nearest even; itself if it is the same.
 
         Raises:
-            ValueError: for a dtype that is none of them.
+            ValueError: if either dtype is not in ``WEIGHTS``.
         """
         if dtype is self.dtype:
             return self
@@ -90,7 +90,7 @@ class Rows:
             return Rows(self._widened().astype(dtype.numpy, copy=False), dtype)
 
     def _widened(self) -> np.ndarray:
-        """As fp32, exactly."""
+        """The values as fp32, which holds bf16 and fp16 exactly."""
         if self.dtype is Dtype.BF16:
             return (self.bits.astype(np.uint32) << 16).view(np.float32)
         return self.bits.astype(np.float32, copy=False)
@@ -113,14 +113,14 @@ class Rows:
         return int(is_bad.reshape(len(is_bad), -1).any(axis=1).argmax())
 
     def tensor(self) -> "Tensor":
-        """As torch's, sharing memory."""
+        """A torch tensor that shares this memory."""
         import torch
 
         return torch.from_numpy(self.bits).view(getattr(torch, self.dtype.torch_name))
 
 
 def rows_of(tensor: "Tensor") -> Rows:
-    """A tensor's, sharing its memory where it is contiguous."""
+    """The rows of a tensor, sharing its memory if it is contiguous."""
     import torch
 
     dtype = BY_TORCH_NAME[str(tensor.dtype).removeprefix("torch.")]

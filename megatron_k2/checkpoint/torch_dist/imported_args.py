@@ -83,7 +83,7 @@ def _value(text: str) -> Any:
 
 
 def _group_flags(config: dict[str, Any]) -> list[str]:
-    """DeepSeek-V3 chooses among groups of experts first; K2 has one group, which is no choice."""
+    """Flags of DeepSeek-V3's choice among groups of experts; none for K2, which has one group."""
     groups = config.get("n_group") or 1
     if groups == 1:
         return []

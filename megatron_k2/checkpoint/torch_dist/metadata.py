@@ -24,7 +24,7 @@ _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 
 @dataclass(frozen=True)
 class Extent:
-    """Bytes of a file."""
+    """A run of bytes in one of the checkpoint's files."""
 
     file: str
     offset: int
@@ -50,20 +50,20 @@ class GlobalTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Of all of it."""
+        """Bytes of the whole tensor, all chunks together."""
         return math.prod(self.size) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Index:
-    """A checkpoint's contents."""
+    """What ``.metadata`` lists: every tensor with its chunks, and every other object."""
 
     tensors: dict[str, GlobalTensor]
     objects: dict[str, Extent]
-    """Everything that is no tensor."""
+    """Key -> where the pickle of something other than a tensor lies."""
 
     def extents(self) -> Iterable[Extent]:
-        """Of everything."""
+        """Every run of bytes that a tensor's chunk or an object takes."""
         for tensor in self.tensors.values():
             yield from (chunk.extent for chunk in tensor.chunks)
         yield from self.objects.values()

@@ -50,7 +50,7 @@ class Instance(metaclass=StandIn):
     state: Any = None
 
     def __new__(cls, *args: Any) -> "Instance":
-        """Of whatever arguments."""
+        """Accept the arguments of any class, and keep them."""
         self = super().__new__(cls)
         self.args = args
         return self

@@ -133,7 +133,7 @@ class MegatronSource:
 
     @property
     def num_other_bytes(self) -> int:
-        """Of the tensors that are no weights: the optimizer's."""
+        """Bytes of the tensors that are not weights: the optimizer's."""
         tensors = self.index.tensors.items()
         return sum(stored.num_bytes for key, stored in tensors if NOT_WEIGHTS.search(key))
 

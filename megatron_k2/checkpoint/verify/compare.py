@@ -38,7 +38,7 @@ class Weights(Protocol):
 
 
 class HfWeights:
-    """Of a Hugging Face directory."""
+    """The weights of a Hugging Face directory."""
 
     def __init__(self, source: HfSource) -> None:
         self._source = source
@@ -60,7 +60,7 @@ class HfWeights:
 
 
 class MegatronWeights:
-    """Of a Megatron checkpoint, through the rules."""
+    """The weights of a Megatron checkpoint under their released names, through the rules."""
 
     def __init__(self, source: MegatronSource, preset_name: str | None) -> None:
         self._source = source
@@ -74,7 +74,7 @@ class MegatronWeights:
                     self._at[name], self.shapes[name] = (pair.megatron, begin), shape
 
     def values(self, name: str, rows: slice) -> Tensor:
-        """See ``Weights``."""
+        """Rows of a released tensor, read from the Megatron tensor that holds it."""
         megatron, begin = self._at[name]
         return self._source.read(megatron, slice(begin + rows.start, begin + rows.stop)).tensor()
 
@@ -99,7 +99,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two checkpoints."""
+    """How two checkpoints differ, tensor by tensor."""
 
     differences: tuple[Difference, ...]
     """Of every tensor both have, largest relative first."""

@@ -112,5 +112,5 @@ def test_a_place_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch, is_
     parent = tmp_path / "parent"
     parent.write_text("") if is_file else parent.mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(UserError, match="parent is no directory that can be written to"):
+    with pytest.raises(UserError, match="parent is not a directory that can be written to"):
         room.require_space(parent / "out", 1)
