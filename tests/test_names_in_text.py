@@ -40,7 +40,7 @@ def texts() -> list[str]:
         check=True,
     )
     names = listed.stdout.splitlines()
-    return [n for n in names if not n.startswith(LEFT_OUT) and Path(n).suffix not in (".png",)]
+    return [n for n in names if not n.startswith(LEFT_OUT) and Path(n).suffix not in (".png", ".xz")]
 
 
 @functools.cache
