@@ -8,25 +8,17 @@ it has ended well; a job that queues itself again has not ended yet.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_k2.launch.local import check_start, run_local, write_record
+from megatron_k2.launch.local import check_start, run_local, write_recipe_record
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.launch.slurm import submit
+from megatron_k2.run.iterations import last_iteration
 from megatron_k2.run.metrics import METRICS_FILE, read_records
-from megatron_k2.run.record import TRACKER
 
 INTERRUPTED = 1
 """Exit code of a chain whose run ended well before its last step, as after a SIGTERM."""
 
 type Run = tuple[Recipe, str, str | None]
 """A recipe, its directory, and the directory it starts from while its own has no checkpoint."""
-
-
-def steps_saved(save: Path) -> int:
-    """Step of the last whole checkpoint of a run, 0 without one."""
-    try:
-        return int((save / TRACKER).read_text())
-    except (FileNotFoundError, ValueError):
-        return 0
 
 
 def places(recipes: Sequence[Recipe], root: Path) -> list[Run]:
@@ -38,7 +30,7 @@ def places(recipes: Sequence[Recipe], root: Path) -> list[Run]:
 def is_done(run: Run) -> bool:
     """Whether its last step is in a checkpoint."""
     recipe, save, _ = run
-    return steps_saved(Path(save)) >= recipe.steps
+    return last_iteration(Path(save)) >= recipe.steps
 
 
 def run_chain(
@@ -80,7 +72,7 @@ def submit_chain(runs: Sequence[Run], scripts: Sequence[str], changed: list[str]
             if not jobs:  # the others start from what these leave
                 check_start(recipe, save, start_from)
             jobs.append(submit(script, save, after=jobs[-1] if jobs else None))
-            write_record(recipe, save, start_from, changed)
+            write_recipe_record(recipe, save, start_from, changed)
     return jobs
 
 
@@ -98,7 +90,7 @@ def chain_summary(runs: Sequence[Run]) -> str:
         rate = f"{seen[-1].learning_rate:>9.3g}" if seen else f"{'-':>9}"
         loss = f"{seen[0].loss:.3f} -> {seen[-1].loss:.3f}" if seen else "-"
         lines.append(
-            f"{recipe.name:<24} {steps_saved(Path(save)):>5}/{recipe.steps:<5} "
+            f"{recipe.name:<24} {last_iteration(Path(save)):>5}/{recipe.steps:<5} "
             f"{phase.seq_length:>8} {blend:>15} {phase.lr_at(tokens):>15.3g} {rate} {loss:>15}"
         )
     return "\n".join(lines)

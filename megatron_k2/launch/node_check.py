@@ -23,11 +23,10 @@ from typing import Any
 
 from megatron_k2.errors import UserError
 from megatron_k2.flags.megatron import expand
-from megatron_k2.host.repairs import installed_version
 from megatron_k2.launch.group_check import slow_groups, timed_sums, within
+from megatron_k2.run.record import package_versions
 from megatron_k2.training.preflight import read_flags
 
-PACKAGES = ("megatron-k2", "megatron-core", "torch", "transformer-engine", "numpy")
 FREE_MEMORY = 0.9
 """Part of a GPU that must be free; another process holds the rest. Ours."""
 
@@ -71,7 +70,7 @@ def look(rank: int, wanted: argparse.Namespace, save: str | None) -> NodeFacts:
         )
     if not os.access(place, os.W_OK):
         problems.append(f"{place} cannot be written to")
-    versions = {name: installed_version(name) for name in PACKAGES}
+    versions = package_versions()
     versions["python"] = platform.python_version()
     return NodeFacts(rank, socket.gethostname(), versions, problems)
 

@@ -21,10 +21,11 @@ from typing import Any
 from megatron_k2.errors import UserError
 from megatron_k2.launch.cluster import Cluster
 from megatron_k2.launch.environment import cluster_environment
-from megatron_k2.launch.graph import Run, is_done, steps_saved
-from megatron_k2.launch.local import check_fits_here, check_start, write_record
+from megatron_k2.launch.graph import Run, is_done
+from megatron_k2.launch.local import check_fits_here, check_start, write_recipe_record
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.launch.slurm import check_arguments, num_nodes
+from megatron_k2.run.iterations import last_iteration
 
 MAX_RETRIES = 3
 """Starts after a failure. Ours."""
@@ -63,13 +64,13 @@ def train_recipe(
     single_process_environment()
     check_nodes(chosen, flags)
     if os.environ["RANK"] == "0":
-        write_record(chosen, save, start_from, overrides or [])
+        write_recipe_record(chosen, save, start_from, overrides or [])
     try:
         run(flags)
     except SystemExit as end:  # Megatron's way out after a signal and a save
         if end.code:
             raise
-    if os.environ["RANK"] == "0" and (step := steps_saved(Path(save))) < chosen.steps:
+    if os.environ["RANK"] == "0" and (step := last_iteration(Path(save))) < chosen.steps:
         sys.exit(f"ended at step {step} of {chosen.steps}: to be started again")
 
 

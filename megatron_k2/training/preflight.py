@@ -7,14 +7,12 @@ every rank started by hand refuses the same way.
 import argparse
 import importlib
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_k2.errors import UserError
-from megatron_k2.files import write_atomically
 from megatron_k2.flags.data import check_files
 from megatron_k2.fp8.compute import check_fp8
 from megatron_k2.host.repairs import (
@@ -23,8 +21,8 @@ from megatron_k2.host.repairs import (
     require_transformer_engine,
 )
 from megatron_k2.parallel.layout import LayoutRequest, check_layout
-from megatron_k2.run.commit import git_commit
-from megatron_k2.run.record import RUN_RECORD, TRACKER
+from megatron_k2.run.iterations import has_tracker, tracker_text
+from megatron_k2.run.record import RUN_RECORD, read_run_record, write_record
 
 _LAYOUT_FLAGS = {
     "--tensor-model-parallel-size": "tensor_model_parallel_size",
@@ -128,11 +126,11 @@ def _check_phase_start(flags: list[str], values: argparse.Namespace) -> None:
             "--keep-optimizer is MuonClip's: Megatron looks for another optimizer's groups by the "
             "rates of this run; add --optimizer muonclip, or drop the flag"
         )
-    is_resumed = values.load is not None and (Path(values.load) / TRACKER).is_file()
+    is_resumed = values.load is not None and has_tracker(Path(values.load))
     if values.pretrained_checkpoint is None or is_resumed:
         return
-    tracker = Path(values.pretrained_checkpoint) / TRACKER
-    found = tracker.read_text().strip() if tracker.is_file() else "no checkpoint"
+    found = tracker_text(Path(values.pretrained_checkpoint))
+    found = "no checkpoint" if found is None else found
     if not found.isdigit():
         raise UserError(
             f"--keep-optimizer: {values.pretrained_checkpoint} has {found}, and no optimizer's "
@@ -243,10 +241,9 @@ def _shape(values: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_checkpoint(load: Path, values: argparse.Namespace) -> None:
-    record = load / RUN_RECORD
-    if not record.exists():
+    saved = read_run_record(load)
+    if not saved:
         return
-    saved = json.loads(record.read_text())
     differing = {
         name: (saved["shape"].get(name), value)
         for name, value in _shape(values).items()
@@ -265,27 +262,14 @@ def write_run_record(flags: list[str], world_size: int) -> None:
     values = read_flags(flags)
     if values.save is None:
         return
-    packages = (
-        "megatron-k2",
-        "megatron-core",
-        "torch",
-        "emerging-optimizers",
-        "transformer-engine",
-        "numpy",
-    )
     record = {
-        "schema_version": 1,
         "preset": values.preset,
         "shape": _shape(values),
         "qk_clip_threshold": values.qk_clip_threshold,
         "world_size": world_size,
         "flags": flags,
-        "versions": {name: installed_version(name) for name in packages},
-        "git_commit": git_commit(),
     }
-    path = Path(values.save) / RUN_RECORD
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+    write_record(Path(values.save) / RUN_RECORD, record)
 
 
 def drop_damaged_index_cache(prefixes: list[str]) -> None:

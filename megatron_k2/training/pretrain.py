@@ -17,7 +17,7 @@ from megatron_k2.flags.data import data_prefixes, make_synthetic
 from megatron_k2.flags.megatron import add_k2_arguments, expand, last_value
 from megatron_k2.fp8.compute import choose_offload_version, choose_scale_format
 from megatron_k2.run.console import divert_output
-from megatron_k2.run.record import repair_tracker
+from megatron_k2.run.iterations import repair_tracker
 from megatron_k2.training.preflight import check_run, drop_damaged_index_cache, write_run_record
 
 PROGRAM_START = time.time()

@@ -9,11 +9,11 @@ from megatron_k2.cli.main import main
 from megatron_k2.errors import UserError
 from megatron_k2.launch import jobs
 from megatron_k2.launch.cluster import Cluster
-from megatron_k2.launch.graph import chain_summary, places, run_chain, steps_saved, submit_chain
+from megatron_k2.launch.graph import chain_summary, places, run_chain, submit_chain
 from megatron_k2.launch.slurm import render
 from megatron_k2.planning.phases import kimi_k2_phases
 from megatron_k2.recipes import CHAINS, get_chain, get_recipe
-from megatron_k2.run.record import TRACKER
+from megatron_k2.run.iterations import TRACKER, last_iteration
 
 NAME = "kimi_k2_phases_cpu"
 
@@ -137,7 +137,7 @@ def test_without_accounting_the_commands_to_use_by_hand_are_named(monkeypatch, t
 
 
 def test_a_run_that_was_never_submitted_has_no_log(tmp_path):
-    assert steps_saved(tmp_path) == 0
+    assert last_iteration(tmp_path) == 0
     with pytest.raises(UserError, match="nothing was submitted"):
         jobs.log_path(str(tmp_path))
 

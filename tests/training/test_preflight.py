@@ -11,7 +11,8 @@ import pytest
 from megatron_k2.errors import UserError
 from megatron_k2.flags.megatron import expand
 from megatron_k2.run.commit import git_commit
-from megatron_k2.run.record import RUN_RECORD, TRACKER, repair_tracker
+from megatron_k2.run.iterations import TRACKER
+from megatron_k2.run.record import RUN_RECORD
 from megatron_k2.training.preflight import check_run, drop_damaged_index_cache, write_run_record
 
 TINY = ["--preset", "k2-tiny", "--mock-data"]
@@ -190,29 +191,6 @@ def test_the_run_record_names_versions_and_flags(tmp_path):
     assert record["flags"] == flags
     assert record["versions"]["megatron-core"]
     assert record["world_size"] == 2
-
-
-def test_a_tracker_that_a_kill_left_empty_points_to_the_last_whole_checkpoint(tmp_path):
-    for iteration, is_whole in ((3, True), (6, True), (9, False)):
-        folder = tmp_path / f"iter_{iteration:07d}"
-        folder.mkdir()
-        if is_whole:
-            (folder / "metadata.json").write_text("{}")
-    (tmp_path / TRACKER).write_text("")
-    repair_tracker(tmp_path)
-    assert (tmp_path / TRACKER).read_text() == "6"
-
-
-def test_a_whole_tracker_is_left_alone(tmp_path):
-    (tmp_path / TRACKER).write_text("3\n")
-    repair_tracker(tmp_path)
-    assert (tmp_path / TRACKER).read_text() == "3\n"
-
-
-def test_an_empty_tracker_without_any_whole_checkpoint_is_removed(tmp_path):
-    (tmp_path / TRACKER).write_text("")
-    repair_tracker(tmp_path)
-    assert not (tmp_path / TRACKER).exists()
 
 
 def test_sample_indices_cut_short_are_dropped_and_whole_ones_kept(tmp_path):

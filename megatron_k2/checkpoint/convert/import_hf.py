@@ -63,9 +63,8 @@ from megatron_k2.checkpoint.torch_dist.writer import (
     write_metadata,
 )
 from megatron_k2.errors import UserError
-from megatron_k2.files import write_atomically
 from megatron_k2.presets import ModelPreset
-from megatron_k2.run.iterations import RELEASE, TRACKER
+from megatron_k2.run.iterations import RELEASE, point_tracker
 
 DTYPES = {"bf16": Dtype.BF16, "fp32": Dtype.FP32}
 
@@ -151,7 +150,7 @@ def import_hf(
     with naming_the_file(job_directory.directory):
         _finish(release, jobs, receipts, args, options.modules)
         _keep_source(job_directory.directory / SOURCE_DIR, source, options.only)
-        write_atomically(job_directory.directory / TRACKER, RELEASE.encode())
+        point_tracker(job_directory.directory, RELEASE)
         job_directory.publish()
     classes: Counter[str] = Counter()
     for receipt in receipts:

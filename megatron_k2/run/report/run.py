@@ -1,10 +1,8 @@
 """A run as its directory tells it: metrics and, where there is one, run.json."""
 
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_k2.errors import UserError
 from megatron_k2.run.metrics import (
@@ -12,7 +10,7 @@ from megatron_k2.run.metrics import (
     StepRecord,
     read_records,
 )
-from megatron_k2.run.record import RUN_RECORD
+from megatron_k2.run.record import read_run_record
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def read_run(directory: Path, threshold: float | None = None) -> Run:
         raise UserError(
             f"{path} {what}; give the directory that 'megatron-k2 pretrain --save' wrote to"
         )
-    recorded = _run_record(directory / RUN_RECORD)
+    recorded = read_run_record(directory)
     tau = recorded.get("qk_clip_threshold")
     return Run(
         directory=directory,
@@ -55,18 +53,6 @@ def read_run(directory: Path, threshold: float | None = None) -> Run:
         preset=recorded.get("preset"),
         data=_following(recorded.get("flags", []), "--data"),
     )
-
-
-def _run_record(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        record = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); remove it or restore it") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{path} holds {type(record).__name__}, expected an object; remove it")
-    return record
 
 
 def _following(flags: list[str], name: str) -> str | None:
