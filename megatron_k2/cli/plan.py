@@ -6,7 +6,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_k2.planning.muonclip.model import Layout
+    from megatron_k2.parallel.layout import Layout
 
 ASSUMPTIONS = (
     "Layers are split as in the plan of a whole run (planning/schedule/chunks.py, our choice). "
@@ -163,7 +163,7 @@ def main(argv: list[str]) -> int:
         )
     if arguments.tflops is not None and arguments.tflops <= 0:
         raise UserError(f"--tflops {arguments.tflops:g}: a rate above 0 is expected")
-    from megatron_k2.planning.muonclip.model import Layout
+    from megatron_k2.parallel.layout import Layout
 
     layout = Layout(
         arguments.world_size, arguments.tp, arguments.pp, arguments.ep, vpp=arguments.vpp

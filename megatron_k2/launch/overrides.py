@@ -21,10 +21,12 @@ FIXED = {
     "layout.gpu",
     "layout.seq_length",
     "layout.sequences_per_step",
+    "layout.etp",
+    "layout.pipeline_layout",
     "phase.name",
     "phase.source",
 }
-"""Not to be set: what names the recipe, and what follows from the phase."""
+"""Not to be set: what names the recipe, what follows from the phase, what is not planned."""
 
 ELEMENTS: dict[str, Callable[[str], Any]] = {
     "data.weights": float,

@@ -187,7 +187,7 @@ def _optimizer(r: RunRequest, memory: tuple[Memory, ...], a: Assumptions) -> _Op
     moved = max(t.gradients + t.weights + t.muonclip for t in once)
     # Matrices are planned evenly over all ranks of the world (optimizer/sharded/homes.py).
     orthogonal = orthogonalisation(r.preset) / r.world_size / (r.gpu.bf16_tflops * 1e12 * a.gemm)
-    group = r.tp * r.dense_shards
+    group = r.tp * r.data_ranks
     moving = max(m.optimizer_on_host for m in memory)
     return _OptimizerSeconds(
         collectives=traffic.network_seconds(r, moved, group, a.network),

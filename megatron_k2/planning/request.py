@@ -1,10 +1,10 @@
 """What a run asks for, in the planner's terms."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, get_args, override
 
 from megatron_k2.errors import UserError
-from megatron_k2.parallel.layout import LayoutRequest, check_layout
+from megatron_k2.parallel.layout import Layout, Workload, check_layout
 from megatron_k2.planning.gpus import GPUS_PER_NODE, Gpu
 from megatron_k2.planning.schedule.chunks import Chunk, split_into_chunks
 from megatron_k2.presets import ModelPreset
@@ -21,22 +21,20 @@ REPORT_RECOMPUTE: frozenset[Recompute] = frozenset({"norm", "swiglu", "mla_up"})
 routing weights are applied before it, so its output is not needed again."""
 
 
-@dataclass(frozen=True)
-class RunRequest:
-    """One training run on a cluster; expert tensor parallelism is 1."""
+@dataclass(frozen=True, kw_only=True)
+class RunRequest(Layout):
+    """One training run on a cluster: a layout, and what is trained on it.
+
+    It is a layout, so that a recipe's key is ``layout.tp``. Of the layout's fields two are not
+    planned: experts are never split (``etp`` is 1), and ``chunks`` places the layers.
+    """
 
     preset: ModelPreset
     gpu: Gpu
-    world_size: int
     seq_length: int
     """Tokens."""
     sequences_per_step: int
     """Megatron's global batch size."""
-    tp: int = 1
-    pp: int = 1
-    vpp: int = 1
-    ep: int = 1
-    cp: int = 1
     micro_batch_size: int = 1
     """Sequences."""
     recompute: frozenset[Recompute] = REPORT_RECOMPUTE
@@ -74,23 +72,15 @@ class RunRequest:
                 "activation offload with local modules: Megatron's is for Transformer Engine's; "
                 "leave it out, or plan for transformer_engine"
             )
-        check_layout(
-            LayoutRequest(
-                world_size=self.world_size,
-                num_layers=self.preset.num_layers,
-                num_attention_heads=self.preset.num_attention_heads,
-                num_moe_experts=self.preset.num_moe_experts,
-                seq_length=self.seq_length,
-                global_batch_size=self.sequences_per_step,
-                micro_batch_size=self.micro_batch_size,
-                tensor_model_parallel_size=self.tp,
-                pipeline_model_parallel_size=self.pp,
-                context_parallel_size=self.cp,
-                expert_model_parallel_size=self.ep,
-                num_virtual_stages=self.vpp,
-                has_pipeline_layout=True,
-            )
+        load = Workload(
+            self.preset.num_layers,
+            self.preset.num_attention_heads,
+            self.preset.num_moe_experts,
+            self.seq_length,
+            self.sequences_per_step,
+            self.micro_batch_size,
         )
+        check_layout(self, load)
         if self.world_size > GPUS_PER_NODE and self.world_size % GPUS_PER_NODE:
             raise UserError(
                 f"world size {self.world_size} is no whole number of nodes of {GPUS_PER_NODE}"
@@ -102,24 +92,15 @@ class RunRequest:
             )
         self.chunks()
 
+    @property
+    @override
+    def is_split_by_hand(self) -> bool:
+        """Always: ``chunks`` places the layers."""
+        return True
+
     def chunks(self) -> tuple[Chunk, ...]:
         """Layers of every chunk."""
         return split_into_chunks(self.preset.num_layers, self.pp, self.vpp)
-
-    @property
-    def data_parallel(self) -> int:
-        """Replicas of the model, each with its own sequences."""
-        return self.world_size // (self.tp * self.pp * self.cp)
-
-    @property
-    def dense_shards(self) -> int:
-        """Ranks that share the state of a dense parameter: data x context parallel."""
-        return self.data_parallel * self.cp
-
-    @property
-    def expert_shards(self) -> int:
-        """Ranks that share the state of an expert."""
-        return self.world_size // (self.pp * self.ep)
 
     @property
     def num_microbatches(self) -> int:

@@ -110,7 +110,17 @@ def _can_split(num_layers: int, pp: int, vpp: int) -> bool:
 @functools.cache
 def _parameters(p: ModelPreset, tp: int, pp: int, vpp: int, ep: int) -> list[Parameters]:
     """Of the ranks that could be fullest: the first two and the last."""
-    r = RunRequest(p, next(iter(GPUS.values())), tp * pp * ep, 1, 1, tp=tp, pp=pp, vpp=vpp, ep=ep)
+    r = RunRequest(
+        preset=p,
+        gpu=next(iter(GPUS.values())),
+        world_size=tp * pp * ep,
+        seq_length=1,
+        sequences_per_step=1,
+        tp=tp,
+        pp=pp,
+        vpp=vpp,
+        ep=ep,
+    )
     return [rank_parameters(r, rank) for rank in sorted({0, min(1, pp - 1), pp - 1})]
 
 

@@ -181,11 +181,11 @@ def plan_optimizer(
         UserError: where the plan has other matrices than the model, or other bytes than the
             closed form.
     """
-    from megatron_k2.planning.muonclip.model import Layout, plan_stage
+    from megatron_k2.planning.muonclip.model import plan_stage
 
     rank = ranks[0]
     chunks = tuple(chunk for chunk in r.chunks() if chunk.rank == rank)
-    plan = plan_stage(r.preset, Layout(r.world_size, r.tp, r.pp, r.ep, r.vpp), ranks, chunks)
+    plan = plan_stage(r.preset, r, ranks, chunks)
     planned_matrices = sum(domain.num_matrices for domain in plan.domains)
     if planned_matrices != num_matrices:
         raise UserError(

@@ -20,7 +20,13 @@ from megatron_k2.host.repairs import (
     require_checked_megatron,
     require_transformer_engine,
 )
-from megatron_k2.parallel.layout import LayoutRequest, check_layout
+from megatron_k2.parallel.layout import (
+    MEGATRON_NAMES,
+    Layout,
+    Workload,
+    check_degrees,
+    check_layout,
+)
 from megatron_k2.run.iterations import has_tracker, tracker_text
 from megatron_k2.run.record import RUN_RECORD, read_run_record, write_record
 
@@ -91,7 +97,10 @@ def check_run(flags: list[str], world_size: int) -> None:
     """
     require_checked_megatron()
     values = read_flags(flags)
-    check_layout(_layout_request(values, world_size))
+    layout = _layout(values, world_size)
+    check_degrees(layout)
+    check_layout(layout, _workload(values, layout))
+    _check_fp4(values)
     check_fp8(
         flags,
         fp8_format=values.fp8_format,
@@ -203,37 +212,46 @@ def _check_offload(flags: list[str], fraction: float) -> None:
             raise UserError(f"{flag} with --optimizer-cpu-offload: {reason}; drop one of the two")
 
 
-def _layout_request(values: argparse.Namespace, world_size: int) -> LayoutRequest:
-    given = {
-        name: value
-        for name in _LAYOUT_FLAGS.values()
-        if (value := getattr(values, name)) is not None
-    }
-    missing = [
-        flag
-        for flag, name in _LAYOUT_FLAGS.items()
-        if name in ("num_layers", "num_attention_heads", "seq_length", "micro_batch_size")
-        and name not in given
-    ]
+def _layout(values: argparse.Namespace, world_size: int) -> Layout:
+    given = {field: getattr(values, name) for field, name in MEGATRON_NAMES.items()}
+    degrees = {field: 1 if degree is None else degree for field, degree in given.items()}
+    if given["etp"] is None:
+        degrees["etp"] = degrees["tp"]
+    chunks = values.num_virtual_stages
+    return Layout(
+        world_size,
+        **degrees,
+        vpp=1 if chunks is None else chunks,
+        pipeline_layout=values.pipeline_model_parallel_layout,
+    )
+
+
+def _workload(values: argparse.Namespace, layout: Layout) -> Workload:
+    needed = ("micro_batch_size", "seq_length", "num_layers", "num_attention_heads")
+    missing = [f"--{name.replace('_', '-')}" for name in needed if getattr(values, name) is None]
     if missing:
         raise UserError(f"missing {', '.join(missing)}; give them, or --preset NAME")
-    given.setdefault("num_moe_experts", None)
-    tp, pp, cp = (
-        given.get(f"{kind}_size", 1)
-        for kind in ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel")
-    )
-    data_parallel = max(1, world_size // (tp * pp * cp))
-    given.setdefault("global_batch_size", given["micro_batch_size"] * data_parallel)
-    etp = values.expert_tensor_parallel_size
-    return LayoutRequest(
-        world_size=world_size,
-        expert_tensor_parallel_size=tp if etp is None else etp,
-        has_pipeline_layout=values.pipeline_model_parallel_layout is not None,
+    batch = values.global_batch_size
+    if batch is None:  # Megatron's default: one micro-batch a replica
+        batch = values.micro_batch_size * max(1, layout.data_parallel)
+    return Workload(
+        num_layers=values.num_layers,
+        num_attention_heads=values.num_attention_heads,
+        num_moe_experts=values.num_moe_experts,
+        seq_length=values.seq_length,
+        global_batch_size=batch,
+        micro_batch_size=values.micro_batch_size,
         overlap_p2p_comm=not values.no_overlap_p2p_communication,
-        fp4=values.fp4_format,
-        has_transformer_engine=installed_version("transformer-engine") is not None,
-        **given,
     )
+
+
+def _check_fp4(values: argparse.Namespace) -> None:
+    """FP4 is Transformer Engine's alone."""
+    if values.fp4_format and installed_version("transformer-engine") is None:
+        raise UserError(
+            f"--fp4-format {values.fp4_format} needs Transformer Engine; without it Megatron "
+            "ignores the flag and trains in the base precision"
+        )
 
 
 def _shape(values: argparse.Namespace) -> dict[str, Any]:

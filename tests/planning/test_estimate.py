@@ -44,7 +44,15 @@ def test_newton_schulz_is_counted_product_by_product():
 def test_one_gpu_without_communication_takes_its_flops_over_its_rate():
     perfect = Assumptions(1, 1, 1, 1, elementwise=1e-12, reserved_gb=0)
     tiny = replace(get_preset("k2-tiny"), q_lora_rank=None)
-    r = RunRequest(tiny, get_gpu("h100"), 1, 256, 16, recompute=frozenset(), fp8_storage=False)
+    r = RunRequest(
+        preset=tiny,
+        gpu=get_gpu("h100"),
+        world_size=1,
+        seq_length=256,
+        sequences_per_step=16,
+        recompute=frozenset(),
+        fp8_storage=False,
+    )
     found = estimate(r, perfect)
     products = model_flops_per_token(tiny, 256)
     attention = 4 * 4 * (48 + 32) * 2 * (256 + 1) / 2
@@ -195,7 +203,9 @@ def test_impossible_runs_are_refused(change, message):
 def test_the_search_finds_what_costing_every_choice_in_full_finds(gigabytes):
     """From room for all activations, by some offload, to hardly room for the states."""
     gpu = replace(get_gpu("h100"), memory_gb=gigabytes)  # of which 6 are reserved
-    base = RunRequest(get_preset("k2-mini"), gpu, 4, 1024, 16)
+    base = RunRequest(
+        preset=get_preset("k2-mini"), gpu=gpu, world_size=4, seq_length=1024, sequences_per_step=16
+    )
     found = search(base, top=3)
     rates: dict[frozenset, list[float]] = {}
     for r, recompute in itertools.product(layouts(base), RECOMPUTES):
@@ -218,7 +228,12 @@ def test_the_search_finds_what_costing_every_choice_in_full_finds(gigabytes):
 @pytest.mark.slow
 def test_what_the_search_shows_of_the_whole_model_fits():
     """Each recompute leaves another part for the host; taking one's for all showed 87 GB of 80."""
-    found = search(RunRequest(K2, GPUS["h100"], 1024, 4096, 16384), top=8)
+    found = search(
+        RunRequest(
+            preset=K2, gpu=GPUS["h100"], world_size=1024, seq_length=4096, sequences_per_step=16384
+        ),
+        top=8,
+    )
     assert len(found.best) == 8
     assert all(e.fits for e in found.best)
     assert {e.request.recompute for e in found.best} != {found.best[0].request.recompute}
@@ -245,7 +260,14 @@ def test_local_modules_keep_more_than_transformer_engines():
     theirs, ours = rank_memory(r, 1), rank_memory(r.replace(modules="local"), 1)
     assert ours.activations > 1.3 * theirs.activations
     assert ours.states == theirs.states
-    base = RunRequest(get_preset("k2-mini"), GPUS["h100"], 4, 1024, 16, modules="local")
+    base = RunRequest(
+        preset=get_preset("k2-mini"),
+        gpu=GPUS["h100"],
+        world_size=4,
+        seq_length=1024,
+        sequences_per_step=16,
+        modules="local",
+    )
     found = search(base, top=1)
     assert found.best[0].request.modules == "local"
     assert "mla_up" not in found.best[0].request.recompute
@@ -253,11 +275,21 @@ def test_local_modules_keep_more_than_transformer_engines():
 
 def test_a_search_without_a_result_says_what_is_missing():
     with pytest.raises(UserError, match=r"no layout of 16 x h100 fits in 80 GB; the nearest"):
-        search(RunRequest(K2, GPUS["h100"], 16, 4096, 16384))
+        search(
+            RunRequest(
+                preset=K2,
+                gpu=GPUS["h100"],
+                world_size=16,
+                seq_length=4096,
+                sequences_per_step=16384,
+            )
+        )
 
 
 def test_every_layout_of_the_search_passes_the_checks_of_a_launch():
-    base = RunRequest(K2, GPUS["h100"], 256, 4096, 16384)
+    base = RunRequest(
+        preset=K2, gpu=GPUS["h100"], world_size=256, seq_length=4096, sequences_per_step=16384
+    )
     some = list(itertools.islice(layouts(base), 0, None, 53))
     for r in some:
         r.check()

@@ -45,7 +45,14 @@ def _request(**layout):
         kv_lora_rank=16, qk_head_dim=16, qk_pos_emb_head_dim=8, v_head_dim=16, num_moe_experts=8,
         moe_router_topk=2, moe_ffn_hidden_size=32, vocab_size=128,
     )  # fmt: skip
-    return RunRequest(preset, get_gpu("h100"), 2, 64, BATCH, **layout)
+    return RunRequest(
+        preset=preset,
+        gpu=get_gpu("h100"),
+        world_size=2,
+        seq_length=64,
+        sequences_per_step=BATCH,
+        **layout,
+    )
 
 
 def _bytes(counts, call, phase="step", size=2):

@@ -13,6 +13,7 @@ from megatron_k2.flags.megatron import expand
 from megatron_k2.run.commit import git_commit
 from megatron_k2.run.iterations import TRACKER
 from megatron_k2.run.record import RUN_RECORD
+from megatron_k2.training import preflight
 from megatron_k2.training.preflight import check_run, drop_damaged_index_cache, write_run_record
 
 TINY = ["--preset", "k2-tiny", "--mock-data"]
@@ -166,6 +167,15 @@ def test_recomputation_that_would_free_nothing_is_refused():
 def test_optimizer_offload_that_could_not_be_exact_is_refused(flags, said):
     with pytest.raises(UserError, match=said):
         check("--optimizer-cpu-offload", *flags)
+
+
+def test_fp4_that_megatron_would_ignore_is_refused(monkeypatch):
+    versions = {"transformer-engine": None, "megatron-core": "0.19.2"}
+    monkeypatch.setattr(preflight, "installed_version", versions.get)
+    with pytest.raises(UserError, match=r"--fp4-format e2m1 needs Transformer Engine"):
+        check("--fp4-format", "e2m1")
+    versions["transformer-engine"] = "2.20.2"
+    check("--fp4-format", "e2m1")
 
 
 def test_a_checkpoint_of_another_preset_is_refused_with_the_fields_that_differ(tmp_path):

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_k2.engine.mcore.options import (
-    Layout,
     evaluate_parser,
     generate_parser,
 )
 from megatron_k2.errors import UserError
 from megatron_k2.files import write_atomically
+from megatron_k2.parallel.layout import Layout
 from megatron_k2.quiet import quieten
 
 if TYPE_CHECKING:

@@ -125,7 +125,7 @@ class Memory:
 def optimizer_bytes(r: RunRequest, parameters: Parameters) -> float:
     """Of one rank's shards."""
     dense = MUON_STATE_BYTES * parameters.dense_muon + ADAMW_STATE_BYTES * parameters.adamw
-    return dense / r.dense_shards + MUON_STATE_BYTES * parameters.expert_muon / r.expert_shards
+    return dense / r.data_ranks + MUON_STATE_BYTES * parameters.expert_muon / r.expert_data_ranks
 
 
 def optimizer_step_bytes(r: RunRequest, parameters: Parameters, *, has_dense_layer: bool) -> float:
@@ -138,13 +138,13 @@ def optimizer_step_bytes(r: RunRequest, parameters: Parameters, *, has_dense_lay
     """
     p = r.preset
     width = p.ffn_hidden_size if has_dense_layer else p.num_attention_heads * p.v_head_dim
-    bucket = max(BUCKET_ELEMENTS, 1_000_000 * r.expert_shards) / r.expert_shards
+    bucket = max(BUCKET_ELEMENTS, 1_000_000 * r.expert_data_ranks) / r.expert_data_ranks
     one_more = 2 * p.moe_ffn_hidden_size * p.hidden_size  # a bucket ends behind a whole weight
-    experts = min(parameters.expert_muon / r.expert_shards, bucket + one_more)
+    experts = min(parameters.expert_muon / r.expert_data_ranks, bucket + one_more)
     batch = max(width * p.hidden_size, experts * 2 / 3)  # gate and up of three equal matrices
     visiting = 0.0
     if r.optimizer_offload:
-        adamw = ADAMW_STATE_BYTES * parameters.adamw / r.dense_shards
+        adamw = ADAMW_STATE_BYTES * parameters.adamw / r.data_ranks
         visiting = adamw * r.optimizer_offload + (AHEAD + 1) * WINDOW_BYTES
     return 2 * GRADIENT_BYTES * experts + BATCH_BYTES * batch + visiting
 

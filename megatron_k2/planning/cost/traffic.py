@@ -99,13 +99,13 @@ class StepTraffic:
 
 def step_traffic(r: RunRequest, parameters: Parameters) -> StepTraffic:
     """Of the optimizer's collectives."""
-    dense = (parameters.dense_muon + parameters.adamw) * _away(r.dense_shards)
-    experts = parameters.expert_muon * _away(r.expert_shards)
-    owned = parameters.dense_muon / r.dense_shards
+    dense = (parameters.dense_muon + parameters.adamw) * _away(r.data_ranks)
+    experts = parameters.expert_muon * _away(r.expert_data_ranks)
+    owned = parameters.dense_muon / r.data_ranks
     return StepTraffic(
         gradients=GRADIENT_BYTES * (dense + experts),
         weights=WEIGHT_BYTES * (dense + experts),
-        muonclip=2 * EXCHANGE_BYTES * owned * _away(r.dense_shards),
+        muonclip=2 * EXCHANGE_BYTES * owned * _away(r.data_ranks),
     )
 
 
