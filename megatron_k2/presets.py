@@ -111,9 +111,17 @@ class ModelPreset:
         return self.num_layers - self.num_dense_layers
 
 
-_K2_TOKENS_PER_STEP = 2**26  # report 2.5: 67M tokens
+K2_TOKENS_PER_STEP = 2**26
+"""Report 2.5: 67M tokens a batch, in every phase of the training."""
+K2_PRETRAIN_TOKENS = 15_500 * 10**9
+"""Report 2.5: 10T tokens at the highest rate, warm-up included, and the cosine's 5.5T. In tokens,
+since a number of sequences of 4,096 would round it."""
+K2_COSINE_TOKENS = 5_500 * 10**9
+K2_WARMUP_STEPS = 500
+"""Report 2.5."""
+
 _K2_SEQ = 4096  # report 2.5
-_K2_BATCH = _K2_TOKENS_PER_STEP // _K2_SEQ
+_K2_BATCH = K2_TOKENS_PER_STEP // _K2_SEQ
 
 KIMI_K2 = ModelPreset(
     name="kimi-k2",
@@ -150,12 +158,12 @@ KIMI_K2 = ModelPreset(
         seq_length=_K2_SEQ,
         micro_batch_size=1,  # choice: not stated
         global_batch_size=_K2_BATCH,
-        train_samples=15_500_000_000_000 // _K2_SEQ,  # report 2.5: 15.5T tokens
+        train_samples=K2_PRETRAIN_TOKENS // _K2_SEQ,
         lr=2e-4,  # report 2.5
         min_lr=2e-5,  # report 2.5
-        lr_warmup_samples=500 * _K2_BATCH,  # report 2.5: 500 steps
-        lr_decay_samples=15_500_000_000_000 // _K2_SEQ,
-        lr_wsd_decay_samples=5_500_000_000_000 // _K2_SEQ,  # report 2.5: cosine over 5.5T tokens
+        lr_warmup_samples=K2_WARMUP_STEPS * _K2_BATCH,
+        lr_decay_samples=K2_PRETRAIN_TOKENS // _K2_SEQ,
+        lr_wsd_decay_samples=K2_COSINE_TOKENS // _K2_SEQ,
     ),
 )
 

@@ -13,6 +13,8 @@ from megatron_k2.data.manifest import DataManifest, read_manifest
 from megatron_k2.errors import UserError
 from megatron_k2.fp8.compute import recipe_flags
 from megatron_k2.presets import ModelPreset, YarnScaling, get_preset
+from megatron_k2.run.rollback import MARGIN
+from megatron_k2.run.spikes import LEAST_NATS
 
 CPU_FLAGS = (
     "--distributed-backend gloo --transformer-impl local --use-cpu-initialization "
@@ -139,13 +141,13 @@ def _add_spike_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--spike-nats",
         type=float,
-        default=0.5,
+        default=LEAST_NATS,
         help="nats over the median under which nothing is a spike",
     )
     group.add_argument(
         "--spike-margin",
         type=int,
-        default=10,
+        default=MARGIN,
         help="steps on either side of a spike that a rollback leaves out too",
     )
 

@@ -5,6 +5,8 @@ from typing import Literal, get_args
 
 from megatron_k2.errors import UserError
 from megatron_k2.planning.request import RunRequest
+from megatron_k2.run.rollback import MARGIN
+from megatron_k2.run.spikes import LEAST_NATS
 
 
 def check_choice(key: str, value: str, kind: object) -> None:
@@ -50,9 +52,9 @@ class LossPolicy:
     """Steps whose batch is left out: how a spike is passed after going back to a checkpoint."""
     on_spike: SpikeAction = "warn"
     """``stop`` and ``rollback`` act before the next save (``run/spikes.py``)."""
-    spike_nats: float = 0.5
+    spike_nats: float = LEAST_NATS
     """Nats over the running median under which nothing is a spike."""
-    spike_margin: int = 10
+    spike_margin: int = MARGIN
     """Steps on either side of a spike that a rollback leaves out too."""
 
     def __post_init__(self) -> None:

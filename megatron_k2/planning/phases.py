@@ -17,9 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_k2.errors import UserError
-
-TOKENS_PER_STEP = 2**26
-"""Report 2.5: 67M tokens a batch."""
+from megatron_k2.presets import (
+    K2_COSINE_TOKENS,
+    K2_PRETRAIN_TOKENS,
+    K2_TOKENS_PER_STEP,
+    K2_WARMUP_STEPS,
+    KIMI_K2,
+)
 
 
 @dataclass(frozen=True)
@@ -108,30 +112,31 @@ class Phase:
 
 
 def kimi_k2_phases() -> tuple[Phase, ...]:
-    """Report 2.5, in order."""
+    """The four phases of report 2.5, in order; the first is the preset's own schedule."""
+    pretrain, last_lr = KIMI_K2.training, 7e-6
     anneal, long_context = 400 * 10**9, 60 * 10**9
-    fall = (2e-5 - 7e-6) / (anneal + long_context)
+    fall = (pretrain.min_lr - last_lr) / (anneal + long_context)
     return (
         Phase(
             name="pretrain",
             source="report 2.5: 500 steps of warm-up, 10T tokens in all at 2e-4, cosine over 5.5T",
-            tokens=15_500 * 10**9,
-            seq_length=4096,
-            tokens_per_step=TOKENS_PER_STEP,
-            lr=2e-4,
-            min_lr=2e-5,
+            tokens=K2_PRETRAIN_TOKENS,
+            seq_length=pretrain.seq_length,
+            tokens_per_step=K2_TOKENS_PER_STEP,
+            lr=pretrain.lr,
+            min_lr=pretrain.min_lr,
             shape="wsd",
-            warmup_tokens=500 * TOKENS_PER_STEP,
-            decay_tokens=5_500 * 10**9,
+            warmup_tokens=K2_WARMUP_STEPS * K2_TOKENS_PER_STEP,
+            decay_tokens=K2_COSINE_TOKENS,
         ),
         Phase(
             name="anneal-4k",
             source="report 2.5: 400B tokens at 4k; linear is our choice",
             tokens=anneal,
-            seq_length=4096,
-            tokens_per_step=TOKENS_PER_STEP,
-            lr=2e-5,
-            min_lr=2e-5 - fall * anneal,
+            seq_length=pretrain.seq_length,
+            tokens_per_step=K2_TOKENS_PER_STEP,
+            lr=pretrain.min_lr,
+            min_lr=pretrain.min_lr - fall * anneal,
             shape="linear",
         ),
         Phase(
@@ -139,19 +144,19 @@ def kimi_k2_phases() -> tuple[Phase, ...]:
             source="report 2.5: 60B tokens at 32k, down to 7e-6; without YaRN is our choice",
             tokens=long_context,
             seq_length=32768,
-            tokens_per_step=TOKENS_PER_STEP,
-            lr=2e-5 - fall * anneal,
-            min_lr=7e-6,
+            tokens_per_step=K2_TOKENS_PER_STEP,
+            lr=pretrain.min_lr - fall * anneal,
+            min_lr=last_lr,
             shape="linear",
         ),
         Phase(
             name="yarn-128k",
             source="report 2.5: YaRN to 128k; length and rate are our choice",
-            tokens=300 * TOKENS_PER_STEP,
+            tokens=300 * K2_TOKENS_PER_STEP,
             seq_length=131072,
-            tokens_per_step=TOKENS_PER_STEP,
-            lr=7e-6,
-            min_lr=7e-6,
+            tokens_per_step=K2_TOKENS_PER_STEP,
+            lr=last_lr,
+            min_lr=last_lr,
             shape="constant",
             has_yarn=True,
         ),

@@ -20,6 +20,8 @@ from megatron_k2.run.iterations import iteration_directories, point_tracker
 from megatron_k2.run.spikes import Spike
 
 ROLLBACKS = "rollbacks.jsonl"
+MARGIN = 10
+"""Default of the steps on either side of a spike that a rollback leaves out too; a choice."""
 ASIDE = "rolled_back"
 """Directory of the checkpoints that hold a spike; to be deleted by a person."""
 

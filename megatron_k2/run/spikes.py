@@ -14,6 +14,8 @@ WINDOW = 64
 """Losses before a step that it is compared with."""
 MINIMUM = 8
 """Fewer say nothing, and no step is judged."""
+LEAST_NATS = 0.5
+"""Default height in nats under which nothing is a spike; a choice, the report gives none."""
 NUM_MOVES = 5.0
 """Median moves from one loss to the next that noise does not reach: 4.8 standard deviations of
 normal noise, whose median move is 0.954 of them. Deviations from the median itself are no measure
