@@ -6,6 +6,7 @@ from megatron_k2.errors import UserError
 from megatron_k2.host.torchrun import launch
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.launch.table import resolved
+from megatron_k2.run.flags import read_flags
 from megatron_k2.run.iterations import has_tracker
 from megatron_k2.run.record import write_record
 from megatron_k2.run.rollback import read_rollbacks
@@ -68,7 +69,7 @@ def run_local(recipe: Recipe, save: str, start_from: str | None, changed: list[s
     """
     check_fits_here(recipe)
     check_start(recipe, save, start_from)
-    check_run(recipe.to_megatron_args(save, start_from), recipe.layout.world_size)
+    check_run(read_flags(recipe.to_megatron_args(save, start_from)), recipe.layout.world_size)
     write_recipe_record(recipe, save, start_from, changed)
     flags = recipe.pretrain_flags(save, start_from)
     while True:

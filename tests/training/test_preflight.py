@@ -11,6 +11,7 @@ import pytest
 from megatron_k2.errors import UserError
 from megatron_k2.flags.megatron import expand
 from megatron_k2.run.commit import git_commit
+from megatron_k2.run.flags import read_flags
 from megatron_k2.run.iterations import TRACKER
 from megatron_k2.run.record import RUN_RECORD
 from megatron_k2.training import preflight
@@ -83,7 +84,7 @@ def test_absent_data_is_named_before_a_model_is_built(tmp_path):
 
 
 def check(*flags, world_size=1):
-    check_run(expand([*TINY, *flags], cuda=False), world_size)
+    check_run(read_flags(expand([*TINY, *flags], cuda=False)), world_size)
 
 
 def test_a_sound_request_passes():
@@ -121,7 +122,7 @@ def test_a_layout_that_cannot_run_names_the_value(flags, world_size, said):
 
 def test_a_size_that_is_missing_is_asked_for():
     with pytest.raises(UserError, match=r"--num-layers.*or --preset"):
-        check_run(["--seq-length", "64"], 1)
+        check_run(read_flags(["--seq-length", "64"]), 1)
 
 
 @pytest.mark.parametrize("module", ["pynvml", "cuda.bindings.driver"])
@@ -180,14 +181,14 @@ def test_fp4_that_megatron_would_ignore_is_refused(monkeypatch):
 
 def test_a_checkpoint_of_another_preset_is_refused_with_the_fields_that_differ(tmp_path):
     save = ["--save", str(tmp_path)]
-    write_run_record(expand([*TINY, *save], cuda=False), 1)
+    write_run_record(read_flags(expand([*TINY, *save], cuda=False)), 1)
     check(*save)  # the same model goes on
     with pytest.raises(UserError, match=r"preset k2-tiny.*hidden_size 128 there, 256 here"):
         check(*save, "--hidden-size", "256")
 
 
 def test_finetuning_from_another_directory_is_not_a_resume(tmp_path):
-    write_run_record(expand([*TINY, "--save", str(tmp_path)], cuda=False), 1)
+    write_run_record(read_flags(expand([*TINY, "--save", str(tmp_path)], cuda=False)), 1)
     other = ["--load", str(tmp_path), "--hidden-size", "256"]
     check(*other, "--finetune")
     with pytest.raises(UserError, match="hidden_size 128 there, 256 here"):
@@ -196,7 +197,7 @@ def test_finetuning_from_another_directory_is_not_a_resume(tmp_path):
 
 def test_the_run_record_names_versions_and_flags(tmp_path):
     flags = expand([*TINY, "--save", str(tmp_path)], cuda=False)
-    write_run_record(flags, 2)
+    write_run_record(read_flags(flags), 2)
     record = json.loads((tmp_path / RUN_RECORD).read_text())
     assert record["flags"] == flags
     assert record["versions"]["megatron-core"]

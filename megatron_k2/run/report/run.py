@@ -1,10 +1,10 @@
 """A run as its directory tells it: metrics and, where there is one, run.json."""
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_k2.errors import UserError
+from megatron_k2.run.flags import read_flags
 from megatron_k2.run.metrics import (
     METRICS_FILE,
     StepRecord,
@@ -51,10 +51,5 @@ def read_run(directory: Path, threshold: float | None = None) -> Run:
         records=records,
         threshold=threshold if tau is None else float(tau),
         preset=recorded.get("preset"),
-        data=_following(recorded.get("flags", []), "--data"),
+        data=read_flags(recorded.get("flags", [])).data,
     )
-
-
-def _following(flags: list[str], name: str) -> str | None:
-    values = [value for flag, value in itertools.pairwise(flags) if flag == name]
-    return values[-1] if values else None
