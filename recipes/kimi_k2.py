@@ -6,8 +6,8 @@ serves any multiple of 32 nodes. Offload is the planner's: the least that fits.
 
 from megatron_k2.launch.policies import CheckpointPolicy, LossPolicy
 from megatron_k2.launch.recipe import Recipe
-from megatron_k2.planning.fit import fit_to_memory
 from megatron_k2.planning.gpus import get_gpu
+from megatron_k2.planning.memory_fit import fit_to_memory
 from megatron_k2.planning.phases import Phase, kimi_k2_phases
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.presets import K2_TOKENS_PER_STEP, KIMI_K2

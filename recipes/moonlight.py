@@ -5,8 +5,8 @@ from dataclasses import replace
 from megatron_k2.launch.blend import DataBlend
 from megatron_k2.launch.policies import CheckpointPolicy, LossPolicy
 from megatron_k2.launch.recipe import Recipe
-from megatron_k2.planning.fit import fit_to_memory
 from megatron_k2.planning.gpus import get_gpu
+from megatron_k2.planning.memory_fit import fit_to_memory
 from megatron_k2.planning.phases import Phase
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.presets import MOONLIGHT_16B_A3B

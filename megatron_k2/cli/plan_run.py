@@ -121,7 +121,7 @@ def request_from(arguments: argparse.Namespace) -> "RunRequest":
 
 def _fitted(r: "RunRequest", arguments: argparse.Namespace, a: "Assumptions") -> "RunRequest":
     """Offload as typed, or as little as fits."""
-    from megatron_k2.planning.fit import fit_to_memory
+    from megatron_k2.planning.memory_fit import fit_to_memory
 
     fixed = {
         field: _fraction(field, value)

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_k2.errors import UserError
 from megatron_k2.launch.recipe import Recipe
-from megatron_k2.planning.fit import fit_to_memory
+from megatron_k2.planning.memory_fit import fit_to_memory
 
 FIXED = {
     "name",

@@ -28,8 +28,8 @@ from megatron_k2.planning.estimate import (
     estimate,
     layer_cost,
 )
-from megatron_k2.planning.fit import fit_to_memory, most_activations
 from megatron_k2.planning.gpus import GPUS, GPUS_PER_NODE
+from megatron_k2.planning.memory_fit import fit_to_memory, most_activations
 from megatron_k2.planning.request import Modules, Recompute, RunRequest
 from megatron_k2.planning.schedule.chunks import split_into_chunks
 from megatron_k2.planning.schedule.pipeline import Shape, num_warmup

@@ -18,8 +18,8 @@ from megatron_k2.planning.cost.memory import rank_memory, rank_parameters
 from megatron_k2.planning.cost.offload import Movable, layer_groups, movable
 from megatron_k2.planning.cost.params import count_parameters
 from megatron_k2.planning.estimate import Assumptions, estimate, layer_cost
-from megatron_k2.planning.fit import fit_to_memory, most_activations, shortfall
 from megatron_k2.planning.gpus import GPUS, get_gpu
+from megatron_k2.planning.memory_fit import fit_to_memory, most_activations, shortfall
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.planning.search import RECOMPUTES, cheapest_first, layouts, search
 from megatron_k2.planning.trace import step_lanes, trace_events

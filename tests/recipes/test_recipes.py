@@ -13,7 +13,7 @@ from megatron_k2.launch.blend import DataBlend
 from megatron_k2.launch.overrides import apply
 from megatron_k2.launch.table import resolved, source_of
 from megatron_k2.planning.cost.memory import rank_parameters
-from megatron_k2.planning.fit import shortfall
+from megatron_k2.planning.memory_fit import shortfall
 from megatron_k2.planning.phases import kimi_k2_phases
 from megatron_k2.recipes import RECIPES, get_recipe
 from megatron_k2.recipes.cpu import twins

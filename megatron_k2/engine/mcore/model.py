@@ -51,11 +51,6 @@ class InferenceModel:
     max_length: int
     """Tokens the rotary frequencies were trained for."""
 
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank computes logits."""
-        return bool(parallel_state.is_pipeline_last_stage())
-
     def run(self, batches: list[dict[str, Tensor]], collect: Collect) -> list[Any]:
         """Forward micro-batches of equal shape through all stages.
 

@@ -10,15 +10,12 @@ import pytest
 from megatron_k2.errors import UserError
 from megatron_k2.planning.schedule.pipeline import (
     Shape,
-    bubble_fraction,
     forward_units,
-    makespan,
     num_warmup,
     peak_live,
     rank_order,
-    simulate,
-    uniform_makespan,
 )
+from tests.oracles.pipeline import bubble_fraction, makespan, simulate, uniform_makespan
 
 SHAPES = [
     Shape(1, 1, 3),

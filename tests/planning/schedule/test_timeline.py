@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from megatron_k2.planning.schedule.pipeline import Shape, makespan, simulate
+from megatron_k2.planning.schedule.pipeline import Shape
 from megatron_k2.planning.schedule.timeline import (
     ChunkCost,
     build,
@@ -13,6 +13,7 @@ from megatron_k2.planning.schedule.timeline import (
     simulate_tasks,
     span,
 )
+from tests.oracles.pipeline import makespan, simulate
 
 SHAPES = [
     Shape(1, 1, 3),
