@@ -21,7 +21,7 @@ class YarnScaling:
     """YaRN rotary scaling, ``rope_scaling`` of the released config (arXiv:2309.00071)."""
 
     rotary_scaling_factor: float
-    """Context extension, ``factor``."""
+    """How many times longer the context becomes, ``factor``."""
     original_max_position_embeddings: int
     beta_fast: float
     beta_slow: float
@@ -36,9 +36,9 @@ class TrainingDefaults:
     seq_length: int
     micro_batch_size: int
     global_batch_size: int
-    """Sequences per step."""
+    """Sequences of one optimizer step."""
     train_samples: int
-    """Sequences in all."""
+    """Sequences of the whole run."""
     lr: float
     min_lr: float
     lr_warmup_samples: int
@@ -73,7 +73,7 @@ class ModelPreset:
     qk_head_dim: int
     """Per-head width without position, ``qk_nope_head_dim``."""
     qk_pos_emb_head_dim: int
-    """Rotary width, ``qk_rope_head_dim``."""
+    """Per-head width that rotary embedding turns, ``qk_rope_head_dim``."""
     v_head_dim: int
     num_dense_layers: int
     """Leading layers without experts, ``first_k_dense_replace``."""
@@ -107,7 +107,7 @@ class ModelPreset:
 
     @property
     def num_moe_layers(self) -> int:
-        """Layers with experts."""
+        """Number of layers with routed experts: all but the leading dense ones."""
         return self.num_layers - self.num_dense_layers
 
 
@@ -118,7 +118,7 @@ K2_PRETRAIN_TOKENS = 15_500 * 10**9
 since a number of sequences of 4,096 would round it."""
 K2_COSINE_TOKENS = 5_500 * 10**9
 K2_WARMUP_STEPS = 500
-"""Report 2.5."""
+"""Report 2.5: steps in which the rate rises from 0."""
 
 _K2_SEQ = 4096  # report 2.5
 _K2_BATCH = K2_TOKENS_PER_STEP // _K2_SEQ

@@ -140,7 +140,7 @@ def _fraction(field: str, value: str) -> float:
         return float(value)
     except ValueError:
         flag = "--" + field.replace("_", "-")
-        raise UserError(f"{flag} {value}: a part from 0 to 1, or auto, is expected") from None
+        raise UserError(f"{flag} {value}: a fraction from 0 to 1, or auto, is expected") from None
 
 
 def assumptions_from(text: str) -> "Assumptions":

@@ -14,7 +14,7 @@ from megatron_k2.run.flags import RunFlags
 SPLITS = ("train", "valid", "test")
 """Keys that Megatron reads of ``--per-split-data-args-path``, all of them."""
 REMOTE = "://"
-"""In a path that is not of this file system."""
+"""Part of a path that lies on a remote store, which cannot be looked at here."""
 
 
 def read_blend(path: Path) -> dict[str, list[str]]:
@@ -26,7 +26,7 @@ def read_blend(path: Path) -> dict[str, list[str]]:
     try:
         read: Any = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"blend {path}: no JSON that can be read ({error})") from None
+        raise UserError(f"blend {path}: not readable as JSON ({error})") from None
     if not isinstance(read, dict) or not set(SPLITS) <= set(read):
         raise UserError(
             f"blend {path}: expected an object with the keys {', '.join(SPLITS)}; a split without "

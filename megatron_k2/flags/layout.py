@@ -17,7 +17,7 @@ RECOMPUTE_MODULES: dict[Recompute, str] = {
 
 
 def layout_flags(r: RunRequest) -> list[str]:
-    """Ranks and batch."""
+    """Parallel degrees, the split of layers over pipeline ranks, sequence and batch."""
     batch = f"""
         --seq-length {r.seq_length} --max-position-embeddings {r.seq_length}
         --micro-batch-size {r.micro_batch_size} --global-batch-size {r.sequences_per_step}

@@ -77,7 +77,7 @@ def submit_chain(runs: Sequence[Run], scripts: Sequence[str], changed: list[str]
 
 
 def chain_summary(runs: Sequence[Run]) -> str:
-    """What each run did, a line each: steps, blend, learning rate as planned and seen, loss."""
+    """A line for each run: steps, blend, learning rate as planned and seen, loss."""
     lines = [
         f"{'phase':<24} {'steps':>11} {'sequence':>8} {'blend, %':>15} {'rate at the end':>15} "
         f"{'seen':>9} {'loss':>15}"

@@ -42,7 +42,7 @@ def within(seconds: float, what: str) -> Iterator[None]:
 
 
 def timed_sums(layout: Layout, store: Any, rank: int, seconds: float) -> dict[str, float]:
-    """Of each kind of group with several ranks: seconds of a sum on this rank's.
+    """Kind of group -> seconds of a sum over this rank's group, where it has several ranks.
 
     Args:
         layout: of the training.

@@ -19,11 +19,11 @@ ENDED = (
 
 @dataclass(frozen=True)
 class Job:
-    """A submitted job."""
+    """A job as it was submitted: noted beside the run, one line each."""
 
     number: str
     submitted: str
-    """Local time, ISO 8601."""
+    """Local time of the submission, ISO 8601."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class State:
     """How Slurm's accounting sees a job."""
 
     name: str
-    """PENDING, RUNNING, COMPLETED, …"""
+    """Slurm's word for the state: PENDING, RUNNING, COMPLETED, …"""
     elapsed: str
     """[days-]hours:minutes:seconds of its last start."""
 

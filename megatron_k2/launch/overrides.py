@@ -33,7 +33,7 @@ ELEMENTS: dict[str, Callable[[str], Any]] = {
     "loss.iterations_to_skip": int,
     "profiler.ranks": int,
 }
-"""Lists of what is no text."""
+"""Key -> type of a list's elements, where they are not text."""
 
 
 def settable(recipe: Recipe) -> dict[str, Any]:
@@ -119,4 +119,4 @@ def _element(key: str, word: str) -> Any:
     try:
         return kind(word)
     except ValueError:
-        raise UserError(f"--set {key}: '{word}' is no number") from None
+        raise UserError(f"--set {key}: '{word}' is not a number") from None

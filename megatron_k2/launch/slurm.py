@@ -43,7 +43,7 @@ def num_nodes(recipe: Recipe, asked: int | None = None) -> int:
 
 
 def job_name(recipe: Recipe, save: str) -> str:
-    """Of every job of one run, and of no other's: jobs of a name run one after another."""
+    """The name of every job of one run, and of no other's: jobs of a name run in turn."""
     digest = hashlib.sha256(os.path.abspath(save).encode()).hexdigest()[:8]
     return f"{recipe.name}-{digest}"
 

@@ -31,7 +31,7 @@ class Layout:
     tp: int = 1
     """Tensor-parallel ranks of attention, dense layers, embedding and head."""
     pp: int = 1
-    """Pipeline-parallel ranks."""
+    """Pipeline-parallel ranks: the layers are split over them."""
     ep: int = 1
     """Ranks that a layer's routed experts are spread over."""
     vpp: int = 1
@@ -89,7 +89,7 @@ class Workload:
     """Routed experts of a layer; ``None`` for a dense model."""
     seq_length: int
     global_batch_size: int
-    """Sequences a step."""
+    """Sequences of one optimizer step, over all replicas."""
     micro_batch_size: int = 1
     """Sequences that pass through a rank at once."""
     overlap_p2p_comm: bool = True

@@ -34,14 +34,14 @@ class Phase:
     source: str
     tokens: int
     seq_length: int
-    """Tokens."""
+    """Tokens of one sequence."""
     tokens_per_step: int
     lr: float
     """At the end of the warm-up, or at the start where there is none."""
     min_lr: float
-    """At the end."""
+    """Learning rate at the phase's end."""
     shape: Literal["wsd", "linear", "constant"]
-    """``wsd``: warm-up, constant, cosine."""
+    """The curve; ``wsd``: warm-up, then constant, then a cosine at the end."""
     warmup_tokens: int = 0
     decay_tokens: int = 0
     """``wsd``: length of the cosine at the end."""
@@ -60,8 +60,8 @@ class Phase:
             )
         if self.tokens_per_step % self.seq_length:
             raise UserError(
-                f"phase {self.name}: {self.tokens_per_step} tokens a step are no whole number of "
-                f"sequences of {self.seq_length}"
+                f"phase {self.name}: {self.tokens_per_step} tokens a step are not a multiple of "
+                f"the sequence length {self.seq_length}"
             )
         if self.warmup_tokens + self.decay_tokens > self.tokens:
             raise UserError(
@@ -71,7 +71,7 @@ class Phase:
 
     @property
     def sequences_per_step(self) -> int:
-        """Megatron's global batch size."""
+        """Sequences of one step, Megatron's global batch size."""
         return self.tokens_per_step // self.seq_length
 
     @property
@@ -186,7 +186,7 @@ def scaled_down(
     longest = max(phase.seq_length for phase in phases) * seq_length // first.seq_length
     if step % longest:
         raise UserError(
-            f"{sequences_per_step} sequences of {seq_length} a step are no whole number of the "
+            f"{sequences_per_step} sequences of {seq_length} a step are not a multiple of the "
             f"last phase's {longest} tokens; take a multiple of {longest // seq_length} sequences"
         )
 

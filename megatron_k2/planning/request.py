@@ -10,11 +10,12 @@ from megatron_k2.planning.schedule.chunks import Chunk, split_into_chunks
 from megatron_k2.presets import ModelPreset
 
 Recompute = Literal["norm", "swiglu", "mla_up"]
-"""What is computed again: norm outputs; the experts' SwiGLU outputs; queries, keys and values from
-the latents with the latents' norms (Megatron's ``layernorm``, ``moe_act``, ``mla_up_proj``)."""
+"""Kinds of values that are computed again: norm outputs; the experts' SwiGLU outputs; queries, keys
+and values from the latents with the latents' norms (Megatron's ``layernorm``, ``moe_act``,
+``mla_up_proj``)."""
 
 Modules = Literal["transformer_engine", "local"]
-"""``--transformer-impl``."""
+"""Megatron's ``--transformer-impl``."""
 
 REPORT_RECOMPUTE: frozenset[Recompute] = frozenset({"norm", "swiglu", "mla_up"})
 """Report 2.4.4, item 1. Its optional fourth, the experts' down-projection, keeps nothing here:
@@ -32,14 +33,14 @@ class RunRequest(Layout):
     preset: ModelPreset
     gpu: Gpu
     seq_length: int
-    """Tokens."""
+    """Tokens of one sequence."""
     sequences_per_step: int
-    """Megatron's global batch size."""
+    """Sequences of one step, Megatron's global batch size."""
     micro_batch_size: int = 1
-    """Sequences."""
+    """Sequences that pass through a rank at once."""
     recompute: frozenset[Recompute] = REPORT_RECOMPUTE
     fp8_storage: bool = True
-    """Report 2.4.4, item 2."""
+    """Keep the experts' inputs in FP8 for the backward: report 2.4.4, item 2."""
     activation_offload: float = 0.0
     """Part of the activations kept in host memory, item 3."""
     optimizer_offload: float = 0.0
@@ -57,11 +58,11 @@ class RunRequest(Layout):
         """
         for name in ("activation_offload", "optimizer_offload"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name}={getattr(self, name)}: a part from 0 to 1 is expected")
+                raise UserError(f"{name}={getattr(self, name)}: a fraction from 0 to 1 is expected")
         unknown = self.recompute - set(get_args(Recompute))
         if unknown:
             known = ", ".join(get_args(Recompute))
-            raise UserError(f"recompute: {', '.join(sorted(unknown))} is none of {known}")
+            raise UserError(f"recompute: {', '.join(sorted(unknown))} is not one of {known}")
         if self.modules == "local" and "mla_up" in self.recompute:
             raise UserError(
                 "recompute mla_up with local modules frees nothing: their attention keeps copies "
@@ -83,7 +84,7 @@ class RunRequest(Layout):
         check_layout(self, load)
         if self.world_size > GPUS_PER_NODE and self.world_size % GPUS_PER_NODE:
             raise UserError(
-                f"world size {self.world_size} is no whole number of nodes of {GPUS_PER_NODE}"
+                f"world size {self.world_size} is not a multiple of {GPUS_PER_NODE} GPUs per node"
             )
         if self.vpp > 1 and self.num_microbatches % self.pp:
             raise UserError(
@@ -99,24 +100,24 @@ class RunRequest(Layout):
         return True
 
     def chunks(self) -> tuple[Chunk, ...]:
-        """Layers of every chunk."""
+        """The layers of every model chunk, in the order a token passes through them."""
         return split_into_chunks(self.preset.num_layers, self.pp, self.vpp)
 
     @property
     def num_microbatches(self) -> int:
-        """Per pipeline and step."""
+        """Micro-batches that pass through one pipeline in a step."""
         return self.sequences_per_step // (self.data_parallel * self.micro_batch_size)
 
     @property
     def tokens_per_step(self) -> int:
-        """Global."""
+        """Tokens of one step, over all replicas."""
         return self.sequences_per_step * self.seq_length
 
     @property
     def tokens_per_microbatch(self) -> int:
-        """On one context-parallel rank."""
+        """Tokens of one micro-batch on one context-parallel rank."""
         return self.micro_batch_size * self.seq_length // self.cp
 
     def replace(self, **changes: object) -> "RunRequest":
-        """A copy with ``changes``."""
+        """A copy in which the fields of ``changes`` have those values."""
         return replace(self, **changes)  # type: ignore[arg-type]

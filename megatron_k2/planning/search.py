@@ -42,7 +42,7 @@ OPTIMIZER_OFFLOADS = (0.0, 0.5, 1.0)
 
 @dataclass(frozen=True)
 class Found:
-    """The search's result."""
+    """The layouts that take the least time a step, and how many were looked at."""
 
     best: list[Estimate]
     num_layouts: int
@@ -109,7 +109,7 @@ def _can_split(num_layers: int, pp: int, vpp: int) -> bool:
 
 @functools.cache
 def _parameters(p: ModelPreset, tp: int, pp: int, vpp: int, ep: int) -> list[Parameters]:
-    """Of the ranks that could be fullest: the first two and the last."""
+    """Parameters of the ranks that could be fullest: the first two and the last."""
     r = RunRequest(
         preset=p,
         gpu=next(iter(GPUS.values())),
@@ -129,17 +129,17 @@ class QuickMemory:
     """Upper estimate of the fullest rank's bytes."""
 
     fixed: float
-    """Weights and gradients."""
+    """Bytes of weights and gradients, which no choice changes."""
     optimizer: float
     step: dict[bool, float]
-    """Worked on during the optimizer's step, without and with states on the host."""
+    """Bytes worked on during the optimizer's step, without and with states on the host."""
     tokens_alive: float
     """Tokens times layers whose activations wait for their backward."""
     head_tokens: float
 
 
 def quick_memory(r: RunRequest) -> QuickMemory:
-    """Of ``r``, offload and recompute aside."""
+    """The estimate for ``r``, without what offload and recompute save."""
     longest = _longest_chunk(r.preset.num_layers, r.pp, r.vpp)
     shape = Shape(r.pp, r.vpp, r.num_microbatches, r.has_overlap and r.vpp > 1)
     live = min(num_warmup(shape, min(1, r.pp - 1)) + 1, r.num_microbatches * r.vpp)
@@ -179,12 +179,12 @@ def _head_bytes(p: ModelPreset, tp: int, modules: Modules) -> float:
 
 @functools.cache
 def _longest_chunk(num_layers: int, pp: int, vpp: int) -> int:
-    """Layers of it."""
+    """Number of layers of the longest model chunk."""
     return max(len(chunk.layers) for chunk in split_into_chunks(num_layers, pp, vpp))
 
 
 def quick_seconds(r: RunRequest, a: Assumptions) -> float:
-    """Of one step: the busiest rank's arithmetic, what cannot be hidden, fill and drain.
+    """Seconds of one step: the busiest rank's arithmetic, what cannot be hidden, fill and drain.
 
     Copies to the host run beside the arithmetic until they take longer; optimizer states' do not.
     """
@@ -211,7 +211,7 @@ def _states_copy_seconds(r: RunRequest, a: Assumptions) -> float:
 
 @dataclass(frozen=True)
 class _Fitting:
-    """What fits of one layout."""
+    """The choices of one layout that fit into memory."""
 
     choices: list[RunRequest]
     """For each amount of offload that allows a cheaper recompute than less does, that one."""

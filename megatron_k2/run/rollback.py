@@ -28,12 +28,12 @@ ASIDE = "rolled_back"
 
 @dataclass(frozen=True)
 class Rollback:
-    """One line of ``rollbacks.jsonl``."""
+    """One return to an earlier checkpoint: a line of ``rollbacks.jsonl``."""
 
     spike: int
-    """Its step."""
+    """Step of the spike."""
     back_to: int
-    """Step of the checkpoint."""
+    """Step of the checkpoint that the run goes on from."""
     skipped: tuple[int, ...]
     """Steps whose batches are left out."""
     loss: float

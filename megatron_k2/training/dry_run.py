@@ -55,10 +55,10 @@ class BuiltRank:
     ranks: tuple[int, ...]
     """Pipeline ranks that hold the same; the first was built."""
     layers: tuple[int, ...]
-    """Of each virtual stage."""
+    """Number of layers of each virtual stage."""
     parameters: Parameters
     num_matrices: int
-    """That MuonClip orthogonalises."""
+    """Weight matrices on this rank that MuonClip orthogonalises."""
     num_modules: int
     optimizer: "BuiltOptimizer"
     seconds: float
@@ -69,14 +69,14 @@ class BuiltOptimizer:
     """MuonClip's plan over the ranks that share a stage."""
 
     num_ranks: int
-    """That share its dense matrices."""
+    """Ranks that share the stage's dense matrices."""
     imbalance: float
     """FLOPs of the busiest rank over the least that any plan could give it."""
     on_device: int
     """Bytes of states of the fullest rank."""
     on_host: int
     total_bytes: float
-    """Of everything on the fullest rank's device, at the fullest moment."""
+    """Bytes of everything on the fullest rank's device, at the fullest moment."""
 
 
 @contextlib.contextmanager

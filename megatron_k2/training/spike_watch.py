@@ -26,7 +26,7 @@ from megatron_k2.run.rollback import (
 from megatron_k2.run.spikes import WINDOW, Spike, find_spike
 
 EXIT_CODE = 3
-"""Of a run that a spike stopped."""
+"""Exit code of a run that a spike stopped."""
 
 
 class SpikeWatch:

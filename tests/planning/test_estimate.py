@@ -183,8 +183,8 @@ def test_what_cannot_fit_names_what_would():
         ({"ep": 7}, "start a multiple of|does not divide"),
         ({"sequences_per_step": 16001}, "does not divide by micro_batch_size x data"),
         ({"pp": 32, "vpp": 3, "ep": 8}, "at most --vpp 1"),
-        ({"activation_offload": 1.5}, "a part from 0 to 1"),
-        ({"recompute": frozenset({"everything"})}, "everything is none of norm"),
+        ({"activation_offload": 1.5}, "a fraction from 0 to 1"),
+        ({"recompute": frozenset({"everything"})}, "everything is not one of norm"),
         ({"modules": "local"}, "mla_up with local modules frees nothing"),
         (
             {"modules": "local", "recompute": frozenset(), "activation_offload": 0.5},
@@ -329,8 +329,8 @@ def test_the_plan_is_printed_and_as_json(capsys):
         (["--gpu", "h1000"], "did you mean 'h100'"),
         (["--efficiency", "gmm=1"], "expected one of gemm"),
         (["--efficiency", "gemm=fast"], "expected gemm=NUMBER"),
-        (["--activation-offload", "most"], "a part from 0 to 1, or auto"),
-        (["--recompute", "all"], "all is none of norm, swiglu, mla_up"),
+        (["--activation-offload", "most"], "a fraction from 0 to 1, or auto"),
+        (["--recompute", "all"], "all is not one of norm, swiglu, mla_up"),
     ],
 )
 def test_wrong_options_are_answered_in_one_line(argv, message, capsys):

@@ -137,9 +137,9 @@ def test_a_synthetic_domain_is_its_own_ids_and_the_same_bytes_again(tmp_path):
     ("assignments", "words"),
     [
         (["data.weights=1,2"], "2 weights for 4 prefixes"),
-        (["data.weights=1,1,1,0"], "0 is no part of the tokens"),
-        (["data.weights=1,1,1,nan"], "nan is no part of the tokens"),
-        (["data.weights=1,1,1,x"], "'x' is no number"),
+        (["data.weights=1,1,1,0"], "0 is not a weight"),
+        (["data.weights=1,1,1,nan"], "nan is not a weight"),
+        (["data.weights=1,1,1,x"], "'x' is not a number"),
         (["data.prefixes=web,code,web,knowledge"], "'web' is named twice"),
         (["data.root_=x"], "did you mean 'data.root'"),
     ],

@@ -21,10 +21,10 @@ from megatron_k2.parallel.layout import Layout
 
 @dataclass(frozen=True)
 class EvaluateJob:
-    """``evaluate``, ready to start."""
+    """The checked inputs of ``evaluate``: a checkpoint, its layout here, and the tokens."""
 
     directory: Path
-    """The checkpoint's ``iter_*``."""
+    """The checkpoint itself: ``iter_*`` or ``release``."""
     saved: Namespace
     layout: Layout
     tokens: np.ndarray
@@ -34,7 +34,7 @@ class EvaluateJob:
 
 @dataclass(frozen=True)
 class GenerateJob:
-    """``generate``, ready to start."""
+    """The checked inputs of ``generate``: a checkpoint, its layout here, and the prompt."""
 
     directory: Path
     saved: Namespace

@@ -47,7 +47,7 @@ class InferenceModel:
     stages: list[torch.nn.Module]
     """One: virtual stages would only shorten a pipeline's bubble."""
     vocab_size: int
-    """V: ids without padding."""
+    """V: the tokenizer's ids, without the padding that TP adds to the vocabulary."""
     max_length: int
     """Tokens the rotary frequencies were trained for."""
 

@@ -41,14 +41,14 @@ def layout_of(args: argparse.Namespace, world_size: int) -> Layout:
 
 
 def without_nproc(argv: list[str]) -> list[str]:
-    """What each rank is told: torchrun takes ``--nproc`` for an abbreviation of its own options."""
+    """The ranks' options: torchrun takes ``--nproc`` for an abbreviation of one of its own."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--nproc")
     return parser.parse_known_args(argv)[1]
 
 
 def evaluate_parser() -> argparse.ArgumentParser:
-    """Options of ``megatron-k2 evaluate``."""
+    """The parser of ``megatron-k2 evaluate``, which every rank uses too."""
     parser = argparse.ArgumentParser(
         prog="megatron-k2 evaluate",
         allow_abbrev=False,
@@ -78,7 +78,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
 
 
 def generate_parser() -> argparse.ArgumentParser:
-    """Options of ``megatron-k2 generate``."""
+    """The parser of ``megatron-k2 generate``, which every rank uses too."""
     parser = argparse.ArgumentParser(
         prog="megatron-k2 generate",
         allow_abbrev=False,

@@ -73,12 +73,12 @@ def opened_model(directory: Path, saved: Namespace, layout: Layout) -> Iterator[
 
 
 def world_size() -> int:
-    """Ranks, as torchrun says."""
+    """Number of ranks that torchrun started; 1 for a process started by hand."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first_rank() -> bool:
-    """Whether this rank speaks."""
+    """Whether this is the rank that prints results and writes files."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -48,7 +48,7 @@ _MACHINE = (
 """Kernels and what only a backward pass needs."""
 
 _PRECISION = ("fp16", "bf16")
-"""Of ``ModelParallelConfig``, but the model's."""
+"""Fields of ``ModelParallelConfig`` that the model decides and the layout does not."""
 
 
 def read_saved_args(load: Path, iteration: int | None) -> tuple[Path, Namespace]:

@@ -21,26 +21,26 @@ from megatron_k2.presets import ModelPreset
 WEIGHT_BYTES, GRADIENT_BYTES = 2, 4
 MUON_STATE_BYTES, ADAMW_STATE_BYTES = 8, 12
 BUCKET_ELEMENTS = 40_000_000
-"""Of the exchange: Megatron's default (``planning/muonclip/padding.py``)."""
+"""Elements of a bucket of the exchange: Megatron's default (``planning/muonclip/padding.py``)."""
 BATCH_BYTES = 24
-"""An element being orthogonalised: fp32 copies, and the products in bf16."""
+"""Bytes an element takes while it is orthogonalised: fp32 copies, and the products in bf16."""
 RESERVED_GB = 6.0
 """CUDA context, NCCL buffers, cuBLAS workspaces, fragmentation: our estimate, to be overridden."""
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Elements one rank holds."""
+    """Elements of the weights that one rank holds, by the optimizer they have."""
 
     dense_muon: int
     """Attention, dense FFN, shared expert, router."""
     expert_muon: int
     adamw: int
-    """Embedding, head, norms."""
+    """Embedding, head and norms: AdamW's."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Elements of both optimizers."""
         return self.dense_muon + self.expert_muon + self.adamw
 
     def __add__(self, other: "Parameters") -> "Parameters":
@@ -102,13 +102,13 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
-    """On the device."""
+    """Its states on the device, in bytes."""
     optimizer_on_host: float
     activations: float
-    """On the device."""
+    """Bytes kept for the backward on the device, at the schedule's fullest moment."""
     activations_on_host: float
     optimizer_step: float
-    """Worked on during the optimizer's step, when no activations are kept."""
+    """Bytes worked on during the optimizer's step, when no activations are kept."""
     reserved: float
 
     @property
@@ -123,7 +123,7 @@ class Memory:
 
 
 def optimizer_bytes(r: RunRequest, parameters: Parameters) -> float:
-    """Of one rank's shards."""
+    """Bytes of the optimizer's states in one rank's shards, wherever they lie."""
     dense = MUON_STATE_BYTES * parameters.dense_muon + ADAMW_STATE_BYTES * parameters.adamw
     return dense / r.data_ranks + MUON_STATE_BYTES * parameters.expert_muon / r.expert_data_ranks
 
@@ -151,14 +151,14 @@ def optimizer_step_bytes(r: RunRequest, parameters: Parameters, *, has_dense_lay
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept for backward."""
+    """Bytes kept for the backward pass, by where they wait for it."""
 
     on_device: float
     on_host: float
 
 
 def layer_activations(r: RunRequest, *, is_moe: bool) -> Activations:
-    """Of one micro-batch and layer; a layer of which less can be moved moves what it can."""
+    """Bytes of one micro-batch and layer; a layer of which less can move moves what it can."""
     kept = r.tokens_per_microbatch * layer_bytes(
         r.preset,
         r.tp,
@@ -175,14 +175,14 @@ def layer_activations(r: RunRequest, *, is_moe: bool) -> Activations:
 
 
 def chunk_activations(r: RunRequest, chunk: Chunk) -> Activations:
-    """Of one micro-batch and chunk, head aside."""
+    """Bytes of one micro-batch and chunk, without the head's."""
     kinds = {is_moe: layer_activations(r, is_moe=is_moe) for is_moe in (False, True)}
     layers = [kinds[layer >= r.preset.num_dense_layers] for layer in chunk.layers]
     return Activations(sum(a.on_device for a in layers), sum(a.on_host for a in layers))
 
 
 def rank_activations(r: RunRequest, rank: int) -> Activations:
-    """Of one rank at the fullest moment of the schedule; the head's never leave the device."""
+    """Bytes of one rank at the schedule's fullest moment; the head's never leave the device."""
     ours = [chunk for chunk in r.chunks() if chunk.rank == rank]
     device, host, head = [0.0] * r.vpp, [0.0] * r.vpp, 0.0
     for chunk in ours:

@@ -29,7 +29,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Shape:
-    """What determines the order."""
+    """The sizes that determine the order of every rank."""
 
     pp: int
     vpp: int

@@ -32,14 +32,14 @@ class ChunkCost:
     attention_forward: float
     mlp_forward: float
     attention_backward: float
-    """Input gradients, recompute included."""
+    """Gradients of attention's inputs, what is computed again included."""
     mlp_backward: float
-    """Likewise."""
+    """Gradients of the MLP's inputs, what is computed again included."""
     weight_gradients: float
     dispatch: float
-    """Also of the combine, and of both backward."""
+    """The all-to-all to the experts; the combine and both backward take as long."""
     send: float
-    """To the next chunk, either direction."""
+    """One transfer to the next chunk, in either direction."""
     offload: float = 0.0
     """Activations to the host, and as long back."""
 
