@@ -150,8 +150,8 @@ def _check_offload(flags: RunFlags) -> None:
     fraction = flags.optimizer_offload_fraction
     if not 0 < fraction <= 1:
         raise UserError(
-            f"--optimizer-offload-fraction {fraction:g}: a fraction above 0, at most 1, is expected; for "
-            "none, drop --optimizer-cpu-offload"
+            f"--optimizer-offload-fraction {fraction:g}: a fraction above 0, at most 1, is "
+            "expected; for none, drop --optimizer-cpu-offload"
         )
     for flag, reason in _NOT_OFFLOADED.items():
         if flag in flags:
