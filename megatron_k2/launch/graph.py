@@ -78,19 +78,22 @@ def submit_chain(runs: Sequence[Run], scripts: Sequence[str], changed: list[str]
 
 def chain_summary(runs: Sequence[Run]) -> str:
     """A line for each run: steps, blend, learning rate as planned and seen, loss."""
-    lines = [
-        f"{'phase':<24} {'steps':>11} {'sequence':>8} {'blend, %':>15} {'rate at the end':>15} "
-        f"{'seen':>9} {'loss':>15}"
-    ]
+    from megatron_k2.terminal import as_text, table
+
+    found = table(
+        *("phase", "steps", "sequence", "blend, %", "rate at the end", "seen", "loss"),
+    )
     for recipe, save, _ in runs:
         phase = recipe.phase
         tokens = recipe.steps * phase.tokens_per_step
-        blend = "/".join(f"{100 * part:.0f}" for _, part in recipe.data.parts) or "-"
         seen = read_records(Path(save) / METRICS_FILE)
-        rate = f"{seen[-1].learning_rate:>9.3g}" if seen else f"{'-':>9}"
-        loss = f"{seen[0].loss:.3f} -> {seen[-1].loss:.3f}" if seen else "-"
-        lines.append(
-            f"{recipe.name:<24} {last_iteration(Path(save)):>5}/{recipe.steps:<5} "
-            f"{phase.seq_length:>8} {blend:>15} {phase.lr_at(tokens):>15.3g} {rate} {loss:>15}"
+        found.add_row(
+            recipe.name,
+            f"{last_iteration(Path(save))}/{recipe.steps}",
+            f"{phase.seq_length}",
+            "/".join(f"{100 * part:.0f}" for _, part in recipe.data.parts) or "-",
+            f"{phase.lr_at(tokens):.3g}",
+            f"{seen[-1].learning_rate:.3g}" if seen else "-",
+            f"{seen[0].loss:.3f} -> {seen[-1].loss:.3f}" if seen else "-",
         )
-    return "\n".join(lines)
+    return as_text(found)
