@@ -17,24 +17,24 @@ from megatron_k2.run.metrics import METRICS_FILE, read_records
 INTERRUPTED = 1
 """Exit code of a chain whose run ended well before its last step, as after a SIGTERM."""
 
-type Run = tuple[Recipe, str, str | None]
+type PhaseRun = tuple[Recipe, str, str | None]
 """A recipe, its directory, and the directory it starts from while its own has no checkpoint."""
 
 
-def places(recipes: Sequence[Recipe], root: Path) -> list[Run]:
+def places(recipes: Sequence[Recipe], root: Path) -> list[PhaseRun]:
     """A run of every phase under ``root``, in order."""
     saves = [str(root / recipe.name) for recipe in recipes]
     return list(zip(recipes, saves, [None, *saves[:-1]], strict=True))
 
 
-def is_done(run: Run) -> bool:
+def is_done(run: PhaseRun) -> bool:
     """Whether its last step is in a checkpoint."""
     recipe, save, _ = run
     return last_iteration(Path(save)) >= recipe.steps
 
 
 def run_chain(
-    runs: Sequence[Run],
+    runs: Sequence[PhaseRun],
     changed: list[str],
     train: Callable[[Recipe, str, str | None, list[str]], int] = run_local,
 ) -> int:
@@ -54,7 +54,7 @@ def run_chain(
     return 0
 
 
-def submit_chain(runs: Sequence[Run], scripts: Sequence[str], changed: list[str]) -> list[str]:
+def submit_chain(runs: Sequence[PhaseRun], scripts: Sequence[str], changed: list[str]) -> list[str]:
     """Queue every run that is not done, each after the one before it; returns the jobs' numbers.
 
     Args:
@@ -76,7 +76,7 @@ def submit_chain(runs: Sequence[Run], scripts: Sequence[str], changed: list[str]
     return jobs
 
 
-def chain_summary(runs: Sequence[Run]) -> str:
+def chain_summary(runs: Sequence[PhaseRun]) -> str:
     """A line for each run: steps, blend, learning rate as planned and seen, loss."""
     from megatron_k2.terminal import as_text, table
 

@@ -21,7 +21,7 @@ from typing import Any
 from megatron_k2.errors import UserError
 from megatron_k2.launch.cluster import Cluster
 from megatron_k2.launch.environment import cluster_environment
-from megatron_k2.launch.graph import Run, is_done
+from megatron_k2.launch.graph import PhaseRun, is_done
 from megatron_k2.launch.local import check_fits_here, check_start, write_recipe_record
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.launch.slurm import check_arguments, num_nodes
@@ -184,7 +184,7 @@ def local_executor(recipe: Recipe) -> Any:
 
 @contextmanager
 def _experiment(
-    runs: Sequence[Run], overrides: Sequence[str], cluster: Cluster | None, *, force: bool
+    runs: Sequence[PhaseRun], overrides: Sequence[str], cluster: Cluster | None, *, force: bool
 ) -> Iterator[Any]:
     """A task for every run that is not done, each after the one before it."""
     run = nemo_run()
@@ -202,7 +202,7 @@ def _experiment(
         yield experiment
 
 
-def _base(runs: Sequence[Run]) -> Path:
+def _base(runs: Sequence[PhaseRun]) -> Path:
     """NeMo-Run's own directory, beside the first run's.
 
     Not "nemo_run": without a container NeMo-Run writes the job's directory over that name.
@@ -211,7 +211,11 @@ def _base(runs: Sequence[Run]) -> Path:
 
 
 def show_experiment(
-    runs: Sequence[Run], overrides: Sequence[str], cluster: Cluster | None, *, force: bool = False
+    runs: Sequence[PhaseRun],
+    overrides: Sequence[str],
+    cluster: Cluster | None,
+    *,
+    force: bool = False,
 ) -> None:
     """Print what NeMo-Run would start: its own sbatch scripts, or its local commands.
 
@@ -223,7 +227,7 @@ def show_experiment(
 
 
 def run_experiment(
-    runs: Sequence[Run],
+    runs: Sequence[PhaseRun],
     overrides: Sequence[str],
     cluster: Cluster | None,
     *,

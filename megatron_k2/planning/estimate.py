@@ -22,7 +22,7 @@ from megatron_k2.planning.cost.flops import (
 from megatron_k2.planning.cost.memory import RESERVED_GB, Memory, layer_activations, rank_memory
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.planning.schedule.chunks import Chunk
-from megatron_k2.planning.schedule.pipeline import Shape
+from megatron_k2.planning.schedule.pipeline import ScheduleShape
 from megatron_k2.planning.schedule.timeline import ChunkCost, exposed, simulate_tasks, span
 
 
@@ -196,10 +196,10 @@ def _optimizer(r: RunRequest, memory: tuple[Memory, ...], a: Assumptions) -> _Op
     )
 
 
-def schedule_shape(r: RunRequest, num_microbatches: int | None = None) -> Shape:
+def schedule_shape(r: RunRequest, num_microbatches: int | None = None) -> ScheduleShape:
     """The pipeline's schedule, of ``num_microbatches`` in place of the run's own."""
     count = r.num_microbatches if num_microbatches is None else num_microbatches
-    return Shape(r.pp, r.vpp, count, r.has_overlap and r.vpp > 1)
+    return ScheduleShape(r.pp, r.vpp, count, r.has_overlap and r.vpp > 1)
 
 
 def _pipeline(r: RunRequest, costs: list[ChunkCost]) -> tuple[float, float]:

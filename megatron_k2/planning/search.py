@@ -32,7 +32,7 @@ from megatron_k2.planning.gpus import GPUS, GPUS_PER_NODE
 from megatron_k2.planning.memory_fit import fit_to_memory, most_activations
 from megatron_k2.planning.request import Modules, Recompute, RunRequest
 from megatron_k2.planning.schedule.chunks import split_into_chunks
-from megatron_k2.planning.schedule.pipeline import Shape, num_warmup
+from megatron_k2.planning.schedule.pipeline import ScheduleShape, num_warmup
 from megatron_k2.presets import ModelPreset
 
 MICRO_BATCHES = (1, 2, 4)
@@ -141,7 +141,7 @@ class QuickMemory:
 def quick_memory(r: RunRequest) -> QuickMemory:
     """The estimate for ``r``, without what offload and recompute save."""
     longest = _longest_chunk(r.preset.num_layers, r.pp, r.vpp)
-    shape = Shape(r.pp, r.vpp, r.num_microbatches, r.has_overlap and r.vpp > 1)
+    shape = ScheduleShape(r.pp, r.vpp, r.num_microbatches, r.has_overlap and r.vpp > 1)
     live = min(num_warmup(shape, min(1, r.pp - 1)) + 1, r.num_microbatches * r.vpp)
     ranks = _parameters(r.preset, r.tp, r.pp, r.vpp, r.ep)
     return QuickMemory(

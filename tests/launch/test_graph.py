@@ -134,7 +134,7 @@ def test_without_accounting_the_commands_to_use_by_hand_are_named(monkeypatch, t
     (tmp_path / "sacct").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(UserError, match="storage is disabled; by hand: squeue --jobs 8, scancel 8"):
-        jobs.states([jobs.Job("8", "")])
+        jobs.states([jobs.SlurmJob("8", "")])
 
 
 def test_a_run_that_was_never_submitted_has_no_log(tmp_path):

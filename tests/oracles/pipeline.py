@@ -6,7 +6,7 @@ One event after another, ranks in turn, without the lanes of ``planning/schedule
 
 from dataclasses import dataclass
 
-from megatron_k2.planning.schedule.pipeline import Kind, Shape, Unit, rank_order
+from megatron_k2.planning.schedule.pipeline import Kind, ScheduleShape, Unit, rank_order
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Span:
 
 
 def simulate(
-    shape: Shape,
+    shape: ScheduleShape,
     forward_time: list[float],
     backward_time: list[float],
     send_time: float = 0.0,
@@ -97,7 +97,7 @@ def bubble_fraction(spans: list[Span], pp: int) -> float:
     return 1 - busy / (pp * makespan(spans))
 
 
-def uniform_makespan(shape: Shape, forward: float, backward: float) -> float:
+def uniform_makespan(shape: ScheduleShape, forward: float, backward: float) -> float:
     """Closed form, equal chunks and no sends, ``m`` a multiple of ``p``: (m v + p − 1) (F + B).
 
     The extra warm-up micro-batch changes which pairs overlap and not this.

@@ -15,7 +15,7 @@ from megatron_k2.planning.cost.activations import head_bytes, layer_bytes
 from megatron_k2.planning.cost.offload import movable
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.planning.schedule.chunks import Chunk
-from megatron_k2.planning.schedule.pipeline import Shape, peak_live
+from megatron_k2.planning.schedule.pipeline import ScheduleShape, peak_live
 from megatron_k2.presets import ModelPreset
 
 WEIGHT_BYTES, GRADIENT_BYTES = 2, 4
@@ -191,7 +191,7 @@ def rank_activations(r: RunRequest, rank: int) -> Activations:
         host[chunk.virtual] += kept.on_host
         if chunk.has_head:
             head = r.tokens_per_microbatch * head_bytes(r.preset, r.tp, r.modules)
-    shape = Shape(r.pp, r.vpp, r.num_microbatches, r.has_overlap and r.vpp > 1)
+    shape = ScheduleShape(r.pp, r.vpp, r.num_microbatches, r.has_overlap and r.vpp > 1)
     return Activations(head + peak_live(shape, rank, device), peak_live(shape, rank, host))
 
 

@@ -28,7 +28,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ScheduleShape:
     """The sizes that determine the order of every rank."""
 
     pp: int
@@ -49,7 +49,7 @@ class Shape:
             )
 
 
-def forward_units(shape: Shape) -> list[Unit]:
+def forward_units(shape: ScheduleShape) -> list[Unit]:
     """Forwards in the order of every rank: groups of ``p`` micro-batches, chunk after chunk."""
     group = shape.pp if shape.vpp > 1 else shape.num_microbatches
     return [
@@ -60,7 +60,7 @@ def forward_units(shape: Shape) -> list[Unit]:
     ]
 
 
-def num_warmup(shape: Shape, rank: int) -> int:
+def num_warmup(shape: ScheduleShape, rank: int) -> int:
     """Forwards of ``rank`` before its first backward, one less than it then holds."""
     total = shape.num_microbatches * shape.vpp
     ahead = shape.pp - rank - 1
@@ -69,7 +69,7 @@ def num_warmup(shape: Shape, rank: int) -> int:
     return min(total, ahead + shape.has_extra_warmup)
 
 
-def rank_order(shape: Shape, rank: int) -> list[Unit]:
+def rank_order(shape: ScheduleShape, rank: int) -> list[Unit]:
     """Every unit of ``rank``: warm-up forwards, then one forward and one backward in turn."""
     forwards = forward_units(shape)
     backwards = [Unit("B", u.microbatch, shape.vpp - 1 - u.virtual) for u in forwards]
@@ -80,7 +80,7 @@ def rank_order(shape: Shape, rank: int) -> list[Unit]:
     return order + backwards[len(forwards) - warmup :]
 
 
-def peak_live(shape: Shape, rank: int, weights: list[float]) -> float:
+def peak_live(shape: ScheduleShape, rank: int, weights: list[float]) -> float:
     """Largest sum of ``weights`` over the units of ``rank`` that await their backward.
 
     Args:
@@ -91,7 +91,7 @@ def peak_live(shape: Shape, rank: int, weights: list[float]) -> float:
     live = peak = 0.0
     # The steady state repeats: 2 p v units see the peak of every rank.
     few = min(shape.num_microbatches, 4 * shape.pp)
-    short = Shape(shape.pp, shape.vpp, few, shape.has_extra_warmup)
+    short = ScheduleShape(shape.pp, shape.vpp, few, shape.has_extra_warmup)
     for unit in rank_order(short, rank):
         live += weights[unit.virtual] if unit.kind == "F" else -weights[unit.virtual]
         peak = max(peak, live)
