@@ -61,7 +61,7 @@ class TorchFacts:
 
     @property
     def release(self) -> tuple[int, int]:
-        """Major and minor version."""
+        """Major and minor version as two numbers: 2.11 comes after 2.9."""
         major, minor = self.version.split(".")[:2]
         return int(major), int(minor)
 
@@ -99,7 +99,7 @@ class Feature:
     name: str
     is_on: bool
     note: str
-    """What it rests on; for a feature that is off, how to get it."""
+    """The package or device it rests on; for a feature that is off, how to get it."""
 
 
 def look(directory: Path | None = None) -> Machine:

@@ -21,7 +21,7 @@ class YarnScaling:
     """YaRN rotary scaling, ``rope_scaling`` of the released config (arXiv:2309.00071)."""
 
     rotary_scaling_factor: float
-    """Context extension, ``factor``."""
+    """How many times longer the context becomes, ``factor``."""
     original_max_position_embeddings: int
     beta_fast: float
     beta_slow: float
@@ -36,9 +36,9 @@ class TrainingDefaults:
     seq_length: int
     micro_batch_size: int
     global_batch_size: int
-    """Sequences per step."""
+    """Sequences of one optimizer step."""
     train_samples: int
-    """Sequences in all."""
+    """Sequences of the whole run."""
     lr: float
     min_lr: float
     lr_warmup_samples: int
@@ -73,7 +73,7 @@ class ModelPreset:
     qk_head_dim: int
     """Per-head width without position, ``qk_nope_head_dim``."""
     qk_pos_emb_head_dim: int
-    """Rotary width, ``qk_rope_head_dim``."""
+    """Per-head width that rotary embedding turns, ``qk_rope_head_dim``."""
     v_head_dim: int
     num_dense_layers: int
     """Leading layers without experts, ``first_k_dense_replace``."""
@@ -107,13 +107,21 @@ class ModelPreset:
 
     @property
     def num_moe_layers(self) -> int:
-        """Layers with experts."""
+        """Number of layers with routed experts: all but the leading dense ones."""
         return self.num_layers - self.num_dense_layers
 
 
-_K2_TOKENS_PER_STEP = 2**26  # report 2.5: 67M tokens
+K2_TOKENS_PER_STEP = 2**26
+"""Report 2.5: 67M tokens a batch, in every phase of the training."""
+K2_PRETRAIN_TOKENS = 15_500 * 10**9
+"""Report 2.5: 10T tokens at the highest rate, warm-up included, and the cosine's 5.5T. In tokens,
+since a number of sequences of 4,096 would round it."""
+K2_COSINE_TOKENS = 5_500 * 10**9
+K2_WARMUP_STEPS = 500
+"""Report 2.5: steps in which the rate rises from 0."""
+
 _K2_SEQ = 4096  # report 2.5
-_K2_BATCH = _K2_TOKENS_PER_STEP // _K2_SEQ
+_K2_BATCH = K2_TOKENS_PER_STEP // _K2_SEQ
 
 KIMI_K2 = ModelPreset(
     name="kimi-k2",
@@ -150,12 +158,12 @@ KIMI_K2 = ModelPreset(
         seq_length=_K2_SEQ,
         micro_batch_size=1,  # choice: not stated
         global_batch_size=_K2_BATCH,
-        train_samples=15_500_000_000_000 // _K2_SEQ,  # report 2.5: 15.5T tokens
+        train_samples=K2_PRETRAIN_TOKENS // _K2_SEQ,
         lr=2e-4,  # report 2.5
         min_lr=2e-5,  # report 2.5
-        lr_warmup_samples=500 * _K2_BATCH,  # report 2.5: 500 steps
-        lr_decay_samples=15_500_000_000_000 // _K2_SEQ,
-        lr_wsd_decay_samples=5_500_000_000_000 // _K2_SEQ,  # report 2.5: cosine over 5.5T tokens
+        lr_warmup_samples=K2_WARMUP_STEPS * _K2_BATCH,
+        lr_decay_samples=K2_PRETRAIN_TOKENS // _K2_SEQ,
+        lr_wsd_decay_samples=K2_COSINE_TOKENS // _K2_SEQ,
     ),
 )
 

@@ -12,11 +12,11 @@ which K2's data pipeline builds:
 from megatron_k2.launch.blend import DataBlend
 
 DOMAINS = ("web", "code", "mathematics", "knowledge")
-"""Report 2.2."""
+"""The four domains of report 2.2."""
 PRETRAIN = (0.25, 0.25, 0.25, 0.25)
 ANNEAL = (0.10, 0.30, 0.30, 0.30)
 LONG_PART = 0.4
-"""Of the tokens of the long-context phases; k1.5."""
+"""Part of the long-context phases' tokens that is long documents; Kimi k1.5's figure."""
 
 _SHORT = (round((1 - LONG_PART) * weight, 4) for weight in ANNEAL)
 _LONG = ((*_SHORT, LONG_PART), (*DOMAINS, "long"))
@@ -27,7 +27,7 @@ BLENDS = {
     "yarn_128k": _LONG,
     "continue": (ANNEAL, DOMAINS),
 }
-"""Phase -> (weights, prefixes)."""
+"""Phase -> (parts of the tokens, prefixes of the datasets)."""
 
 _WHY = {
     "pretrain": "assumption: equal; report 2.2 names four domains and no weights",

@@ -9,9 +9,9 @@ from megatron_k2.planning.request import RunRequest
 from megatron_k2.presets import K2_TINY
 
 STEPS = 20
-"""Of the longest phase."""
+"""Steps of the longest phase."""
 SEQ_LENGTH, SEQUENCES_PER_STEP = 64, 32
-"""Of the first phase: the 128k twin is then one sequence of 2,048 a step."""
+"""Shape of the first phase's batch: the 128k twin is then one sequence of 2,048 a step."""
 DATA = "runs/synthetic"
 """Directory of the twins' corpora, which every twin shares."""
 CPU = Gpu("cpu", "no data sheet: nothing is planned on it", 0, 0, 0, 0, 0, 0, 0)

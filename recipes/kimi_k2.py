@@ -6,11 +6,11 @@ serves any multiple of 32 nodes. Offload is the planner's: the least that fits.
 
 from megatron_k2.launch.policies import CheckpointPolicy, LossPolicy
 from megatron_k2.launch.recipe import Recipe
-from megatron_k2.planning.fit import fit_to_memory
 from megatron_k2.planning.gpus import get_gpu
-from megatron_k2.planning.phases import TOKENS_PER_STEP, Phase, kimi_k2_phases
+from megatron_k2.planning.memory_fit import fit_to_memory
+from megatron_k2.planning.phases import Phase, kimi_k2_phases
 from megatron_k2.planning.request import RunRequest
-from megatron_k2.presets import KIMI_K2
+from megatron_k2.presets import K2_TOKENS_PER_STEP, KIMI_K2
 from megatron_k2.recipes.blends import SOURCES as DATA_SOURCES
 from megatron_k2.recipes.blends import blend_of
 
@@ -21,11 +21,11 @@ CONTINUE = Phase(
     source="choice: report 2.5's annealing on published weights, with a warm-up for empty momentum",
     tokens=100 * 10**9,
     seq_length=4096,
-    tokens_per_step=TOKENS_PER_STEP,
+    tokens_per_step=K2_TOKENS_PER_STEP,
     lr=2e-5,
     min_lr=7e-6,
     shape="wsd",
-    warmup_tokens=100 * TOKENS_PER_STEP,
+    warmup_tokens=100 * K2_TOKENS_PER_STEP,
     decay_tokens=50 * 10**9,
 )
 """More pretraining of Kimi-K2-Base on one's own data."""
@@ -106,7 +106,7 @@ def chain(where: str) -> tuple[str, ...]:
 
 
 def name(phase: str, num_gpus: int, gpu: str) -> str:
-    """``kimi_k2_<phase>_<N>gpu_<hw>``."""
+    """The recipe's name, ``kimi_k2_<phase>_<N>gpu_<hw>``."""
     return f"kimi_k2_{phase}_{num_gpus}gpu_{gpu}"
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 from megatron_k2.launch.blend import DataBlend
 from megatron_k2.launch.policies import CheckpointPolicy, LossPolicy
 from megatron_k2.launch.recipe import Recipe
-from megatron_k2.planning.fit import fit_to_memory
 from megatron_k2.planning.gpus import get_gpu
+from megatron_k2.planning.memory_fit import fit_to_memory
 from megatron_k2.planning.phases import Phase
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.presets import MOONLIGHT_16B_A3B
@@ -99,5 +99,5 @@ def moonlight_pretrain(num_gpus: int, gpu: str, phase: str = "pretrain") -> Reci
 
 
 def name(num_gpus: int, gpu: str, phase: str = "pretrain") -> str:
-    """``moonlight_16b_a3b_<phase>_<N>gpu_<hw>``."""
+    """The recipe's name, ``moonlight_16b_a3b_<phase>_<N>gpu_<hw>``."""
     return f"moonlight_16b_a3b_{phase}_{num_gpus}gpu_{gpu}"

@@ -5,6 +5,8 @@ import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from megatron_k2.doctor import Machine
 
 
@@ -38,23 +40,20 @@ def _facts(machine: "Machine") -> list[tuple[str, str]]:
     return rows
 
 
-def shown(machine: "Machine") -> str:
+def shown(machine: "Machine") -> "list[RenderableType]":
     """Facts, features and problems for a terminal."""
     from megatron_k2.doctor import features, problems
+    from megatron_k2.terminal import pairs
 
-    facts, abilities, faults = _facts(machine), features(machine), problems(machine)
-    width = max(len(name) for name, _ in facts)
-    lines = ["This machine"]
-    lines += [f"  {name:<{width}}  {text}" for name, text in facts]
-    lines += ["", "Features"]
-    width = max(len(feature.name) for feature in abilities)
-    for feature in abilities:
-        lines.append(
-            f"  {'on ' if feature.is_on else 'off'}  {feature.name:<{width}}  {feature.note}"
-        )
-    lines += ["", "Problems" if faults else "Nothing required is missing."]
-    lines += [f"  {fault}" for fault in faults]
-    return "\n".join(lines)
+    faults = problems(machine)
+    return [
+        "This machine",
+        pairs(_facts(machine)),
+        "\nFeatures",
+        pairs(("on" if f.is_on else "off", f.name, f.note) for f in features(machine)),
+        "\nProblems" if faults else "\nNothing required is missing.",
+        *(f"  {fault}" for fault in faults),
+    ]
 
 
 def main(argv: list[str]) -> int:
@@ -69,7 +68,11 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
 
     from megatron_k2.doctor import as_dict, look, problems
+    from megatron_k2.terminal import show
 
     machine = look()
-    print(json.dumps(as_dict(machine), indent=2) if arguments.json else shown(machine))
+    if arguments.json:
+        print(json.dumps(as_dict(machine), indent=2))
+    else:
+        show(*shown(machine))
     return 1 if problems(machine) else 0

@@ -7,7 +7,7 @@ from megatron_k2.cli.launch_jobs import ACTIONS
 
 if TYPE_CHECKING:
     from megatron_k2.launch.cluster import Cluster
-    from megatron_k2.launch.graph import Run
+    from megatron_k2.launch.graph import PhaseRun
     from megatron_k2.launch.recipe import Recipe
 
 CLUSTER_FLAGS = ("account", "partition", "container", "time")
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _single(recipe: "Recipe", arguments: argparse.Namespace) -> "Run":
+def _single(recipe: "Recipe", arguments: argparse.Namespace) -> "PhaseRun":
     from megatron_k2.errors import UserError
 
     start_from = arguments.start_from
@@ -115,7 +115,7 @@ def _single(recipe: "Recipe", arguments: argparse.Namespace) -> "Run":
     return recipe, arguments.save or f"runs/{recipe.name}", start_from
 
 
-def _chain(recipes: list["Recipe"], arguments: argparse.Namespace) -> list["Run"]:
+def _chain(recipes: list["Recipe"], arguments: argparse.Namespace) -> list["PhaseRun"]:
     from pathlib import Path
 
     from megatron_k2.errors import UserError
@@ -145,7 +145,7 @@ def _check_executor(arguments: argparse.Namespace) -> None:
         )
 
 
-def _launch(runs: list["Run"], arguments: argparse.Namespace) -> int:
+def _launch(runs: list["PhaseRun"], arguments: argparse.Namespace) -> int:
     from megatron_k2.launch.slurm import render
     from megatron_k2.launch.table import rows, shown
 
@@ -171,7 +171,7 @@ def _launch(runs: list["Run"], arguments: argparse.Namespace) -> int:
 
 
 def _through_nemo_run(
-    runs: list["Run"], arguments: argparse.Namespace, cluster: "Cluster | None"
+    runs: list["PhaseRun"], arguments: argparse.Namespace, cluster: "Cluster | None"
 ) -> int:
     from megatron_k2.nemo.tasks import run_experiment, show_experiment
 
@@ -184,7 +184,7 @@ def _through_nemo_run(
     return 0
 
 
-def _submit(runs: list["Run"], scripts: list[str], arguments: argparse.Namespace) -> int:
+def _submit(runs: list["PhaseRun"], scripts: list[str], arguments: argparse.Namespace) -> int:
     from megatron_k2.launch.graph import submit_chain
 
     jobs = submit_chain(runs, scripts, arguments.set)

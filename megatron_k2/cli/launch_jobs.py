@@ -41,14 +41,14 @@ def main(argv: list[str]) -> int:
 
 
 def _status(recipe: "Recipe", save: str) -> None:
-    from megatron_k2.launch.graph import steps_saved
     from megatron_k2.launch.jobs import jobs_of, log_path, states
+    from megatron_k2.run.iterations import last_iteration
     from megatron_k2.run.metrics import METRICS_FILE, read_records
 
     if not Path(save).is_dir():
         print(f"{recipe.name}: not launched here, there is no {save}; --save DIR says where it is")
         return
-    print(f"{recipe.name}: saved at step {steps_saved(Path(save)):,} of {recipe.steps:,}")
+    print(f"{recipe.name}: saved at step {last_iteration(Path(save)):,} of {recipe.steps:,}")
     if records := read_records(Path(save) / METRICS_FILE):
         last = records[-1]
         print(f"  step {last.iteration:,}, loss {last.loss:.4f}, max logit {last.max_logit:.1f}")

@@ -28,16 +28,12 @@ VERBS = {
 
 
 def _help() -> str:
-    width = max(map(len, VERBS))
-    lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
-    return "\n".join(
-        [
-            f"megatron-k2 {__version__}: Kimi-K2-class training on unmodified Megatron-Core",
-            "",
-            "usage: megatron-k2 <verb> [options]      megatron-k2 <verb> --help",
-            "",
-            *lines,
-        ]
+    from megatron_k2.terminal import as_text, pairs
+
+    return as_text(
+        f"megatron-k2 {__version__}: Kimi-K2-class training on unmodified Megatron-Core",
+        "\nusage: megatron-k2 <verb> [options]      megatron-k2 <verb> --help\n",
+        pairs(VERBS.items()),
     )
 
 

@@ -6,7 +6,9 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_k2.planning.muonclip.model import Layout
+    from rich.console import RenderableType
+
+    from megatron_k2.parallel.layout import Layout
 
 ASSUMPTIONS = (
     "Layers are split as in the plan of a whole run (planning/schedule/chunks.py, our choice). "
@@ -19,6 +21,8 @@ ASSUMPTIONS = (
     "gathered over the same ranks, AdamW's included."
 )
 
+TERA = 1e12
+
 HEADINGS = (
     "domain",
     "matrices",
@@ -27,6 +31,7 @@ HEADINGS = (
     "max",
     "max/mean",
     "/item",
+    "/floor",
     "padding",
     "MB out mean",
     "max",
@@ -66,17 +71,18 @@ def facts(preset_name: str, layout: "Layout", tflops: float | None) -> dict[str,
 
 
 def _row(domain: dict[str, Any]) -> list[str]:
-    tera, mega = 1e12, 1e6
+    mega = 1e6
     ranks = f"{domain['tensor_ranks']}x{domain['data_ranks']}"
     copies = f"{domain['domains']} x " if domain["domains"] > 1 else ""
     return [
         f"{copies}{domain['kind']} {ranks}",
         f"{domain['matrices']}",
-        f"{domain['flops_total'] / tera:.1f}",
-        f"{domain['flops_mean'] / tera:.2f}",
-        f"{domain['flops_max'] / tera:.2f}",
+        f"{domain['flops_total'] / TERA:.1f}",
+        f"{domain['flops_mean'] / TERA:.2f}",
+        f"{domain['flops_max'] / TERA:.2f}",
         f"{domain['max_over_mean']:.3f}",
         f"{domain['max_over_item_bound']:.3f}",
+        "",
         f"{domain['padding']:.5f}",
         f"{domain['exchange_out_mean_bytes'] / mega:.1f}",
         f"{domain['exchange_out_max_bytes'] / mega:.1f}",
@@ -86,6 +92,13 @@ def _row(domain: dict[str, Any]) -> list[str]:
     ]
 
 
+def _both(stage: dict[str, Any]) -> list[str]:
+    """A rank's load of both domains together."""
+    mean, most = stage["flops_mean"] / TERA, stage["flops_max"] / TERA
+    over = f"{stage['max_over_mean']:.3f}", "", f"{stage['max_over_floor']:.3f}"
+    return ["both, a rank", "", "", f"{mean:.2f}", f"{most:.2f}", *over, *[""] * 6]
+
+
 def _title(stage: dict[str, Any]) -> str:
     first, last = stage["stages"][0], stage["stages"][-1]
     which = f"stage {first}" if first == last else f"stages {first}-{last}"
@@ -93,33 +106,27 @@ def _title(stage: dict[str, Any]) -> str:
     return ", ".join([f"{which}: {stage['layers']} layers", *extras])
 
 
-def shown(found: dict[str, Any]) -> str:
-    """The table for a terminal."""
-    tables = [[_row(domain) for domain in stage["domains"]] for stage in found["stages"]]
-    rows = [list(HEADINGS), *(row for table in tables for row in table)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
+def shown(found: dict[str, Any]) -> "list[RenderableType]":
+    """The table for a terminal: a stage's domains, and both together."""
+    from megatron_k2.terminal import table
 
-    def line(row: list[str]) -> str:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        return "  " + "  ".join([row[0].ljust(widths[0]), *cells[1:]])
-
-    lines = [
+    has_seconds = found["tflops"] is not None
+    seconds = [f"s at {found['tflops']:g} TFLOP/s"] if has_seconds else []
+    whole = table(*HEADINGS, *seconds)
+    whole.padding = (0, 1, 0, 0)
+    for stage in found["stages"]:
+        whole.add_section()
+        whole.add_row(_title(stage))
+        for domain in stage["domains"]:
+            whole.add_row(*_row(domain))
+        time = [f"{stage['seconds']:.3f}"] if has_seconds else []
+        whole.add_row(*_both(stage), *time)
+    return [
         f"MuonClip's plan: {found['preset']}, {found['world_size']} ranks, TP "
         f"{found['tensor_parallel']}, PP {found['pipeline_parallel']}, EP "
         f"{found['expert_parallel']}; {found['matrices']:,} matrices, each with one home",
-        "",
-        line(list(HEADINGS)),
+        whole,
     ]
-    for stage, table in zip(found["stages"], tables, strict=True):
-        both = (
-            f"both domains a rank: mean {stage['flops_mean'] / 1e12:.2f}, max "
-            f"{stage['flops_max'] / 1e12:.2f} TFLOP, max/mean {stage['max_over_mean']:.3f}, "
-            f"/floor {stage['max_over_floor']:.3f}"
-        )
-        if "seconds" in stage:
-            both += f"; {stage['seconds']:.3f} s at {found['tflops']:g} TFLOP/s"
-        lines += [_title(stage), *map(line, table), "  " + both]
-    return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -163,7 +170,8 @@ def main(argv: list[str]) -> int:
         )
     if arguments.tflops is not None and arguments.tflops <= 0:
         raise UserError(f"--tflops {arguments.tflops:g}: a rate above 0 is expected")
-    from megatron_k2.planning.muonclip.model import Layout
+    from megatron_k2.parallel.layout import Layout
+    from megatron_k2.terminal import show
 
     layout = Layout(
         arguments.world_size, arguments.tp, arguments.pp, arguments.ep, vpp=arguments.vpp
@@ -172,6 +180,6 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
-        print(shown(found))
-        print("\n" + textwrap.fill(ASSUMPTIONS, 100))
+        show(*shown(found))
+        print(textwrap.fill(ASSUMPTIONS, 100))
     return 0

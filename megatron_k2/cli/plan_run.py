@@ -121,7 +121,7 @@ def request_from(arguments: argparse.Namespace) -> "RunRequest":
 
 def _fitted(r: "RunRequest", arguments: argparse.Namespace, a: "Assumptions") -> "RunRequest":
     """Offload as typed, or as little as fits."""
-    from megatron_k2.planning.fit import fit_to_memory
+    from megatron_k2.planning.memory_fit import fit_to_memory
 
     fixed = {
         field: _fraction(field, value)
@@ -140,7 +140,7 @@ def _fraction(field: str, value: str) -> float:
         return float(value)
     except ValueError:
         flag = "--" + field.replace("_", "-")
-        raise UserError(f"{flag} {value}: a part from 0 to 1, or auto, is expected") from None
+        raise UserError(f"{flag} {value}: a fraction from 0 to 1, or auto, is expected") from None
 
 
 def assumptions_from(text: str) -> "Assumptions":
@@ -221,27 +221,25 @@ def main(argv: list[str]) -> int:
     """Print the plan, or the ranking."""
     extra = argv[argv.index("--") + 1 :] if "--" in argv else []
     arguments = _parser().parse_args(argv[: len(argv) - len(extra)] if extra else argv)
-    from rich.console import Console
-
     from megatron_k2.planning.estimate import estimate
     from megatron_k2.planning.search import search
+    from megatron_k2.terminal import show
 
     a = assumptions_from(arguments.efficiency)
     r = request_from(arguments)
     preset = r.preset.training
     tokens = arguments.tokens or preset.train_samples * preset.seq_length
-    console = Console(width=150, highlight=False)
     if arguments.search:
         found = search(r, a, arguments.top)
         if arguments.json:
             layouts = [facts(e, tokens) for e in found.best]
             print(json.dumps({"layouts": found.num_layouts, "best": layouts}, indent=2))
             return 0
-        console.print(
+        show(
             f"{found.num_layouts:,} layouts and recompute choices, {found.num_fitting:,} fit; the "
             f"best by tokens/s on {r.world_size} x {r.gpu.name}:"
         )
-        console.print(search_table(found, tokens))
+        show(search_table(found, tokens))
         r = found.best[0].request
     else:
         r = _fitted(r, arguments, a)
@@ -254,11 +252,11 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         print(json.dumps(facts(e, tokens), indent=2))
         return 0
-    console.print(title(r))
-    console.print(memory_table(e))
-    console.print(summary(e, a, tokens))
+    show(title(r))
+    show(memory_table(e))
+    show(summary(e, a, tokens))
     for line in _write_figures(e, a, arguments):
-        console.print(f"wrote {line}")
+        show(f"wrote {line}")
     if arguments.dry_run:
         _print_dry_run(r, a, extra)
     print("\n" + textwrap.fill(NOTE, 110))

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from megatron_k2.planning.phases import Phase
 
 
@@ -62,6 +64,24 @@ def draw(phases: "tuple[Phase, ...]") -> bytes:
     return buffer.getvalue()
 
 
+def _table(rows: list[dict[str, Any]]) -> "Table":
+    """A row for each phase; the rate at its start, at its highest and at its end."""
+    from megatron_k2.terminal import table
+
+    rates = ("lr_start", "lr_highest", "lr_end")
+    found = table("phase", "tokens", "steps", "batch", "lr", "highest", "at the end", "YaRN")
+    for row in rows:
+        found.add_row(
+            row["name"],
+            f"{row['tokens'] / 1e12:.3f}T",
+            f"{row['steps']:,}",
+            f"{row['global_batch_size']:,} x {row['seq_length']:,}",
+            *(f"{row[name]:.2e}" for name in rates),
+            "on" if row["yarn"] else "off",
+        )
+    return found
+
+
 def main(argv: list[str]) -> int:
     """``megatron-k2 plan schedule``: print the phases; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -74,6 +94,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     from megatron_k2.errors import UserError
     from megatron_k2.planning.phases import kimi_k2_phases
+    from megatron_k2.terminal import pairs, show
 
     phases = kimi_k2_phases()
     if arguments.flags:
@@ -85,14 +106,8 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         print(json.dumps(facts(phases), indent=2))
         return 0
-    for row in facts(phases):
-        rates = " -> ".join(f"{row[name]:.2e}" for name in ("lr_start", "lr_highest", "lr_end"))
-        print(
-            f"{row['name']:<10} {row['tokens'] / 1e12:>8.3f}T tokens {row['steps']:>8,} steps of "
-            f"{row['global_batch_size']:>6,} x {row['seq_length']:>7,}   lr {rates}"
-            f"{'   YaRN' if row['yarn'] else ''}"
-        )
-        print(f"           {row['source']}")
+    rows = facts(phases)
+    show(_table(rows), pairs((row["name"], row["source"]) for row in rows))
     if arguments.png:
         path = Path(arguments.png)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -78,14 +78,10 @@ MEMORY_COLUMNS = {
 
 def memory_table(e: "Estimate") -> "Table":
     """One row for pipeline ranks that need the same."""
-    from rich import box
-    from rich.table import Table
+    from megatron_k2.terminal import table
 
-    table = Table(
-        box=box.SIMPLE_HEAD, title="GB on a GPU of each pipeline rank", title_justify="left"
-    )
-    for name in ("rank", "parameters", *MEMORY_COLUMNS.values(), "total"):
-        table.add_column(name, justify="right")
+    headings = ("rank", "parameters", *MEMORY_COLUMNS.values(), "total")
+    found = table(*headings, title="GB on a GPU of each pipeline rank", has_names=False)
     shown: list[tuple[list[int], list[str]]] = []
     for rank, m in enumerate(e.memory):
         cells = [f"{m.parameters.total:,}"]
@@ -97,8 +93,8 @@ def memory_table(e: "Estimate") -> "Table":
             shown.append(([rank], cells))
     for ranks, cells in shown:
         name = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
-        table.add_row(name, *cells, style=None if e.fits else "red")
-    return table
+        found.add_row(name, *cells, style=None if e.fits else "red")
+    return found
 
 
 def summary(e: "Estimate", a: "Assumptions", tokens: float) -> str:
@@ -168,18 +164,16 @@ def title(r: "RunRequest") -> str:
 
 def search_table(found: "Found", tokens: float) -> "Table":
     """The search's best layouts, a row each, fastest first."""
-    from rich import box
-    from rich.table import Table
+    from megatron_k2.terminal import table
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in (
+    best = table(
         *("TP", "PP", "VPP", "EP", "CP", "micro", "recompute", "act. host", "opt. host", "GB"),
         *("step s", "bubble", "exposed", "MFU", "tokens/s", "days"),
-    ):
-        table.add_column(name, justify="right")
+        has_names=False,
+    )
     for e in found.best:
         r = e.request
-        table.add_row(
+        best.add_row(
             *map(str, (r.tp, r.pp, r.vpp, r.ep, r.cp, r.micro_batch_size)),
             ",".join(sorted(r.recompute)) or "none",
             f"{r.activation_offload:.0%}",
@@ -192,4 +186,4 @@ def search_table(found: "Found", tokens: float) -> "Table":
             f"{e.tokens_per_second:,.0f}",
             f"{e.days(tokens):.1f}",
         )
-    return table
+    return best

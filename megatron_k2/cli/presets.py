@@ -5,6 +5,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from megatron_k2.presets import ModelPreset
 
 
@@ -51,8 +53,10 @@ def description(preset: "ModelPreset") -> dict[str, Any]:
     }
 
 
-def shown(preset: "ModelPreset") -> str:
+def shown(preset: "ModelPreset") -> "list[RenderableType]":
     """One preset as a few lines for a terminal."""
+    from megatron_k2.terminal import pairs
+
     facts = description(preset)
     counts, shape, training = facts["parameters"], facts["shape"], facts["training"]
     tokens = training["train_samples"] * training["seq_length"]
@@ -81,22 +85,19 @@ def shown(preset: "ModelPreset") -> str:
         ),
     ]
     numbers = [
-        ("total", counts["total"]),
-        ("trainable", counts["trainable"]),
-        ("router biases", counts["router_biases"]),
-        ("activated a token", counts["activated"]),
-        ("with input embedding", counts["activated_with_embedding"]),
+        ("total", f"{counts['total']:,}"),
+        ("trainable", f"{counts['trainable']:,}"),
+        ("router biases", f"{counts['router_biases']:,}"),
+        ("activated a token", f"{counts['activated']:,}"),
+        ("with input embedding", f"{counts['activated_with_embedding']:,}"),
     ]
-    lines = [preset.name]
-    lines += [f"  {label:<11} {text}" for label, text in rows]
-    lines += ["  parameters"]
-    lines += [f"    {label:<21}{number:>21,}" for label, number in numbers]
-    return "\n".join(lines)
+    return [preset.name, pairs(rows), "  parameters", pairs(numbers, indent=4, has_numbers=True)]
 
 
 def main(argv: list[str]) -> int:
     """Print one preset, or all of them."""
     from megatron_k2.presets import PRESETS, get_preset
+    from megatron_k2.terminal import show
 
     parser = argparse.ArgumentParser(
         prog="megatron-k2 presets",
@@ -110,6 +111,7 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         print(json.dumps([description(preset) for preset in presets], indent=2))
     else:
-        print("\n\n".join(map(shown, presets)))
-        print("\nTrain one with: megatron-k2 pretrain --preset NAME --data DIR --save DIR")
+        for preset in presets:
+            show(*shown(preset), "")
+        print("Train one with: megatron-k2 pretrain --preset NAME --data DIR --save DIR")
     return 0

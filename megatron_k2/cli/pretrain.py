@@ -5,6 +5,7 @@ import sys
 
 from megatron_k2.errors import UserError
 from megatron_k2.flags.megatron import expand, last_value
+from megatron_k2.run.flags import read_flags
 from megatron_k2.training.preflight import check_run
 
 HELP = """\
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
     if "--print-args" in argv:
         return _print_flags([flag for flag in argv if flag != "--print-args"])
     if "RANK" not in os.environ:
-        check_run(expand(argv, cuda=False), num_processes)
+        check_run(read_flags(expand(argv, cuda=False)), num_processes)
     from megatron_k2.host.torchrun import launch
 
     return launch("megatron_k2.training.pretrain", argv, num_processes)

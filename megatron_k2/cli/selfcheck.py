@@ -4,22 +4,48 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
     from megatron_k2.selfcheck import Outcome
 
-HEADING = (
-    f"{'check':<34} {'':<4} {'passed':>6} {'failed':>6} {'skipped':>7} {'seconds':>7} "
-    f"{'difference':>10} {'bar':>7}"
-)
+COLUMNS = {
+    "check": 34,
+    "": 4,
+    "passed": 6,
+    "failed": 6,
+    "skipped": 7,
+    "seconds": 7,
+    "difference": 10,
+    "bar": 7,
+}
+"""Heading -> width in characters: rows are printed one by one, as their checks end."""
 
 
-def _line(outcome: "Outcome") -> str:
-    differs = f"{outcome.difference:>10.1e}" if outcome.difference is not None else f"{'-':>10}"
-    bar = f"{outcome.bar:>7.0e}" if outcome.bar is not None else f"{'-':>7}"
-    note = f"\n    {outcome.note[:110]}" if outcome.note else ""
-    return (
-        f"{outcome.check.name:<34} {outcome.verdict:<4} {outcome.passed:>6} {outcome.failed:>6} "
-        f"{outcome.skipped:>7} {outcome.seconds:>7.0f} {differs} {bar}{note}"
+def _row(*cells: str) -> "Table":
+    from rich.table import Table
+
+    row = Table.grid(padding=(0, 1, 0, 0))
+    for number, width in enumerate(COLUMNS.values()):
+        row.add_column(width=width, justify="right" if number > 1 else "left")
+    row.add_row(*cells)
+    return row
+
+
+def _rows(outcome: "Outcome") -> "list[RenderableType]":
+    """A check's row, and a line on why it did not run or failed."""
+    differs = f"{outcome.difference:.1e}" if outcome.difference is not None else "-"
+    bar = f"{outcome.bar:.0e}" if outcome.bar is not None else "-"
+    counts = outcome.passed, outcome.failed, outcome.skipped
+    row = _row(
+        outcome.check.name,
+        outcome.verdict,
+        *map(str, counts),
+        f"{outcome.seconds:.0f}",
+        differs,
+        bar,
     )
+    return [row, f"    {outcome.note[:110]}"] if outcome.note else [row]
 
 
 def speeds(*, on_gpu: bool) -> str:
@@ -70,17 +96,18 @@ def main(argv: list[str]) -> int:
 
     from megatron_k2.errors import UserError
     from megatron_k2.selfcheck import chosen, run_check
+    from megatron_k2.terminal import show
 
     has_cuda = torch.cuda.is_available()
     on_gpu = arguments.device == "cuda" or (arguments.device is None and has_cuda)
     if on_gpu and not has_cuda:
         raise UserError("--device cuda: torch sees no GPU here; megatron-k2 doctor says why")
     checks = chosen(arguments.only, on_gpu=on_gpu, is_quick=arguments.quick)
-    print(f"{speeds(on_gpu=on_gpu)}\n\n{HEADING}", flush=True)
+    show(f"{speeds(on_gpu=on_gpu)}\n", _row(*COLUMNS))
     outcomes = []
     for check in checks:
         outcomes.append(run_check(check, on_gpu=on_gpu))
-        print(_line(outcomes[-1]), flush=True)
+        show(*_rows(outcomes[-1]))
     failed = sum(outcome.failed for outcome in outcomes)
     skipped = sum(outcome.verdict == "skip" for outcome in outcomes)
     print(f"\n{len(outcomes)} checks, {failed} tests failed, {skipped} checks did not run")

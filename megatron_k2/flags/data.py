@@ -3,18 +3,18 @@
 Megatron opens them after the model is built, which takes minutes on a cluster.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from megatron_k2.data.indexed import bin_path, idx_path
 from megatron_k2.errors import UserError
+from megatron_k2.run.flags import RunFlags
 
 SPLITS = ("train", "valid", "test")
 """Keys that Megatron reads of ``--per-split-data-args-path``, all of them."""
 REMOTE = "://"
-"""In a path that is not of this file system."""
+"""Part of a path that lies on a remote store, which cannot be looked at here."""
 
 
 def read_blend(path: Path) -> dict[str, list[str]]:
@@ -26,7 +26,7 @@ def read_blend(path: Path) -> dict[str, list[str]]:
     try:
         read: Any = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"blend {path}: no JSON that can be read ({error})") from None
+        raise UserError(f"blend {path}: not readable as JSON ({error})") from None
     if not isinstance(read, dict) or not set(SPLITS) <= set(read):
         raise UserError(
             f"blend {path}: expected an object with the keys {', '.join(SPLITS)}; a split without "
@@ -47,19 +47,18 @@ def prefixes_of(blend: list[str]) -> list[str]:
     return blend[1::2]
 
 
-def data_prefixes(flags: list[str]) -> list[str]:
+def data_prefixes(flags: RunFlags) -> list[str]:
     """Prefixes of every split, without repetition."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    for split in SPLITS:
-        parser.add_argument(f"--{split}-data-path", dest=split, nargs="*", default=[])
-    parser.add_argument("--per-split-data-args-path", type=Path)
-    found, _ = parser.parse_known_args(flags)
-    path = found.per_split_data_args_path
-    blends = read_blend(path) if path else {split: getattr(found, split) for split in SPLITS}
+    path = flags.per_split_data_args_path
+    if path is not None:
+        blends = read_blend(Path(path))
+    else:
+        given = flags.train_data_path, flags.valid_data_path, flags.test_data_path
+        blends = {split: list(blend) for split, blend in zip(SPLITS, given, strict=True)}
     return list(dict.fromkeys(p for split in SPLITS for p in prefixes_of(blends[split])))
 
 
-def make_synthetic(flags: list[str], vocab_size: int, eod_id: int) -> None:
+def make_synthetic(flags: RunFlags, vocab_size: int, eod_id: int) -> None:
     """Write what ``--synthetic-data`` asks for.
 
     Raises:
@@ -72,7 +71,7 @@ def make_synthetic(flags: list[str], vocab_size: int, eod_id: int) -> None:
             write_domain(Path(prefix), vocab_size, eod_id)
 
 
-def check_files(flags: list[str]) -> None:
+def check_files(flags: RunFlags) -> None:
     """Refuse datasets that are absent.
 
     Raises:

@@ -17,17 +17,13 @@ RECOMPUTE_MODULES: dict[Recompute, str] = {
 
 
 def layout_flags(r: RunRequest) -> list[str]:
-    """Ranks and batch."""
-    flags = f"""
-        --tensor-model-parallel-size {r.tp} --pipeline-model-parallel-size {r.pp}
-        --context-parallel-size {r.cp} --expert-model-parallel-size {r.ep}
-        --expert-tensor-parallel-size 1
+    """Parallel degrees, the split of layers over pipeline ranks, sequence and batch."""
+    batch = f"""
         --seq-length {r.seq_length} --max-position-embeddings {r.seq_length}
         --micro-batch-size {r.micro_batch_size} --global-batch-size {r.sequences_per_step}
     """.split()
-    if r.pp > 1:
-        flags += ["--pipeline-model-parallel-layout", megatron_layout(r.chunks())]
-    return flags + (["--sequence-parallel"] if r.tp > 1 else [])
+    split = ["--pipeline-model-parallel-layout", megatron_layout(r.chunks())] if r.pp > 1 else []
+    return [*r.degree_flags(), *batch, *split]
 
 
 def memory_flags(r: RunRequest) -> list[str]:

@@ -13,6 +13,8 @@ from megatron_k2.data.manifest import DataManifest, read_manifest
 from megatron_k2.errors import UserError
 from megatron_k2.fp8.compute import recipe_flags
 from megatron_k2.presets import ModelPreset, YarnScaling, get_preset
+from megatron_k2.run.rollback import MARGIN
+from megatron_k2.run.spikes import LEAST_NATS
 
 CPU_FLAGS = (
     "--distributed-backend gloo --transformer-impl local --use-cpu-initialization "
@@ -139,13 +141,13 @@ def _add_spike_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--spike-nats",
         type=float,
-        default=0.5,
+        default=LEAST_NATS,
         help="nats over the median under which nothing is a spike",
     )
     group.add_argument(
         "--spike-margin",
         type=int,
-        default=10,
+        default=MARGIN,
         help="steps on either side of a spike that a rollback leaves out too",
     )
 
@@ -187,7 +189,7 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def model_flags(p: ModelPreset, *, yarn: bool = False) -> list[str]:
-    """The architecture of ``p``."""
+    """Flags of the architecture of ``p``; ``yarn``: with its rotary scaling switched on."""
     flags = f"""
         --num-layers {p.num_layers} --hidden-size {p.hidden_size}
         --ffn-hidden-size {p.ffn_hidden_size} --num-attention-heads {p.num_attention_heads}
@@ -218,7 +220,7 @@ def model_flags(p: ModelPreset, *, yarn: bool = False) -> list[str]:
 
 
 def yarn_flags(yarn: YarnScaling) -> list[str]:
-    """Rotary scaling for MLA."""
+    """Flags of YaRN's rotary scaling as MLA takes it: some are Megatron's, some ours."""
     return f"""
         --rope-type yarn --rotary-scaling-factor {yarn.rotary_scaling_factor}
         --mscale {yarn.mscale} --mscale-all-dim {yarn.mscale_all_dim}
@@ -260,7 +262,7 @@ def data_flags(directory: str, manifest: DataManifest) -> list[str]:
 
 
 def platform_flags(*, cuda: bool, transformer_impl: str = "local") -> list[str]:
-    """What the machine and the family of modules need, whatever the model."""
+    """Flags that the machine and ``--transformer-impl`` need, whatever the model."""
     if cuda and transformer_impl == "transformer_engine":
         has_apex = importlib.util.find_spec(APEX_WEIGHT_GRADIENTS) is not None
         return [*TE_CUDA_FLAGS, *([] if has_apex else ["--no-gradient-accumulation-fusion"])]

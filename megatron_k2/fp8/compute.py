@@ -17,7 +17,7 @@ attention product that S_max is read from, the embedding and the output head. No
 
 import os
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Container, MutableMapping
 
 from megatron_k2.errors import UserError
 
@@ -58,7 +58,7 @@ def recipe_flags(name: str) -> list[str]:
 
 
 def check_fp8(
-    flags: list[str],
+    flags: Container[str],
     *,
     fp8_format: str | None,
     transformer_impl: str,
@@ -125,7 +125,7 @@ def choose_scale_format(
 
 
 def choose_offload_version(
-    flags: list[str], environment: MutableMapping[str, str] = os.environ
+    flags: Container[str], environment: MutableMapping[str, str] = os.environ
 ) -> None:
     """What Megatron's ``--fine-grained-activation-offloading`` asks of TE's environment."""
     if "--fine-grained-activation-offloading" in flags:

@@ -20,7 +20,7 @@ class DataBlend:
     """Indexed datasets with their weights; without any, Megatron's mock data."""
 
     root: str
-    """Directory of the prefixes."""
+    """Directory that the prefixes are relative to."""
     weights: tuple[float, ...] = ()
     """A prefix's part of the tokens; Megatron divides by their sum."""
     prefixes: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ class DataBlend:
             )
         if wrong := [w for w in self.weights if not (w > 0 and math.isfinite(w))]:
             raise UserError(
-                f"data.weights: {wrong[0]:g} is no part of the tokens; a number above 0 is "
+                f"data.weights: {wrong[0]:g} is not a weight; a number above 0 is "
                 "expected, and a prefix that is not to be read is left out"
             )
         if twice := {p for p in self.prefixes if self.prefixes.count(p) > 1}:
@@ -91,7 +91,7 @@ class DataBlend:
         return str(path / manifest.splits["train"].prefix)
 
     def described(self) -> str:
-        """In a line."""
+        """The blend in one line of the launch table: parts, then where the files are."""
         if self.file:
             return self.file
         if not self.prefixes:

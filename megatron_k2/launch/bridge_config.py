@@ -42,7 +42,7 @@ DATA_FIELDS = (
     *("split", "num_dataset_builder_threads", "mmap_bin_files", "mid_level_dataset_surplus"),
     *("reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
 )
-"""Of the data, those that are called as the flags are."""
+"""Data settings whose name in Bridge is the flag's."""
 
 
 def to_bridge_config(recipe: Recipe, save: str, start_from: str | None = None) -> Any:

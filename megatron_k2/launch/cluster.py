@@ -19,12 +19,12 @@ class Cluster:
     container: str | None = None
     """Image for pyxis; without one, ``python`` is the node's own."""
     mounts: tuple[str, ...] = ()
-    """``from:to``, for the container."""
+    """Pairs ``from:to`` that are mounted into the container."""
     python: str = "python"
     seconds_to_save: int = 600
     """Between the signal and the time limit: one step and one checkpoint. Ours."""
     environment: tuple[tuple[str, str], ...] = ()
-    """(name, value), over ``launch/environment.py``."""
+    """Pairs (name, value) that come after ``launch/environment.py``'s and win."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"(\d+-)?\d{1,2}:\d{2}:\d{2}", self.time):
@@ -85,7 +85,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         read = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise UserError(f"--profile {path}: no YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"--profile {path}: not YAML: {' '.join(str(error).split())}") from None
     if read is None:
         return {}
     if not isinstance(read, dict):

@@ -20,7 +20,7 @@ exec torchrun ${{TORCHRUN:---nproc-per-node {ranks}}} examples/pretrain_k2.py "$
 
 
 def render_command(recipe: Recipe, save: str, start_from: str | None = None) -> str:
-    """The script."""
+    """A bash script that starts the recipe by torchrun; ``"$@"`` adds flags, which win."""
     return TEMPLATE.format(
         name=recipe.name,
         flags=wrapped(recipe.to_megatron_args(save, start_from)),

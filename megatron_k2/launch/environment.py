@@ -18,11 +18,11 @@ CLUSTER_ENVIRONMENT = (
     ("OMP_NUM_THREADS", "4", "threads a rank for data loading and checkpoints"),
     ("PYTHONUNBUFFERED", "1", "the log is complete when a node is lost"),
 )
-"""(name, value, reason)."""
+"""Triples (name, value, reason) for every rank on a cluster."""
 
 
 def cluster_environment(r: RunRequest) -> dict[str, str]:
-    """Of every rank of ``r``.
+    """The environment of every rank of ``r``, name -> value.
 
     Expert all-to-all beside arithmetic needs many queues. Without it, tensor and context parallel
     ranks need one, so that kernels start in the order of the calls: Megatron insists on Hopper.

@@ -8,41 +8,33 @@ it has ended well; a job that queues itself again has not ended yet.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_k2.launch.local import check_start, run_local, write_record
+from megatron_k2.launch.local import check_start, run_local, write_recipe_record
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.launch.slurm import submit
+from megatron_k2.run.iterations import last_iteration
 from megatron_k2.run.metrics import METRICS_FILE, read_records
-from megatron_k2.run.record import TRACKER
 
 INTERRUPTED = 1
 """Exit code of a chain whose run ended well before its last step, as after a SIGTERM."""
 
-type Run = tuple[Recipe, str, str | None]
+type PhaseRun = tuple[Recipe, str, str | None]
 """A recipe, its directory, and the directory it starts from while its own has no checkpoint."""
 
 
-def steps_saved(save: Path) -> int:
-    """Step of the last whole checkpoint of a run, 0 without one."""
-    try:
-        return int((save / TRACKER).read_text())
-    except (FileNotFoundError, ValueError):
-        return 0
-
-
-def places(recipes: Sequence[Recipe], root: Path) -> list[Run]:
+def places(recipes: Sequence[Recipe], root: Path) -> list[PhaseRun]:
     """A run of every phase under ``root``, in order."""
     saves = [str(root / recipe.name) for recipe in recipes]
     return list(zip(recipes, saves, [None, *saves[:-1]], strict=True))
 
 
-def is_done(run: Run) -> bool:
+def is_done(run: PhaseRun) -> bool:
     """Whether its last step is in a checkpoint."""
     recipe, save, _ = run
-    return steps_saved(Path(save)) >= recipe.steps
+    return last_iteration(Path(save)) >= recipe.steps
 
 
 def run_chain(
-    runs: Sequence[Run],
+    runs: Sequence[PhaseRun],
     changed: list[str],
     train: Callable[[Recipe, str, str | None, list[str]], int] = run_local,
 ) -> int:
@@ -62,7 +54,7 @@ def run_chain(
     return 0
 
 
-def submit_chain(runs: Sequence[Run], scripts: Sequence[str], changed: list[str]) -> list[str]:
+def submit_chain(runs: Sequence[PhaseRun], scripts: Sequence[str], changed: list[str]) -> list[str]:
     """Queue every run that is not done, each after the one before it; returns the jobs' numbers.
 
     Args:
@@ -80,25 +72,28 @@ def submit_chain(runs: Sequence[Run], scripts: Sequence[str], changed: list[str]
             if not jobs:  # the others start from what these leave
                 check_start(recipe, save, start_from)
             jobs.append(submit(script, save, after=jobs[-1] if jobs else None))
-            write_record(recipe, save, start_from, changed)
+            write_recipe_record(recipe, save, start_from, changed)
     return jobs
 
 
-def chain_summary(runs: Sequence[Run]) -> str:
-    """What each run did, a line each: steps, blend, learning rate as planned and seen, loss."""
-    lines = [
-        f"{'phase':<24} {'steps':>11} {'sequence':>8} {'blend, %':>15} {'rate at the end':>15} "
-        f"{'seen':>9} {'loss':>15}"
-    ]
+def chain_summary(runs: Sequence[PhaseRun]) -> str:
+    """A line for each run: steps, blend, learning rate as planned and seen, loss."""
+    from megatron_k2.terminal import as_text, table
+
+    found = table(
+        *("phase", "steps", "sequence", "blend, %", "rate at the end", "seen", "loss"),
+    )
     for recipe, save, _ in runs:
         phase = recipe.phase
         tokens = recipe.steps * phase.tokens_per_step
-        blend = "/".join(f"{100 * part:.0f}" for _, part in recipe.data.parts) or "-"
         seen = read_records(Path(save) / METRICS_FILE)
-        rate = f"{seen[-1].learning_rate:>9.3g}" if seen else f"{'-':>9}"
-        loss = f"{seen[0].loss:.3f} -> {seen[-1].loss:.3f}" if seen else "-"
-        lines.append(
-            f"{recipe.name:<24} {steps_saved(Path(save)):>5}/{recipe.steps:<5} "
-            f"{phase.seq_length:>8} {blend:>15} {phase.lr_at(tokens):>15.3g} {rate} {loss:>15}"
+        found.add_row(
+            recipe.name,
+            f"{last_iteration(Path(save))}/{recipe.steps}",
+            f"{phase.seq_length}",
+            "/".join(f"{100 * part:.0f}" for _, part in recipe.data.parts) or "-",
+            f"{phase.lr_at(tokens):.3g}",
+            f"{seen[-1].learning_rate:.3g}" if seen else "-",
+            f"{seen[0].loss:.3f} -> {seen[-1].loss:.3f}" if seen else "-",
         )
-    return "\n".join(lines)
+    return as_text(found)

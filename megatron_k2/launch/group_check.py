@@ -4,7 +4,6 @@ Sums of one size over groups of one kind take the same time where links and GPUs
 far above the median has a slow one. Over all ranks at once nobody could tell which.
 """
 
-import argparse
 import os
 import socket
 import statistics
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from megatron_k2.errors import UserError
+from megatron_k2.parallel.layout import Layout
 
 TIMED_ELEMENTS, TIMED_SUMS = 4 * 1024 * 1024, 5
 """fp32 elements of a timed sum, 16 MB, and how many. Ours."""
@@ -41,13 +41,11 @@ def within(seconds: float, what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def timed_sums(
-    flags: argparse.Namespace, store: Any, rank: int, seconds: float
-) -> dict[str, float]:
-    """Of each kind of group with several ranks: seconds of a sum on this rank's.
+def timed_sums(layout: Layout, store: Any, rank: int, seconds: float) -> dict[str, float]:
+    """Kind of group -> seconds of a sum over this rank's group, where it has several ranks.
 
     Args:
-        flags: the training's parallel sizes, from ``preflight.read_flags``.
+        layout: of the training.
         store: where the groups meet.
         rank: this one.
         seconds: any one step may take; then this process ends.
@@ -68,13 +66,7 @@ def timed_sums(
             torch.distributed.init_process_group(
                 backend, store=store, rank=rank, world_size=int(os.environ["WORLD_SIZE"])
             )
-            parallel_state.initialize_model_parallel(
-                flags.tensor_model_parallel_size or 1,
-                flags.pipeline_model_parallel_size or 1,
-                context_parallel_size=flags.context_parallel_size or 1,
-                expert_model_parallel_size=flags.expert_model_parallel_size or 1,
-                expert_tensor_parallel_size=flags.expert_tensor_parallel_size,
-            )
+            parallel_state.initialize_model_parallel(**layout.megatron_sizes())
         timed = {}
         for kind, group in _groups().items():
             if group.size() > 1:

@@ -18,12 +18,12 @@ ENDED = (
 
 
 @dataclass(frozen=True)
-class Job:
-    """A submitted job."""
+class SlurmJob:
+    """A job as it was submitted: noted beside the run, one line each."""
 
     number: str
     submitted: str
-    """Local time, ISO 8601."""
+    """Local time of the submission, ISO 8601."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class State:
     """How Slurm's accounting sees a job."""
 
     name: str
-    """PENDING, RUNNING, COMPLETED, …"""
+    """Slurm's word for the state: PENDING, RUNNING, COMPLETED, …"""
     elapsed: str
     """[days-]hours:minutes:seconds of its last start."""
 
@@ -45,20 +45,20 @@ def note(save: str, number: str) -> None:
     """Write down that ``number`` runs ``save``."""
     path = Path(save) / JOBS
     path.parent.mkdir(parents=True, exist_ok=True)
-    job = Job(number, time.strftime("%Y-%m-%dT%H:%M:%S"))
+    job = SlurmJob(number, time.strftime("%Y-%m-%dT%H:%M:%S"))
     with path.open("a") as lines:
         lines.write(json.dumps(asdict(job)) + "\n")
 
 
-def jobs_of(save: str) -> list[Job]:
+def jobs_of(save: str) -> list[SlurmJob]:
     """Every job that was submitted for a run, oldest first."""
     path = Path(save) / JOBS
     if not path.is_file():
         return []
-    return [Job(**json.loads(line)) for line in path.read_text().splitlines()]
+    return [SlurmJob(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def states(jobs: list[Job]) -> dict[str, State]:
+def states(jobs: list[SlurmJob]) -> dict[str, State]:
     """Each job's state by its number, from ``sacct``; of a requeued job its last start's.
 
     Raises:

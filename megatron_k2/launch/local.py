@@ -1,30 +1,25 @@
 """A CPU twin run on this machine, by the same program as ``megatron-k2 pretrain``."""
 
-import json
 from pathlib import Path
 
 from megatron_k2.errors import UserError
-from megatron_k2.files import write_atomically
-from megatron_k2.host.repairs import installed_version
 from megatron_k2.host.torchrun import launch
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.launch.table import resolved
-from megatron_k2.run.commit import git_commit
-from megatron_k2.run.record import TRACKER
+from megatron_k2.run.flags import read_flags
+from megatron_k2.run.iterations import has_tracker
+from megatron_k2.run.record import write_record
 from megatron_k2.run.rollback import read_rollbacks
 from megatron_k2.training.preflight import check_run
 
-RECORD = "recipe.json"
-PACKAGES = (
-    *("megatron-k2", "megatron-core", "torch"),
-    *("emerging-optimizers", "transformer-engine", "numpy"),
-)
+RECIPE_RECORD = "recipe.json"
 
 
-def write_record(recipe: Recipe, save: str, start_from: str | None, changed: list[str]) -> Path:
+def write_recipe_record(
+    recipe: Recipe, save: str, start_from: str | None, changed: list[str]
+) -> Path:
     """``recipe.json`` beside the run: every value, the flags, the versions, the commit."""
     record = {
-        "schema_version": 1,
         "recipe": recipe.name,
         "preset": recipe.preset.name,
         "gpu": recipe.layout.gpu.name,
@@ -34,12 +29,9 @@ def write_record(recipe: Recipe, save: str, start_from: str | None, changed: lis
         "sources": dict(recipe.sources),
         "differences": recipe.differences,
         "flags": recipe.to_megatron_args(save, start_from),
-        "versions": {name: installed_version(name) for name in PACKAGES},
-        "git_commit": git_commit(),
     }
-    path = Path(save) / RECORD
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+    path = Path(save) / RECIPE_RECORD
+    write_record(path, record)
     return path
 
 
@@ -63,7 +55,7 @@ def check_start(recipe: Recipe, save: str, start_from: str | None) -> None:
     Raises:
         UserError: naming the recipe that leaves it.
     """
-    if start_from is None or any((Path(d) / TRACKER).is_file() for d in (save, start_from)):
+    if start_from is None or any(has_tracker(Path(d)) for d in (save, start_from)):
         return
     first = f"run {recipe.previous} first, or " if recipe.previous else ""
     raise UserError(f"{start_from} has no checkpoint to start from; {first}--start-from DIR")
@@ -77,8 +69,8 @@ def run_local(recipe: Recipe, save: str, start_from: str | None, changed: list[s
     """
     check_fits_here(recipe)
     check_start(recipe, save, start_from)
-    check_run(recipe.to_megatron_args(save, start_from), recipe.layout.world_size)
-    write_record(recipe, save, start_from, changed)
+    check_run(read_flags(recipe.to_megatron_args(save, start_from)), recipe.layout.world_size)
+    write_recipe_record(recipe, save, start_from, changed)
     flags = recipe.pretrain_flags(save, start_from)
     while True:
         before = len(read_rollbacks(Path(save)))

@@ -23,11 +23,10 @@ from typing import Any
 
 from megatron_k2.errors import UserError
 from megatron_k2.flags.megatron import expand
-from megatron_k2.host.repairs import installed_version
 from megatron_k2.launch.group_check import slow_groups, timed_sums, within
-from megatron_k2.training.preflight import read_flags
+from megatron_k2.run.flags import read_flags
+from megatron_k2.run.record import package_versions
 
-PACKAGES = ("megatron-k2", "megatron-core", "torch", "transformer-engine", "numpy")
 FREE_MEMORY = 0.9
 """Part of a GPU that must be free; another process holds the rest. Ours."""
 
@@ -71,7 +70,7 @@ def look(rank: int, wanted: argparse.Namespace, save: str | None) -> NodeFacts:
         )
     if not os.access(place, os.W_OK):
         problems.append(f"{place} cannot be written to")
-    versions = {name: installed_version(name) for name in PACKAGES}
+    versions = package_versions()
     versions["python"] = platform.python_version()
     return NodeFacts(rank, socket.gethostname(), versions, problems)
 
@@ -179,7 +178,9 @@ def check(argv: list[str]) -> int:
             store, "facts", rank, mine, lambda all_: verdict([NodeFacts(**one) for one in all_])
         ):
             return 1
-    timed = timed_sums(flags, torch.distributed.PrefixStore("groups", store), rank, wanted.seconds)
+    timed = timed_sums(
+        flags.layout(world), torch.distributed.PrefixStore("groups", store), rank, wanted.seconds
+    )
     here = (socket.gethostname(), timed)
     _agreed(
         store, "timed", rank, here, lambda all_: f"{world} ranks agree\n{slow_groups(all_)}".strip()

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_k2.errors import UserError
 from megatron_k2.launch.recipe import Recipe
-from megatron_k2.planning.fit import fit_to_memory
+from megatron_k2.planning.memory_fit import fit_to_memory
 
 FIXED = {
     "name",
@@ -21,17 +21,19 @@ FIXED = {
     "layout.gpu",
     "layout.seq_length",
     "layout.sequences_per_step",
+    "layout.etp",
+    "layout.pipeline_layout",
     "phase.name",
     "phase.source",
 }
-"""Not to be set: what names the recipe, and what follows from the phase."""
+"""Not to be set: what names the recipe, what follows from the phase, what is not planned."""
 
 ELEMENTS: dict[str, Callable[[str], Any]] = {
     "data.weights": float,
     "loss.iterations_to_skip": int,
     "profiler.ranks": int,
 }
-"""Lists of what is no text."""
+"""Key -> type of a list's elements, where they are not text."""
 
 
 def settable(recipe: Recipe) -> dict[str, Any]:
@@ -117,4 +119,4 @@ def _element(key: str, word: str) -> Any:
     try:
         return kind(word)
     except ValueError:
-        raise UserError(f"--set {key}: '{word}' is no number") from None
+        raise UserError(f"--set {key}: '{word}' is not a number") from None

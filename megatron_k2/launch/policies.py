@@ -5,6 +5,8 @@ from typing import Literal, get_args
 
 from megatron_k2.errors import UserError
 from megatron_k2.planning.request import RunRequest
+from megatron_k2.run.rollback import MARGIN
+from megatron_k2.run.spikes import LEAST_NATS
 
 
 def check_choice(key: str, value: str, kind: object) -> None:
@@ -18,16 +20,16 @@ class CheckpointPolicy:
     """When to save, and what to keep."""
 
     interval: int
-    """Steps between saves."""
+    """Steps from one save to the next."""
     retain_interval: int
     """Steps between checkpoints that stay; the last one always does. A multiple of the interval."""
     asynchronous: bool
 
     def flags(self) -> list[str]:
-        """Megatron's."""
+        """Megatron's flags for it."""
         if self.interval < 1 or self.retain_interval % self.interval:
             raise UserError(
-                f"checkpoint: retain_interval={self.retain_interval} is no multiple of "
+                f"checkpoint: retain_interval={self.retain_interval} is not a multiple of "
                 f"interval={self.interval}, which Megatron asks for"
             )
         flags = ["--save-interval", str(self.interval)]
@@ -42,7 +44,7 @@ type SpikeAction = Literal["off", "warn", "stop", "rollback"]
 
 @dataclass(frozen=True)
 class LossPolicy:
-    """What a bad loss does to the run."""
+    """How the run answers a loss that is not finite, or a spike."""
 
     stop_on_nonfinite: bool
     """Stop with the rank and step named (Megatron's check); otherwise go on."""
@@ -50,9 +52,9 @@ class LossPolicy:
     """Steps whose batch is left out: how a spike is passed after going back to a checkpoint."""
     on_spike: SpikeAction = "warn"
     """``stop`` and ``rollback`` act before the next save (``run/spikes.py``)."""
-    spike_nats: float = 0.5
+    spike_nats: float = LEAST_NATS
     """Nats over the running median under which nothing is a spike."""
-    spike_margin: int = 10
+    spike_margin: int = MARGIN
     """Steps on either side of a spike that a rollback leaves out too."""
 
     def __post_init__(self) -> None:
@@ -72,7 +74,7 @@ class LossPolicy:
         return [*flags, "--spike-margin", str(self.spike_margin)]
 
     def described(self) -> str:
-        """In a line."""
+        """The policy in one line of the launch table."""
         nonfinite = "the run stops" if self.stop_on_nonfinite else "not checked"
         spike = {
             "off": "not looked for",
@@ -96,9 +98,9 @@ class ExpertDispatch:
     """``alltoall`` is NCCL's or gloo's; ``flex`` one fused kernel over all TP x EP ranks, CUDA
     only."""
     backend: FlexBackend = "deepep"
-    """Of ``flex``; each is a package of its own."""
+    """The kernels of ``flex``; each is a package of its own."""
     num_sms: int = 0
-    """Of ``flex``: multiprocessors that communicate; 0 leaves it to the backend (DeepEP: 20)."""
+    """Multiprocessors that ``flex`` communicates with; 0 leaves it to the backend (DeepEP: 20)."""
 
     def check(self, layout: RunRequest, *, is_cpu: bool) -> None:
         """Refuse what Megatron would refuse once the model is being built.
@@ -141,7 +143,7 @@ class ExpertDispatch:
         )
 
     def described(self) -> str:
-        """In a line."""
+        """The dispatcher in one line of the launch table."""
         if self.dispatcher == "alltoall":
             return "all-to-all"
         return f"flex, {self.backend}" + (f", {self.num_sms} SMs" if self.num_sms else "")
@@ -160,11 +162,11 @@ class Profiler:
     first_step: int = 11
     """``pytorch`` counts from the start of the process, ``nsys`` from the run's."""
     last_step: int = 12
-    """Traced, too."""
+    """The last step traced, itself included."""
     ranks: tuple[int, ...] = (0,)
     """Global; none given is all of them, for Megatron too."""
     shapes: bool = False
-    """Record the operators' shapes."""
+    """Record the shapes of the operators' inputs; the traces grow."""
 
     def check(self, world_size: int, steps: int) -> None:
         """Refuse an empty range, one that the run does not reach, or ranks that do not exist.
@@ -185,7 +187,7 @@ class Profiler:
             )
         if beyond := [rank for rank in self.ranks if not 0 <= rank < world_size]:
             raise UserError(
-                f"profiler.ranks: {beyond[0]} is no rank of {world_size}; the last is "
+                f"profiler.ranks: {beyond[0]} is not a rank of {world_size}; the last is "
                 f"{world_size - 1}"
             )
 
@@ -204,7 +206,7 @@ class Profiler:
         return [*flags, "--nvtx-ranges", *(["--record-shapes"] if self.shapes else [])]
 
     def described(self) -> str:
-        """In a line."""
+        """The profiler in one line of the launch table."""
         if self.tool == "off":
             return "off"
         ranks = f"ranks {', '.join(map(str, self.ranks))}" if self.ranks else "all ranks"

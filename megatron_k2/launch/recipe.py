@@ -33,7 +33,7 @@ class Recipe:
     sources: tuple[tuple[str, str], ...]
     """(key as ``--set`` spells it, or its first part; where the value is from)."""
     differences: tuple[str, ...] = ()
-    """What is not as in the report, and why."""
+    """Lines on what differs from the report, and why."""
     previous: str | None = None
     """The recipe whose last checkpoint this one starts from."""
     keeps_optimizer: bool = False
@@ -60,7 +60,7 @@ class Recipe:
 
     @property
     def preset(self) -> ModelPreset:
-        """The model."""
+        """The architecture, which the layout holds."""
         return self.layout.preset
 
     @property
@@ -109,5 +109,5 @@ class Recipe:
         return expand(self.pretrain_flags(save, start_from), cuda=not self.is_cpu)
 
     def replace(self, **changes: object) -> "Recipe":
-        """A copy with ``changes``."""
+        """A copy in which the fields of ``changes`` have those values."""
         return replace(self, **changes)  # type: ignore[arg-type]

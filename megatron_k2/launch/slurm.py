@@ -22,6 +22,7 @@ from megatron_k2.launch.recipe import Recipe
 from megatron_k2.planning.cost.memory import MUON_STATE_BYTES, WEIGHT_BYTES
 from megatron_k2.planning.cost.params import count_parameters
 from megatron_k2.planning.gpus import GPUS_PER_NODE
+from megatron_k2.run.iterations import TRACKER
 
 
 def num_nodes(recipe: Recipe, asked: int | None = None) -> int:
@@ -42,7 +43,7 @@ def num_nodes(recipe: Recipe, asked: int | None = None) -> int:
 
 
 def job_name(recipe: Recipe, save: str) -> str:
-    """Of every job of one run, and of no other's: jobs of a name run one after another."""
+    """The name of every job of one run, and of no other's: jobs of a name run in turn."""
     digest = hashlib.sha256(os.path.abspath(save).encode()).hexdigest()[:8]
     return f"{recipe.name}-{digest}"
 
@@ -110,6 +111,7 @@ def render(
         exports="\n".join(_exports(recipe, cluster)),
         save=shlex.quote(save),
         steps=recipe.steps,
+        tracker=TRACKER,
         flags=wrapped(recipe.pretrain_flags(save, start_from)),
         srun=shlex.join(srun),
         python=shlex.quote(cluster.python),
@@ -147,7 +149,7 @@ flags=(
   {flags}
 )
 
-step_saved() {{ cat "$save/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }}
+step_saved() {{ cat "$save/{tracker}" 2>/dev/null || echo 0; }}
 before=$(step_saved)
 
 # Before the time limit Slurm signals this script, which asks every rank to save and end

@@ -150,17 +150,11 @@ def _planned(e: Estimate, recipe: Recipe) -> list[Row]:
 
 
 def shown(table: list[Row], width: int = 110) -> str:
-    """The table as text, wrapped at ``width`` characters."""
-    import textwrap
+    """The table as text, wrapped at ``width`` columns."""
+    from megatron_k2.terminal import as_text, pairs
 
-    label = max(len(row.label) for row in table) + 2
-    lines = []
-    for row in table:
-        text = row.value + (f"  [{row.source}]" if row.source else "")
-        hanging = textwrap.wrap(text, width - label, break_on_hyphens=False) or [""]
-        lines.append(f"{row.label:<{label}}{hanging[0]}")
-        lines += [" " * label + rest for rest in hanging[1:]]
-    return "\n".join(lines)
+    lines = ((row.label, row.value + (f"  [{row.source}]" if row.source else "")) for row in table)
+    return as_text(pairs(lines, indent=0), width=width)
 
 
 def resolved(recipe: Recipe) -> dict[str, object]:

@@ -21,10 +21,11 @@ from typing import Any
 from megatron_k2.errors import UserError
 from megatron_k2.launch.cluster import Cluster
 from megatron_k2.launch.environment import cluster_environment
-from megatron_k2.launch.graph import Run, is_done, steps_saved
-from megatron_k2.launch.local import check_fits_here, check_start, write_record
+from megatron_k2.launch.graph import PhaseRun, is_done
+from megatron_k2.launch.local import check_fits_here, check_start, write_recipe_record
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.launch.slurm import check_arguments, num_nodes
+from megatron_k2.run.iterations import last_iteration
 
 MAX_RETRIES = 3
 """Starts after a failure. Ours."""
@@ -63,13 +64,13 @@ def train_recipe(
     single_process_environment()
     check_nodes(chosen, flags)
     if os.environ["RANK"] == "0":
-        write_record(chosen, save, start_from, overrides or [])
+        write_recipe_record(chosen, save, start_from, overrides or [])
     try:
         run(flags)
     except SystemExit as end:  # Megatron's way out after a signal and a save
         if end.code:
             raise
-    if os.environ["RANK"] == "0" and (step := steps_saved(Path(save))) < chosen.steps:
+    if os.environ["RANK"] == "0" and (step := last_iteration(Path(save))) < chosen.steps:
         sys.exit(f"ended at step {step} of {chosen.steps}: to be started again")
 
 
@@ -183,7 +184,7 @@ def local_executor(recipe: Recipe) -> Any:
 
 @contextmanager
 def _experiment(
-    runs: Sequence[Run], overrides: Sequence[str], cluster: Cluster | None, *, force: bool
+    runs: Sequence[PhaseRun], overrides: Sequence[str], cluster: Cluster | None, *, force: bool
 ) -> Iterator[Any]:
     """A task for every run that is not done, each after the one before it."""
     run = nemo_run()
@@ -201,7 +202,7 @@ def _experiment(
         yield experiment
 
 
-def _base(runs: Sequence[Run]) -> Path:
+def _base(runs: Sequence[PhaseRun]) -> Path:
     """NeMo-Run's own directory, beside the first run's.
 
     Not "nemo_run": without a container NeMo-Run writes the job's directory over that name.
@@ -210,7 +211,11 @@ def _base(runs: Sequence[Run]) -> Path:
 
 
 def show_experiment(
-    runs: Sequence[Run], overrides: Sequence[str], cluster: Cluster | None, *, force: bool = False
+    runs: Sequence[PhaseRun],
+    overrides: Sequence[str],
+    cluster: Cluster | None,
+    *,
+    force: bool = False,
 ) -> None:
     """Print what NeMo-Run would start: its own sbatch scripts, or its local commands.
 
@@ -222,7 +227,7 @@ def show_experiment(
 
 
 def run_experiment(
-    runs: Sequence[Run],
+    runs: Sequence[PhaseRun],
     overrides: Sequence[str],
     cluster: Cluster | None,
     *,

@@ -18,6 +18,7 @@ from typing import Any
 from megatron.core.dist_checkpointing import load_common_state_dict
 
 from megatron_k2.errors import UserError
+from megatron_k2.run.iterations import is_whole, iteration_directory, tracker_text
 
 WAY_OUT = "load the weights alone with --no-load-optim, or --finetune"
 
@@ -121,10 +122,9 @@ def check_optimizer_state(args: Namespace, zero_format: str, load: str | None) -
     """
     if load is None or args.no_load_optim or args.finetune:
         return
-    tracker = Path(load) / "latest_checkpointed_iteration.txt"
-    step = args.ckpt_step or (tracker.read_text().strip() if tracker.exists() else "")
-    directory = Path(load) / f"iter_{int(step):07d}" if str(step).isdigit() else None
-    if directory is None or not (directory / "metadata.json").exists():
+    step = str(args.ckpt_step or tracker_text(Path(load)) or "")
+    directory = iteration_directory(Path(load), int(step)) if step.isdigit() else None
+    if directory is None or not is_whole(directory):
         return
     state = load_common_state_dict(str(directory)).get("optimizer")
     if state is None:

@@ -22,7 +22,7 @@ from megatron_k2.planning.cost.flops import (
 from megatron_k2.planning.cost.memory import RESERVED_GB, Memory, layer_activations, rank_memory
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.planning.schedule.chunks import Chunk
-from megatron_k2.planning.schedule.pipeline import Shape
+from megatron_k2.planning.schedule.pipeline import ScheduleShape
 from megatron_k2.planning.schedule.timeline import ChunkCost, exposed, simulate_tasks, span
 
 
@@ -37,7 +37,7 @@ class Assumptions:
     elementwise: float = 0.15
     """Norms, SwiGLU, routing, permutation, casts: time added, as a part of the products' time."""
     hbm: float = 0.75
-    """Of what recompute of norms and SwiGLU reads and writes once more."""
+    """Part of the memory's rate at which recomputed norms and SwiGLU read and write."""
     reserved_gb: float = RESERVED_GB
 
 
@@ -47,7 +47,7 @@ class Estimate:
 
     request: RunRequest
     memory: tuple[Memory, ...]
-    """A pipeline rank each."""
+    """Memory of each pipeline rank, in order."""
     step_seconds: float
     arithmetic_seconds: float
     """Mean over the pipeline ranks."""
@@ -61,17 +61,17 @@ class Estimate:
     states from and to the host that it does not hide."""
     newton_schulz_seconds: float
     host_traffic: traffic.HostTraffic
-    """Of the rank that moves most."""
+    """Bytes of the rank that copies most."""
     optimizer_copy_seconds: float
     """Optimizer states over PCIe, each direction; both run at once."""
     exposed_copy_seconds: float
-    """What of it Newton-Schulz does not hide; in ``optimizer_seconds``."""
+    """The part of it that Newton-Schulz does not hide; in ``optimizer_seconds``."""
     mfu: float
     """Model FLOPs, nothing recomputed, over the data sheet's bf16 rate."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the whole run."""
+        """Tokens a second of all replicas together."""
         return self.request.tokens_per_step / self.step_seconds
 
     @property
@@ -85,29 +85,29 @@ class Estimate:
         return self.memory[self.fullest].total <= self.request.gpu.memory_gb * 1e9
 
     def days(self, tokens: float) -> float:
-        """For ``tokens`` at this rate."""
+        """Days that ``tokens`` take at this rate."""
         return tokens / self.tokens_per_second / 86400
 
     def gpu_hours(self, tokens: float) -> float:
-        """Likewise."""
+        """Hours of GPUs, all of them counted, that ``tokens`` take at this rate."""
         return self.days(tokens) * 24 * self.request.world_size
 
 
 def _seconds(flops: Flops, r: RunRequest, a: Assumptions) -> float:
-    """On one tensor-parallel rank."""
+    """Seconds of ``flops`` on one tensor-parallel rank, elementwise work included."""
     peak = r.gpu.bf16_tflops * 1e12
     products = flops.gemm / a.gemm + flops.grouped / a.grouped + flops.attention / a.attention
     return products / peak / r.tp * (1 + a.elementwise)
 
 
 def chunk_costs(r: RunRequest, a: Assumptions) -> list[ChunkCost]:
-    """Of every chunk, in the forward's order; tensor and context parallel traffic is not hidden."""
+    """Seconds of every chunk, in the forward's order; TP's and CP's traffic is not hidden."""
     kinds = {is_moe: layer_cost(r, a, is_moe=is_moe) for is_moe in (False, True)}
     return [_chunk_cost(chunk, kinds, r, a) for chunk in r.chunks()]
 
 
 def layer_cost(r: RunRequest, a: Assumptions, *, is_moe: bool = True) -> ChunkCost:
-    """Of one layer and micro-batch; ``send`` is the chunk's."""
+    """Seconds of one layer and micro-batch; ``send`` is the chunk's."""
     p, tokens = r.preset, r.tokens_per_microbatch
     split = traffic.tensor_parallel(r)
     context = traffic.network_seconds(r, traffic.context_parallel(r), r.tp * r.cp, a.network)
@@ -166,7 +166,7 @@ def _chunk_cost(
 
 @dataclass(frozen=True)
 class _OptimizerSeconds:
-    """The slowest rank's."""
+    """Seconds of the optimizer's step on the slowest rank, by part."""
 
     collectives: float
     newton_schulz: float
@@ -187,7 +187,7 @@ def _optimizer(r: RunRequest, memory: tuple[Memory, ...], a: Assumptions) -> _Op
     moved = max(t.gradients + t.weights + t.muonclip for t in once)
     # Matrices are planned evenly over all ranks of the world (optimizer/sharded/homes.py).
     orthogonal = orthogonalisation(r.preset) / r.world_size / (r.gpu.bf16_tflops * 1e12 * a.gemm)
-    group = r.tp * r.dense_shards
+    group = r.tp * r.data_ranks
     moving = max(m.optimizer_on_host for m in memory)
     return _OptimizerSeconds(
         collectives=traffic.network_seconds(r, moved, group, a.network),
@@ -196,10 +196,10 @@ def _optimizer(r: RunRequest, memory: tuple[Memory, ...], a: Assumptions) -> _Op
     )
 
 
-def schedule_shape(r: RunRequest, num_microbatches: int | None = None) -> Shape:
+def schedule_shape(r: RunRequest, num_microbatches: int | None = None) -> ScheduleShape:
     """The pipeline's schedule, of ``num_microbatches`` in place of the run's own."""
     count = r.num_microbatches if num_microbatches is None else num_microbatches
-    return Shape(r.pp, r.vpp, count, r.has_overlap and r.vpp > 1)
+    return ScheduleShape(r.pp, r.vpp, count, r.has_overlap and r.vpp > 1)
 
 
 def _pipeline(r: RunRequest, costs: list[ChunkCost]) -> tuple[float, float]:

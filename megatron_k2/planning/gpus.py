@@ -15,7 +15,7 @@ GPUS_PER_NODE = 8
 
 @dataclass(frozen=True)
 class Gpu:
-    """One accelerator."""
+    """One accelerator and its links; rates are dense and of one direction."""
 
     name: str
     source: str
@@ -24,11 +24,11 @@ class Gpu:
     fp8_tflops: float
     hbm_gb_per_s: float
     nvlink_gb_per_s: float
-    """To the other GPUs of its node, one direction."""
+    """Rate to the other GPUs of its node, one direction."""
     network_gb_per_s: float
-    """To other nodes, one direction: its own card."""
+    """Rate to other nodes, one direction: of its own network card."""
     pcie_gb_per_s: float
-    """To host memory, one direction."""
+    """Rate to host memory, one direction."""
 
 
 GPUS = {

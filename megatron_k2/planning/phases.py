@@ -17,9 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_k2.errors import UserError
-
-TOKENS_PER_STEP = 2**26
-"""Report 2.5: 67M tokens a batch."""
+from megatron_k2.presets import (
+    K2_COSINE_TOKENS,
+    K2_PRETRAIN_TOKENS,
+    K2_TOKENS_PER_STEP,
+    K2_WARMUP_STEPS,
+    KIMI_K2,
+)
 
 
 @dataclass(frozen=True)
@@ -30,14 +34,14 @@ class Phase:
     source: str
     tokens: int
     seq_length: int
-    """Tokens."""
+    """Tokens of one sequence."""
     tokens_per_step: int
     lr: float
     """At the end of the warm-up, or at the start where there is none."""
     min_lr: float
-    """At the end."""
+    """Learning rate at the phase's end."""
     shape: Literal["wsd", "linear", "constant"]
-    """``wsd``: warm-up, constant, cosine."""
+    """The curve; ``wsd``: warm-up, then constant, then a cosine at the end."""
     warmup_tokens: int = 0
     decay_tokens: int = 0
     """``wsd``: length of the cosine at the end."""
@@ -56,8 +60,8 @@ class Phase:
             )
         if self.tokens_per_step % self.seq_length:
             raise UserError(
-                f"phase {self.name}: {self.tokens_per_step} tokens a step are no whole number of "
-                f"sequences of {self.seq_length}"
+                f"phase {self.name}: {self.tokens_per_step} tokens a step are not a multiple of "
+                f"the sequence length {self.seq_length}"
             )
         if self.warmup_tokens + self.decay_tokens > self.tokens:
             raise UserError(
@@ -67,7 +71,7 @@ class Phase:
 
     @property
     def sequences_per_step(self) -> int:
-        """Megatron's global batch size."""
+        """Sequences of one step, Megatron's global batch size."""
         return self.tokens_per_step // self.seq_length
 
     @property
@@ -108,30 +112,31 @@ class Phase:
 
 
 def kimi_k2_phases() -> tuple[Phase, ...]:
-    """Report 2.5, in order."""
+    """The four phases of report 2.5, in order; the first is the preset's own schedule."""
+    pretrain, last_lr = KIMI_K2.training, 7e-6
     anneal, long_context = 400 * 10**9, 60 * 10**9
-    fall = (2e-5 - 7e-6) / (anneal + long_context)
+    fall = (pretrain.min_lr - last_lr) / (anneal + long_context)
     return (
         Phase(
             name="pretrain",
             source="report 2.5: 500 steps of warm-up, 10T tokens in all at 2e-4, cosine over 5.5T",
-            tokens=15_500 * 10**9,
-            seq_length=4096,
-            tokens_per_step=TOKENS_PER_STEP,
-            lr=2e-4,
-            min_lr=2e-5,
+            tokens=K2_PRETRAIN_TOKENS,
+            seq_length=pretrain.seq_length,
+            tokens_per_step=K2_TOKENS_PER_STEP,
+            lr=pretrain.lr,
+            min_lr=pretrain.min_lr,
             shape="wsd",
-            warmup_tokens=500 * TOKENS_PER_STEP,
-            decay_tokens=5_500 * 10**9,
+            warmup_tokens=K2_WARMUP_STEPS * K2_TOKENS_PER_STEP,
+            decay_tokens=K2_COSINE_TOKENS,
         ),
         Phase(
             name="anneal-4k",
             source="report 2.5: 400B tokens at 4k; linear is our choice",
             tokens=anneal,
-            seq_length=4096,
-            tokens_per_step=TOKENS_PER_STEP,
-            lr=2e-5,
-            min_lr=2e-5 - fall * anneal,
+            seq_length=pretrain.seq_length,
+            tokens_per_step=K2_TOKENS_PER_STEP,
+            lr=pretrain.min_lr,
+            min_lr=pretrain.min_lr - fall * anneal,
             shape="linear",
         ),
         Phase(
@@ -139,19 +144,19 @@ def kimi_k2_phases() -> tuple[Phase, ...]:
             source="report 2.5: 60B tokens at 32k, down to 7e-6; without YaRN is our choice",
             tokens=long_context,
             seq_length=32768,
-            tokens_per_step=TOKENS_PER_STEP,
-            lr=2e-5 - fall * anneal,
-            min_lr=7e-6,
+            tokens_per_step=K2_TOKENS_PER_STEP,
+            lr=pretrain.min_lr - fall * anneal,
+            min_lr=last_lr,
             shape="linear",
         ),
         Phase(
             name="yarn-128k",
             source="report 2.5: YaRN to 128k; length and rate are our choice",
-            tokens=300 * TOKENS_PER_STEP,
+            tokens=300 * K2_TOKENS_PER_STEP,
             seq_length=131072,
-            tokens_per_step=TOKENS_PER_STEP,
-            lr=7e-6,
-            min_lr=7e-6,
+            tokens_per_step=K2_TOKENS_PER_STEP,
+            lr=last_lr,
+            min_lr=last_lr,
             shape="constant",
             has_yarn=True,
         ),
@@ -181,7 +186,7 @@ def scaled_down(
     longest = max(phase.seq_length for phase in phases) * seq_length // first.seq_length
     if step % longest:
         raise UserError(
-            f"{sequences_per_step} sequences of {seq_length} a step are no whole number of the "
+            f"{sequences_per_step} sequences of {seq_length} a step are not a multiple of the "
             f"last phase's {longest} tokens; take a multiple of {longest // seq_length} sequences"
         )
 

@@ -1,47 +1,46 @@
 """What a run asks for, in the planner's terms."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, get_args, override
 
 from megatron_k2.errors import UserError
-from megatron_k2.parallel.layout import LayoutRequest, check_layout
+from megatron_k2.parallel.layout import Layout, Workload, check_layout
 from megatron_k2.planning.gpus import GPUS_PER_NODE, Gpu
 from megatron_k2.planning.schedule.chunks import Chunk, split_into_chunks
 from megatron_k2.presets import ModelPreset
 
 Recompute = Literal["norm", "swiglu", "mla_up"]
-"""What is computed again: norm outputs; the experts' SwiGLU outputs; queries, keys and values from
-the latents with the latents' norms (Megatron's ``layernorm``, ``moe_act``, ``mla_up_proj``)."""
+"""Kinds of values that are computed again: norm outputs; the experts' SwiGLU outputs; queries, keys
+and values from the latents with the latents' norms (Megatron's ``layernorm``, ``moe_act``,
+``mla_up_proj``)."""
 
 Modules = Literal["transformer_engine", "local"]
-"""``--transformer-impl``."""
+"""Megatron's ``--transformer-impl``."""
 
 REPORT_RECOMPUTE: frozenset[Recompute] = frozenset({"norm", "swiglu", "mla_up"})
 """Report 2.4.4, item 1. Its optional fourth, the experts' down-projection, keeps nothing here:
 routing weights are applied before it, so its output is not needed again."""
 
 
-@dataclass(frozen=True)
-class RunRequest:
-    """One training run on a cluster; expert tensor parallelism is 1."""
+@dataclass(frozen=True, kw_only=True)
+class RunRequest(Layout):
+    """One training run on a cluster: a layout, and what is trained on it.
+
+    It is a layout, so that a recipe's key is ``layout.tp``. Of the layout's fields two are not
+    planned: experts are never split (``etp`` is 1), and ``chunks`` places the layers.
+    """
 
     preset: ModelPreset
     gpu: Gpu
-    world_size: int
     seq_length: int
-    """Tokens."""
+    """Tokens of one sequence."""
     sequences_per_step: int
-    """Megatron's global batch size."""
-    tp: int = 1
-    pp: int = 1
-    vpp: int = 1
-    ep: int = 1
-    cp: int = 1
+    """Sequences of one step, Megatron's global batch size."""
     micro_batch_size: int = 1
-    """Sequences."""
+    """Sequences that pass through a rank at once."""
     recompute: frozenset[Recompute] = REPORT_RECOMPUTE
     fp8_storage: bool = True
-    """Report 2.4.4, item 2."""
+    """Keep the experts' inputs in FP8 for the backward: report 2.4.4, item 2."""
     activation_offload: float = 0.0
     """Part of the activations kept in host memory, item 3."""
     optimizer_offload: float = 0.0
@@ -59,11 +58,11 @@ class RunRequest:
         """
         for name in ("activation_offload", "optimizer_offload"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name}={getattr(self, name)}: a part from 0 to 1 is expected")
+                raise UserError(f"{name}={getattr(self, name)}: a fraction from 0 to 1 is expected")
         unknown = self.recompute - set(get_args(Recompute))
         if unknown:
             known = ", ".join(get_args(Recompute))
-            raise UserError(f"recompute: {', '.join(sorted(unknown))} is none of {known}")
+            raise UserError(f"recompute: {', '.join(sorted(unknown))} is not one of {known}")
         if self.modules == "local" and "mla_up" in self.recompute:
             raise UserError(
                 "recompute mla_up with local modules frees nothing: their attention keeps copies "
@@ -74,26 +73,18 @@ class RunRequest:
                 "activation offload with local modules: Megatron's is for Transformer Engine's; "
                 "leave it out, or plan for transformer_engine"
             )
-        check_layout(
-            LayoutRequest(
-                world_size=self.world_size,
-                num_layers=self.preset.num_layers,
-                num_attention_heads=self.preset.num_attention_heads,
-                num_moe_experts=self.preset.num_moe_experts,
-                seq_length=self.seq_length,
-                global_batch_size=self.sequences_per_step,
-                micro_batch_size=self.micro_batch_size,
-                tensor_model_parallel_size=self.tp,
-                pipeline_model_parallel_size=self.pp,
-                context_parallel_size=self.cp,
-                expert_model_parallel_size=self.ep,
-                num_virtual_stages=self.vpp,
-                has_pipeline_layout=True,
-            )
+        load = Workload(
+            self.preset.num_layers,
+            self.preset.num_attention_heads,
+            self.preset.num_moe_experts,
+            self.seq_length,
+            self.sequences_per_step,
+            self.micro_batch_size,
         )
+        check_layout(self, load)
         if self.world_size > GPUS_PER_NODE and self.world_size % GPUS_PER_NODE:
             raise UserError(
-                f"world size {self.world_size} is no whole number of nodes of {GPUS_PER_NODE}"
+                f"world size {self.world_size} is not a multiple of {GPUS_PER_NODE} GPUs per node"
             )
         if self.vpp > 1 and self.num_microbatches % self.pp:
             raise UserError(
@@ -102,40 +93,31 @@ class RunRequest:
             )
         self.chunks()
 
+    @property
+    @override
+    def is_split_by_hand(self) -> bool:
+        """Always: ``chunks`` places the layers."""
+        return True
+
     def chunks(self) -> tuple[Chunk, ...]:
-        """Layers of every chunk."""
+        """The layers of every model chunk, in the order a token passes through them."""
         return split_into_chunks(self.preset.num_layers, self.pp, self.vpp)
 
     @property
-    def data_parallel(self) -> int:
-        """Replicas of the model, each with its own sequences."""
-        return self.world_size // (self.tp * self.pp * self.cp)
-
-    @property
-    def dense_shards(self) -> int:
-        """Ranks that share the state of a dense parameter: data x context parallel."""
-        return self.data_parallel * self.cp
-
-    @property
-    def expert_shards(self) -> int:
-        """Ranks that share the state of an expert."""
-        return self.world_size // (self.pp * self.ep)
-
-    @property
     def num_microbatches(self) -> int:
-        """Per pipeline and step."""
+        """Micro-batches that pass through one pipeline in a step."""
         return self.sequences_per_step // (self.data_parallel * self.micro_batch_size)
 
     @property
     def tokens_per_step(self) -> int:
-        """Global."""
+        """Tokens of one step, over all replicas."""
         return self.sequences_per_step * self.seq_length
 
     @property
     def tokens_per_microbatch(self) -> int:
-        """On one context-parallel rank."""
+        """Tokens of one micro-batch on one context-parallel rank."""
         return self.micro_batch_size * self.seq_length // self.cp
 
     def replace(self, **changes: object) -> "RunRequest":
-        """A copy with ``changes``."""
+        """A copy in which the fields of ``changes`` have those values."""
         return replace(self, **changes)  # type: ignore[arg-type]

@@ -28,11 +28,11 @@ from megatron_k2.planning.estimate import (
     estimate,
     layer_cost,
 )
-from megatron_k2.planning.fit import fit_to_memory, most_activations
 from megatron_k2.planning.gpus import GPUS, GPUS_PER_NODE
+from megatron_k2.planning.memory_fit import fit_to_memory, most_activations
 from megatron_k2.planning.request import Modules, Recompute, RunRequest
 from megatron_k2.planning.schedule.chunks import split_into_chunks
-from megatron_k2.planning.schedule.pipeline import Shape, num_warmup
+from megatron_k2.planning.schedule.pipeline import ScheduleShape, num_warmup
 from megatron_k2.presets import ModelPreset
 
 MICRO_BATCHES = (1, 2, 4)
@@ -42,7 +42,7 @@ OPTIMIZER_OFFLOADS = (0.0, 0.5, 1.0)
 
 @dataclass(frozen=True)
 class Found:
-    """The search's result."""
+    """The layouts that take the least time a step, and how many were looked at."""
 
     best: list[Estimate]
     num_layouts: int
@@ -109,8 +109,18 @@ def _can_split(num_layers: int, pp: int, vpp: int) -> bool:
 
 @functools.cache
 def _parameters(p: ModelPreset, tp: int, pp: int, vpp: int, ep: int) -> list[Parameters]:
-    """Of the ranks that could be fullest: the first two and the last."""
-    r = RunRequest(p, next(iter(GPUS.values())), tp * pp * ep, 1, 1, tp=tp, pp=pp, vpp=vpp, ep=ep)
+    """Parameters of the ranks that could be fullest: the first two and the last."""
+    r = RunRequest(
+        preset=p,
+        gpu=next(iter(GPUS.values())),
+        world_size=tp * pp * ep,
+        seq_length=1,
+        sequences_per_step=1,
+        tp=tp,
+        pp=pp,
+        vpp=vpp,
+        ep=ep,
+    )
     return [rank_parameters(r, rank) for rank in sorted({0, min(1, pp - 1), pp - 1})]
 
 
@@ -119,19 +129,19 @@ class QuickMemory:
     """Upper estimate of the fullest rank's bytes."""
 
     fixed: float
-    """Weights and gradients."""
+    """Bytes of weights and gradients, which no choice changes."""
     optimizer: float
     step: dict[bool, float]
-    """Worked on during the optimizer's step, without and with states on the host."""
+    """Bytes worked on during the optimizer's step, without and with states on the host."""
     tokens_alive: float
     """Tokens times layers whose activations wait for their backward."""
     head_tokens: float
 
 
 def quick_memory(r: RunRequest) -> QuickMemory:
-    """Of ``r``, offload and recompute aside."""
+    """The estimate for ``r``, without what offload and recompute save."""
     longest = _longest_chunk(r.preset.num_layers, r.pp, r.vpp)
-    shape = Shape(r.pp, r.vpp, r.num_microbatches, r.has_overlap and r.vpp > 1)
+    shape = ScheduleShape(r.pp, r.vpp, r.num_microbatches, r.has_overlap and r.vpp > 1)
     live = min(num_warmup(shape, min(1, r.pp - 1)) + 1, r.num_microbatches * r.vpp)
     ranks = _parameters(r.preset, r.tp, r.pp, r.vpp, r.ep)
     return QuickMemory(
@@ -169,12 +179,12 @@ def _head_bytes(p: ModelPreset, tp: int, modules: Modules) -> float:
 
 @functools.cache
 def _longest_chunk(num_layers: int, pp: int, vpp: int) -> int:
-    """Layers of it."""
+    """Number of layers of the longest model chunk."""
     return max(len(chunk.layers) for chunk in split_into_chunks(num_layers, pp, vpp))
 
 
 def quick_seconds(r: RunRequest, a: Assumptions) -> float:
-    """Of one step: the busiest rank's arithmetic, what cannot be hidden, fill and drain.
+    """Seconds of one step: the busiest rank's arithmetic, what cannot be hidden, fill and drain.
 
     Copies to the host run beside the arithmetic until they take longer; optimizer states' do not.
     """
@@ -201,7 +211,7 @@ def _states_copy_seconds(r: RunRequest, a: Assumptions) -> float:
 
 @dataclass(frozen=True)
 class _Fitting:
-    """What fits of one layout."""
+    """The choices of one layout that fit into memory."""
 
     choices: list[RunRequest]
     """For each amount of offload that allows a cheaper recompute than less does, that one."""

@@ -24,7 +24,7 @@ def divert_output(log_path: Path) -> TextIO:
 
 
 def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """A time as people write it: 1:02:03, or 2:03 below an hour."""
     minutes, second = divmod(int(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -30,7 +30,7 @@ class StepRecord:
     """Mean nats per token of the global batch."""
     learning_rate: float
     grad_norm: float
-    """Global, before clipping."""
+    """Norm of all gradients of the global batch, before clipping."""
     is_skipped: bool
     seconds: float
     tokens_per_second: float
@@ -45,24 +45,24 @@ class StepRecord:
     load_max_over_mean_per_layer: tuple[float, ...]
     """Busiest expert's tokens over the mean, a layer with experts each."""
     adamw_grad_norm: float | None = None
-    """Of AdamW's gradients alone, before clipping; none without MuonClip or in a skipped step."""
+    """Norm of AdamW's gradients before clipping; none without MuonClip or in a skipped step."""
     update_rms: dict[str, float] | None = None
     """Root mean square of what the learning rate multiplied, a group of ``step_statistics`` each;
     this and the seconds only with ``--log-muon-steps``."""
     exchange_seconds: float | None = None
-    """Of Muon's exchange that computation did not hide, on the slowest rank."""
+    """Time of Muon's exchange that computation did not hide, on the slowest rank."""
     newton_schulz_seconds: float | None = None
-    """On the slowest rank."""
+    """Time of the Newton-Schulz iterations, on the slowest rank."""
     schema_version: int = SCHEMA_VERSION
 
     @property
     def max_logit(self) -> float:
-        """Over all layers."""
+        """Largest softmax input of any head in any layer; -inf if none was recorded."""
         return max(self.max_logit_per_layer, default=-math.inf)
 
     @property
     def load_max_over_mean(self) -> float:
-        """Over all layers."""
+        """Busiest expert's tokens over the mean, of the layer where it is highest."""
         return max(self.load_max_over_mean_per_layer, default=1.0)
 
 

@@ -1,31 +1,54 @@
-"""What a run writes about itself, and the names of what lies in its directory."""
+"""What a run writes about itself: a record beside its output, with versions and commit."""
 
-import re
+import json
 from pathlib import Path
+from typing import Any
 
+from megatron_k2.errors import UserError
 from megatron_k2.files import write_atomically
+from megatron_k2.host.repairs import installed_version
+from megatron_k2.run.commit import git_commit
 
 RUN_RECORD = "run.json"
+"""What was trained with which flags; written by the run itself."""
+
+PACKAGES = (
+    *("megatron-k2", "megatron-core", "torch"),
+    *("emerging-optimizers", "transformer-engine", "numpy"),
+)
+"""Distributions whose versions a run depends on."""
 
 
-TRACKER = "latest_checkpointed_iteration.txt"
-"""Megatron's file that names the last whole checkpoint of a ``--save`` directory."""
-
-METADATA = ".metadata"
-"""torch's index of a ``torch_dist`` checkpoint."""
+def package_versions() -> dict[str, str | None]:
+    """Distribution -> installed version, ``None`` if it is absent."""
+    return {name: installed_version(name) for name in PACKAGES}
 
 
-def repair_tracker(save: Path) -> None:
-    """Mend ``latest_checkpointed_iteration.txt`` if a kill left it empty.
+def write_record(path: Path, content: dict[str, Any]) -> None:
+    """``content`` with the versions and the commit it was made by, as JSON; whole or not at all."""
+    record = {
+        "schema_version": 1,
+        **content,
+        "versions": package_versions(),
+        "git_commit": git_commit(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
 
-    Megatron truncates and rewrites it in place, after the checkpoint itself is whole. Checkpoints
-    whose ``metadata.json`` is there are whole: it is written last.
+
+def read_run_record(save: Path) -> dict[str, Any]:
+    """``run.json`` of the run in ``save``; empty if it has none.
+
+    Raises:
+        UserError: if it is not a JSON object.
     """
-    tracker = save / TRACKER
-    if not tracker.exists() or re.fullmatch(r"\d+|release", tracker.read_text().strip()):
-        return
-    whole = sorted(path.parent.name for path in save.glob("iter_*/metadata.json"))
-    if whole:
-        write_atomically(tracker, str(int(whole[-1].removeprefix("iter_"))).encode())
-    else:
-        tracker.unlink()
+    path = save / RUN_RECORD
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}); remove it or restore it") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path} holds {type(record).__name__}, expected an object; remove it")
+    return record

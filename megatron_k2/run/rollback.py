@@ -15,23 +15,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_k2.errors import UserError
-from megatron_k2.files import sync_directory, write_atomically
-from megatron_k2.run.record import TRACKER
+from megatron_k2.files import sync_directory
+from megatron_k2.run.iterations import iteration_directories, point_tracker
 from megatron_k2.run.spikes import Spike
 
 ROLLBACKS = "rollbacks.jsonl"
+MARGIN = 10
+"""Default of the steps on either side of a spike that a rollback leaves out too; a choice."""
 ASIDE = "rolled_back"
 """Directory of the checkpoints that hold a spike; to be deleted by a person."""
 
 
 @dataclass(frozen=True)
 class Rollback:
-    """One line of ``rollbacks.jsonl``."""
+    """One return to an earlier checkpoint: a line of ``rollbacks.jsonl``."""
 
     spike: int
-    """Its step."""
+    """Step of the spike."""
     back_to: int
-    """Step of the checkpoint."""
+    """Step of the checkpoint that the run goes on from."""
     skipped: tuple[int, ...]
     """Steps whose batches are left out."""
     loss: float
@@ -61,13 +63,6 @@ def plan_rollback(
     return Rollback(spike.iteration, max(before), tuple(steps), spike.loss, spike.median)
 
 
-def whole_checkpoints(save: Path) -> list[int]:
-    """Steps of the checkpoints in ``save``; ``metadata.json`` is written last."""
-    return sorted(
-        int(path.parent.name.removeprefix("iter_")) for path in save.glob("iter_*/metadata.json")
-    )
-
-
 def read_rollbacks(save: Path) -> list[Rollback]:
     """Every rollback of the run in ``save``, oldest first.
 
@@ -89,10 +84,10 @@ def read_rollbacks(save: Path) -> list[Rollback]:
 
 def roll_back(save: Path, rollback: Rollback) -> None:
     """Make the next start of the run in ``save`` begin at ``rollback.back_to``; on one rank."""
-    write_atomically(save / TRACKER, str(rollback.back_to).encode())
+    point_tracker(save, rollback.back_to)
     (save / ASIDE).mkdir(exist_ok=True)
-    for path in sorted(save.glob("iter_*")):
-        if int(path.name.removeprefix("iter_")) > rollback.back_to:
+    for step, path in iteration_directories(save).items():
+        if step > rollback.back_to:
             number = len(list((save / ASIDE).glob(f"{path.name}*")))
             path.rename(save / ASIDE / (path.name + (f".{number}" if number else "")))
     sync_directory(save)

@@ -14,21 +14,23 @@ WINDOW = 64
 """Losses before a step that it is compared with."""
 MINIMUM = 8
 """Fewer say nothing, and no step is judged."""
+LEAST_NATS = 0.5
+"""Default height in nats under which nothing is a spike; a choice, the report gives none."""
 NUM_MOVES = 5.0
 """Median moves from one loss to the next that noise does not reach: 4.8 standard deviations of
-normal noise, whose median move is 0.954 of them. Deviations from the median itself are no measure
-of noise here: while the loss falls, they are the fall."""
+normal noise, whose median move is 0.954 of them. Deviations from the median itself do not measure
+noise here: while the loss falls, they are the fall."""
 
 
 @dataclass(frozen=True)
 class Spike:
-    """A step whose loss is no continuation of those before it."""
+    """A step whose loss does not continue those before it."""
 
     iteration: int
     loss: float
-    """Nats a token."""
+    """Loss of the step, nats a token."""
     median: float
-    """Of the window before it."""
+    """Median of the losses in the window before it, nats a token."""
     limit: float
     """Nats above the median from which a step is a spike."""
 

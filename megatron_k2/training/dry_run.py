@@ -55,10 +55,10 @@ class BuiltRank:
     ranks: tuple[int, ...]
     """Pipeline ranks that hold the same; the first was built."""
     layers: tuple[int, ...]
-    """Of each virtual stage."""
+    """Number of layers of each virtual stage."""
     parameters: Parameters
     num_matrices: int
-    """That MuonClip orthogonalises."""
+    """Weight matrices on this rank that MuonClip orthogonalises."""
     num_modules: int
     optimizer: "BuiltOptimizer"
     seconds: float
@@ -69,14 +69,14 @@ class BuiltOptimizer:
     """MuonClip's plan over the ranks that share a stage."""
 
     num_ranks: int
-    """That share its dense matrices."""
+    """Ranks that share the stage's dense matrices."""
     imbalance: float
     """FLOPs of the busiest rank over the least that any plan could give it."""
     on_device: int
     """Bytes of states of the fullest rank."""
     on_host: int
     total_bytes: float
-    """Of everything on the fullest rank's device, at the fullest moment."""
+    """Bytes of everything on the fullest rank's device, at the fullest moment."""
 
 
 @contextlib.contextmanager
@@ -181,11 +181,11 @@ def plan_optimizer(
         UserError: where the plan has other matrices than the model, or other bytes than the
             closed form.
     """
-    from megatron_k2.planning.muonclip.model import Layout, plan_stage
+    from megatron_k2.planning.muonclip.model import plan_stage
 
     rank = ranks[0]
     chunks = tuple(chunk for chunk in r.chunks() if chunk.rank == rank)
-    plan = plan_stage(r.preset, Layout(r.world_size, r.tp, r.pp, r.ep, r.vpp), ranks, chunks)
+    plan = plan_stage(r.preset, r, ranks, chunks)
     planned_matrices = sum(domain.num_matrices for domain in plan.domains)
     if planned_matrices != num_matrices:
         raise UserError(

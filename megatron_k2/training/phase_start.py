@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_k2.run.record import TRACKER
+from megatron_k2.run.iterations import has_tracker
 
 
 def starts_here(args: Namespace) -> bool:
     """Whether this start takes the optimizer of another run: the first one, not a resume."""
-    is_first = args.load is None or not (Path(args.load) / TRACKER).is_file()
+    is_first = args.load is None or not has_tracker(Path(args.load))
     return bool(args.keep_optimizer and args.pretrained_checkpoint and is_first)
 
 

@@ -1,20 +1,17 @@
 """Wrong input refused before anything expensive, and a killed run's leftovers put in order.
 
-Works on the expanded flags alone: no torch, no Megatron, so the command line answers at once and
+Works on the run's flags alone: no torch, no Megatron, so the command line answers at once and
 every rank started by hand refuses the same way.
 """
 
-import argparse
 import importlib
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_k2.errors import UserError
-from megatron_k2.files import write_atomically
 from megatron_k2.flags.data import check_files
 from megatron_k2.fp8.compute import check_fp8
 from megatron_k2.host.repairs import (
@@ -22,23 +19,11 @@ from megatron_k2.host.repairs import (
     require_checked_megatron,
     require_transformer_engine,
 )
-from megatron_k2.parallel.layout import LayoutRequest, check_layout
-from megatron_k2.run.commit import git_commit
-from megatron_k2.run.record import RUN_RECORD, TRACKER
+from megatron_k2.parallel.layout import check_layout
+from megatron_k2.run.flags import RunFlags
+from megatron_k2.run.iterations import has_tracker, tracker_text
+from megatron_k2.run.record import RUN_RECORD, read_run_record, write_record
 
-_LAYOUT_FLAGS = {
-    "--tensor-model-parallel-size": "tensor_model_parallel_size",
-    "--pipeline-model-parallel-size": "pipeline_model_parallel_size",
-    "--context-parallel-size": "context_parallel_size",
-    "--expert-model-parallel-size": "expert_model_parallel_size",
-    "--num-virtual-stages-per-pipeline-rank": "num_virtual_stages",
-    "--global-batch-size": "global_batch_size",
-    "--micro-batch-size": "micro_batch_size",
-    "--seq-length": "seq_length",
-    "--num-layers": "num_layers",
-    "--num-attention-heads": "num_attention_heads",
-    "--num-experts": "num_moe_experts",
-}
 _SHAPE_FLAGS = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads q_lora_rank kv_lora_rank "
     "qk_head_dim qk_pos_emb_head_dim v_head_dim num_experts moe_ffn_hidden_size moe_router_topk "
@@ -47,61 +32,28 @@ _SHAPE_FLAGS = (
 """What must agree between a checkpoint and the run that loads it."""
 
 
-def read_flags(flags: list[str]) -> argparse.Namespace:
-    """The few values this module looks at, as Megatron's parser would read them."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    for flag, name in _LAYOUT_FLAGS.items():
-        parser.add_argument(flag, dest=name, type=int, default=None)
-    for name in _SHAPE_FLAGS:
-        if name not in ("num_layers", "num_attention_heads", "num_experts"):
-            parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=None)
-    parser.add_argument("--expert-tensor-parallel-size", type=int, default=None)
-    parser.add_argument("--pipeline-model-parallel-layout", default=None)
-    parser.add_argument("--no-overlap-p2p-communication", action="store_true")
-    parser.add_argument("--fp4-format", default=None)
-    parser.add_argument("--fp8-format", default=None)
-    parser.add_argument("--transformer-impl", default="local")
-    parser.add_argument("--moe-router-dtype", default=None)
-    parser.add_argument("--distributed-backend", default="nccl")
-    parser.add_argument("--moe-token-dispatcher-type", default=None)
-    parser.add_argument("--moe-flex-dispatcher-backend", default="deepep")
-    parser.add_argument("--preset", default=None)
-    parser.add_argument("--load", default=None)
-    parser.add_argument("--pretrained-checkpoint", default=None)
-    parser.add_argument("--save", default=None)
-    parser.add_argument("--finetune", action="store_true")
-    parser.add_argument("--qk-clip-threshold", type=float, default=None)
-    parser.add_argument("--recompute-modules", nargs="*", default=[])
-    parser.add_argument("--optimizer-offload-fraction", type=float, default=1.0)
-    try:
-        values, _ = parser.parse_known_args(flags)
-    except SystemExit:
-        raise UserError("a size flag has no whole number behind it; see the usage above") from None
-    values.num_experts = values.num_moe_experts
-    return values
-
-
-def check_run(flags: list[str], world_size: int) -> None:
+def check_run(flags: RunFlags, world_size: int) -> None:
     """Refuse what cannot run.
 
     Args:
-        flags: as ``flags.megatron.expand`` returns them.
+        flags: of the run, expanded.
         world_size: ranks that will be started.
 
     Raises:
         UserError: naming the value, what was expected, and the way out.
     """
     require_checked_megatron()
-    values = read_flags(flags)
-    check_layout(_layout_request(values, world_size))
+    layout = flags.layout(world_size)
+    check_layout(layout, flags.workload(layout))
+    _check_fp4(flags)
     check_fp8(
         flags,
-        fp8_format=values.fp8_format,
-        transformer_impl=values.transformer_impl,
-        router_dtype=values.moe_router_dtype,
+        fp8_format=flags.fp8_format,
+        transformer_impl=flags.transformer_impl,
+        router_dtype=flags.moe_router_dtype,
         te_version=installed_version("transformer-engine"),
     )
-    if values.transformer_impl == "local" and "mla_up_proj" in values.recompute_modules:
+    if flags.transformer_impl == "local" and "mla_up_proj" in flags.recompute_modules:
         raise UserError(
             "--recompute-modules mla_up_proj with --transformer-impl local frees nothing: this "
             "attention keeps copies of queries, keys and values; drop it, or use "
@@ -110,53 +62,53 @@ def check_run(flags: list[str], world_size: int) -> None:
     if "--fine-grained-activation-offloading" in flags:
         _check_affinity_packages()
     if "--muonclip-cpu-offload" in flags:
-        _check_offload(flags, values.optimizer_offload_fraction)
-    if values.transformer_impl == "transformer_engine":
+        _check_offload(flags)
+    if flags.transformer_impl == "transformer_engine":
         require_transformer_engine()
     if "--keep-optimizer" in flags:
-        _check_phase_start(flags, values)
-    _check_dispatcher(values)
+        _check_phase_start(flags)
+    _check_dispatcher(flags)
     check_files(flags)
-    if values.load and not values.finetune:
-        _check_checkpoint(Path(values.load), values)
+    if flags.load and not flags.finetune:
+        _check_checkpoint(Path(flags.load), flags)
 
 
-def _check_phase_start(flags: list[str], values: argparse.Namespace) -> None:
+def _check_phase_start(flags: RunFlags) -> None:
     """The optimizer of another run: MuonClip's, and there."""
     if "--muonclip" not in flags:
         raise UserError(
             "--keep-optimizer is MuonClip's: Megatron looks for another optimizer's groups by the "
             "rates of this run; add --optimizer muonclip, or drop the flag"
         )
-    is_resumed = values.load is not None and (Path(values.load) / TRACKER).is_file()
-    if values.pretrained_checkpoint is None or is_resumed:
+    is_resumed = flags.load is not None and has_tracker(Path(flags.load))
+    if flags.pretrained_checkpoint is None or is_resumed:
         return
-    tracker = Path(values.pretrained_checkpoint) / TRACKER
-    found = tracker.read_text().strip() if tracker.is_file() else "no checkpoint"
+    found = tracker_text(Path(flags.pretrained_checkpoint))
+    found = "no checkpoint" if found is None else found
     if not found.isdigit():
         raise UserError(
-            f"--keep-optimizer: {values.pretrained_checkpoint} has {found}, and no optimizer's "
+            f"--keep-optimizer: {flags.pretrained_checkpoint} has {found}, and no optimizer's "
             "state; drop the flag, in a recipe --set keeps_optimizer=false"
         )
 
 
-def _check_dispatcher(values: argparse.Namespace) -> None:
+def _check_dispatcher(flags: RunFlags) -> None:
     """The fused dispatcher needs its package, a router in fp32, and ranks to send to."""
-    if values.moe_token_dispatcher_type != "flex":
+    if flags.moe_token_dispatcher_type != "flex":
         return
-    backend = values.moe_flex_dispatcher_backend
-    if (values.tensor_model_parallel_size or 1) * (values.expert_model_parallel_size or 1) == 1:
+    backend = flags.moe_flex_dispatcher_backend
+    if (flags.tensor_model_parallel_size or 1) * (flags.expert_model_parallel_size or 1) == 1:
         raise UserError(
             "--moe-token-dispatcher-type flex: TP x EP is 1 and no token leaves its rank; give "
             "--expert-model-parallel-size, or take alltoall"
         )
-    if values.distributed_backend == "gloo":
+    if flags.distributed_backend == "gloo":
         raise UserError(
             "--moe-token-dispatcher-type flex: its kernels are CUDA's; on a CPU take alltoall"
         )
-    if values.moe_router_dtype != "fp32":
+    if flags.moe_router_dtype != "fp32":
         raise UserError(
-            f"--moe-router-dtype {values.moe_router_dtype}: {backend} takes fp32 probabilities; "
+            f"--moe-router-dtype {flags.moe_router_dtype}: {backend} takes fp32 probabilities; "
             "add --moe-router-dtype fp32"
         )
     if backend != "ncclep" and importlib.util.find_spec("deep_ep") is None:
@@ -188,68 +140,44 @@ def _check_affinity_packages() -> None:
             ) from None
 
 
-def _check_offload(flags: list[str], fraction: float) -> None:
+def _check_offload(flags: RunFlags) -> None:
     """MuonClip's states in host memory: over ZeRO, a part of them, and nobody else reads them."""
     if "--use-distributed-optimizer" not in flags:
         raise UserError(
             "--optimizer-cpu-offload with MuonClip moves a rank's ZeRO-1 shards; add "
             "--use-distributed-optimizer"
         )
+    fraction = flags.optimizer_offload_fraction
     if not 0 < fraction <= 1:
         raise UserError(
-            f"--optimizer-offload-fraction {fraction:g}: a part above 0 and up to 1 is expected; "
-            "for none, drop --optimizer-cpu-offload"
+            f"--optimizer-offload-fraction {fraction:g}: a fraction above 0, at most 1, is "
+            "expected; for none, drop --optimizer-cpu-offload"
         )
     for flag, reason in _NOT_OFFLOADED.items():
         if flag in flags:
             raise UserError(f"{flag} with --optimizer-cpu-offload: {reason}; drop one of the two")
 
 
-def _layout_request(values: argparse.Namespace, world_size: int) -> LayoutRequest:
-    given = {
-        name: value
-        for name in _LAYOUT_FLAGS.values()
-        if (value := getattr(values, name)) is not None
-    }
-    missing = [
-        flag
-        for flag, name in _LAYOUT_FLAGS.items()
-        if name in ("num_layers", "num_attention_heads", "seq_length", "micro_batch_size")
-        and name not in given
-    ]
-    if missing:
-        raise UserError(f"missing {', '.join(missing)}; give them, or --preset NAME")
-    given.setdefault("num_moe_experts", None)
-    tp, pp, cp = (
-        given.get(f"{kind}_size", 1)
-        for kind in ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel")
-    )
-    data_parallel = max(1, world_size // (tp * pp * cp))
-    given.setdefault("global_batch_size", given["micro_batch_size"] * data_parallel)
-    etp = values.expert_tensor_parallel_size
-    return LayoutRequest(
-        world_size=world_size,
-        expert_tensor_parallel_size=tp if etp is None else etp,
-        has_pipeline_layout=values.pipeline_model_parallel_layout is not None,
-        overlap_p2p_comm=not values.no_overlap_p2p_communication,
-        fp4=values.fp4_format,
-        has_transformer_engine=installed_version("transformer-engine") is not None,
-        **given,
-    )
+def _check_fp4(flags: RunFlags) -> None:
+    """FP4 is Transformer Engine's alone."""
+    if flags.fp4_format and installed_version("transformer-engine") is None:
+        raise UserError(
+            f"--fp4-format {flags.fp4_format} needs Transformer Engine; without it Megatron "
+            "ignores the flag and trains in the base precision"
+        )
 
 
-def _shape(values: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(values, name) for name in _SHAPE_FLAGS}
+def _shape(flags: RunFlags) -> dict[str, Any]:
+    return {name: getattr(flags, name) for name in _SHAPE_FLAGS}
 
 
-def _check_checkpoint(load: Path, values: argparse.Namespace) -> None:
-    record = load / RUN_RECORD
-    if not record.exists():
+def _check_checkpoint(load: Path, flags: RunFlags) -> None:
+    saved = read_run_record(load)
+    if not saved:
         return
-    saved = json.loads(record.read_text())
     differing = {
         name: (saved["shape"].get(name), value)
-        for name, value in _shape(values).items()
+        for name, value in _shape(flags).items()
         if saved["shape"].get(name) != value
     }
     if differing:
@@ -260,32 +188,18 @@ def _check_checkpoint(load: Path, values: argparse.Namespace) -> None:
         )
 
 
-def write_run_record(flags: list[str], world_size: int) -> None:
+def write_run_record(flags: RunFlags, world_size: int) -> None:
     """``run.json`` beside the run's output: what it is, and with which versions."""
-    values = read_flags(flags)
-    if values.save is None:
+    if flags.save is None:
         return
-    packages = (
-        "megatron-k2",
-        "megatron-core",
-        "torch",
-        "emerging-optimizers",
-        "transformer-engine",
-        "numpy",
-    )
     record = {
-        "schema_version": 1,
-        "preset": values.preset,
-        "shape": _shape(values),
-        "qk_clip_threshold": values.qk_clip_threshold,
+        "preset": flags.preset,
+        "shape": _shape(flags),
+        "qk_clip_threshold": flags.qk_clip_threshold,
         "world_size": world_size,
-        "flags": flags,
-        "versions": {name: installed_version(name) for name in packages},
-        "git_commit": git_commit(),
+        "flags": flags.words,
     }
-    path = Path(values.save) / RUN_RECORD
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+    write_record(Path(flags.save) / RUN_RECORD, record)
 
 
 def drop_damaged_index_cache(prefixes: list[str]) -> None:

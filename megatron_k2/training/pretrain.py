@@ -17,7 +17,8 @@ from megatron_k2.flags.data import data_prefixes, make_synthetic
 from megatron_k2.flags.megatron import add_k2_arguments, expand, last_value
 from megatron_k2.fp8.compute import choose_offload_version, choose_scale_format
 from megatron_k2.run.console import divert_output
-from megatron_k2.run.record import repair_tracker
+from megatron_k2.run.flags import RunFlags, read_flags
+from megatron_k2.run.iterations import repair_tracker
 from megatron_k2.training.preflight import check_run, drop_damaged_index_cache, write_run_record
 
 PROGRAM_START = time.time()
@@ -70,15 +71,15 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
         skip_helpers_compilation,
     )
 
-    flags = expand(argv, cuda=torch.cuda.is_available())
+    flags = read_flags(expand(argv, cuda=torch.cuda.is_available()))
     world_size = int(os.environ["WORLD_SIZE"])
     check_run(flags, world_size)
-    choose_scale_format(last_value(flags, "--fp8-recipe"))
+    choose_scale_format(flags.fp8_recipe)
     choose_offload_version(flags)
     if os.environ["RANK"] == "0":
         _put_in_order(flags, world_size)
     # ft_integration.setup() parses sys.argv again, so it must hold what Megatron understands.
-    sys.argv = [sys.argv[0], *flags]
+    sys.argv = [sys.argv[0], *flags.words]
     with megatron_host():
         skip_helpers_compilation()
         recompute_without_te()
@@ -90,15 +91,13 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
         _pretrain(terminal)
 
 
-def _put_in_order(flags: list[str], world_size: int) -> None:
+def _put_in_order(flags: RunFlags, world_size: int) -> None:
     """What one rank does for all before the first collective."""
-    save = last_value(flags, "--save")
-    if save is not None:
-        repair_tracker(Path(save))
+    if flags.save is not None:
+        repair_tracker(Path(flags.save))
     drop_damaged_index_cache(data_prefixes(flags))
-    if (vocabulary := last_value(flags, "--vocab-size")) is not None:
-        eod = last_value(flags, "--null-tokenizer-eod-id")
-        make_synthetic(flags, int(vocabulary), int(eod or 0))
+    if flags.vocab_size is not None:
+        make_synthetic(flags, flags.vocab_size, flags.null_tokenizer_eod_id or 0)
     write_run_record(flags, world_size)
 
 

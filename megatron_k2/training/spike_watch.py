@@ -15,18 +15,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_k2.run.iterations import whole_iterations
 from megatron_k2.run.metrics import METRICS_FILE, StepRecord, read_records
 from megatron_k2.run.rollback import (
     Rollback,
     plan_rollback,
     read_rollbacks,
     roll_back,
-    whole_checkpoints,
 )
 from megatron_k2.run.spikes import WINDOW, Spike, find_spike
 
 EXIT_CODE = 3
-"""Of a run that a spike stopped."""
+"""Exit code of a run that a spike stopped."""
 
 
 class SpikeWatch:
@@ -113,7 +113,7 @@ def _go_back(args: Namespace, spike: Spike) -> Rollback | None:
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         save = Path(args.save)
-        whole, earlier = whole_checkpoints(save), read_rollbacks(save)
+        whole, earlier = whole_iterations(save), read_rollbacks(save)
         found = [plan_rollback(spike, args.spike_margin, whole, earlier)]
         if found[0] is not None:
             roll_back(save, found[0])

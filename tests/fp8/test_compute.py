@@ -10,6 +10,7 @@ from megatron_k2.flags import megatron as flags_module
 from megatron_k2.flags.megatron import expand, last_value
 from megatron_k2.fp8.compute import FP32_SCALES, check_fp8, choose_scale_format
 from megatron_k2.host import repairs
+from megatron_k2.run.flags import read_flags
 from megatron_k2.training import preflight
 from megatron_k2.training.preflight import check_run
 
@@ -91,14 +92,14 @@ def installed(monkeypatch):
 def test_what_cannot_run_or_must_not_be_fp8_is_refused(installed, version, arguments, message):
     installed(version)
     with pytest.raises(UserError, match=message):
-        check_run(expand([*TINY, *arguments], cuda=True), 1)
+        check_run(read_flags(expand([*TINY, *arguments], cuda=True)), 1)
 
 
 def test_what_can_run_passes(installed):
     installed("2.20.2")
-    check_run(expand([*TINY, *TE, "--fp8-compute", "blockwise"], cuda=True), 1)
+    check_run(read_flags(expand([*TINY, *TE, "--fp8-compute", "blockwise"], cuda=True)), 1)
     installed(None)
-    check_run(expand(TINY, cuda=True), 1)
+    check_run(read_flags(expand(TINY, cuda=True)), 1)
 
 
 def test_guards_are_for_the_flags_given():

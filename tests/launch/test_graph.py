@@ -9,11 +9,11 @@ from megatron_k2.cli.main import main
 from megatron_k2.errors import UserError
 from megatron_k2.launch import jobs
 from megatron_k2.launch.cluster import Cluster
-from megatron_k2.launch.graph import chain_summary, places, run_chain, steps_saved, submit_chain
+from megatron_k2.launch.graph import chain_summary, places, run_chain, submit_chain
 from megatron_k2.launch.slurm import render
 from megatron_k2.planning.phases import kimi_k2_phases
 from megatron_k2.recipes import CHAINS, get_chain, get_recipe
-from megatron_k2.run.record import TRACKER
+from megatron_k2.run.iterations import TRACKER, last_iteration
 
 NAME = "kimi_k2_phases_cpu"
 
@@ -51,7 +51,8 @@ def test_a_failed_phase_stops_the_chain_and_the_same_command_goes_on_from_it(tmp
     assert f"{recipes[0].name}: done before" in capsys.readouterr().out
     summary = chain_summary(runs)
     assert f"{recipes[3].steps}/{recipes[3].steps}" in summary
-    blends = [line.split()[3] for line in summary.splitlines()[1:]]
+    rows = [line.split() for line in summary.splitlines() if "kimi_k2" in line]
+    blends = [row[3] for row in rows]
     assert blends == ["25/25/25/25", "10/30/30/30", "6/18/18/18/40", "6/18/18/18/40"]
 
 
@@ -133,11 +134,11 @@ def test_without_accounting_the_commands_to_use_by_hand_are_named(monkeypatch, t
     (tmp_path / "sacct").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(UserError, match="storage is disabled; by hand: squeue --jobs 8, scancel 8"):
-        jobs.states([jobs.Job("8", "")])
+        jobs.states([jobs.SlurmJob("8", "")])
 
 
 def test_a_run_that_was_never_submitted_has_no_log(tmp_path):
-    assert steps_saved(tmp_path) == 0
+    assert last_iteration(tmp_path) == 0
     with pytest.raises(UserError, match="nothing was submitted"):
         jobs.log_path(str(tmp_path))
 

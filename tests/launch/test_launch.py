@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from megatron_k2.cli.main import main
-from megatron_k2.launch.local import RECORD
+from megatron_k2.launch.local import RECIPE_RECORD
 from megatron_k2.launch.overrides import apply
 from megatron_k2.launch.table import resolved
 from megatron_k2.recipes import get_recipe
@@ -101,7 +101,7 @@ def test_a_twin_trains_leaves_its_record_and_the_next_phase_goes_on_from_it(tmp_
     assert [r.iteration for r in records] == [1, 2, 3, 4]
     assert max(r.learning_rate for r in records) == pytest.approx(4e-3)
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "4"
-    record = json.loads((save / RECORD).read_text())
+    record = json.loads((save / RECIPE_RECORD).read_text())
     assert record["recipe"] == "kimi_k2_pretrain_cpu"
     assert record["values"]["phase.tokens"] == 8192
     assert record["versions"]["megatron-core"].startswith("0.19")
@@ -112,7 +112,7 @@ def test_a_twin_trains_leaves_its_record_and_the_next_phase_goes_on_from_it(tmp_
     second = tmp_path / "second"
     argv = ["launch", "kimi_k2_anneal_4k_cpu", "--executor", "local", "--save", str(second)]
     assert main([*argv, "--start-from", str(save), *data]) == 0
-    assert "--keep-optimizer" in json.loads((second / RECORD).read_text())["flags"]
+    assert "--keep-optimizer" in json.loads((second / RECIPE_RECORD).read_text())["flags"]
     continued = read_records(second / METRICS_FILE)
     assert [r.iteration for r in continued] == [1, 2, 3, 4]
     assert continued[0].loss < (records[0].loss + records[-1].loss) / 2  # not random weights again

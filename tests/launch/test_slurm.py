@@ -169,7 +169,7 @@ def test_a_profile_is_read(tmp_path):
         ("acount: k2", "no key is called acount; did you mean 'account'"),
         ("zzz: k2", "no key is called zzz; one of: account, "),
         ("- a", "expected lines of 'key: value'"),
-        ("a: [", "no YAML"),
+        ("a: [", "not YAML"),
         ("account: [a, b]", r"account: \['a', 'b'\]: expected one word"),
         ("account: on", "account: True: expected one word"),
         ("seconds_to_save: 10m", "seconds_to_save: '10m': expected a whole number of seconds"),

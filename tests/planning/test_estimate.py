@@ -18,8 +18,8 @@ from megatron_k2.planning.cost.memory import rank_memory, rank_parameters
 from megatron_k2.planning.cost.offload import Movable, layer_groups, movable
 from megatron_k2.planning.cost.params import count_parameters
 from megatron_k2.planning.estimate import Assumptions, estimate, layer_cost
-from megatron_k2.planning.fit import fit_to_memory, most_activations, shortfall
 from megatron_k2.planning.gpus import GPUS, get_gpu
+from megatron_k2.planning.memory_fit import fit_to_memory, most_activations, shortfall
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.planning.search import RECOMPUTES, cheapest_first, layouts, search
 from megatron_k2.planning.trace import step_lanes, trace_events
@@ -44,7 +44,15 @@ def test_newton_schulz_is_counted_product_by_product():
 def test_one_gpu_without_communication_takes_its_flops_over_its_rate():
     perfect = Assumptions(1, 1, 1, 1, elementwise=1e-12, reserved_gb=0)
     tiny = replace(get_preset("k2-tiny"), q_lora_rank=None)
-    r = RunRequest(tiny, get_gpu("h100"), 1, 256, 16, recompute=frozenset(), fp8_storage=False)
+    r = RunRequest(
+        preset=tiny,
+        gpu=get_gpu("h100"),
+        world_size=1,
+        seq_length=256,
+        sequences_per_step=16,
+        recompute=frozenset(),
+        fp8_storage=False,
+    )
     found = estimate(r, perfect)
     products = model_flops_per_token(tiny, 256)
     attention = 4 * 4 * (48 + 32) * 2 * (256 + 1) / 2
@@ -175,8 +183,8 @@ def test_what_cannot_fit_names_what_would():
         ({"ep": 7}, "start a multiple of|does not divide"),
         ({"sequences_per_step": 16001}, "does not divide by micro_batch_size x data"),
         ({"pp": 32, "vpp": 3, "ep": 8}, "at most --vpp 1"),
-        ({"activation_offload": 1.5}, "a part from 0 to 1"),
-        ({"recompute": frozenset({"everything"})}, "everything is none of norm"),
+        ({"activation_offload": 1.5}, "a fraction from 0 to 1"),
+        ({"recompute": frozenset({"everything"})}, "everything is not one of norm"),
         ({"modules": "local"}, "mla_up with local modules frees nothing"),
         (
             {"modules": "local", "recompute": frozenset(), "activation_offload": 0.5},
@@ -195,7 +203,9 @@ def test_impossible_runs_are_refused(change, message):
 def test_the_search_finds_what_costing_every_choice_in_full_finds(gigabytes):
     """From room for all activations, by some offload, to hardly room for the states."""
     gpu = replace(get_gpu("h100"), memory_gb=gigabytes)  # of which 6 are reserved
-    base = RunRequest(get_preset("k2-mini"), gpu, 4, 1024, 16)
+    base = RunRequest(
+        preset=get_preset("k2-mini"), gpu=gpu, world_size=4, seq_length=1024, sequences_per_step=16
+    )
     found = search(base, top=3)
     rates: dict[frozenset, list[float]] = {}
     for r, recompute in itertools.product(layouts(base), RECOMPUTES):
@@ -218,7 +228,12 @@ def test_the_search_finds_what_costing_every_choice_in_full_finds(gigabytes):
 @pytest.mark.slow
 def test_what_the_search_shows_of_the_whole_model_fits():
     """Each recompute leaves another part for the host; taking one's for all showed 87 GB of 80."""
-    found = search(RunRequest(K2, GPUS["h100"], 1024, 4096, 16384), top=8)
+    found = search(
+        RunRequest(
+            preset=K2, gpu=GPUS["h100"], world_size=1024, seq_length=4096, sequences_per_step=16384
+        ),
+        top=8,
+    )
     assert len(found.best) == 8
     assert all(e.fits for e in found.best)
     assert {e.request.recompute for e in found.best} != {found.best[0].request.recompute}
@@ -245,7 +260,14 @@ def test_local_modules_keep_more_than_transformer_engines():
     theirs, ours = rank_memory(r, 1), rank_memory(r.replace(modules="local"), 1)
     assert ours.activations > 1.3 * theirs.activations
     assert ours.states == theirs.states
-    base = RunRequest(get_preset("k2-mini"), GPUS["h100"], 4, 1024, 16, modules="local")
+    base = RunRequest(
+        preset=get_preset("k2-mini"),
+        gpu=GPUS["h100"],
+        world_size=4,
+        seq_length=1024,
+        sequences_per_step=16,
+        modules="local",
+    )
     found = search(base, top=1)
     assert found.best[0].request.modules == "local"
     assert "mla_up" not in found.best[0].request.recompute
@@ -253,11 +275,21 @@ def test_local_modules_keep_more_than_transformer_engines():
 
 def test_a_search_without_a_result_says_what_is_missing():
     with pytest.raises(UserError, match=r"no layout of 16 x h100 fits in 80 GB; the nearest"):
-        search(RunRequest(K2, GPUS["h100"], 16, 4096, 16384))
+        search(
+            RunRequest(
+                preset=K2,
+                gpu=GPUS["h100"],
+                world_size=16,
+                seq_length=4096,
+                sequences_per_step=16384,
+            )
+        )
 
 
 def test_every_layout_of_the_search_passes_the_checks_of_a_launch():
-    base = RunRequest(K2, GPUS["h100"], 256, 4096, 16384)
+    base = RunRequest(
+        preset=K2, gpu=GPUS["h100"], world_size=256, seq_length=4096, sequences_per_step=16384
+    )
     some = list(itertools.islice(layouts(base), 0, None, 53))
     for r in some:
         r.check()
@@ -297,8 +329,8 @@ def test_the_plan_is_printed_and_as_json(capsys):
         (["--gpu", "h1000"], "did you mean 'h100'"),
         (["--efficiency", "gmm=1"], "expected one of gemm"),
         (["--efficiency", "gemm=fast"], "expected gemm=NUMBER"),
-        (["--activation-offload", "most"], "a part from 0 to 1, or auto"),
-        (["--recompute", "all"], "all is none of norm, swiglu, mla_up"),
+        (["--activation-offload", "most"], "a fraction from 0 to 1, or auto"),
+        (["--recompute", "all"], "all is not one of norm, swiglu, mla_up"),
     ],
 )
 def test_wrong_options_are_answered_in_one_line(argv, message, capsys):

@@ -118,7 +118,7 @@ def test_the_small_curve_has_the_shape_of_the_large():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seq_length": 5000}, "no whole number of sequences of 5000"),
+        ({"seq_length": 5000}, "not a multiple of the sequence length 5000"),
         ({"decay_tokens": 16 * 10**12}, "warm-up and decay take"),
     ],
 )

@@ -12,7 +12,7 @@ from megatron_k2.planning.cost import traffic
 from megatron_k2.planning.cost.memory import rank_parameters
 from megatron_k2.planning.gpus import get_gpu
 from megatron_k2.planning.request import RunRequest
-from megatron_k2.planning.schedule.pipeline import Shape, rank_order
+from megatron_k2.planning.schedule.pipeline import ScheduleShape, rank_order
 from megatron_k2.presets import get_preset
 from tests.parallel.test_layouts import CP2, EP2, MODEL, PP2, TP2, VPP2, ZERO
 from tests.support.distributed import run_ranks
@@ -45,7 +45,14 @@ def _request(**layout):
         kv_lora_rank=16, qk_head_dim=16, qk_pos_emb_head_dim=8, v_head_dim=16, num_moe_experts=8,
         moe_router_topk=2, moe_ffn_hidden_size=32, vocab_size=128,
     )  # fmt: skip
-    return RunRequest(preset, get_gpu("h100"), 2, 64, BATCH, **layout)
+    return RunRequest(
+        preset=preset,
+        gpu=get_gpu("h100"),
+        world_size=2,
+        seq_length=64,
+        sequences_per_step=BATCH,
+        **layout,
+    )
 
 
 def _bytes(counts, call, phase="step", size=2):
@@ -54,11 +61,11 @@ def _bytes(counts, call, phase="step", size=2):
 
 @pytest.mark.parametrize(("name", "vpp"), [("PP2xVPP2", 2), ("PP2", 1)])
 def test_the_order_of_a_real_run_is_the_schedules(counted, name, vpp):
-    shape = Shape(2, vpp, BATCH)
+    shape = ScheduleShape(2, vpp, BATCH)
     for rank in range(2):
         expected = [[u.kind, u.microbatch, u.virtual] for u in rank_order(shape, rank)]
         assert counted[name][rank]["order"] == expected
-    other = rank_order(Shape(2, vpp, BATCH, has_extra_warmup=vpp > 1), 0)
+    other = rank_order(ScheduleShape(2, vpp, BATCH, has_extra_warmup=vpp > 1), 0)
     if vpp > 1:
         assert counted[name][0]["order"] != [[u.kind, u.microbatch, u.virtual] for u in other]
 

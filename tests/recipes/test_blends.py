@@ -35,6 +35,7 @@ from megatron_k2.launch.overrides import apply
 from megatron_k2.presets import K2_TINY
 from megatron_k2.recipes import CHAINS, get_recipe
 from megatron_k2.recipes.blends import BLENDS
+from megatron_k2.run.flags import read_flags
 from megatron_k2.training.preflight import drop_damaged_index_cache
 from tests.support.single_rank import one_rank
 
@@ -67,7 +68,7 @@ def _samples_drawn(recipe, save):
     from megatron_k2.training.providers import datasets_provider
 
     flags = recipe.to_megatron_args(str(save))
-    make_synthetic(flags, VOCABULARY, EOD)
+    make_synthetic(read_flags(flags), VOCABULARY, EOD)
     with one_rank(), _megatrons_args(flags) as args:
         num_samples = max(100, args.train_samples)
         train, _, _ = datasets_provider([num_samples, 0, 0])
@@ -103,7 +104,7 @@ def test_every_phase_of_the_chain_draws_its_own_blend_and_not_the_one_before(tmp
     # Megatron keeps a prefix's sample indices where a start looks for those that a kill cut short.
     index = next((tmp_path / "data" / "web").glob("cache/*/*.npy"))
     index.write_bytes(index.read_bytes()[:-8])
-    drop_damaged_index_cache(data_prefixes(recipe.to_megatron_args("runs/x")))
+    drop_damaged_index_cache(data_prefixes(read_flags(recipe.to_megatron_args("runs/x"))))
     assert not index.exists()
 
 
@@ -136,9 +137,9 @@ def test_a_synthetic_domain_is_its_own_ids_and_the_same_bytes_again(tmp_path):
     ("assignments", "words"),
     [
         (["data.weights=1,2"], "2 weights for 4 prefixes"),
-        (["data.weights=1,1,1,0"], "0 is no part of the tokens"),
-        (["data.weights=1,1,1,nan"], "nan is no part of the tokens"),
-        (["data.weights=1,1,1,x"], "'x' is no number"),
+        (["data.weights=1,1,1,0"], "0 is not a weight"),
+        (["data.weights=1,1,1,nan"], "nan is not a weight"),
+        (["data.weights=1,1,1,x"], "'x' is not a number"),
         (["data.prefixes=web,code,web,knowledge"], "'web' is named twice"),
         (["data.root_=x"], "did you mean 'data.root'"),
     ],
@@ -159,7 +160,7 @@ def test_a_blend_file_takes_the_prefixes_place_and_is_read_before_megatron_reads
         recipe.to_megatron_args("runs/x")
     path.write_text(json.dumps({"train": f"0.7 {tmp_path}/a", "valid": None, "test": None}))
     with pytest.raises(UserError, match=r"a\.idx does not exist"):
-        check_files(recipe.to_megatron_args("runs/x"))
+        check_files(read_flags(recipe.to_megatron_args("runs/x")))
 
 
 def test_prefixes_are_told_from_weights_as_megatron_does():

@@ -13,7 +13,7 @@ from megatron_k2.launch.blend import DataBlend
 from megatron_k2.launch.overrides import apply
 from megatron_k2.launch.table import resolved, source_of
 from megatron_k2.planning.cost.memory import rank_parameters
-from megatron_k2.planning.fit import shortfall
+from megatron_k2.planning.memory_fit import shortfall
 from megatron_k2.planning.phases import kimi_k2_phases
 from megatron_k2.recipes import RECIPES, get_recipe
 from megatron_k2.recipes.cpu import twins
@@ -134,7 +134,7 @@ def test_megatron_builds_every_distinct_full_size_layout_from_the_flags(name, mo
         ("checkpoint.interval", "expected KEY=VALUE"),
         ("layout.ep=3", "does not divide"),
         ("layout.world_size=128", "start a multiple of 256 ranks"),
-        ("layout.recompute=swigluu", "swigluu is none of"),
+        ("layout.recompute=swigluu", "swigluu is not one of"),
         ("phase.lr=-1", "expected lr above 0"),
         ("phase.min_lr=0.1", "min_lr from 0 to lr"),
         ("phase.tokens=0", "each is expected above 0"),
@@ -212,8 +212,12 @@ def test_dispatcher_and_profiler_are_fields_and_become_megatrons_flags():
         ("kimi_k2_pretrain_cpu", ["profiler.tool=torch"], "off, pytorch, nsys"),
         ("kimi_k2_pretrain_cpu", [TRACE, "profiler.first_step=13"], "at least one"),
         ("kimi_k2_pretrain_cpu", [TRACE, "profiler.last_step=20"], "the run has 20 steps"),
-        ("kimi_k2_pretrain_cpu", [TRACE, "profiler.ranks=1"], "1 is no rank of 1; the last is 0"),
-        ("kimi_k2_pretrain_cpu", [TRACE, "profiler.ranks=a"], "'a' is no number"),
+        (
+            "kimi_k2_pretrain_cpu",
+            [TRACE, "profiler.ranks=1"],
+            "1 is not a rank of 1",
+        ),
+        ("kimi_k2_pretrain_cpu", [TRACE, "profiler.ranks=a"], "'a' is not a number"),
     ],
 )
 def test_a_dispatcher_or_profiler_that_cannot_be_is_refused(name, assignments, words):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_k2.cli.main import main
-from megatron_k2.launch.graph import steps_saved
 from megatron_k2.launch.jobs import cancel, follow, jobs_of, states
 from megatron_k2.recipes import CHAINS
+from megatron_k2.run.iterations import last_iteration
 from megatron_k2.run.metrics import METRICS_FILE, read_records
 from tests.slurm.cluster import HIGH, LOW, missing, private_cluster
 
@@ -65,7 +65,7 @@ def _log(save):
 
 def _reach(save, step, seconds=900):
     deadline = time.monotonic() + seconds
-    while steps_saved(Path(save)) < step:
+    while last_iteration(Path(save)) < step:
         assert time.monotonic() < deadline, _log(save)
         time.sleep(0.05)
 
@@ -138,7 +138,7 @@ def test_a_preempted_job_saves_is_queued_again_and_resumes(uninterrupted, profil
     _reach(save, 10)
     _preempt(tmp_path)
     _state(save, ("PENDING", "REQUEUED", "PREEMPTED"))
-    assert 10 <= steps_saved(save) < 20
+    assert 10 <= last_iteration(save) < 20
     assert _state(save, ("COMPLETED", "FAILED")) == "COMPLETED", _log(save)
     assert _losses(save) == uninterrupted
 

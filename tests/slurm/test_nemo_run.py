@@ -17,10 +17,10 @@ import nemo_run as run
 
 from megatron_k2.errors import UserError
 from megatron_k2.launch.cluster import Cluster
-from megatron_k2.launch.graph import steps_saved
 from megatron_k2.nemo.factories import pretrain_recipe
 from megatron_k2.nemo.tasks import slurm_executor, task, train_recipe
 from megatron_k2.recipes import RECIPES, get_recipe
+from megatron_k2.run.iterations import last_iteration
 from megatron_k2.run.metrics import METRICS_FILE, read_records
 from tests.slurm.cluster import LOW, missing, private_cluster
 
@@ -102,7 +102,7 @@ def local(tmp_path_factory):
 
 
 def test_a_local_experiment_checks_its_ranks_and_trains(local):
-    assert steps_saved(local) == 20
+    assert last_iteration(local) == 20
     assert len(_losses(local)) == 20
     assert "2 ranks agree" in _printed(local).read_text()
 
@@ -121,7 +121,7 @@ def test_two_tasks_on_slurm_are_checked_interrupted_and_train_the_same_numbers(l
     save = tmp_path / "run"
     with private_cluster(tmp_path / "slurm"):
         launched = _start(save, "--executor", "slurm", "--profile", str(site))
-        while steps_saved(save) < 10:
+        while last_iteration(save) < 10:
             assert launched.poll() is None, _printed(save).read_text()
             time.sleep(0.05)
         (job,) = _jobs()

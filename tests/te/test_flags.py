@@ -84,7 +84,7 @@ def test_a_plan_is_accepted_as_flags(validated, monkeypatch, part):
     """Layout, overlap, recompute, FP8 storage, both offloads: all that the planner writes."""
     from megatron_k2.flags.layout import megatron_flags
     from megatron_k2.fp8.compute import OFFLOAD_V1, choose_offload_version
-    from megatron_k2.planning.fit import fit_to_memory
+    from megatron_k2.planning.memory_fit import fit_to_memory
     from tests.planning.cost.test_memory import request
 
     world = 256 if part else 512

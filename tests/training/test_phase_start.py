@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_k2.planning.phases import Phase
+from megatron_k2.run.iterations import TRACKER
 from megatron_k2.run.metrics import METRICS_FILE, read_records
-from megatron_k2.run.record import TRACKER
 from megatron_k2.training.phase_start import starts_here
 from tests.support.distributed import BACKENDS, start_ranks, wait_for
 

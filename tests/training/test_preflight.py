@@ -11,7 +11,10 @@ import pytest
 from megatron_k2.errors import UserError
 from megatron_k2.flags.megatron import expand
 from megatron_k2.run.commit import git_commit
-from megatron_k2.run.record import RUN_RECORD, TRACKER, repair_tracker
+from megatron_k2.run.flags import read_flags
+from megatron_k2.run.iterations import TRACKER
+from megatron_k2.run.record import RUN_RECORD
+from megatron_k2.training import preflight
 from megatron_k2.training.preflight import check_run, drop_damaged_index_cache, write_run_record
 
 TINY = ["--preset", "k2-tiny", "--mock-data"]
@@ -81,7 +84,7 @@ def test_absent_data_is_named_before_a_model_is_built(tmp_path):
 
 
 def check(*flags, world_size=1):
-    check_run(expand([*TINY, *flags], cuda=False), world_size)
+    check_run(read_flags(expand([*TINY, *flags], cuda=False)), world_size)
 
 
 def test_a_sound_request_passes():
@@ -119,7 +122,7 @@ def test_a_layout_that_cannot_run_names_the_value(flags, world_size, said):
 
 def test_a_size_that_is_missing_is_asked_for():
     with pytest.raises(UserError, match=r"--num-layers.*or --preset"):
-        check_run(["--seq-length", "64"], 1)
+        check_run(read_flags(["--seq-length", "64"]), 1)
 
 
 @pytest.mark.parametrize("module", ["pynvml", "cuda.bindings.driver"])
@@ -167,16 +170,25 @@ def test_optimizer_offload_that_could_not_be_exact_is_refused(flags, said):
         check("--optimizer-cpu-offload", *flags)
 
 
+def test_fp4_that_megatron_would_ignore_is_refused(monkeypatch):
+    versions = {"transformer-engine": None, "megatron-core": "0.19.2"}
+    monkeypatch.setattr(preflight, "installed_version", versions.get)
+    with pytest.raises(UserError, match=r"--fp4-format e2m1 needs Transformer Engine"):
+        check("--fp4-format", "e2m1")
+    versions["transformer-engine"] = "2.20.2"
+    check("--fp4-format", "e2m1")
+
+
 def test_a_checkpoint_of_another_preset_is_refused_with_the_fields_that_differ(tmp_path):
     save = ["--save", str(tmp_path)]
-    write_run_record(expand([*TINY, *save], cuda=False), 1)
+    write_run_record(read_flags(expand([*TINY, *save], cuda=False)), 1)
     check(*save)  # the same model goes on
     with pytest.raises(UserError, match=r"preset k2-tiny.*hidden_size 128 there, 256 here"):
         check(*save, "--hidden-size", "256")
 
 
 def test_finetuning_from_another_directory_is_not_a_resume(tmp_path):
-    write_run_record(expand([*TINY, "--save", str(tmp_path)], cuda=False), 1)
+    write_run_record(read_flags(expand([*TINY, "--save", str(tmp_path)], cuda=False)), 1)
     other = ["--load", str(tmp_path), "--hidden-size", "256"]
     check(*other, "--finetune")
     with pytest.raises(UserError, match="hidden_size 128 there, 256 here"):
@@ -185,34 +197,11 @@ def test_finetuning_from_another_directory_is_not_a_resume(tmp_path):
 
 def test_the_run_record_names_versions_and_flags(tmp_path):
     flags = expand([*TINY, "--save", str(tmp_path)], cuda=False)
-    write_run_record(flags, 2)
+    write_run_record(read_flags(flags), 2)
     record = json.loads((tmp_path / RUN_RECORD).read_text())
     assert record["flags"] == flags
     assert record["versions"]["megatron-core"]
     assert record["world_size"] == 2
-
-
-def test_a_tracker_that_a_kill_left_empty_points_to_the_last_whole_checkpoint(tmp_path):
-    for iteration, is_whole in ((3, True), (6, True), (9, False)):
-        folder = tmp_path / f"iter_{iteration:07d}"
-        folder.mkdir()
-        if is_whole:
-            (folder / "metadata.json").write_text("{}")
-    (tmp_path / TRACKER).write_text("")
-    repair_tracker(tmp_path)
-    assert (tmp_path / TRACKER).read_text() == "6"
-
-
-def test_a_whole_tracker_is_left_alone(tmp_path):
-    (tmp_path / TRACKER).write_text("3\n")
-    repair_tracker(tmp_path)
-    assert (tmp_path / TRACKER).read_text() == "3\n"
-
-
-def test_an_empty_tracker_without_any_whole_checkpoint_is_removed(tmp_path):
-    (tmp_path / TRACKER).write_text("")
-    repair_tracker(tmp_path)
-    assert not (tmp_path / TRACKER).exists()
 
 
 def test_sample_indices_cut_short_are_dropped_and_whole_ones_kept(tmp_path):

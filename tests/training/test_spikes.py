@@ -15,8 +15,8 @@ from megatron_k2.launch import local
 from megatron_k2.launch.graph import places, run_chain
 from megatron_k2.launch.overrides import apply
 from megatron_k2.recipes import get_recipe
+from megatron_k2.run.iterations import TRACKER, whole_iterations
 from megatron_k2.run.metrics import METRICS_FILE, read_records
-from megatron_k2.run.record import TRACKER
 from megatron_k2.run.rollback import (
     ASIDE,
     ROLLBACKS,
@@ -24,7 +24,6 @@ from megatron_k2.run.rollback import (
     plan_rollback,
     read_rollbacks,
     roll_back,
-    whole_checkpoints,
 )
 from megatron_k2.run.spikes import MINIMUM, WINDOW, Spike, find_spike
 from megatron_k2.training.spike_watch import EXIT_CODE, meet_spike, skip_batch
@@ -107,13 +106,13 @@ def test_what_is_on_disk_after_a_rollback(tmp_path):
         (tmp_path / f"iter_{step:07d}").mkdir()
         (tmp_path / f"iter_{step:07d}" / "metadata.json").touch()
     (tmp_path / "iter_0000012").mkdir()  # half written
-    assert whole_checkpoints(tmp_path) == [3, 6, 9]
+    assert whole_iterations(tmp_path) == [3, 6, 9]
     (tmp_path / TRACKER).write_text("9")
     first = Rollback(8, 6, (7, 8, 9), 5.0, 3.0)
     for _ in range(2):  # a kill before the line was written repeats it
         roll_back(tmp_path, first)
     assert (tmp_path / TRACKER).read_text() == "6"
-    assert whole_checkpoints(tmp_path) == [3, 6]
+    assert whole_iterations(tmp_path) == [3, 6]
     assert sorted(p.name for p in (tmp_path / ASIDE).iterdir()) == ["iter_0000009", "iter_0000012"]
     assert read_rollbacks(tmp_path) == [first, first]
     (tmp_path / ROLLBACKS).write_text("{")
@@ -242,7 +241,7 @@ def test_a_rollback_equals_a_run_that_never_saw_those_batches(tmp_path, backend)
 
     # Stopping leaves the checkpoint before the spike, not the one that was due at step 12.
     assert _run(save, "t1", backend, "--on-spike", "stop") == EXIT_CODE
-    assert ((save / TRACKER).read_text(), whole_checkpoints(save)) == ("8", [4, 8])
+    assert ((save / TRACKER).read_text(), whole_iterations(save)) == ("8", [4, 8])
     assert max(_facts(save)) == SPOILED
     assert {i: _facts(save)[i] for i in range(1, 10)} == {i: expected[i] for i in range(1, 10)}
 

@@ -27,7 +27,7 @@ from megatron_k2.checkpoint.block_fp8 import convert as block_fp8
 from megatron_k2.checkpoint.block_fp8.layout import QUANTIZATION_CONFIG
 from megatron_k2.checkpoint.convert.export_shards import (
     DTYPES,
-    ShardJob,
+    ExportInputs,
     close_sources,
     plan_shards,
     write_shard,
@@ -47,15 +47,15 @@ from megatron_k2.checkpoint.names.audit import require_clean
 from megatron_k2.checkpoint.names.mapping import expand
 from megatron_k2.checkpoint.names.selection import Selection
 from megatron_k2.checkpoint.stream.jobs import (
+    Job,
+    JobDirectory,
     Progress,
     Receipt,
-    Unit,
-    Workplace,
     naming_the_file,
     require_free,
     require_space,
     require_workers,
-    run_units,
+    run_jobs,
 )
 from megatron_k2.checkpoint.torch_dist.reader import MegatronSource
 from megatron_k2.errors import UserError
@@ -161,38 +161,38 @@ def export(
     preset = settle_preset(source.args, options.preset, options.use_yarn)
     config = _config(source, preset, options, origin)
     require_clean(source.shapes, preset, only=options.only)
-    units = plan_shards(
+    jobs = plan_shards(
         options.only.take(expand(preset)),
         preset.num_layers + preset.num_mtp_layers,
         options.dtype,
         options.max_shard_bytes,
     )
-    require_space(hf_dir, sum(unit.num_bytes for unit in units))
+    require_space(hf_dir, sum(job.num_bytes for job in jobs))
 
     scales = origin / SCALES_FILE if origin and options.dtype == "fp8" else None
-    workplace = Workplace(hf_dir, _job_record(source, options, config, scales))
+    job_directory = JobDirectory(hf_dir, _conversion_record(source, options, config, scales))
     if options.dtype == "fp8":
         block_fp8.prepare()
-    job = ShardJob(source.directory, options.check_finite, scales, workplace.fingerprint)
-    work = functools.partial(write_shard, job)
+    inputs = ExportInputs(source.directory, options.check_finite, scales, job_directory.fingerprint)
+    work = functools.partial(write_shard, inputs)
     try:
-        receipts = run_units(workplace, units, work, options.num_workers, progress)
+        receipts = run_jobs(job_directory, jobs, work, options.num_workers, progress)
     finally:
         close_sources()
     with naming_the_file(hf_dir):
-        total_bytes, num_tensors = _write_index(workplace.directory, units, receipts)
-        _write_json(workplace.directory / "config.json", config)
+        total_bytes, num_tensors = _write_index(job_directory.directory, jobs, receipts)
+        _write_json(job_directory.directory / "config.json", config)
         if GENERATION_CONFIG not in {path.name for path in files}:
-            _write_json(workplace.directory / GENERATION_CONFIG, generation_config(preset))
+            _write_json(job_directory.directory / GENERATION_CONFIG, generation_config(preset))
         card = _card(source, preset, options, config["model_type"])
-        write_atomically(workplace.directory / "README.md", card.encode())
+        write_atomically(job_directory.directory / "README.md", card.encode())
         for path in files:
-            shutil.copyfile(path, workplace.directory / path.name)
-        workplace.publish()
+            shutil.copyfile(path, job_directory.directory / path.name)
+        job_directory.publish()
     blocks: Counter[str] = Counter()
     for receipt in receipts:
         blocks.update(receipt["blocks"])
-    return ExportResult(hf_dir, preset, num_tensors, len(units), total_bytes, origin, dict(blocks))
+    return ExportResult(hf_dir, preset, num_tensors, len(jobs), total_bytes, origin, dict(blocks))
 
 
 def _config(
@@ -217,7 +217,7 @@ def _expert_groups(saved: Any) -> dict[str, int]:
     return {"n_group": groups, "topk_group": chosen} if groups and chosen else {}
 
 
-def _job_record(
+def _conversion_record(
     source: MegatronSource, options: ExportOptions, config: dict[str, Any], scales: Path | None
 ) -> dict[str, Any]:
     """What makes one export the same as another."""
@@ -234,11 +234,11 @@ def _job_record(
     }
 
 
-def _write_index(directory: Path, units: list[Unit], receipts: list[Receipt]) -> tuple[int, int]:
+def _write_index(directory: Path, jobs: list[Job], receipts: list[Receipt]) -> tuple[int, int]:
     """The index file; ``total_size`` in bytes and the number of tensors."""
     weight_map = {
-        name: unit.file
-        for unit, receipt in zip(units, receipts, strict=True)
+        name: job.file
+        for job, receipt in zip(jobs, receipts, strict=True)
         for name in receipt["names"]
     }
     total_bytes = sum(receipt["tensor_bytes"] for receipt in receipts)

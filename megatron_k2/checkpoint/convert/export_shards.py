@@ -22,7 +22,7 @@ from megatron_k2.checkpoint.block_fp8.layout import (
     is_quantized,
     scale_shape,
 )
-from megatron_k2.checkpoint.hf.reader import HfSource, StoredTensor, read_header
+from megatron_k2.checkpoint.hf.reader import HfSource, HfTensor, read_header
 from megatron_k2.checkpoint.hf.writer import (
     TensorSlot,
     row_chunks,
@@ -30,7 +30,7 @@ from megatron_k2.checkpoint.hf.writer import (
     write_rows,
 )
 from megatron_k2.checkpoint.names.mapping import Pair
-from megatron_k2.checkpoint.stream.jobs import Receipt, Unit, naming_the_file
+from megatron_k2.checkpoint.stream.jobs import Job, Receipt, naming_the_file
 from megatron_k2.checkpoint.stream.output_file import OutputFile
 from megatron_k2.checkpoint.stream.rows import Dtype, Rows
 from megatron_k2.checkpoint.torch_dist.reader import MegatronSource
@@ -41,7 +41,7 @@ DTYPES = {"bf16": Dtype.BF16, "fp32": Dtype.FP32, "fp8": Dtype.BF16}
 
 
 @dataclass(frozen=True)
-class ShardJob:
+class ExportInputs:
     """What every worker is told."""
 
     checkpoint: Path
@@ -84,7 +84,7 @@ def pieces_of(pair: Pair, dtype: str) -> Iterator[Piece]:
 
 def plan_shards(
     pairs: Iterable[Pair], num_layers: int, dtype: str, max_shard_bytes: int | None
-) -> list[Unit]:
+) -> list[Job]:
     """Files and what is in each.
 
     Args:
@@ -96,7 +96,7 @@ def plan_shards(
     """
     if max_shard_bytes is None:
         return [
-            _unit(
+            _job(
                 f"model-{layer + 1}-of-{num_layers}.safetensors",
                 [piece for pair in group for piece in pieces_of(pair, dtype)],
             )
@@ -112,7 +112,7 @@ def plan_shards(
         groups[-1].append(piece)
         num_bytes += size
     return [
-        _unit(f"model-{i:05}-of-{len(groups):05}.safetensors", group)
+        _job(f"model-{i:05}-of-{len(groups):05}.safetensors", group)
         for i, group in enumerate(groups, start=1)
     ]
 
@@ -122,10 +122,10 @@ def _size(piece: Piece) -> int:
     return piece.slot.num_bytes + (scales.num_bytes if scales else 0)
 
 
-def _unit(file: str, pieces: list[Piece]) -> Unit:
+def _job(file: str, pieces: list[Piece]) -> Job:
     # fp32 first and FP8 last, so that every tensor is aligned to its element size
     order = sorted(pieces, key=lambda piece: -piece.slot.dtype.itemsize)
-    return Unit(file, sum(map(_size, pieces)), tuple(order))
+    return Job(file, sum(map(_size, pieces)), tuple(order))
 
 
 def scale_slot(slot: TensorSlot) -> TensorSlot | None:
@@ -139,7 +139,7 @@ class _Scales:
     """The origin's scales, if it was FP8."""
 
     def __init__(self, path: Path | None) -> None:
-        self._stored: dict[str, StoredTensor] = {}
+        self._stored: dict[str, HfTensor] = {}
         if path is not None and path.is_file():
             self._source = HfSource(path.parent, files=[path.name])
             self._stored = read_header(path)
@@ -153,9 +153,9 @@ class _Scales:
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(job: ShardJob) -> tuple[MegatronSource, _Scales]:
+def _opened(inputs: ExportInputs) -> tuple[MegatronSource, _Scales]:
     """Once in a worker's life."""
-    return MegatronSource(job.checkpoint), _Scales(job.scales)
+    return MegatronSource(inputs.checkpoint), _Scales(inputs.scales)
 
 
 def close_sources() -> None:
@@ -163,10 +163,10 @@ def close_sources() -> None:
     _opened.cache_clear()
 
 
-def write_shard(job: ShardJob, file: OutputFile, unit: Unit) -> Receipt:
+def write_shard(inputs: ExportInputs, file: OutputFile, job: Job) -> Receipt:
     """Fill one safetensors file; its receipt has the names for the index."""
-    source, scales = _opened(job)
-    slots = [piece.slot for piece in unit.payload]
+    source, scales = _opened(inputs)
+    slots = [piece.slot for piece in job.payload]
     scale_slots = [slot for weight in slots if (slot := scale_slot(weight))]
     every = [*scale_slots, *slots]
     blocks: Counter[str] = Counter()
@@ -176,9 +176,9 @@ def write_shard(job: ShardJob, file: OutputFile, unit: Unit) -> Receipt:
     write_header(file, every)
     scales_at = file.tell()
     file.seek(sum(slot.num_bytes for slot in scale_slots), 1)  # filled in as codes are made
-    for piece in unit.payload:
+    for piece in job.payload:
         with naming_the_file(Path(file.name), piece.slot.name):
-            for rows in _rows(job, source, scales, piece, made, blocks):
+            for rows in _rows(inputs, source, scales, piece, made, blocks):
                 write_rows(file, rows)
     file.seek(scales_at)
     for slot in scale_slots:
@@ -191,7 +191,7 @@ def write_shard(job: ShardJob, file: OutputFile, unit: Unit) -> Receipt:
 
 
 def _rows(
-    job: ShardJob,
+    inputs: ExportInputs,
     source: RowSource,
     scales: _Scales,
     piece: Piece,
@@ -202,7 +202,7 @@ def _rows(
     slot = piece.slot
     for top, end in row_chunks(slot.shape, 4):
         rows = source.read(piece.megatron, slice(piece.first_row + top, piece.first_row + end))
-        if job.check_finite:
+        if inputs.check_finite:
             _require_finite(source, piece, top, rows)
         if slot.dtype is Dtype.E4M3:
             at = block_rows(top, end)

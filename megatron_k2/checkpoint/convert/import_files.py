@@ -16,36 +16,41 @@ from megatron_k2.checkpoint.block_fp8.layout import SCALE_SUFFIX, block_rows
 from megatron_k2.checkpoint.hf.reader import HfSource
 from megatron_k2.checkpoint.hf.writer import row_chunks
 from megatron_k2.checkpoint.names.mapping import Pair
-from megatron_k2.checkpoint.names.megatron_keys import Modules
-from megatron_k2.checkpoint.stream.jobs import Receipt, Unit, naming_the_file
+from megatron_k2.checkpoint.names.megatron_keys import TransformerImpl
+from megatron_k2.checkpoint.stream.jobs import Job, Receipt, naming_the_file
 from megatron_k2.checkpoint.stream.output_file import OutputFile
 from megatron_k2.checkpoint.stream.rows import Dtype, Rows, promoted
-from megatron_k2.checkpoint.torch_dist.writer import Chunk, Placement, place, write_chunk
+from megatron_k2.checkpoint.torch_dist.writer import (
+    Destination,
+    WrittenChunk,
+    destination_of,
+    write_chunk,
+)
 from megatron_k2.errors import UserError
 from megatron_k2.run.iterations import RELEASE
 
-UNIT_BYTES = 2**30
+JOB_BYTES = 2**30
 """Of a file, unless one tensor is larger: what a kill costs, and a step of the progress."""
 
 
 @dataclass(frozen=True)
-class FileJob:
+class ImportInputs:
     """What every worker is told."""
 
     hf_dir: Path
     check_finite: bool
     fingerprint: str
-    """Of the job, so that a cached source is never another's."""
+    """Of the conversion, so that a cached source is never another's."""
 
 
-def placements(
+def find_destinations(
     source: HfSource,
     pairs: Iterable[Pair],
     num_experts: int,
     dtype: Dtype | None,
-    modules: Modules,
-) -> list[Placement]:
-    """Every Megatron tensor with its place; one dtype for all experts of a stored key.
+    modules: TransformerImpl,
+) -> list[Destination]:
+    """Every Megatron tensor with its destination; one dtype for all experts of a stored key.
 
     Args:
         source: what the weights are read from.
@@ -54,16 +59,16 @@ def placements(
         dtype: of the weights; None keeps each tensor's, and makes FP8 bf16.
         modules: whose names and places.
     """
-    placed = [
-        place(pair, num_experts, _dtype_of(source, pair, dtype), modules)
+    found = [
+        destination_of(pair, num_experts, _dtype_of(source, pair, dtype), modules)
         for pair in pairs
         if not pair.rule.is_copy
     ]
     widest: dict[str, Dtype] = {}
-    for placement in placed:
-        before = widest.get(placement.key, placement.dtype)
-        widest[placement.key] = promoted((before, placement.dtype))
-    return [dataclasses.replace(p, dtype=widest[p.key]) for p in placed]
+    for destination in found:
+        before = widest.get(destination.key, destination.dtype)
+        widest[destination.key] = promoted((before, destination.dtype))
+    return [dataclasses.replace(p, dtype=widest[p.key]) for p in found]
 
 
 def _dtype_of(source: HfSource, pair: Pair, dtype: Dtype | None) -> Dtype:
@@ -75,25 +80,25 @@ def _dtype_of(source: HfSource, pair: Pair, dtype: Dtype | None) -> Dtype:
     return promoted(Dtype.BF16 if found is Dtype.E4M3 else found for found in stored)
 
 
-def file_units(placed: Iterable[Placement]) -> Iterator[Unit]:
-    """Files of at most ``UNIT_BYTES`` each, none with tensors of two layers."""
-    group: list[Placement] = []
+def file_jobs(destinations: Iterable[Destination]) -> Iterator[Job]:
+    """One job a file of at most ``JOB_BYTES``; no file crosses a layer."""
+    group: list[Destination] = []
     num_bytes, num_files = 0, 0
-    for placement in placed:
-        size = placement.pair.num_elements * placement.dtype.itemsize
-        crosses = bool(group) and group[-1].pair.layer != placement.pair.layer
-        if group and (crosses or num_bytes + size > UNIT_BYTES):
-            yield Unit(f"{RELEASE}/__{num_files}_0.distcp", num_bytes, tuple(group))
+    for destination in destinations:
+        size = destination.pair.num_elements * destination.dtype.itemsize
+        crosses = bool(group) and group[-1].pair.layer != destination.pair.layer
+        if group and (crosses or num_bytes + size > JOB_BYTES):
+            yield Job(f"{RELEASE}/__{num_files}_0.distcp", num_bytes, tuple(group))
             group, num_bytes, num_files = [], 0, num_files + 1
-        group.append(placement)
+        group.append(destination)
         num_bytes += size
-    yield Unit(f"{RELEASE}/__{num_files}_0.distcp", num_bytes, tuple(group))
+    yield Job(f"{RELEASE}/__{num_files}_0.distcp", num_bytes, tuple(group))
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(job: FileJob) -> HfSource:
+def _opened(inputs: ImportInputs) -> HfSource:
     """Once in a worker's life: K2's headers are 20 MB of JSON."""
-    return HfSource(job.hf_dir)
+    return HfSource(inputs.hf_dir)
 
 
 def close_sources() -> None:
@@ -101,18 +106,18 @@ def close_sources() -> None:
     _opened.cache_clear()
 
 
-def write_file(job: FileJob, file: OutputFile, unit: Unit) -> Receipt:
+def write_file(inputs: ImportInputs, file: OutputFile, job: Job) -> Receipt:
     """Fill one ``.distcp`` file; its receipt lists the chunks."""
-    source = _opened(job)
-    chunks: list[Chunk] = []
+    source = _opened(inputs)
+    chunks: list[WrittenChunk] = []
     classes: Counter[str] = Counter()
-    for placement in unit.payload:
-        for name, shape, begin in placement.pair.parts():
+    for destination in job.payload:
+        for name, shape, begin in destination.pair.parts():
             with naming_the_file(Path(file.name), name):
-                for top, rows in _rows(source, name, shape, placement.dtype, classes):
-                    if job.check_finite:
+                for top, rows in _rows(source, name, shape, destination.dtype, classes):
+                    if inputs.check_finite:
                         _require_finite(source, name, top, rows)
-                    chunks.append(write_chunk(file, placement, begin + top, rows))
+                    chunks.append(write_chunk(file, destination, begin + top, rows))
     return {
         "chunks": [dataclasses.astuple(chunk) for chunk in chunks],
         "scale_classes": {str(kind): number for kind, number in classes.items()},

@@ -24,10 +24,10 @@ from typing import Any
 from megatron_k2.checkpoint.block_fp8 import convert as block_fp8
 from megatron_k2.checkpoint.block_fp8.layout import SCALE_SUFFIX
 from megatron_k2.checkpoint.convert.import_files import (
-    FileJob,
+    ImportInputs,
     close_sources,
-    file_units,
-    placements,
+    file_jobs,
+    find_destinations,
     write_file,
 )
 from megatron_k2.checkpoint.convert.source_trail import SCALES_FILE, SOURCE_DIR
@@ -41,31 +41,30 @@ from megatron_k2.checkpoint.hf.reader import HfSource
 from megatron_k2.checkpoint.hf.release_files import release_files
 from megatron_k2.checkpoint.hf.writer import TensorSlot, row_chunks, write_safetensors
 from megatron_k2.checkpoint.names.mapping import expand
-from megatron_k2.checkpoint.names.megatron_keys import Modules
+from megatron_k2.checkpoint.names.megatron_keys import TransformerImpl
 from megatron_k2.checkpoint.names.selection import Selection
 from megatron_k2.checkpoint.stream.jobs import (
+    Job,
+    JobDirectory,
     Progress,
     Receipt,
-    Unit,
-    Workplace,
     naming_the_file,
     require_free,
     require_space,
     require_workers,
-    run_units,
+    run_jobs,
 )
 from megatron_k2.checkpoint.stream.rows import Dtype
 from megatron_k2.checkpoint.torch_dist.imported_args import imported_args
 from megatron_k2.checkpoint.torch_dist.writer import (
-    Placement,
+    Destination,
     chunk_from,
     write_common,
     write_metadata,
 )
 from megatron_k2.errors import UserError
-from megatron_k2.files import write_atomically
 from megatron_k2.presets import ModelPreset
-from megatron_k2.run.iterations import RELEASE, TRACKER
+from megatron_k2.run.iterations import RELEASE, point_tracker
 
 DTYPES = {"bf16": Dtype.BF16, "fp32": Dtype.FP32}
 
@@ -82,7 +81,7 @@ class ImportOptions:
     num_workers: int = 1
     check_finite: bool = False
     """Refuse NaN and infinite weights."""
-    modules: Modules = "local"
+    modules: TransformerImpl = "local"
     """Whose modules the model that loads it is built of; they name and store norms differently."""
 
 
@@ -126,47 +125,49 @@ def import_hf(
     audit = audit_source(source.stored, preset, options.only)
     require_clean_source(audit, hf_dir)
     _require_true_copies(source, preset, options)
-    placed = placements(
+    destinations = find_destinations(
         source,
         options.only.take(expand(preset)),
         preset.num_moe_experts,
         None if options.dtype is None else DTYPES[options.dtype],
         options.modules,
     )
-    args = _arguments(preset, source.config, placed)
-    units = list(file_units(placed))
-    require_space(megatron_dir, sum(unit.num_bytes for unit in units))
+    args = _arguments(preset, source.config, destinations)
+    jobs = list(file_jobs(destinations))
+    require_space(megatron_dir, sum(job.num_bytes for job in jobs))
 
-    workplace = Workplace(megatron_dir, _job_record(source, options))
-    release = workplace.directory / RELEASE
+    job_directory = JobDirectory(megatron_dir, _conversion_record(source, options))
+    release = job_directory.directory / RELEASE
     release.mkdir(exist_ok=True)
     if source.is_fp8:
         block_fp8.prepare()
-    job = FileJob(hf_dir, options.check_finite, workplace.fingerprint)
-    work = functools.partial(write_file, job)
+    inputs = ImportInputs(hf_dir, options.check_finite, job_directory.fingerprint)
+    work = functools.partial(write_file, inputs)
     try:
-        receipts = run_units(workplace, units, work, options.num_workers, progress)
+        receipts = run_jobs(job_directory, jobs, work, options.num_workers, progress)
     finally:
         close_sources()
-    with naming_the_file(workplace.directory):
-        _finish(release, units, receipts, args, options.modules)
-        _keep_source(workplace.directory / SOURCE_DIR, source, options.only)
-        write_atomically(workplace.directory / TRACKER, RELEASE.encode())
-        workplace.publish()
+    with naming_the_file(job_directory.directory):
+        _finish(release, jobs, receipts, args, options.modules)
+        _keep_source(job_directory.directory / SOURCE_DIR, source, options.only)
+        point_tracker(job_directory.directory, RELEASE)
+        job_directory.publish()
     classes: Counter[str] = Counter()
     for receipt in receipts:
         classes.update(receipt["scale_classes"])
     size = sum(receipt["num_bytes"] for receipt in receipts)
-    return ImportResult(megatron_dir, preset, audit, len(units), size, dict(classes))
+    return ImportResult(megatron_dir, preset, audit, len(jobs), size, dict(classes))
 
 
-def _arguments(preset: ModelPreset, config: dict[str, Any], placed: list[Placement]) -> Namespace:
+def _arguments(
+    preset: ModelPreset, config: dict[str, Any], destinations: list[Destination]
+) -> Namespace:
     """Megatron's arguments; bf16 if most of the weights are."""
-    dtypes = Counter(placement.dtype for placement in placed)
+    dtypes = Counter(destination.dtype for destination in destinations)
     return imported_args(preset, config, is_bf16=dtypes.most_common(1)[0][0] is Dtype.BF16)
 
 
-def _job_record(source: HfSource, options: ImportOptions) -> dict[str, Any]:
+def _conversion_record(source: HfSource, options: ImportOptions) -> dict[str, Any]:
     """What makes one import the same as another: the source's files and the choices."""
     files = sorted({tensor.file for tensor in source.stored.values()})
     stats = [(source.directory / file).stat() for file in files]
@@ -199,18 +200,18 @@ def _require_true_copies(source: HfSource, preset: ModelPreset, options: ImportO
 
 def _finish(
     release: Path,
-    units: list[Unit],
+    jobs: list[Job],
     receipts: list[Receipt],
     args: Namespace,
-    modules: Modules,
+    modules: TransformerImpl,
 ) -> None:
     """What makes the files a checkpoint."""
     chunks = (
-        (Path(unit.file).name, chunk_from(entry))
-        for unit, receipt in zip(units, receipts, strict=True)
+        (Path(job.file).name, chunk_from(entry))
+        for job, receipt in zip(jobs, receipts, strict=True)
         for entry in receipt["chunks"]
     )
-    common = write_common(release, f"__{len(units)}_0.distcp", args)
+    common = write_common(release, f"__{len(jobs)}_0.distcp", args)
     write_metadata(release, chunks, common, modules)
 
 

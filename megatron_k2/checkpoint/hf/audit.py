@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_k2.checkpoint.block_fp8.layout import SCALE_SUFFIX, is_quantized, scale_shape
-from megatron_k2.checkpoint.hf.reader import StoredTensor
+from megatron_k2.checkpoint.hf.reader import HfTensor
 from megatron_k2.checkpoint.names.audit import Finding, released_shapes
 from megatron_k2.checkpoint.names.mapping import Pair, expand
 from megatron_k2.checkpoint.names.rules import IGNORED_HF_SUFFIXES, RULES, Rule
@@ -43,28 +43,28 @@ class SourceAudit:
         return self.num_weights + self.num_scales + len(self.ignored)
 
 
-def released_tensors(preset: ModelPreset) -> dict[str, StoredTensor]:
+def released_tensors(preset: ModelPreset) -> dict[str, HfTensor]:
     """Every tensor of the release as it lies on disk: block FP8, its scales, leftover buffers.
 
     The buffer has 56 numbers in K2 = hidden_size / heads / 2, of a head that MLA does not have.
     """
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, HfTensor] = {}
     for name, shape in released_shapes(preset).items():
         dtype = Dtype.FP32 if name.endswith("e_score_correction_bias") else Dtype.BF16
         if is_quantized(name):
             dtype = Dtype.E4M3
-            scales = StoredTensor("", 0, scale_shape(shape), Dtype.FP32)
+            scales = HfTensor("", 0, scale_shape(shape), Dtype.FP32)
             tensors[name + SCALE_SUFFIX] = scales
-        tensors[name] = StoredTensor("", 0, shape, dtype)
+        tensors[name] = HfTensor("", 0, shape, dtype)
     width = preset.hidden_size // preset.num_attention_heads // 2
     for layer in range(preset.num_layers):
         name = LEFTOVER_ROTARY.format(layer=layer)
-        tensors[name] = StoredTensor("", 0, (width,), Dtype.BF16)
+        tensors[name] = HfTensor("", 0, (width,), Dtype.BF16)
     return tensors
 
 
 def audit_source(
-    source: Mapping[str, StoredTensor],
+    source: Mapping[str, HfTensor],
     preset: ModelPreset,
     selection: Selection | None = None,
     rules: Sequence[Rule] = RULES,
@@ -110,7 +110,7 @@ def audit_source(
 
 
 def _weight_findings(
-    source: Mapping[str, StoredTensor], pair: Pair, name: str, shape: tuple[int, ...]
+    source: Mapping[str, HfTensor], pair: Pair, name: str, shape: tuple[int, ...]
 ) -> list[Finding]:
     tensor = source.get(name)
     if tensor is None:

@@ -28,8 +28,8 @@ _MAX_HEADER_BYTES = 100_000_000  # of the safetensors format
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor lies."""
+class HfTensor:
+    """Where one tensor lies in a safetensors file, and of what shape and dtype it is."""
 
     file: str
     offset: int
@@ -56,7 +56,7 @@ class HfSource:
         self.directory = directory
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; expected a Hugging Face checkpoint")
-        self.stored: dict[str, StoredTensor] = {}
+        self.stored: dict[str, HfTensor] = {}
         listed = _listed_files(directory) if files is None else dict.fromkeys(files)
         for file, names in listed.items():
             header = read_header(directory / file)
@@ -77,7 +77,7 @@ class HfSource:
         return read_json(self.directory / "config.json")
 
     @property
-    def weights(self) -> dict[str, StoredTensor]:
+    def weights(self) -> dict[str, HfTensor]:
         """What a model reads: no FP8 scales, no leftover buffers."""
         leftovers = (SCALE_SUFFIX, *IGNORED_HF_SUFFIXES)
         return {k: v for k, v in self.stored.items() if not k.endswith(leftovers)}
@@ -148,7 +148,7 @@ def _listed_files(directory: Path) -> dict[str, set[str] | None]:
     return listed
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path) -> dict[str, HfTensor]:
     """Tensors of one safetensors file, checked against its length.
 
     Raises:
@@ -167,7 +167,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return {name: _entry(path, name, entry, 8 + length, size) for name, entry in entries.items()}
 
 
-def _entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> StoredTensor:
+def _entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> HfTensor:
     damaged = UserError(f"{path}: '{name}' has a damaged entry in the header; download it again")
     try:
         kind, shape = entry["dtype"], tuple(map(operator.index, entry["shape"]))
@@ -179,7 +179,7 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> Sto
     if kind not in BY_SAFETENSORS_NAME:
         known = ", ".join(BY_SAFETENSORS_NAME)
         raise UserError(f"{path}: '{name}' has dtype {kind}; readable are {known}")
-    tensor = StoredTensor(path.name, data_start + begin, shape, BY_SAFETENSORS_NAME[kind])
+    tensor = HfTensor(path.name, data_start + begin, shape, BY_SAFETENSORS_NAME[kind])
     if end - begin != tensor.num_bytes:
         raise UserError(f"{path}: '{name}' has {end - begin} bytes, not what its shape says")
     if data_start + end > size:

@@ -20,8 +20,9 @@ from megatron_k2.checkpoint.names.mapping import Pair
 from megatron_k2.checkpoint.names.rules import RULES
 from megatron_k2.checkpoint.stream.rows import Dtype
 
-Modules = Literal["local", "te"]
-"""Whose modules a model is built of: Megatron's own, or Transformer Engine's."""
+TransformerImpl = Literal["local", "te"]
+"""Whose modules a model is built of (Megatron's ``--transformer-impl``): Megatron's own, or
+Transformer Engine's."""
 
 STACKED_EXPERTS = "mlp.experts.experts."
 
@@ -48,7 +49,7 @@ class Location:
     dtype: Dtype
 
 
-def stored_key(pair: Pair, modules: Modules) -> str:
+def stored_key(pair: Pair, modules: TransformerImpl) -> str:
     """The key a model of these modules stores a tensor of the rules under."""
     key = _APART.sub(STACKED_EXPERTS, pair.megatron)
     if modules == "te" and pair.rule.megatron_te is not None:

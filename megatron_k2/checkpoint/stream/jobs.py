@@ -1,11 +1,11 @@
-"""A conversion as units of work: one output file each, done once, by any number of processes.
+"""A conversion as jobs: one output file each, done once, by any number of processes.
 
-Crash safety: a unit's file is written under a temporary name, flushed and renamed, then its receipt
-(what the file holds) is written. A unit whose receipt and file are there is done, so a conversion
+Crash safety: a job's file is written under a temporary name, flushed and renamed, then its receipt
+(what the file holds) is written. A job whose receipt and file are there is done, so a conversion
 killed at any moment and started again redoes only what was under way. Receipts and names are not
 flushed one by one, which costs more than small files do: a power cut may lose or tear the last
-ones, and what they stood for is done again. The job's fingerprint (inputs and options) lies beside
-the receipts: of another job's leftovers nothing is taken.
+ones, and what they stood for is done again. The conversion's fingerprint (inputs and options) lies
+beside the receipts: of another conversion's leftovers nothing is taken.
 
 Workers are forked, so none imports anything anew, and end with their parent. Forking is safe here:
 until then the parent has read headers and compared names, and no thread pool of torch has started;
@@ -39,17 +39,17 @@ from megatron_k2.files import sha256_of_json, sync_directory, write_atomically
 logger = logging.getLogger(__name__)
 
 Receipt = dict[str, Any]
-"""JSON-able; ``num_bytes`` is the length of the unit's file."""
+"""JSON-able; ``num_bytes`` is the length of the job's file."""
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all), after every unit."""
+"""Called with (bytes done, bytes in all), after every job."""
 
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One output file."""
+class Job:
+    """One output file of a conversion, and what it takes to write it."""
 
     file: str
     num_bytes: int
@@ -58,25 +58,25 @@ class Unit:
     """What the work function needs to know; must be picklable."""
 
 
-Work = Callable[[OutputFile, Unit], Receipt]
-"""Writes ``unit`` to the file given (under a temporary name) and says what it wrote."""
+Work = Callable[[OutputFile, Job], Receipt]
+"""Writes the job to the file given (under a temporary name) and says what it wrote."""
 
 
-class Workplace:
+class JobDirectory:
     """The directory a conversion writes in before its result gets its final name."""
 
-    def __init__(self, target: Path, job: dict[str, Any]) -> None:
+    def __init__(self, target: Path, conversion: dict[str, Any]) -> None:
         """Prepare ``target``'s neighbour ``<target>.partial``.
 
         Args:
             target: final directory; must be absent or empty.
-            job: inputs and options, JSON-able; leftovers of another job are removed.
+            conversion: inputs and options, JSON-able; leftovers of another one are removed.
         """
         require_free(target)
         self.target = target
         self.directory = target.with_name(f"{target.name}.partial")
         self._receipts = _receipts_of(self.directory)
-        self.fingerprint = sha256_of_json(job)
+        self.fingerprint = sha256_of_json(conversion)
         record = self._receipts / "job"
         is_ours = record.is_file() and record.read_text() == self.fingerprint
         if not (is_ours and self.directory.exists()):
@@ -88,10 +88,10 @@ class Workplace:
         self._receipts.mkdir(exist_ok=True)
         write_atomically(record, self.fingerprint.encode())
 
-    def receipt(self, unit: Unit) -> Receipt | None:
-        """Of a finished unit; None if it is yet to be done."""
-        path = _receipt_path(self.directory, unit)
-        written = self.directory / unit.file
+    def receipt(self, job: Job) -> Receipt | None:
+        """The receipt of a finished job; None if the job is yet to be done."""
+        path = _receipt_path(self.directory, job)
+        written = self.directory / job.file
         if not path.is_file() or not written.is_file():
             return None
         try:
@@ -117,8 +117,8 @@ def _receipts_of(directory: Path) -> Path:
     return directory.with_name(f"{directory.name}.receipts")
 
 
-def _receipt_path(directory: Path, unit: Unit) -> Path:
-    return _receipts_of(directory) / f"{Path(unit.file).name}.json"
+def _receipt_path(directory: Path, job: Job) -> Path:
+    return _receipts_of(directory) / f"{Path(job.file).name}.json"
 
 
 def require_free(target: Path) -> None:
@@ -153,38 +153,45 @@ def require_workers(num_workers: int) -> None:
         raise UserError(f"--workers {num_workers}: expected 1 or more")
 
 
-def run_units(
-    place: Workplace, units: Sequence[Unit], work: Work, num_workers: int, progress: Progress
+def run_jobs(
+    job_directory: JobDirectory,
+    jobs: Sequence[Job],
+    work: Work,
+    num_workers: int,
+    progress: Progress,
 ) -> list[Receipt]:
-    """Do what is not done yet; receipts in the order of ``units``."""
-    receipts = {unit.file: receipt for unit in units if (receipt := place.receipt(unit))}
-    total = sum(unit.num_bytes for unit in units)
-    done = sum(unit.num_bytes for unit in units if unit.file in receipts)
+    """Do what is not done yet; receipts in the order of ``jobs``."""
+    receipts = {job.file: receipt for job in jobs if (receipt := job_directory.receipt(job))}
+    total = sum(job.num_bytes for job in jobs)
+    done = sum(job.num_bytes for job in jobs if job.file in receipts)
     if receipts:
-        logger.warning("%d of %d files are there already", len(receipts), len(units))
+        logger.warning("%d of %d files are there already", len(receipts), len(jobs))
     progress(done, total)
-    for unit, receipt in _results(
-        place.directory, [unit for unit in units if unit.file not in receipts], work, num_workers
+    for job, receipt in _results(
+        job_directory.directory,
+        [job for job in jobs if job.file not in receipts],
+        work,
+        num_workers,
     ):
-        receipts[unit.file] = receipt
-        done += unit.num_bytes
+        receipts[job.file] = receipt
+        done += job.num_bytes
         progress(done, total)
-    return [receipts[unit.file] for unit in units]
+    return [receipts[job.file] for job in jobs]
 
 
 def _results(
-    directory: Path, units: Sequence[Unit], work: Work, num_workers: int
-) -> Iterator[tuple[Unit, Receipt]]:
-    if num_workers == 1 or len(units) < 2:
-        yield from _here(directory, units, work)
+    directory: Path, jobs: Sequence[Job], work: Work, num_workers: int
+) -> Iterator[tuple[Job, Receipt]]:
+    if num_workers == 1 or len(jobs) < 2:
+        yield from _here(directory, jobs, work)
         return
     context = multiprocessing.get_context("fork")
     gc.freeze()  # else each worker's first collection copies what the parent has imported
     try:
-        num = min(num_workers, len(units))
+        num = min(num_workers, len(jobs))
         with ProcessPoolExecutor(num, context, _start_worker, (os.getpid(),)) as pool:
-            largest_first = sorted(units, key=lambda unit: -unit.num_bytes)
-            running = {pool.submit(do_unit, directory, unit, work): unit for unit in largest_first}
+            largest_first = sorted(jobs, key=lambda job: -job.num_bytes)
+            running = {pool.submit(do_job, directory, job, work): job for job in largest_first}
             try:
                 for future in as_completed(running):
                     yield running[future], future.result()
@@ -200,15 +207,15 @@ def _results(
         gc.unfreeze()
 
 
-def _here(directory: Path, units: Sequence[Unit], work: Work) -> Iterator[tuple[Unit, Receipt]]:
-    """In this process; a unit is written while the one before goes to the disk."""
+def _here(directory: Path, jobs: Sequence[Job], work: Work) -> Iterator[tuple[Job, Receipt]]:
+    """In this process; a job's file is written while the one before goes to the disk."""
     with ThreadPoolExecutor(1) as flusher:
-        before: tuple[Unit, Future[Receipt]] | None = None
-        for unit in units:
-            written = write_unit(directory, unit, work)
+        before: tuple[Job, Future[Receipt]] | None = None
+        for job in jobs:
+            written = write_job(directory, job, work)
             if before is not None:
                 yield before[0], before[1].result()
-            before = unit, flusher.submit(finish_unit, directory, unit, *written)
+            before = job, flusher.submit(finish_job, directory, job, *written)
         if before is not None:
             yield before[0], before[1].result()
 
@@ -229,25 +236,25 @@ def _start_worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def do_unit(directory: Path, unit: Unit, work: Work) -> Receipt:
-    """One unit, written and finished."""
-    return finish_unit(directory, unit, *write_unit(directory, unit, work))
+def do_job(directory: Path, job: Job, work: Work) -> Receipt:
+    """One job, written and finished."""
+    return finish_job(directory, job, *write_job(directory, job, work))
 
 
-def write_unit(directory: Path, unit: Unit, work: Work) -> tuple[OutputFile, Receipt]:
+def write_job(directory: Path, job: Job, work: Work) -> tuple[OutputFile, Receipt]:
     """Everything but the disk's part: a file under a temporary name, open, and what it holds.
 
     Raises:
         UserError: naming the file, if the disk is full or fails.
     """
-    final = directory / unit.file
+    final = directory / job.file
     temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
     for leftover in final.parent.glob(f"{final.name}.*.tmp"):
         leftover.unlink(missing_ok=True)
     with naming_the_file(final):
-        file = OutputFile(temporary, unit.num_bytes)
+        file = OutputFile(temporary, job.num_bytes)
         try:
-            receipt = work(file, unit)
+            receipt = work(file, job)
             file.flush()
         except BaseException:
             with contextlib.suppress(OSError):  # of what could not be written, once more
@@ -257,19 +264,19 @@ def write_unit(directory: Path, unit: Unit, work: Work) -> tuple[OutputFile, Rec
     return file, receipt
 
 
-def finish_unit(directory: Path, unit: Unit, file: OutputFile, receipt: Receipt) -> Receipt:
-    """Flush, rename, receipt: after this the unit is done, however the conversion ends.
+def finish_job(directory: Path, job: Job, file: OutputFile, receipt: Receipt) -> Receipt:
+    """Flush, rename, receipt: after this the job is done, however the conversion ends.
 
     Raises:
         UserError: naming the file, if the disk is full or fails.
     """
-    final = directory / unit.file
+    final = directory / job.file
     with naming_the_file(final):
         with file:
             file.sync()
             receipt["num_bytes"] = os.fstat(file.fileno()).st_size
         Path(file.name).replace(final)
-        path = _receipt_path(directory, unit)
+        path = _receipt_path(directory, job)
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         unfinished.write_text(json.dumps(receipt, separators=(",", ":")))
         unfinished.replace(path)

@@ -47,7 +47,7 @@ _STORAGE_OF = {dtype: name for name, dtype in _STORAGES.items()}
 
 
 @dataclass(frozen=True)
-class Layout:
+class StorageView:
     """Where a tensor lies in its storage, in elements."""
 
     key: str
@@ -115,7 +115,7 @@ def _wide(extra: memoryview, entry: Sequence[Any]) -> tuple[int, int]:
 
 
 def read_object(archive: memoryview, resolve: Resolve = lambda module, name: None) -> Any:
-    """What was saved; see ``pickles``. Tensors within it come as ``Layout``."""
+    """What was saved; see ``pickles``. Tensors within it come as ``StorageView``."""
     return _unpickle(bytes(records(archive)["data.pkl"]), resolve)
 
 
@@ -126,24 +126,24 @@ def read_tensor(archive: memoryview) -> Rows:
         ValueError, KeyError, struct.error, pickle.UnpicklingError: if it cannot be.
     """
     found = records(archive)
-    layout = _layout(bytes(found["data.pkl"]))
-    flat = np.frombuffer(found[f"data/{layout.key}"], layout.dtype.numpy)
-    last = layout.first + sum(
-        (n - 1) * s for n, s in zip(layout.shape, layout.strides, strict=True)
+    stored = _tensor_view(bytes(found["data.pkl"]))
+    flat = np.frombuffer(found[f"data/{stored.key}"], stored.dtype.numpy)
+    last = stored.first + sum(
+        (n - 1) * s for n, s in zip(stored.shape, stored.strides, strict=True)
     )
-    if min(layout.first, *layout.strides, 0) < 0 or (0 not in layout.shape and last >= len(flat)):
-        raise ValueError(f"a storage of {len(flat)} elements does not hold {layout}")
-    itemsize = layout.dtype.itemsize
-    strides = tuple(stride * itemsize for stride in layout.strides)
-    view = np.lib.stride_tricks.as_strided(flat[layout.first :], layout.shape, strides)
-    return Rows(view, layout.dtype)
+    if min(stored.first, *stored.strides, 0) < 0 or (0 not in stored.shape and last >= len(flat)):
+        raise ValueError(f"a storage of {len(flat)} elements does not hold {stored}")
+    itemsize = stored.dtype.itemsize
+    strides = tuple(stride * itemsize for stride in stored.strides)
+    view = np.lib.stride_tricks.as_strided(flat[stored.first :], stored.shape, strides)
+    return Rows(view, stored.dtype)
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout(pickled: bytes) -> Layout:
+def _tensor_view(pickled: bytes) -> StorageView:
     """Tensors of one shape have one pickle."""
     found = _unpickle(pickled)
-    if not isinstance(found, Layout):
+    if not isinstance(found, StorageView):
         raise ValueError(f"holds {found!r}, expected a tensor")
     return found
 
@@ -170,7 +170,7 @@ def _rebuilt(
     stored = BY_TORCH_NAME.get(getattr(named, "name", "")) or _STORAGES.get(kind.name)
     if stored is None:
         return stand_in("torch", "Tensor")(kind.name)  # of the optimizer or of nobody
-    return Layout(key, stored, first, tuple(shape), tuple(strides))
+    return StorageView(key, stored, first, tuple(shape), tuple(strides))
 
 
 _REBUILDERS = {

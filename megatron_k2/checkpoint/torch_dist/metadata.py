@@ -16,7 +16,7 @@ from megatron_k2.checkpoint.stream.rows import BY_TORCH_NAME, Dtype
 from megatron_k2.checkpoint.torch_dist.pickles import Instance, read_pickle, stand_in, write_pickle
 from megatron_k2.errors import UserError
 from megatron_k2.files import write_atomically
-from megatron_k2.run.record import METADATA
+from megatron_k2.run.iterations import BACKEND_RECORD, METADATA
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
@@ -199,4 +199,4 @@ def write_index(directory: Path, index: Index) -> None:
     metadata = stand_in(_METADATA, "Metadata")(stored, None, storage)
     write_atomically(directory / METADATA, write_pickle(metadata))
     backend = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
-    write_atomically(directory / "metadata.json", backend)
+    write_atomically(directory / BACKEND_RECORD, backend)

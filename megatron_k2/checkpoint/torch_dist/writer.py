@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_k2.checkpoint.names.mapping import Pair
-from megatron_k2.checkpoint.names.megatron_keys import STACKED_EXPERTS, Modules, stored_key
+from megatron_k2.checkpoint.names.megatron_keys import STACKED_EXPERTS, TransformerImpl, stored_key
 from megatron_k2.checkpoint.stream.rows import BY_TORCH_NAME, Dtype, Rows
 from megatron_k2.checkpoint.torch_dist import archive
 from megatron_k2.checkpoint.torch_dist.metadata import (
@@ -30,7 +30,7 @@ from megatron_k2.checkpoint.torch_dist.metadata import (
 from megatron_k2.checkpoint.torch_dist.reader import COMMON_STATE
 from megatron_k2.files import write_atomically
 
-_HAS_EXTRA_STATE: dict[Modules, re.Pattern[str]] = {
+_HAS_EXTRA_STATE: dict[TransformerImpl, re.Pattern[str]] = {
     "local": re.compile(
         r"\.(eh_proj|linear_proj|linear_q_proj|linear_q_up_proj|linear_kv_up_proj|linear_fc[12])"
         r"\.weight$"
@@ -44,7 +44,7 @@ _EXTRA_STATE = "_extra_state"
 
 
 @dataclass(frozen=True)
-class Placement:
+class Destination:
     """Where a Megatron tensor goes: the stored key, and its place in a stack of experts."""
 
     pair: Pair
@@ -56,16 +56,18 @@ class Placement:
     dtype: Dtype
 
 
-def place(pair: Pair, num_experts: int, dtype: Dtype, modules: Modules = "local") -> Placement:
+def destination_of(
+    pair: Pair, num_experts: int, dtype: Dtype, modules: TransformerImpl = "local"
+) -> Destination:
     """As Megatron 0.19 stores it: a layer's experts are one tensor, layers are apart."""
     key = stored_key(pair, modules)
     if pair.expert is None:
-        return Placement(pair, key, (), pair.megatron_shape, dtype)
-    return Placement(pair, key, (pair.expert,), (num_experts, *pair.megatron_shape), dtype)
+        return Destination(pair, key, (), pair.megatron_shape, dtype)
+    return Destination(pair, key, (pair.expert,), (num_experts, *pair.megatron_shape), dtype)
 
 
 @dataclass(frozen=True)
-class Chunk:
+class WrittenChunk:
     """Rows of a stored tensor, written."""
 
     key: str
@@ -77,29 +79,31 @@ class Chunk:
     file_length: int
 
 
-def chunk_from(entry: Sequence[Any]) -> Chunk:
+def chunk_from(entry: Sequence[Any]) -> WrittenChunk:
     """A chunk that a receipt (JSON, which has no tuples) remembers."""
     fields: list[Any] = [tuple(value) if isinstance(value, list) else value for value in entry]
-    return Chunk(*fields)
+    return WrittenChunk(*fields)
 
 
-def write_chunk(file: IO[bytes], placement: Placement, first_row: int, rows: Rows) -> Chunk:
+def write_chunk(
+    file: IO[bytes], destination: Destination, first_row: int, rows: Rows
+) -> WrittenChunk:
     """Append rows of a tensor to an open ``.distcp`` file.
 
     Args:
         file: positioned at its end.
-        placement: of the Megatron tensor.
+        destination: of the Megatron tensor.
         first_row: of the rows in it.
-        rows: of the placement's dtype.
+        rows: of the destination's dtype.
     """
-    ones, zeros = (1,) * len(placement.leading), (0,) * (len(rows.shape) - 1)
+    ones, zeros = (1,) * len(destination.leading), (0,) * (len(rows.shape) - 1)
     lengths = (*ones, *rows.shape)
     stacked = Rows(rows.bits.reshape(lengths), rows.dtype)
-    return Chunk(
-        placement.key,
-        placement.size,
-        placement.dtype.torch_name,
-        (*placement.leading, first_row, *zeros),
+    return WrittenChunk(
+        destination.key,
+        destination.size,
+        destination.dtype.torch_name,
+        (*destination.leading, first_row, *zeros),
         lengths,
         *archive.write_tensor(file, stacked),
     )
@@ -131,9 +135,9 @@ def write_common(directory: Path, file: str, args: Namespace) -> dict[str, Exten
 
 def write_metadata(
     directory: Path,
-    chunks: Iterable[tuple[str, Chunk]],
+    chunks: Iterable[tuple[str, WrittenChunk]],
     common: Mapping[str, Extent],
-    modules: Modules = "local",
+    modules: TransformerImpl = "local",
 ) -> None:
     """What makes a directory of files a checkpoint.
 
@@ -153,7 +157,9 @@ def write_metadata(
     write_index(directory, Index(tensors, {**extra, COMMON_STATE: common[COMMON_STATE]}))
 
 
-def _extra_state_keys(tensors: Mapping[str, GlobalTensor], modules: Modules) -> Iterator[str]:
+def _extra_state_keys(
+    tensors: Mapping[str, GlobalTensor], modules: TransformerImpl
+) -> Iterator[str]:
     for key, stored in tensors.items():
         if modules == "te" and key.endswith("self_attention.linear_proj.weight"):
             yield key.replace("linear_proj.weight", "core_attention._extra_state/shard_0_1")

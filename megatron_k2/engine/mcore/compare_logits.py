@@ -117,9 +117,9 @@ def _fused_state(weights: HfWeights, names: list[str]) -> list[tuple[str, Tensor
 
 
 def _megatron_logits(directory: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    from megatron_k2.engine.mcore.options import Layout
     from megatron_k2.engine.mcore.ranks import opened_model, process_group
     from megatron_k2.engine.mcore.saved_args import read_saved_args
+    from megatron_k2.parallel.layout import Layout
 
     iteration, saved = read_saved_args(directory, None)
     args = copy.copy(saved)

@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result over all ranks."""
+    """Loss over all of the split's predicted tokens, the same on every rank."""
 
     loss_nats: float
     """Mean -ln p per predicted token."""
@@ -37,7 +37,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """e^loss."""
+        """E to the power of the mean loss in nats."""
         return math.exp(self.loss_nats)
 
 

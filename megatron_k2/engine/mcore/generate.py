@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_k2.data.tokenizer import Tokenizer
 from megatron_k2.engine.mcore.jobs import check_length, round_up
 from megatron_k2.engine.mcore.model import InferenceModel
-from megatron_k2.engine.mcore.options import Layout
+from megatron_k2.parallel.layout import Layout
 
 INCOMPLETE = "�"
 """What ``decode`` ends with while a character's bytes are not all there."""

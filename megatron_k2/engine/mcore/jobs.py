@@ -13,17 +13,18 @@ import numpy as np
 
 from megatron_k2.data.indexed import read_tokens
 from megatron_k2.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_k2.engine.mcore.options import Layout, check_evaluate, check_generate, layout_of
+from megatron_k2.engine.mcore.options import check_evaluate, check_generate, layout_of
 from megatron_k2.engine.mcore.saved_args import check_model, read_saved_args
 from megatron_k2.errors import UserError
+from megatron_k2.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
 class EvaluateJob:
-    """``evaluate``, ready to start."""
+    """The checked inputs of ``evaluate``: a checkpoint, its layout here, and the tokens."""
 
     directory: Path
-    """The checkpoint's ``iter_*``."""
+    """The checkpoint itself: ``iter_*`` or ``release``."""
     saved: Namespace
     layout: Layout
     tokens: np.ndarray
@@ -33,7 +34,7 @@ class EvaluateJob:
 
 @dataclass(frozen=True)
 class GenerateJob:
-    """``generate``, ready to start."""
+    """The checked inputs of ``generate``: a checkpoint, its layout here, and the prompt."""
 
     directory: Path
     saved: Namespace
@@ -49,13 +50,12 @@ def evaluate_job(args: argparse.Namespace, world_size: int) -> EvaluateJob:
         UserError: for every wrong input.
     """
     manifest = check_evaluate(args)
-    layout = layout_of(args)
+    layout = layout_of(args, world_size)
     directory, saved = read_saved_args(args.load, args.iteration)
     seq_length = args.seq_length or saved.seq_length
     check_model(
         saved,
         layout,
-        world_size=world_size,
         seq_length=seq_length,
         data_vocab=manifest.tokenizer.vocab_size,
         data=str(args.data),
@@ -78,14 +78,13 @@ def generate_job(args: argparse.Namespace, world_size: int) -> GenerateJob:
         UserError: for every wrong input.
     """
     tokenizer = load_tokenizer(check_generate(args))
-    layout = layout_of(args)
+    layout = layout_of(args, world_size)
     prompt = tokenizer.encode(args.prompt)
     directory, saved = read_saved_args(args.load, args.iteration)
     check_length(len(prompt), args.max_new_tokens, saved.max_position_embeddings)
     check_model(
         saved,
         layout,
-        world_size=world_size,
         seq_length=round_up(len(prompt), layout),
         data_vocab=tokenizer.vocab_size,
         data="the tokenizer",
@@ -107,6 +106,6 @@ def check_length(num_prompt: int, max_new_tokens: int, max_length: int) -> None:
 
 def round_up(num_tokens: int, layout: Layout) -> int:
     """The next length that sequence and context parallelism can cut."""
-    cp = layout.context_parallel_size
-    multiple = (2 * cp if cp > 1 else 1) * layout.tensor_model_parallel_size
+    cp = layout.cp
+    multiple = (2 * cp if cp > 1 else 1) * layout.tp
     return -(-num_tokens // multiple) * multiple

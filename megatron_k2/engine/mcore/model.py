@@ -22,8 +22,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from megatron_k2.engine.mcore.options import Layout
 from megatron_k2.model.build import K2ModelBuilder, model_config_from_args
+from megatron_k2.parallel.layout import Layout
 
 Collect = Callable[[Tensor, dict[str, Tensor]], Any]
 """(logits of this rank, micro-batch of this rank) -> what to keep of it; on the last stage only."""
@@ -32,13 +32,7 @@ Collect = Callable[[Tensor, dict[str, Tensor]], Any]
 @contextlib.contextmanager
 def parallel_world(layout: Layout) -> Iterator[None]:
     """Megatron's process groups at ``layout``, over the process group that exists already."""
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        context_parallel_size=layout.context_parallel_size,
-        expert_model_parallel_size=layout.expert_model_parallel_size,
-        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
-    )
+    parallel_state.initialize_model_parallel(**layout.megatron_sizes())
     try:
         tensor_parallel.model_parallel_cuda_manual_seed(0)  # initial values are overwritten
         yield
@@ -53,14 +47,9 @@ class InferenceModel:
     stages: list[torch.nn.Module]
     """One: virtual stages would only shorten a pipeline's bubble."""
     vocab_size: int
-    """V: ids without padding."""
+    """V: the tokenizer's ids, without the padding that TP adds to the vocabulary."""
     max_length: int
     """Tokens the rotary frequencies were trained for."""
-
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank computes logits."""
-        return bool(parallel_state.is_pipeline_last_stage())
 
     def run(self, batches: list[dict[str, Tensor]], collect: Collect) -> list[Any]:
         """Forward micro-batches of equal shape through all stages.

@@ -1,29 +1,11 @@
 """Command-line options that evaluation and generation share. Light: no torch."""
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_k2.data.manifest import DataManifest, read_manifest
 from megatron_k2.errors import UserError
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the model is spread at inference; has nothing to do with how it was saved."""
-
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int = 1
-    pipeline_model_parallel_layout: str | None = None
-    """Megatron's string, for layers that do not divide by PP."""
-
-    @property
-    def sequence_parallel(self) -> bool:
-        """Always with TP: Megatron's experts require it, and it only saves memory."""
-        return self.tensor_model_parallel_size > 1
+from megatron_k2.parallel.layout import MEGATRON_NAMES, Layout
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -34,40 +16,39 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--iteration", type=int, help="default: the latest, by the tracker file")
     parser.add_argument("--nproc", type=int, default=1, help="ranks on this machine")
     group = parser.add_argument_group("layout", "any, whatever the checkpoint was saved at")
-    for name, help_text in (
-        ("tensor-model-parallel-size", "TP, with sequence parallelism"),
-        ("pipeline-model-parallel-size", "PP"),
-        ("context-parallel-size", "CP"),
-        ("expert-model-parallel-size", "EP"),
-        ("expert-tensor-parallel-size", "TP inside an expert"),
-    ):
-        group.add_argument(f"--{name}", type=int, default=1, metavar="N", help=help_text)
+    meanings = {
+        "tp": "TP, with sequence parallelism",
+        "pp": "PP",
+        "cp": "CP",
+        "ep": "EP",
+        "etp": "TP inside an expert",
+    }
+    for field, help_text in meanings.items():
+        flag = f"--{MEGATRON_NAMES[field].replace('_', '-')}"
+        group.add_argument(flag, dest=field, type=int, default=1, metavar="N", help=help_text)
     group.add_argument(
-        "--pipeline-model-parallel-layout", help="Megatron's, for layers that do not divide by PP"
+        "--pipeline-model-parallel-layout",
+        dest="pipeline_layout",
+        metavar="PIPELINE_MODEL_PARALLEL_LAYOUT",
+        help="Megatron's, for layers that do not divide by PP",
     )
 
 
-def layout_of(args: argparse.Namespace) -> Layout:
-    """The layout flags of a parsed command line."""
-    return Layout(
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        context_parallel_size=args.context_parallel_size,
-        expert_model_parallel_size=args.expert_model_parallel_size,
-        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-        pipeline_model_parallel_layout=args.pipeline_model_parallel_layout,
-    )
+def layout_of(args: argparse.Namespace, world_size: int) -> Layout:
+    """The layout flags of a parsed command line, over ``world_size`` ranks."""
+    degrees = {field: getattr(args, field) for field in MEGATRON_NAMES}
+    return Layout(world_size, pipeline_layout=args.pipeline_layout, **degrees)
 
 
 def without_nproc(argv: list[str]) -> list[str]:
-    """What each rank is told: torchrun takes ``--nproc`` for an abbreviation of its own options."""
+    """The ranks' options: torchrun takes ``--nproc`` for an abbreviation of one of its own."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--nproc")
     return parser.parse_known_args(argv)[1]
 
 
 def evaluate_parser() -> argparse.ArgumentParser:
-    """Options of ``megatron-k2 evaluate``."""
+    """The parser of ``megatron-k2 evaluate``, which every rank uses too."""
     parser = argparse.ArgumentParser(
         prog="megatron-k2 evaluate",
         allow_abbrev=False,
@@ -97,7 +78,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
 
 
 def generate_parser() -> argparse.ArgumentParser:
-    """Options of ``megatron-k2 generate``."""
+    """The parser of ``megatron-k2 generate``, which every rank uses too."""
     parser = argparse.ArgumentParser(
         prog="megatron-k2 generate",
         allow_abbrev=False,

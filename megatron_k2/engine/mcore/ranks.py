@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_k2.engine.mcore.options import (
-    Layout,
     evaluate_parser,
     generate_parser,
 )
 from megatron_k2.errors import UserError
 from megatron_k2.files import write_atomically
+from megatron_k2.parallel.layout import Layout
 from megatron_k2.quiet import quieten
 
 if TYPE_CHECKING:
@@ -73,12 +73,12 @@ def opened_model(directory: Path, saved: Namespace, layout: Layout) -> Iterator[
 
 
 def world_size() -> int:
-    """Ranks, as torchrun says."""
+    """Number of ranks that torchrun started; 1 for a process started by hand."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first_rank() -> bool:
-    """Whether this rank speaks."""
+    """Whether this is the rank that prints results and writes files."""
     return os.environ.get("RANK", "0") == "0"
 
 

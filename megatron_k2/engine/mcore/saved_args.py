@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_k2.checkpoint.torch_dist.reader import MegatronSource
-from megatron_k2.engine.mcore.options import Layout
 from megatron_k2.errors import UserError
 from megatron_k2.flags.megatron import add_k2_arguments, platform_flags
-from megatron_k2.parallel.layout import LayoutRequest, check_layout
+from megatron_k2.parallel.layout import Layout, Workload, check_layout
 from megatron_k2.run.iterations import find_iteration
 
 _LAYOUT = (
@@ -49,7 +48,7 @@ _MACHINE = (
 """Kernels and what only a backward pass needs."""
 
 _PRECISION = ("fp16", "bf16")
-"""Of ``ModelParallelConfig``, but the model's."""
+"""Fields of ``ModelParallelConfig`` that the model decides and the layout does not."""
 
 
 def read_saved_args(load: Path, iteration: int | None) -> tuple[Path, Namespace]:
@@ -85,7 +84,6 @@ def check_model(
     saved: Namespace,
     layout: Layout,
     *,
-    world_size: int,
     seq_length: int,
     data_vocab: int,
     data: str,
@@ -95,7 +93,6 @@ def check_model(
     Args:
         saved: of the checkpoint.
         layout: asked for.
-        world_size: ranks.
         seq_length: of one window, in tokens.
         data_vocab: ids of the data or of the tokenizer.
         data: what to call it in a message.
@@ -108,36 +105,20 @@ def check_model(
             f"the vocabulary of {data} has {data_vocab} ids, the model's {saved.vocab_size}; "
             "take the tokenizer the model was trained with"
         )
-    check_layout(
-        LayoutRequest(
-            world_size=world_size,
-            num_layers=saved.num_layers,
-            num_attention_heads=saved.num_attention_heads,
-            num_moe_experts=saved.num_experts,
-            seq_length=seq_length,
-            global_batch_size=world_size,
-            micro_batch_size=1,
-            tensor_model_parallel_size=layout.tensor_model_parallel_size,
-            pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-            context_parallel_size=layout.context_parallel_size,
-            expert_model_parallel_size=layout.expert_model_parallel_size,
-            expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
-            has_pipeline_layout=layout.pipeline_model_parallel_layout is not None,
-        )
+    load = Workload(
+        num_layers=saved.num_layers,
+        num_attention_heads=saved.num_attention_heads,
+        num_moe_experts=saved.num_experts,
+        seq_length=seq_length,
+        global_batch_size=layout.world_size,
     )
+    check_layout(layout, load)
 
 
 def _layout_flags(layout: Layout) -> list[str]:
-    flags = f"""
-        --tensor-model-parallel-size {layout.tensor_model_parallel_size}
-        --pipeline-model-parallel-size {layout.pipeline_model_parallel_size}
-        --context-parallel-size {layout.context_parallel_size}
-        --expert-model-parallel-size {layout.expert_model_parallel_size}
-        --expert-tensor-parallel-size {layout.expert_tensor_parallel_size}
-    """.split()
-    flags += ["--sequence-parallel"] if layout.sequence_parallel else []
-    by_hand = layout.pipeline_model_parallel_layout
-    return flags + (["--pipeline-model-parallel-layout", by_hand] if by_hand else [])
+    by_hand = layout.pipeline_layout
+    split = ["--pipeline-model-parallel-layout", by_hand] if by_hand else []
+    return [*layout.degree_flags(), *split]
 
 
 def model_args(saved: Namespace, layout: Layout, *, cuda: bool) -> Namespace:
@@ -159,6 +140,6 @@ def model_args(saved: Namespace, layout: Layout, *, cuda: bool) -> Namespace:
     args.virtual_pipeline_model_parallel_size = None
     args.overlap_p2p_comm = False  # the plain schedule's sends and receives come in batches
     args.moe_token_dispatcher_type = "alltoall"
-    multiple = args.make_vocab_size_divisible_by * layout.tensor_model_parallel_size
+    multiple = args.make_vocab_size_divisible_by * layout.tp
     args.padded_vocab_size = -(-args.vocab_size // multiple) * multiple
     return args

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from megatron_k2.presets import ModelPreset
 
 FLASH_BACKWARD = 2.5
-"""Of the forward: a flash kernel forms Q Kᵀ again, so five products for the forward's two."""
+"""Attention's backward over its forward: a flash kernel forms Q Kᵀ again, so five products for
+the forward's two."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """By the kind of kernel that does them."""
+    """FLOPs, a multiply-add counted as two, by the kind of kernel that does them."""
 
     gemm: float = 0.0
     grouped: float = 0.0
@@ -19,7 +20,7 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """All kinds."""
+        """FLOPs of all kinds of kernels."""
         return self.gemm + self.grouped + self.attention
 
     def __add__(self, other: "Flops") -> "Flops":

@@ -6,7 +6,7 @@ from typing import Literal
 from megatron_k2.planning.request import Recompute
 
 OffloadModule = Literal["attn_norm", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"]
-"""In the forward's order."""
+"""Megatron's ``--offload-modules``, in the order of the forward."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Kept:
     instead_of: Recompute | None = None
     """Kept only when this is recomputed."""
     offload: OffloadModule | None = None
-    """Of Megatron's ``--offload-modules``, the one whose group takes it off the device, where it
+    """The module whose group takes it off the device, where it
     has a million elements."""
     copies_on_host: int = 1
     """Groups that hand over this tensor, each a copy of its own."""

@@ -15,32 +15,32 @@ from megatron_k2.planning.cost.activations import head_bytes, layer_bytes
 from megatron_k2.planning.cost.offload import movable
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.planning.schedule.chunks import Chunk
-from megatron_k2.planning.schedule.pipeline import Shape, peak_live
+from megatron_k2.planning.schedule.pipeline import ScheduleShape, peak_live
 from megatron_k2.presets import ModelPreset
 
 WEIGHT_BYTES, GRADIENT_BYTES = 2, 4
 MUON_STATE_BYTES, ADAMW_STATE_BYTES = 8, 12
 BUCKET_ELEMENTS = 40_000_000
-"""Of the exchange: Megatron's default (``planning/muonclip/padding.py``)."""
+"""Elements of a bucket of the exchange: Megatron's default (``planning/muonclip/padding.py``)."""
 BATCH_BYTES = 24
-"""An element being orthogonalised: fp32 copies, and the products in bf16."""
+"""Bytes an element takes while it is orthogonalised: fp32 copies, and the products in bf16."""
 RESERVED_GB = 6.0
 """CUDA context, NCCL buffers, cuBLAS workspaces, fragmentation: our estimate, to be overridden."""
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Elements one rank holds."""
+    """Elements of the weights that one rank holds, by the optimizer they have."""
 
     dense_muon: int
     """Attention, dense FFN, shared expert, router."""
     expert_muon: int
     adamw: int
-    """Embedding, head, norms."""
+    """Embedding, head and norms: AdamW's."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Elements of both optimizers."""
         return self.dense_muon + self.expert_muon + self.adamw
 
     def __add__(self, other: "Parameters") -> "Parameters":
@@ -102,13 +102,13 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
-    """On the device."""
+    """Its states on the device, in bytes."""
     optimizer_on_host: float
     activations: float
-    """On the device."""
+    """Bytes kept for the backward on the device, at the schedule's fullest moment."""
     activations_on_host: float
     optimizer_step: float
-    """Worked on during the optimizer's step, when no activations are kept."""
+    """Bytes worked on during the optimizer's step, when no activations are kept."""
     reserved: float
 
     @property
@@ -123,9 +123,9 @@ class Memory:
 
 
 def optimizer_bytes(r: RunRequest, parameters: Parameters) -> float:
-    """Of one rank's shards."""
+    """Bytes of the optimizer's states in one rank's shards, wherever they lie."""
     dense = MUON_STATE_BYTES * parameters.dense_muon + ADAMW_STATE_BYTES * parameters.adamw
-    return dense / r.dense_shards + MUON_STATE_BYTES * parameters.expert_muon / r.expert_shards
+    return dense / r.data_ranks + MUON_STATE_BYTES * parameters.expert_muon / r.expert_data_ranks
 
 
 def optimizer_step_bytes(r: RunRequest, parameters: Parameters, *, has_dense_layer: bool) -> float:
@@ -138,27 +138,27 @@ def optimizer_step_bytes(r: RunRequest, parameters: Parameters, *, has_dense_lay
     """
     p = r.preset
     width = p.ffn_hidden_size if has_dense_layer else p.num_attention_heads * p.v_head_dim
-    bucket = max(BUCKET_ELEMENTS, 1_000_000 * r.expert_shards) / r.expert_shards
+    bucket = max(BUCKET_ELEMENTS, 1_000_000 * r.expert_data_ranks) / r.expert_data_ranks
     one_more = 2 * p.moe_ffn_hidden_size * p.hidden_size  # a bucket ends behind a whole weight
-    experts = min(parameters.expert_muon / r.expert_shards, bucket + one_more)
+    experts = min(parameters.expert_muon / r.expert_data_ranks, bucket + one_more)
     batch = max(width * p.hidden_size, experts * 2 / 3)  # gate and up of three equal matrices
     visiting = 0.0
     if r.optimizer_offload:
-        adamw = ADAMW_STATE_BYTES * parameters.adamw / r.dense_shards
+        adamw = ADAMW_STATE_BYTES * parameters.adamw / r.data_ranks
         visiting = adamw * r.optimizer_offload + (AHEAD + 1) * WINDOW_BYTES
     return 2 * GRADIENT_BYTES * experts + BATCH_BYTES * batch + visiting
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept for backward."""
+    """Bytes kept for the backward pass, by where they wait for it."""
 
     on_device: float
     on_host: float
 
 
 def layer_activations(r: RunRequest, *, is_moe: bool) -> Activations:
-    """Of one micro-batch and layer; a layer of which less can be moved moves what it can."""
+    """Bytes of one micro-batch and layer; a layer of which less can move moves what it can."""
     kept = r.tokens_per_microbatch * layer_bytes(
         r.preset,
         r.tp,
@@ -175,14 +175,14 @@ def layer_activations(r: RunRequest, *, is_moe: bool) -> Activations:
 
 
 def chunk_activations(r: RunRequest, chunk: Chunk) -> Activations:
-    """Of one micro-batch and chunk, head aside."""
+    """Bytes of one micro-batch and chunk, without the head's."""
     kinds = {is_moe: layer_activations(r, is_moe=is_moe) for is_moe in (False, True)}
     layers = [kinds[layer >= r.preset.num_dense_layers] for layer in chunk.layers]
     return Activations(sum(a.on_device for a in layers), sum(a.on_host for a in layers))
 
 
 def rank_activations(r: RunRequest, rank: int) -> Activations:
-    """Of one rank at the fullest moment of the schedule; the head's never leave the device."""
+    """Bytes of one rank at the schedule's fullest moment; the head's never leave the device."""
     ours = [chunk for chunk in r.chunks() if chunk.rank == rank]
     device, host, head = [0.0] * r.vpp, [0.0] * r.vpp, 0.0
     for chunk in ours:
@@ -191,7 +191,7 @@ def rank_activations(r: RunRequest, rank: int) -> Activations:
         host[chunk.virtual] += kept.on_host
         if chunk.has_head:
             head = r.tokens_per_microbatch * head_bytes(r.preset, r.tp, r.modules)
-    shape = Shape(r.pp, r.vpp, r.num_microbatches, r.has_overlap and r.vpp > 1)
+    shape = ScheduleShape(r.pp, r.vpp, r.num_microbatches, r.has_overlap and r.vpp > 1)
     return Activations(head + peak_live(shape, rank, device), peak_live(shape, rank, host))
 
 

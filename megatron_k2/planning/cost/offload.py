@@ -40,7 +40,7 @@ class Group:
 def layer_groups(
     p: ModelPreset, tp: int, recompute: frozenset[Recompute], *, is_moe: bool, fp8_storage: bool
 ) -> list[Group]:
-    """Of one layer of Transformer Engine's modules; empty ones left out, as Megatron does."""
+    """Savings of each module of one layer with Transformer Engine, but for empty ones."""
     rows = [*attention_rows(p, tp), *mlp_rows(p, tp, is_moe=is_moe)]
     groups = []
     for module in offload_modules(recompute):

@@ -55,7 +55,7 @@ class TensorParallel:
     """One micro-batch's gathers and scatters under sequence parallelism, in bytes sent."""
 
     forward: float
-    """Of one layer: latents and the MLP's input gathered, both outputs scattered."""
+    """Bytes of one layer: latents and the MLP's input gathered, both outputs scattered."""
     backward: float
     """The same turned round, and inputs of column-parallel products gathered again."""
     ends: float
@@ -89,23 +89,23 @@ class StepTraffic:
     """Once a step, one GPU of a pipeline rank."""
 
     gradients: float
-    """ZeRO-1's reduce-scatter, fp32."""
+    """Bytes of ZeRO-1's reduce-scatter, in fp32."""
     weights: float
-    """ZeRO-1's all-gather, bf16."""
+    """Bytes of ZeRO-1's all-gather, in bf16."""
     muonclip: float
     """Pieces of dense matrices to their homes and results back; at most, since a piece already at
     home stays. Experts are cut between matrices and exchange nothing."""
 
 
 def step_traffic(r: RunRequest, parameters: Parameters) -> StepTraffic:
-    """Of the optimizer's collectives."""
-    dense = (parameters.dense_muon + parameters.adamw) * _away(r.dense_shards)
-    experts = parameters.expert_muon * _away(r.expert_shards)
-    owned = parameters.dense_muon / r.dense_shards
+    """Bytes that the optimizer's collectives send, a GPU and step."""
+    dense = (parameters.dense_muon + parameters.adamw) * _away(r.data_ranks)
+    experts = parameters.expert_muon * _away(r.expert_data_ranks)
+    owned = parameters.dense_muon / r.data_ranks
     return StepTraffic(
         gradients=GRADIENT_BYTES * (dense + experts),
         weights=WEIGHT_BYTES * (dense + experts),
-        muonclip=2 * EXCHANGE_BYTES * owned * _away(r.dense_shards),
+        muonclip=2 * EXCHANGE_BYTES * owned * _away(r.data_ranks),
     )
 
 
@@ -114,13 +114,13 @@ class HostTraffic:
     """Once a step, one GPU of a pipeline rank: bytes to host memory, and as many back."""
 
     activations: float
-    """Of all micro-batches."""
+    """Activations of all micro-batches of the step."""
     optimizer: float
     """Momenta, moments and masters that live there."""
 
 
 def host_traffic(r: RunRequest, rank: int, parameters: Parameters) -> HostTraffic:
-    """Of pipeline rank ``rank``."""
+    """Bytes that a GPU of pipeline rank ``rank`` copies to the host in a step."""
     ours = [chunk for chunk in r.chunks() if chunk.rank == rank]
     moved = sum(chunk_activations(r, chunk).on_host for chunk in ours)
     return HostTraffic(

@@ -26,34 +26,13 @@ from megatron_k2.optimizer.sharded.homes import (
     matrix_placements,
     shard_pieces,
 )
+from megatron_k2.parallel.layout import Layout, check_degrees
 from megatron_k2.planning.cost.memory import ADAMW_STATE_BYTES, MUON_STATE_BYTES
 from megatron_k2.planning.cost.shapes import Weight, rank_weights
 from megatron_k2.planning.muonclip.padding import buffer_layouts
 from megatron_k2.planning.muonclip.stage import DomainPlan, StagePlan
 from megatron_k2.planning.schedule.chunks import Chunk, distinct_ranks, split_into_chunks
 from megatron_k2.presets import ModelPreset
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Ranks of a run; expert tensor parallelism is 1."""
-
-    world_size: int
-    tp: int
-    pp: int
-    ep: int
-    vpp: int = 1
-    """Virtual stages of each pipeline rank."""
-
-    @property
-    def data_ranks(self) -> int:
-        """Data x context parallel."""
-        return self.world_size // (self.tp * self.pp)
-
-    @property
-    def expert_data_ranks(self) -> int:
-        """Ranks that hold the same experts."""
-        return self.world_size // (self.pp * self.ep)
 
 
 @dataclass(frozen=True)
@@ -72,8 +51,7 @@ def check_plannable(p: ModelPreset, layout: Layout) -> None:
     Raises:
         UserError: naming the value and what it must be.
     """
-    if min(layout.world_size, layout.tp, layout.pp, layout.ep) < 1:
-        raise UserError(f"{layout}: every size is at least 1")
+    check_degrees(layout)
     if layout.pp > p.num_layers:
         raise UserError(f"--pp {layout.pp}: {p.name} has {p.num_layers} layers; at most that many")
     if layout.ep == 1 and layout.tp > 1:

@@ -27,7 +27,7 @@ class Chunk:
 
     @property
     def units(self) -> int:
-        """What is spread evenly."""
+        """The chunk's size as it is spread evenly: a layer and the embedding 1, the head 2."""
         ends = EMBEDDING_UNITS * self.has_embedding + HEAD_UNITS * self.has_head
         return len(self.layers) + ends
 

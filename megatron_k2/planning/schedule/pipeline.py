@@ -1,4 +1,4 @@
-"""The pipeline's schedule as data: what each rank does in which order, and when.
+"""The pipeline's schedule as data: what each rank does in which order (``timeline.py``: when).
 
 Order is Megatron's interleaved 1F1B (``core/pipeline_parallel/schedules.py``), with the report's
 one extra warm-up micro-batch (section 2.4.3) as ``--overlap-moe-expert-parallel-comm`` adds it:
@@ -6,7 +6,7 @@ then the forward and the backward of every steady-state pair belong to different
 one's all-to-all can hide under the other's arithmetic.
 
 Legend: ``p`` pipeline ranks, ``v`` chunks a rank (virtual stages), ``m`` micro-batches; a unit is
-one micro-batch on one chunk, forward (F) or backward (B). Times are in any unit, the caller's.
+one micro-batch on one chunk, forward (F) or backward (B).
 """
 
 from dataclasses import dataclass
@@ -28,18 +28,8 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Span:
-    """A unit in time."""
-
-    unit: Unit
-    rank: int
-    start: float
-    end: float
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What determines the order."""
+class ScheduleShape:
+    """The sizes that determine the order of every rank."""
 
     pp: int
     vpp: int
@@ -59,7 +49,7 @@ class Shape:
             )
 
 
-def forward_units(shape: Shape) -> list[Unit]:
+def forward_units(shape: ScheduleShape) -> list[Unit]:
     """Forwards in the order of every rank: groups of ``p`` micro-batches, chunk after chunk."""
     group = shape.pp if shape.vpp > 1 else shape.num_microbatches
     return [
@@ -70,7 +60,7 @@ def forward_units(shape: Shape) -> list[Unit]:
     ]
 
 
-def num_warmup(shape: Shape, rank: int) -> int:
+def num_warmup(shape: ScheduleShape, rank: int) -> int:
     """Forwards of ``rank`` before its first backward, one less than it then holds."""
     total = shape.num_microbatches * shape.vpp
     ahead = shape.pp - rank - 1
@@ -79,7 +69,7 @@ def num_warmup(shape: Shape, rank: int) -> int:
     return min(total, ahead + shape.has_extra_warmup)
 
 
-def rank_order(shape: Shape, rank: int) -> list[Unit]:
+def rank_order(shape: ScheduleShape, rank: int) -> list[Unit]:
     """Every unit of ``rank``: warm-up forwards, then one forward and one backward in turn."""
     forwards = forward_units(shape)
     backwards = [Unit("B", u.microbatch, shape.vpp - 1 - u.virtual) for u in forwards]
@@ -90,93 +80,7 @@ def rank_order(shape: Shape, rank: int) -> list[Unit]:
     return order + backwards[len(forwards) - warmup :]
 
 
-def simulate(
-    shape: Shape,
-    forward_time: list[float],
-    backward_time: list[float],
-    send_time: float = 0.0,
-) -> list[Span]:
-    """Run the schedule: a unit starts when its rank is free and its input has arrived.
-
-    Args:
-        shape: of the schedule.
-        forward_time: of each of the ``p v`` chunks, in the forward's order.
-        backward_time: likewise.
-        send_time: from one chunk to the next, added to the wait and not to either rank's work.
-
-    Returns:
-        Every unit of every rank, by start.
-    """
-    num_chunks = shape.pp * shape.vpp
-    orders = [rank_order(shape, rank) for rank in range(shape.pp)]
-    position, free = [0] * shape.pp, [0.0] * shape.pp
-    done: dict[tuple[Kind, int, int], float] = {}
-    spans: list[Span] = []
-    ready = list(range(shape.pp))
-    while ready:
-        rank = ready.pop()
-        while position[rank] < len(orders[rank]):
-            unit = orders[rank][position[rank]]
-            chunk = unit.virtual * shape.pp + rank
-            arrived = _arrival(unit, chunk, num_chunks, done, send_time)
-            if arrived is None:
-                break
-            times = forward_time if unit.kind == "F" else backward_time
-            start = max(free[rank], arrived)
-            end = start + times[chunk]
-            spans.append(Span(unit, rank, start, end))
-            done[unit.kind, unit.microbatch, chunk] = end
-            free[rank], position[rank] = end, position[rank] + 1
-            waiting = ((chunk + 1) if unit.kind == "F" else (chunk - 1)) % shape.pp
-            if waiting not in ready and waiting != rank:
-                ready.append(waiting)
-    if any(position[rank] < len(orders[rank]) for rank in range(shape.pp)):
-        raise RuntimeError(f"the schedule of {shape} waits for itself")  # pragma: no cover
-    return sorted(spans, key=lambda span: (span.start, span.rank))
-
-
-def _arrival(
-    unit: Unit,
-    chunk: int,
-    num_chunks: int,
-    done: dict[tuple[Kind, int, int], float],
-    send_time: float,
-) -> float | None:
-    """When the unit's input is there; ``None``: not yet known."""
-    if unit.kind == "F":
-        if chunk == 0:
-            return 0.0
-        before = done.get(("F", unit.microbatch, chunk - 1))
-        return None if before is None else before + send_time
-    own = done.get(("F", unit.microbatch, chunk))
-    if own is None:
-        return None
-    if chunk == num_chunks - 1:
-        return own
-    after = done.get(("B", unit.microbatch, chunk + 1))
-    return None if after is None else max(own, after + send_time)
-
-
-def makespan(spans: list[Span]) -> float:
-    """From the first start to the last end."""
-    return max(span.end for span in spans)
-
-
-def bubble_fraction(spans: list[Span], pp: int) -> float:
-    """Idle time of all ranks over the time of all ranks."""
-    busy = sum(span.end - span.start for span in spans)
-    return 1 - busy / (pp * makespan(spans))
-
-
-def uniform_makespan(shape: Shape, forward: float, backward: float) -> float:
-    """Closed form, equal chunks and no sends, ``m`` a multiple of ``p``: (m v + p − 1) (F + B).
-
-    The extra warm-up micro-batch changes which pairs overlap and not this.
-    """
-    return (shape.num_microbatches * shape.vpp + shape.pp - 1) * (forward + backward)
-
-
-def peak_live(shape: Shape, rank: int, weights: list[float]) -> float:
+def peak_live(shape: ScheduleShape, rank: int, weights: list[float]) -> float:
     """Largest sum of ``weights`` over the units of ``rank`` that await their backward.
 
     Args:
@@ -187,7 +91,7 @@ def peak_live(shape: Shape, rank: int, weights: list[float]) -> float:
     live = peak = 0.0
     # The steady state repeats: 2 p v units see the peak of every rank.
     few = min(shape.num_microbatches, 4 * shape.pp)
-    short = Shape(shape.pp, shape.vpp, few, shape.has_extra_warmup)
+    short = ScheduleShape(shape.pp, shape.vpp, few, shape.has_extra_warmup)
     for unit in rank_order(short, rank):
         live += weights[unit.virtual] if unit.kind == "F" else -weights[unit.virtual]
         peak = max(peak, live)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_k2.planning.schedule.pipeline import Shape, Unit, num_warmup, rank_order
+from megatron_k2.planning.schedule.pipeline import ScheduleShape, Unit, num_warmup, rank_order
 
 Lane = Literal["arithmetic", "all-to-all", "pipeline", "to host", "from host"]
 LANES: tuple[Lane, ...] = ("arithmetic", "all-to-all", "pipeline", "to host", "from host")
@@ -32,14 +32,14 @@ class ChunkCost:
     attention_forward: float
     mlp_forward: float
     attention_backward: float
-    """Input gradients, recompute included."""
+    """Gradients of attention's inputs, what is computed again included."""
     mlp_backward: float
-    """Likewise."""
+    """Gradients of the MLP's inputs, what is computed again included."""
     weight_gradients: float
     dispatch: float
-    """Also of the combine, and of both backward."""
+    """The all-to-all to the experts; the combine and both backward take as long."""
     send: float
-    """To the next chunk, either direction."""
+    """One transfer to the next chunk, in either direction."""
     offload: float = 0.0
     """Activations to the host, and as long back."""
 
@@ -58,7 +58,7 @@ class Task:
     end: float = -1.0
 
 
-def build(shape: Shape, costs: Sequence[ChunkCost]) -> list[list[Task]]:
+def build(shape: ScheduleShape, costs: Sequence[ChunkCost]) -> list[list[Task]]:
     """Every lane's tasks in order, dependencies set.
 
     Args:
@@ -81,7 +81,7 @@ def build(shape: Shape, costs: Sequence[ChunkCost]) -> list[list[Task]]:
     return list(lanes.values())
 
 
-def _groups(shape: Shape, rank: int) -> list[tuple[Unit, ...]]:
+def _groups(shape: ScheduleShape, rank: int) -> list[tuple[Unit, ...]]:
     """Units that share the lanes at one time: a pair in the steady state, else one alone."""
     order = rank_order(shape, rank)
     warmup = num_warmup(shape, rank)
@@ -144,7 +144,7 @@ def _seconds(cost: ChunkCost, kind: str, name: str) -> float:
     return cost.attention_backward if name == "attention" else cost.mlp_backward
 
 
-def _needs(shape: Shape, unit: Unit, rank: int, name: str) -> list[tuple[Unit, int, str]]:
+def _needs(shape: ScheduleShape, unit: Unit, rank: int, name: str) -> list[tuple[Unit, int, str]]:
     """What must have ended: the task before in its unit, and the send that brought the input."""
     sequence = [task for _, task in (_FORWARD if unit.kind == "F" else _BACKWARD)]
     index = sequence.index(name)
@@ -167,7 +167,7 @@ def _needs(shape: Shape, unit: Unit, rank: int, name: str) -> list[tuple[Unit, i
     return found
 
 
-def _at(shape: Shape, unit: Unit, chunk: int) -> Unit:
+def _at(shape: ScheduleShape, unit: Unit, chunk: int) -> Unit:
     return Unit(unit.kind, unit.microbatch, chunk // shape.pp)
 
 
@@ -208,7 +208,7 @@ def run(lanes: list[list[Task]]) -> list[Task]:
     return sorted(tasks, key=lambda task: (task.start, task.rank))
 
 
-def simulate_tasks(shape: Shape, costs: Sequence[ChunkCost]) -> list[Task]:
+def simulate_tasks(shape: ScheduleShape, costs: Sequence[ChunkCost]) -> list[Task]:
     """``run(build(…))``: one step's pipeline, by start."""
     return run(build(shape, costs))
 

@@ -29,7 +29,7 @@ MAX_LINE_POINTS = 4000
 
 
 def draw(run: "Run") -> bytes:
-    """The PNG file's content."""
+    """The report's figure of ``run``, six panels over steps, as bytes of a PNG."""
     figure = Figure(figsize=(13.5, 7.8), dpi=130, facecolor="white")
     axes = figure.subplots(2, 3, sharex=True)
     figure.subplots_adjust(0.055, 0.075, 0.98, 0.85, wspace=0.24, hspace=0.3)
@@ -161,7 +161,7 @@ def _learning_rate(axis: Any, run: "Run", steps: np.ndarray) -> None:
 
 
 def _rate(rate: float, _position: int) -> str:
-    """1.5e-4; zero is 0."""
+    """A learning rate for an axis: 1.5e-4; zero is 0."""
     digits, exponent = f"{rate:.1e}".split("e")
     return f"{digits.removesuffix('.0')}e{int(exponent)}" if rate else "0"
 

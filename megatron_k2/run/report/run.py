@@ -1,18 +1,16 @@
 """A run as its directory tells it: metrics and, where there is one, run.json."""
 
-import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_k2.errors import UserError
+from megatron_k2.run.flags import read_flags
 from megatron_k2.run.metrics import (
     METRICS_FILE,
     StepRecord,
     read_records,
 )
-from megatron_k2.run.record import RUN_RECORD
+from megatron_k2.run.record import read_run_record
 
 
 @dataclass(frozen=True)
@@ -46,29 +44,12 @@ def read_run(directory: Path, threshold: float | None = None) -> Run:
         raise UserError(
             f"{path} {what}; give the directory that 'megatron-k2 pretrain --save' wrote to"
         )
-    recorded = _run_record(directory / RUN_RECORD)
+    recorded = read_run_record(directory)
     tau = recorded.get("qk_clip_threshold")
     return Run(
         directory=directory,
         records=records,
         threshold=threshold if tau is None else float(tau),
         preset=recorded.get("preset"),
-        data=_following(recorded.get("flags", []), "--data"),
+        data=read_flags(recorded.get("flags", [])).data,
     )
-
-
-def _run_record(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        record = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); remove it or restore it") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{path} holds {type(record).__name__}, expected an object; remove it")
-    return record
-
-
-def _following(flags: list[str], name: str) -> str | None:
-    values = [value for flag, value in itertools.pairwise(flags) if flag == name]
-    return values[-1] if values else None

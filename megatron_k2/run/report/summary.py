@@ -26,7 +26,7 @@ def summary(run_dir: Path) -> str:
 
 
 def summarise(run: Run) -> str:
-    """The lines of ``summary``."""
+    """The lines of ``summary`` for a run that has been read already."""
     first, last = run.records[0], run.records[-1]
     finite = [record for record in run.records if math.isfinite(record.loss)]
     seconds = sum(record.seconds for record in run.records)

@@ -147,10 +147,10 @@ def test_a_disk_that_fills_up_names_file_and_tensor_and_loses_nothing(
 ):
     real = import_files.write_chunk
 
-    def full_at_the_second_layer(file, placement, *rest):
-        if placement.pair.layer == 1:
+    def full_at_the_second_layer(file, destination, *rest):
+        if destination.pair.layer == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(file, placement, *rest)
+        return real(file, destination, *rest)
 
     with monkeypatch.context() as patched:
         patched.setattr(import_files, "write_chunk", full_at_the_second_layer)

@@ -176,9 +176,9 @@ def test_in_memory_there_and_back():
 @pytest.mark.slow
 def test_megatrons_own_model_loads_an_imported_prediction_layer(tmp_path):
     """Names as Megatron stores them; with one tensor elsewhere, its loader would not find it."""
-    from megatron_k2.engine.mcore.options import Layout
     from megatron_k2.engine.mcore.ranks import opened_model, process_group
     from megatron_k2.engine.mcore.saved_args import read_saved_args
+    from megatron_k2.parallel.layout import Layout
 
     preset = dataclasses.replace(TINY, num_mtp_layers=1, yarn=None)
     release = small_release(tmp_path / "hf", preset, torch.float32)

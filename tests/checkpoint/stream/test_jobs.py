@@ -1,4 +1,4 @@
-"""Units of work: what overlaps, and what a disk or a dying worker makes of them."""
+"""Jobs: what overlaps, and what a disk or a dying worker makes of them."""
 
 import errno
 import os
@@ -8,28 +8,28 @@ import threading
 import pytest
 
 from megatron_k2.checkpoint.stream import jobs as room
-from megatron_k2.checkpoint.stream.jobs import Unit, Workplace, run_units
+from megatron_k2.checkpoint.stream.jobs import Job, JobDirectory, run_jobs
 from megatron_k2.checkpoint.stream.output_file import OutputFile
 from megatron_k2.errors import UserError
 
-UNITS = [Unit(f"{name}.bin", 3, name) for name in "abc"]
+JOBS = [Job(f"{name}.bin", 3, name) for name in "abc"]
 
 
-def write(file, unit):
-    file.write(unit.payload.encode() * unit.num_bytes)
-    return {"letter": unit.payload}
+def write(file, job):
+    file.write(job.payload.encode() * job.num_bytes)
+    return {"letter": job.payload}
 
 
 def run(tmp_path, work=write, num_workers=1, progress=lambda done, total: None):
-    place = Workplace(tmp_path / "out", {"job": 1})
-    return run_units(place, UNITS, work, num_workers, progress)
+    job_directory = JobDirectory(tmp_path / "out", {"job": 1})
+    return run_jobs(job_directory, JOBS, work, num_workers, progress)
 
 
 def partial(tmp_path):
     return sorted(path.name for path in (tmp_path / "out.partial").iterdir())
 
 
-def test_a_unit_is_written_while_the_one_before_goes_to_the_disk(tmp_path, monkeypatch):
+def test_a_job_is_written_while_the_one_before_goes_to_the_disk(tmp_path, monkeypatch):
     second_begins = threading.Event()
     real = OutputFile.sync
 
@@ -37,11 +37,11 @@ def test_a_unit_is_written_while_the_one_before_goes_to_the_disk(tmp_path, monke
         assert file.name.name[0] != "a" or second_begins.wait(10)
         real(file)
 
-    def work(file, unit):
-        if unit.payload == "b":
+    def work(file, job):
+        if job.payload == "b":
             assert partial(tmp_path) == [file_of("a"), file_of("b")]
             second_begins.set()
-        return write(file, unit)
+        return write(file, job)
 
     def file_of(letter):
         return f"{letter}.bin.{os.getpid()}.tmp"  # not its final name before it is on the disk
@@ -70,16 +70,16 @@ def test_what_the_disk_reports_afterwards_names_the_file_and_keeps_the_others(
     assert "a.bin" in partial(tmp_path)
     assert "b.bin" not in partial(tmp_path)
     written = []
-    run(tmp_path, lambda file, unit: written.append(unit.payload) or write(file, unit))
+    run(tmp_path, lambda file, job: written.append(job.payload) or write(file, job))
     assert written[0] == "b"
     assert "a" not in written
     assert partial(tmp_path) == ["a.bin", "b.bin", "c.bin"]
 
 
-def die_at_b(file, unit):
-    if unit.payload == "b":
+def die_at_b(file, job):
+    if job.payload == "b":
         os.kill(os.getpid(), signal.SIGKILL)
-    return write(file, unit)
+    return write(file, job)
 
 
 def test_a_worker_that_is_killed_is_no_traceback(tmp_path):
@@ -91,7 +91,7 @@ def test_a_worker_that_is_killed_is_no_traceback(tmp_path):
 
 def test_a_result_that_was_killed_while_it_got_its_name_is_not_done_again(tmp_path, monkeypatch):
     run(tmp_path)
-    place = Workplace(tmp_path / "out", {"job": 1})
+    job_directory = JobDirectory(tmp_path / "out", {"job": 1})
     (tmp_path / "out.partial" / ".config.json.17.partial").write_text("of a killed run")
 
     def killed(*_):
@@ -100,9 +100,9 @@ def test_a_result_that_was_killed_while_it_got_its_name_is_not_done_again(tmp_pa
     with monkeypatch.context() as patched:
         patched.setattr(room, "sync_directory", killed)
         with pytest.raises(KeyboardInterrupt):
-            place.publish()
+            job_directory.publish()
     run(tmp_path, die_at_b)  # nothing is left to do
-    place.publish()
+    job_directory.publish()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.bin", "b.bin", "c.bin"]
 

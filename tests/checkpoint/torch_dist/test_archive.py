@@ -26,7 +26,7 @@ from megatron_k2.checkpoint.torch_dist.metadata import Extent, Index, read_index
 from megatron_k2.checkpoint.torch_dist.pickles import Instance, stand_in
 from megatron_k2.errors import UserError
 from megatron_k2.fp8 import native
-from megatron_k2.run.record import METADATA
+from megatron_k2.run.iterations import METADATA
 from tests.checkpoint.build_checkpoints import TINY
 from tests.checkpoint.hf_directories import as_fp8, random_weights, write_directory
 from tests.support.paths import REPOSITORY

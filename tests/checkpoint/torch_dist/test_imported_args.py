@@ -84,9 +84,9 @@ def test_the_model_megatron_builds_from_them_is_the_one_of_the_flags(preset, con
     """What is not saved is Megatron's default, which says the same."""
     from argparse import Namespace
 
-    from megatron_k2.engine.mcore.options import Layout
     from megatron_k2.engine.mcore.saved_args import model_args
     from megatron_k2.model.build import model_config_from_args
+    from megatron_k2.parallel.layout import Layout
 
     saved = saved_args(preset, config, is_bf16)
     whole = Namespace(**megatrons(preset, config, is_bf16))

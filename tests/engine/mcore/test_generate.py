@@ -3,8 +3,9 @@ import torch
 
 from megatron_k2.engine.mcore.generate import choose, text_pieces
 from megatron_k2.engine.mcore.jobs import check_length, round_up
-from megatron_k2.engine.mcore.options import Layout, evaluate_parser, without_nproc
+from megatron_k2.engine.mcore.options import evaluate_parser, without_nproc
 from megatron_k2.errors import UserError
+from megatron_k2.parallel.layout import Layout
 
 LOGITS = torch.tensor([0.6, 0.25, 0.1, 0.05]).log()
 
@@ -59,8 +60,8 @@ def test_lengths_beyond_the_models_positions_are_refused():
 
 def test_lengths_are_rounded_to_what_the_layout_cuts():
     assert round_up(5, Layout()) == 5
-    assert round_up(5, Layout(tensor_model_parallel_size=2)) == 6
-    assert round_up(5, Layout(context_parallel_size=2, tensor_model_parallel_size=2)) == 8
+    assert round_up(5, Layout(tp=2)) == 6
+    assert round_up(5, Layout(cp=2, tp=2)) == 8
 
 
 def test_ranks_are_not_told_nproc_and_abbreviations_are_refused(capsys):

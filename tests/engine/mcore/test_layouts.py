@@ -20,10 +20,10 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 PRESET = replace(SMALL, vocab_size=97)
 LAYOUTS = {
-    "TP2": {"tensor_model_parallel_size": 2},
-    "PP2": {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|ttL"},
-    "CP2": {"context_parallel_size": 2},
-    "EP2": {"expert_model_parallel_size": 2},
+    "TP2": {"tp": 2},
+    "PP2": {"pp": 2, "pipeline_layout": "Et|ttL"},
+    "CP2": {"cp": 2},
+    "EP2": {"ep": 2},
     "DP2": {},
 }
 RANDOM = np.random.default_rng(5)

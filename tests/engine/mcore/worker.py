@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_k2.engine.mcore.options import Layout
+from megatron_k2.parallel.layout import Layout
 
 SEQ_LENGTH = 32
 NEW_TOKENS = 6

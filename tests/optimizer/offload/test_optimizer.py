@@ -97,7 +97,14 @@ def test_steps_are_bit_equal_and_bytes_are_where_the_fraction_says(
     assert home.bytes_to_device == STEPS * home.bytes_on_host
     assert home.bytes_to_host == (STEPS + 1) * home.bytes_on_host
     # The planner's closed form is what a run keeps there at least, and less than a shard short.
-    r = RunRequest(MODEL, GPUS["h100"], 1, 64, 1, optimizer_offload=fraction)
+    r = RunRequest(
+        preset=MODEL,
+        gpu=GPUS["h100"],
+        world_size=1,
+        seq_length=64,
+        sequences_per_step=1,
+        optimizer_offload=fraction,
+    )
     parameters = rank_parameters(r, 0)
     assert optimizer_bytes(r, parameters) == total
     planned = host_traffic(r, 0, parameters).optimizer

@@ -17,7 +17,7 @@ K2 = get_preset("kimi-k2")
 
 def request(preset="kimi-k2", world=256, **changes):
     run = {"seq_length": 4096, "sequences_per_step": 16384, "pp": 16, "ep": 16} | changes
-    return RunRequest(get_preset(preset), get_gpu("h800"), world, **run)
+    return RunRequest(preset=get_preset(preset), gpu=get_gpu("h800"), world_size=world, **run)
 
 
 @pytest.mark.parametrize(

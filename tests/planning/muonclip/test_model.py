@@ -14,8 +14,8 @@ from megatron_k2.cli import main as cli
 from megatron_k2.optimizer.newton_schulz.cost import newton_schulz_flops
 from megatron_k2.optimizer.param_groups import muon_matrices
 from megatron_k2.optimizer.sharded.homes import Domain, Placement, cost, shard_pieces
+from megatron_k2.parallel.layout import Layout
 from megatron_k2.planning.muonclip.model import (
-    Layout,
     plan_model,
     weight_roles,
 )

@@ -9,26 +9,23 @@ import pytest
 
 from megatron_k2.errors import UserError
 from megatron_k2.planning.schedule.pipeline import (
-    Shape,
-    bubble_fraction,
+    ScheduleShape,
     forward_units,
-    makespan,
     num_warmup,
     peak_live,
     rank_order,
-    simulate,
-    uniform_makespan,
 )
+from tests.oracles.pipeline import bubble_fraction, makespan, simulate, uniform_makespan
 
 SHAPES = [
-    Shape(1, 1, 3),
-    Shape(2, 1, 4),
-    Shape(4, 1, 8),
-    Shape(4, 1, 2),
-    Shape(2, 2, 4),
-    Shape(2, 2, 4, has_extra_warmup=True),
-    Shape(4, 3, 8),
-    Shape(4, 2, 12, has_extra_warmup=True),
+    ScheduleShape(1, 1, 3),
+    ScheduleShape(2, 1, 4),
+    ScheduleShape(4, 1, 8),
+    ScheduleShape(4, 1, 2),
+    ScheduleShape(2, 2, 4),
+    ScheduleShape(2, 2, 4, has_extra_warmup=True),
+    ScheduleShape(4, 3, 8),
+    ScheduleShape(4, 2, 12, has_extra_warmup=True),
 ]
 
 
@@ -79,7 +76,7 @@ def test_the_simulation_ends_when_a_ticking_clock_does(shape, send):
 @pytest.mark.parametrize("vpp", [1, 2, 3])
 @pytest.mark.parametrize("groups", [1, 2, 5])
 def test_equal_chunks_leave_the_bubble_of_the_closed_form(pp, vpp, groups):
-    shape = Shape(pp, vpp, groups * pp)
+    shape = ScheduleShape(pp, vpp, groups * pp)
     spans = simulate(shape, [1.0] * (pp * vpp), [2.0] * (pp * vpp))
     assert makespan(spans) == uniform_makespan(shape, 1.0, 2.0)
     ideal = shape.num_microbatches * vpp * 3.0
@@ -87,7 +84,7 @@ def test_equal_chunks_leave_the_bubble_of_the_closed_form(pp, vpp, groups):
 
 
 def test_without_interleaving_the_bubble_would_be_larger():
-    shape, plain = Shape(4, 2, 8), Shape(4, 1, 8)
+    shape, plain = ScheduleShape(4, 2, 8), ScheduleShape(4, 1, 8)
     interleaved = simulate(shape, [1.0] * 8, [2.0] * 8)
     assert makespan(interleaved) < makespan(simulate(plain, [2.0] * 4, [4.0] * 4))
 
@@ -100,7 +97,7 @@ def test_order_and_warmup_are_megatrons(pp, vpp, m, extra):
         get_schedule_table,
     )
 
-    shape = Shape(pp, vpp, m, extra)
+    shape = ScheduleShape(pp, vpp, m, extra)
     ours = [(unit.microbatch, unit.virtual) for unit in forward_units(shape)]
     assert ours == get_schedule_table(m, vpp, pp)
     for rank in range(pp):
@@ -114,7 +111,7 @@ def test_order_and_warmup_are_megatrons(pp, vpp, m, extra):
 
 def test_with_the_extra_microbatch_no_pair_shares_a_microbatch_on_the_last_rank():
     def pairs(extra):
-        shape = Shape(4, 2, 8, extra)
+        shape = ScheduleShape(4, 2, 8, extra)
         order = rank_order(shape, 3)[num_warmup(shape, 3) :]
         steady = 2 * (16 - num_warmup(shape, 3))
         return list(zip(order[:steady:2], order[1:steady:2], strict=True))
@@ -131,11 +128,11 @@ def test_what_waits_for_its_backward_at_most(shape):
     for rank in range(shape.pp):
         expected = min(num_warmup(shape, rank) + 1, shape.num_microbatches * shape.vpp)
         assert peak_live(shape, rank, [1.0] * shape.vpp) == expected
-    assert peak_live(Shape(4, 1, 64), 0, [1.0]) == 4
+    assert peak_live(ScheduleShape(4, 1, 64), 0, [1.0]) == 4
 
 
 def test_impossible_schedules_are_refused():
     with pytest.raises(UserError, match="6 micro-batches do not divide by 4"):
-        Shape(4, 2, 6)
+        ScheduleShape(4, 2, 6)
     with pytest.raises(UserError, match="needs virtual stages"):
-        Shape(4, 1, 8, has_extra_warmup=True)
+        ScheduleShape(4, 1, 8, has_extra_warmup=True)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from megatron_k2.planning.schedule.pipeline import Shape, makespan, simulate
+from megatron_k2.planning.schedule.pipeline import ScheduleShape
 from megatron_k2.planning.schedule.timeline import (
     ChunkCost,
     build,
@@ -13,13 +13,14 @@ from megatron_k2.planning.schedule.timeline import (
     simulate_tasks,
     span,
 )
+from tests.oracles.pipeline import makespan, simulate
 
 SHAPES = [
-    Shape(1, 1, 3),
-    Shape(3, 1, 6),
-    Shape(2, 2, 4),
-    Shape(2, 2, 6, has_extra_warmup=True),
-    Shape(4, 2, 8, has_extra_warmup=True),
+    ScheduleShape(1, 1, 3),
+    ScheduleShape(3, 1, 6),
+    ScheduleShape(2, 2, 4),
+    ScheduleShape(2, 2, 6, has_extra_warmup=True),
+    ScheduleShape(4, 2, 8, has_extra_warmup=True),
 ]
 
 
@@ -72,7 +73,7 @@ def test_without_communication_it_is_the_plain_schedule(shape):
 
 
 def test_the_extra_microbatch_hides_the_all_to_all():
-    plain, extra = Shape(4, 2, 16), Shape(4, 2, 16, has_extra_warmup=True)
+    plain, extra = ScheduleShape(4, 2, 16), ScheduleShape(4, 2, 16, has_extra_warmup=True)
     exposed_plain, exposed_extra = (
         exposed(simulate_tasks(s, costs(s, dispatch=2)), "all-to-all") for s in (plain, extra)
     )
@@ -98,14 +99,14 @@ def test_exposed_time_equals_a_count_of_ticks(shape):
 
 
 def test_nothing_starts_before_what_it_needs():
-    shape = Shape(4, 2, 8, has_extra_warmup=True)
+    shape = ScheduleShape(4, 2, 8, has_extra_warmup=True)
     for task in simulate_tasks(shape, costs(shape, 2, 1, 3)):
         assert all(need.end <= task.start for need in task.needs)
         assert task.end == task.start + task.seconds
 
 
 def test_activations_return_at_most_one_backward_ahead():
-    shape = Shape(2, 2, 8, has_extra_warmup=True)
+    shape = ScheduleShape(2, 2, 8, has_extra_warmup=True)
     tasks = simulate_tasks(shape, costs(shape, 1, 1, 2))
     for rank in range(2):
         onloads = [t for t in tasks if t.rank == rank and t.name == "onload"]

@@ -14,7 +14,7 @@ from megatron_k2.planning.cost.memory import RESERVED_GB, rank_memory
 from megatron_k2.planning.cost.offload import movable
 from megatron_k2.planning.gpus import GPUS, GPUS_PER_NODE
 from megatron_k2.planning.request import RunRequest
-from megatron_k2.planning.schedule.pipeline import Shape, num_warmup
+from megatron_k2.planning.schedule.pipeline import ScheduleShape, num_warmup
 
 STEP = 0.05
 """Fractions are chosen in twentieths."""
@@ -32,7 +32,7 @@ def most_activations(r: RunRequest) -> float:
     ``STEP``.
     """
     rank = min(1, r.pp - 1)
-    shape = Shape(r.pp, r.vpp, r.num_microbatches, r.has_overlap and r.vpp > 1)
+    shape = ScheduleShape(r.pp, r.vpp, r.num_microbatches, r.has_overlap and r.vpp > 1)
     in_flight = min(num_warmup(shape, rank) + 1, r.num_microbatches * r.vpp)
     part = min(1 - ON_DEVICE / in_flight, movable(r).part)
     return max(0, math.floor(part / STEP + 1e-9)) * STEP
