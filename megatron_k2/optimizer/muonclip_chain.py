@@ -52,7 +52,7 @@ def clip_factor(limit: float, norm: Any) -> float | Tensor | None:
 
 
 class GradScopeChain(ChainedOptimizer):
-    """Megatron's chain, knowing which parameters are AdamW's; made of a finished one.
+    """Megatron's chain, knowing which parameters are AdamW's; turned into this by ``adopt``.
 
     Attributes:
         adamw_square_sum: this rank's share of Σ g² over AdamW's gradients in the last step that

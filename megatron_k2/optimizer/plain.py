@@ -1,7 +1,7 @@
 """MuonClip without ZeRO: every data-parallel rank holds whole shards and all of the state.
 
 Each matrix is still orthogonalised only once, at its home, which sends the result to the other
-ranks. Megatron's registry (``muonclip.register``) builds it.
+ranks. Megatron's registry (``muonclip.build``) builds it.
 """
 
 import itertools
@@ -12,7 +12,8 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_k2.optimizer.muon import apply_updates, rms_match_scale, update_momenta
+from megatron_k2.optimizer.momentum import directions, momentum_of
+from megatron_k2.optimizer.muon import apply_updates, rms_match_scale
 from megatron_k2.optimizer.param_groups import MatrixSpec
 from megatron_k2.optimizer.qk_clip.apply import row_scales
 from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
@@ -89,14 +90,8 @@ class MuonClip(torch.optim.Optimizer):
 
     def _directions(self, params: list[torch.nn.Parameter]) -> dict[torch.nn.Parameter, Tensor]:
         mains = [_main(param) for param in params]
-        directions = update_momenta(
-            [self._momentum_of(main) for main in mains],
-            [main.grad for main in mains],
-            self.settings.momentum,
-            self.settings.nesterov,
-            self.grad_factor,
-        )
-        return {p: part.flatten() for p, part in zip(params, directions, strict=True)}
+        made = directions(self, mains, self.settings, self.grad_factor)
+        return {p: part.flatten() for p, part in zip(params, made, strict=True)}
 
     def _apply(self, updates: dict[torch.nn.Parameter, Tensor]) -> None:
         """Weights of one parameter group and one RMS scale together."""
@@ -117,13 +112,7 @@ class MuonClip(torch.optim.Optimizer):
         """Zero momentum for every parameter, as a checkpoint load expects."""
         for group in self.param_groups:
             for param in group["params"]:
-                self._momentum_of(param)
-
-    def _momentum_of(self, main: Tensor) -> Tensor:
-        state = self.state[main]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(main)
-        return state["momentum_buffer"]
+                momentum_of(self, param)
 
 
 def _main(param: Tensor) -> Any:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from megatron_k2.errors import UserError
+from megatron_k2.optimizer.momentum import momentum_of
 from megatron_k2.optimizer.offload.choice import chosen_for_host
 from megatron_k2.optimizer.offload.host_tensors import Residence, residence_for
 from megatron_k2.optimizer.qk_clip.apply import row_scales
@@ -97,7 +98,7 @@ class OffloadedMuonClip(DistributedMuonClip):
         return [tensor for _, tensor in super()._named_state(param, main)]
 
     def _momenta(self, param: torch.nn.Parameter) -> list[Tensor]:
-        return [self._momentum_of(self._main_of[param][0])]
+        return [momentum_of(self.optimizer, self._main_of[param][0])]
 
     def _masters(self, param: torch.nn.Parameter) -> list[Tensor]:
         main, _ = self._shard(param)

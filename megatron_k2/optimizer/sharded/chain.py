@@ -3,7 +3,7 @@
 from typing import Any, override
 
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
-from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_k2.errors import UserError
@@ -14,14 +14,11 @@ FORMAT = "megatron_k2/parameter-space/1"
 
 
 class MuonClipChain(GradScopeChain):
-    """Megatron's chain with ``checkpoint_by_name`` as its checkpoint format; made by ``adopt``."""
+    """Megatron's chain with ``checkpoint_by_name`` as its checkpoint format.
 
-    @classmethod
-    def adopt(cls, chain: ChainedOptimizer) -> "MuonClipChain":
-        """Turn a chain whose optimizers are all ``DistributedMuonClip`` (or stubs) into this."""
-        chain.__class__ = cls
-        adopted: MuonClipChain = chain
-        return adopted
+    Its optimizers are all ``DistributedMuonClip``, or stubs. ``muonclip.build`` turns Megatron's
+    chain into this class.
+    """
 
     def gather_weights_once(self) -> None:
         """Leave the gather of all weights to the last optimizer.

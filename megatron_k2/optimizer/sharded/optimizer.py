@@ -22,7 +22,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_k2.errors import UserError
-from megatron_k2.optimizer.muon import apply_update, rms_match_scale, update_momenta
+from megatron_k2.optimizer.adopt import adopt
+from megatron_k2.optimizer.momentum import directions, momentum_of
+from megatron_k2.optimizer.muon import apply_update, rms_match_scale
 from megatron_k2.optimizer.param_groups import MatrixSpec
 from megatron_k2.optimizer.qk_clip.apply import row_scales
 from megatron_k2.optimizer.qk_clip.factors import scale_rows_
@@ -77,8 +79,7 @@ class DistributedMuonClip(DistributedOptimizer):
                 "experts stored as one [e, rows, cols] parameter cannot be saved from ZeRO shards; "
                 "drop --moe-single-grouped-weight, or --use-distributed-optimizer"
             )
-        optimizer.__class__ = cls
-        adopted: DistributedMuonClip = optimizer
+        adopted = adopt(optimizer, cls)
         adopted.settings, adopted._max_logits = settings, max_logits
         adopted._data_cp_group = data_cp_group
         matrices = adopted._matrices(specs)
@@ -131,12 +132,6 @@ class DistributedMuonClip(DistributedOptimizer):
         group = self.optimizer.param_groups[group_index]
         return group["params"][order], group
 
-    def _momentum_of(self, main: Tensor) -> Tensor:
-        state = self.optimizer.state[main]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(main)
-        return state["momentum_buffer"]
-
     @override
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
@@ -153,16 +148,10 @@ class DistributedMuonClip(DistributedOptimizer):
 
     def _directions(self, params: list[torch.nn.Parameter]) -> dict[torch.nn.Parameter, Tensor]:
         mains = [self._main_of[param][0] for param in params]
-        directions = update_momenta(
-            [self._momentum_of(main) for main in mains],
-            [main.grad for main in mains],
-            self.settings.momentum,
-            self.settings.nesterov,
-            self.grad_factor,
-        )
+        made = directions(self.optimizer, mains, self.settings, self.grad_factor)
         for main in mains:
             main.grad = None  # AdamW, which the host runs next, passes over it
-        return dict(zip(params, directions, strict=True))
+        return dict(zip(params, made, strict=True))
 
     def _apply(self, updates: dict[torch.nn.Parameter, Tensor]) -> None:
         for param, update in updates.items():
@@ -249,7 +238,7 @@ class DistributedMuonClip(DistributedOptimizer):
         """Zero state for the shard of ``param``, if it has none yet."""
         main, _ = self._shard(param)
         if param in self._main_of:
-            self._momentum_of(main)
+            momentum_of(self.optimizer, main)
             return
         state = self.optimizer.state[main]
         for name in ("exp_avg", "exp_avg_sq"):
