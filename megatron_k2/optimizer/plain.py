@@ -18,10 +18,8 @@ from megatron_k2.optimizer.param_groups import MatrixSpec
 from megatron_k2.optimizer.qk_clip.apply import row_scales
 from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
 from megatron_k2.optimizer.settings import MuonClipSettings
+from megatron_k2.optimizer.sharded.bucket_size import MIN_BUCKET_ELEMENTS
 from megatron_k2.optimizer.sharded.matrix_group import MatrixParameter, MuonDomain
-
-BUCKET_SIZE = 40_000_000
-"""Elements exchanged together: Megatron's own, so that a step's memory is bounded as over ZeRO."""
 
 
 class MuonClip(torch.optim.Optimizer):
@@ -62,7 +60,7 @@ class MuonClip(torch.optim.Optimizer):
                     p,
                     specs[p],
                     ((0, p.numel()),) * data_group.size(),
-                    first // BUCKET_SIZE,
+                    first // MIN_BUCKET_ELEMENTS,
                 )
                 for p, first in zip(own, before, strict=False)
             ],

@@ -30,8 +30,8 @@ from megatron_k2.optimizer.qk_clip.apply import row_scales
 from megatron_k2.optimizer.qk_clip.factors import scale_rows_
 from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
 from megatron_k2.optimizer.settings import MuonClipSettings
+from megatron_k2.optimizer.sharded.bucket_size import default_bucket_size
 from megatron_k2.optimizer.sharded.checkpoint_by_name import sharded_pieces, sharded_scalars
-from megatron_k2.optimizer.sharded.expert_layout import default_bucket_size
 from megatron_k2.optimizer.sharded.homes import shard_pieces
 from megatron_k2.optimizer.sharded.matrix_group import MatrixParameter, MuonDomain
 

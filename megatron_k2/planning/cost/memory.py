@@ -11,6 +11,7 @@ of everything (experts evenly loaded), so there is one row a pipeline rank.
 from dataclasses import dataclass
 
 from megatron_k2.optimizer.offload.choice import AHEAD, WINDOW_BYTES
+from megatron_k2.optimizer.sharded.bucket_size import default_bucket_size
 from megatron_k2.planning.cost.activations import head_bytes, layer_bytes
 from megatron_k2.planning.cost.offload import movable
 from megatron_k2.planning.request import RunRequest
@@ -20,8 +21,8 @@ from megatron_k2.presets import ModelPreset
 
 WEIGHT_BYTES, GRADIENT_BYTES = 2, 4
 MUON_STATE_BYTES, ADAMW_STATE_BYTES = 8, 12
-BUCKET_ELEMENTS = 40_000_000
-"""Of the exchange: Megatron's default (``planning/muonclip/padding.py``)."""
+EXCHANGE_BYTES = 2
+"""An element in MuonClip's all-to-alls: bf16, the default of ``--muonclip-dtype``."""
 BATCH_BYTES = 24
 """An element being orthogonalised: fp32 copies, and the products in bf16."""
 RESERVED_GB = 6.0
@@ -138,7 +139,7 @@ def optimizer_step_bytes(r: RunRequest, parameters: Parameters, *, has_dense_lay
     """
     p = r.preset
     width = p.ffn_hidden_size if has_dense_layer else p.num_attention_heads * p.v_head_dim
-    bucket = max(BUCKET_ELEMENTS, 1_000_000 * r.expert_shards) / r.expert_shards
+    bucket = default_bucket_size(r.expert_shards) / r.expert_shards
     one_more = 2 * p.moe_ffn_hidden_size * p.hidden_size  # a bucket ends behind a whole weight
     experts = min(parameters.expert_muon / r.expert_shards, bucket + one_more)
     batch = max(width * p.hidden_size, experts * 2 / 3)  # gate and up of three equal matrices

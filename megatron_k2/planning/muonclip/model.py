@@ -13,12 +13,8 @@ first stage; context parallelism is part of data parallelism.
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from megatron_k2.errors import UserError
-from megatron_k2.optimizer.newton_schulz.coefficients import coefficient_set
-from megatron_k2.optimizer.newton_schulz.gram_restarts import restart_segments
-from megatron_k2.optimizer.sharded.expert_layout import default_bucket_size
+from megatron_k2.optimizer.sharded.bucket_size import default_bucket_size
 from megatron_k2.optimizer.sharded.homes import (
     Domain,
     Placement,
@@ -26,6 +22,8 @@ from megatron_k2.optimizer.sharded.homes import (
     matrix_placements,
     shard_pieces,
 )
+from megatron_k2.planning.cost.flops import newton_schulz_segments
+from megatron_k2.planning.cost.matrices import Role, weight_roles
 from megatron_k2.planning.cost.memory import ADAMW_STATE_BYTES, MUON_STATE_BYTES
 from megatron_k2.planning.cost.shapes import Weight, rank_weights
 from megatron_k2.planning.muonclip.padding import buffer_layouts
@@ -56,16 +54,6 @@ class Layout:
         return self.world_size // (self.pp * self.ep)
 
 
-@dataclass(frozen=True)
-class Role:
-    """What Muon makes of a weight; the same as ``param_groups`` finds in a built model (tested)."""
-
-    num_blocks: int = 1
-    """Matrices stacked along the rows: 2 for a fused gate/up weight. 0: AdamW's."""
-    partition_dim: int = -1
-    """Dimension split over tensor-parallel ranks, -1 if whole."""
-
-
 def check_plannable(p: ModelPreset, layout: Layout) -> None:
     """Refuse what cannot be laid out.
 
@@ -90,25 +78,6 @@ def check_plannable(p: ModelPreset, layout: Layout) -> None:
     ):
         if number % divisor:
             raise UserError(f"{what} {number} does not divide by {flag} = {divisor}; change {flag}")
-
-
-def weight_roles(
-    p: ModelPreset, layers: range, *, ep: int, has_embedding: bool, has_head: bool
-) -> list[Role]:
-    """Role of every weight of a rank, in the order of ``rank_weights``."""
-    adamw, whole, column, row = Role(0), Role(), Role(1, 0), Role(1, 1)
-    swiglu = [Role(2, 0), row]
-    query = [column] if p.q_lora_rank is None else [whole, column]
-    latent_norms = [adamw] if p.q_lora_rank is None else [adamw, adamw]
-    attention = [adamw, row, *query, whole, column, *latent_norms, adamw]
-    found = [adamw] if has_embedding else []
-    for layer in layers:
-        found += attention
-        if layer < p.num_dense_layers:
-            found += swiglu
-        else:
-            found += [whole, *swiglu * (p.num_moe_experts // ep), *swiglu]
-    return [*found, adamw, adamw] if has_head else found
 
 
 def _first_and_numel(buffer: Any, bucket: int) -> tuple[int, int]:
@@ -202,9 +171,7 @@ def plan_stage(
     buffers = [_chunk_buffers(p, layout, chunk) for chunk in chunks]
     num_ranks = layout.tp * layout.data_ranks
     loads = (0,) * num_ranks
-    # A preset's flags: --muon-coefficient-type simple, --muonclip-dtype bf16.
-    jordan = coefficient_set("jordan").take(p.training.muon_ns_steps)
-    segments = restart_segments(jordan, torch.bfloat16)
+    segments = newton_schulz_segments(p)
     domains = []
     for is_expert in (True, False):
         own = [by_kind[is_expert] for by_kind in buffers if is_expert in by_kind]

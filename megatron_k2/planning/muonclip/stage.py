@@ -10,10 +10,9 @@ from typing import Any
 
 from megatron_k2.optimizer.offload.choice import chosen_for_host
 from megatron_k2.optimizer.sharded.homes import Domain, Placement, Plan, cost, holders, sends
+from megatron_k2.planning.cost.memory import EXCHANGE_BYTES, GRADIENT_BYTES, WEIGHT_BYTES
 
-EXCHANGE_BYTES = 2
-"""An element in the all-to-all: bf16, the default of ``--muonclip-dtype``."""
-ZERO1_BYTES = 4 + 2
+ZERO1_BYTES = GRADIENT_BYTES + WEIGHT_BYTES
 """An element in ZeRO-1: fp32 gradients reduced and scattered, bf16 parameters gathered."""
 
 

@@ -10,8 +10,8 @@ import itertools
 import pytest
 import torch
 
+from megatron_k2.optimizer.sharded.bucket_size import default_bucket_size
 from megatron_k2.optimizer.sharded.expert_layout import (
-    default_bucket_size,
     expert_layout,
     whole_matrix_layout,
 )

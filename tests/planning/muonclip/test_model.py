@@ -14,11 +14,9 @@ from megatron_k2.cli import main as cli
 from megatron_k2.optimizer.newton_schulz.cost import newton_schulz_flops
 from megatron_k2.optimizer.param_groups import muon_matrices
 from megatron_k2.optimizer.sharded.homes import Domain, Placement, cost, shard_pieces
-from megatron_k2.planning.muonclip.model import (
-    Layout,
-    plan_model,
-    weight_roles,
-)
+from megatron_k2.planning.cost.flops import orthogonalisation
+from megatron_k2.planning.cost.matrices import matrix_shapes, weight_roles
+from megatron_k2.planning.muonclip.model import Layout, plan_model
 from megatron_k2.planning.muonclip.stage import exchange_traffic
 from megatron_k2.presets import K2_TINY, KIMI_K2
 from tests.support.single_rank import SMALL, build, one_rank
@@ -37,10 +35,15 @@ def _closed_form(p):
     )
 
 
-@pytest.mark.parametrize("layout", [
-    Layout(256, 1, 16, 16, vpp=2), Layout(2048, 1, 16, 16), Layout(2048, 8, 16, 128),
+LAYOUTS = (
+    Layout(256, 1, 16, 16, vpp=2),
+    Layout(2048, 1, 16, 16),
+    Layout(2048, 8, 16, 128),
     Layout(64, 2, 4, 8),
-], ids=str)  # fmt: skip
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_matrix_of_k2_has_exactly_one_home(layout):
     """Counted at the homes, rank by rank of the whole world."""
     at_home = Counter()
@@ -52,6 +55,18 @@ def test_every_matrix_of_k2_has_exactly_one_home(layout):
                 at_home[part.kind] += part.num_copies * len(plan.stages)
     assert at_home["expert"] == 60 * 384 * 3
     assert sum(at_home.values()) == _closed_form(KIMI_K2) == 69_668
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_plans_flops_are_those_that_step_times_are_made_of(layout):
+    planned = sum(
+        sum(part.loads) * part.num_copies * len(plan.stages)
+        for plan in plan_model(KIMI_K2, layout)
+        for part in plan.domains
+    )
+    assert planned == orthogonalisation(KIMI_K2)
+    assert round(planned / 1e15, 1) == 34.2
+    assert sum(matrix_shapes(KIMI_K2).values()) == _closed_form(KIMI_K2)
 
 
 def test_with_one_expert_parallel_rank_experts_lie_among_the_dense():
