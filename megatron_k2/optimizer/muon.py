@@ -124,7 +124,8 @@ def idle_factor(
     result does not depend on the loss scale.
 
     Args:
-        norm: ‖U‖_F of each matrix, [...] (``frobenius_norm``), of the whole matrix, not a shard.
+        norm: ‖U‖_F of each matrix, [...], of the whole matrix, not a shard; ``orthogonalize`` forms
+            it.
         peak_norm: P, optimizer state of the same shape, fp32, zero at first; updated in place.
         floor: 0 disables: ones, ``peak_norm`` untouched.
         peak_decay: above μ, or fading momentum would never be noticed.

@@ -9,6 +9,7 @@ heads whose largest logit exceeded τ. AdamW takes the rest.
 - Without, it builds ``plain.MuonClip`` from its registry of optimizers.
 """
 
+import importlib.util
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from megatron.core.optimizer.emerging_optimizers import (
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_k2.errors import UserError
 from megatron_k2.optimizer.adamw import fuse_on_cpu
 from megatron_k2.optimizer.adopt import adopt
 from megatron_k2.optimizer.classification import classification_table
@@ -67,10 +69,11 @@ def build(
         What the factory returned, the same object turned into ours.
 
     Raises:
-        UserError: for attention that QK-Clip cannot act on, or a checkpoint that cannot be
-            continued.
+        UserError: for attention that QK-Clip cannot act on, a checkpoint that cannot be continued,
+            or a kernel that is asked for without Triton.
         ValueError: for a matrix that is not classified.
     """
+    check_triton(args)
     check_clippable(max_logits)
     check_optimizer_state(args, FORMAT, load)
     settings = settings_from(args, model_chunks[0].config)
@@ -86,6 +89,19 @@ def build(
     chain.limit_clipping(settings.clip_grad_scope)
     fuse_on_cpu(chain)
     return chain
+
+
+def check_triton(args: Namespace) -> None:
+    """Refuse ``--muonclip-triton-symmetric`` where its kernel cannot be imported.
+
+    Raises:
+        UserError: naming the way out. On a CPU the flag has no effect and needs nothing.
+    """
+    is_asked = args.muonclip_triton_symmetric and torch.cuda.is_available()
+    if is_asked and importlib.util.find_spec("triton") is None:
+        raise UserError(
+            "--muonclip-triton-symmetric: triton is not installed; pip install triton, or drop it"
+        )
 
 
 def _register(specs: Specs, max_logits: MaxLogits, settings: MuonClipSettings) -> None:

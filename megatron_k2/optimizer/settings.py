@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_k2.optimizer.newton_schulz.coefficients import coefficient_set
+from megatron_k2.optimizer.newton_schulz.cost import SymmetricMethod
 from megatron_k2.optimizer.newton_schulz.gram_restarts import restart_segments
 from megatron_k2.optimizer.param_groups import K2_OPTIONS, MatrixOptions
 
@@ -44,6 +45,9 @@ class MuonClipSettings:
     offload_fraction: float = 0.0
     """Part of the optimizer's states in host memory (``offload/optimizer.py``)."""
 
+    symmetric_on_gpu: SymmetricMethod = "none"
+    """How a GPU forms symmetric products, see ``newton_schulz.iteration.symmetric_method``."""
+
     @property
     def segments(self) -> tuple[int, ...]:
         """Newton-Schulz steps between restarts of its Gram form."""
@@ -71,4 +75,5 @@ def settings_from(args: Any, transformer: Any) -> MuonClipSettings:
         clip_grad_scope=args.clip_grad_scope,
         has_statistics=args.log_muon_steps,
         offload_fraction=args.optimizer_offload_fraction if args.muonclip_cpu_offload else 0.0,
+        symmetric_on_gpu="triton" if args.muonclip_triton_symmetric else "none",
     )

@@ -123,28 +123,30 @@ def batch_size(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -
 
 
 def symmetric_method(
-    rows: int, cols: int, dtype: torch.dtype, device: torch.device
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_gpu: SymmetricMethod = "none",
 ) -> SymmetricMethod:
     """How to form symmetric products of matrices that come ``batch_size`` at once.
 
-    By blocks where the matrix is large and a batch of its own, so that a result never depends on
-    which matrices it was batched with. Elsewhere, and on a GPU, where neither blocks nor the Triton
-    kernel has been measured, as ordinary ones.
-    """
-    is_large = min(rows, cols) >= FIRST_BLOCKED_ROWS.get(dtype, 0)
-    return "blocks" if is_large and batch_size(rows, cols, dtype, device) == 1 else "none"
-
-
-def frobenius_norm(X: Tensor) -> Tensor:
-    """‖X‖_F of each matrix, [...] in at least fp32.
-
-    Squares are added up in fp64, where those of no fp32 or bf16 number underflow.
+    One triangle is computed only where a result does not depend on which matrices it was batched
+    with: on a CPU by blocks, where the matrix is large and a batch of its own; on a GPU by the
+    Triton kernel, each of whose programs works on one matrix. Elsewhere as ordinary products.
 
     Args:
-        X: [..., rows, cols].
+        rows: of each matrix.
+        cols: of each matrix.
+        dtype: of the iteration.
+        device: that executes it.
+        on_gpu: ``triton`` or ``none``; the kernel has not been measured on one, so that ``none`` is
+            a run's default (``--muonclip-triton-symmetric``).
     """
-    norm = torch.linalg.vector_norm(X, dim=(-2, -1), dtype=torch.float64)
-    return norm.to(torch.promote_types(X.dtype, torch.float32))
+    if device.type != "cpu":
+        return on_gpu
+    is_large = min(rows, cols) >= FIRST_BLOCKED_ROWS.get(dtype, 0)
+    return "blocks" if is_large and batch_size(rows, cols, dtype, device) == 1 else "none"
 
 
 def _normalize(

@@ -1,6 +1,6 @@
 """Who orthogonalises which matrix: every one exactly once in the world, at its home.
 
-Pure arithmetic on shapes: every rank computes the same plan without talking.
+Pure arithmetic on shapes, without torch: every rank computes the same plan without talking.
 
 ZeRO-1 leaves each data-parallel rank a contiguous piece of the flat parameters, cut anywhere; a
 tensor-parallel matrix is split once more. Newton-Schulz needs the whole matrix, so each has a home
@@ -14,12 +14,6 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
-from megatron_k2.optimizer.newton_schulz.cost import newton_schulz_flops
-from megatron_k2.optimizer.newton_schulz.iteration import symmetric_method
-
-GPU = torch.device("cuda")
 BALANCE_SLACK = 1.05
 """A matrix stays where it lies while that rank's load is below this times the mean."""
 
@@ -132,17 +126,6 @@ def _within(piece: tuple[int, int], first: int, length: int) -> tuple[int, int]:
     return (start, end) if end > start else (0, 0)
 
 
-def cost(
-    placement: Placement,
-    segments: tuple[int, ...],
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device = GPU,
-) -> int:
-    """FLOPs of orthogonalising ``placement``'s matrix, in the form that is cheaper."""
-    symmetric = symmetric_method(*placement.shape, dtype, device)
-    return newton_schulz_flops(*placement.shape, segments, symmetric=symmetric, dtype=dtype)
-
-
 def held(placement: Placement, domain: Domain, rank: int) -> tuple[int, int]:
     """[start, end) of the flat tensor-parallel shard that a domain rank holds; (0, 0) if none."""
     data_rank, tensor_rank = domain.coordinates(rank)
@@ -185,24 +168,19 @@ def sends(placement: Placement, domain: Domain, home: int, rank: int) -> bool:
 def make_plan(
     placements: Sequence[Placement],
     domain: Domain,
-    segments: tuple[int, ...],
+    costs: Sequence[int],
     seed_loads: Sequence[int] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device = GPU,
 ) -> Plan:
     """Assign homes.
 
     Args:
         placements: the same list in the same order on every rank of the domain.
         domain: its shape.
-        segments: Newton-Schulz steps between restarts (``restart_segments``).
+        costs: FLOPs of orthogonalising each of them.
         seed_loads: FLOPs each rank has already from another domain, so that a rank busy with
             experts gets fewer dense matrices.
-        dtype: of the iteration.
-        device: that executes it.
     """
     loads = list(seed_loads) if seed_loads is not None else [0] * domain.size
-    costs = [cost(placement, segments, dtype, device) for placement in placements]
     mean = (sum(loads) + sum(costs)) / domain.size
     homes = [-1] * len(placements)
     moving = []

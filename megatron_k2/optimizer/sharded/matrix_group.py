@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_k2.optimizer.newton_schulz.cost import SymmetricMethod, newton_schulz_flops
 from megatron_k2.optimizer.newton_schulz.iteration import orthogonalize, symmetric_method
 from megatron_k2.optimizer.param_groups import MatrixSpec, as_matrix
 from megatron_k2.optimizer.settings import MuonClipSettings
@@ -64,9 +65,20 @@ class MuonDomain:
         self._blocks = [_placements(m, domain, is_data_replicated) for m in self.matrices]
         placements = [placement for blocks in self._blocks for placement in blocks]
         device = self.matrices[0].param.device if self.matrices else torch.device("cpu")
-        self.plan: Plan = make_plan(
-            placements, domain, settings.segments, seed_loads, settings.dtype, device
-        )
+
+        def symmetric(rows: int, cols: int) -> SymmetricMethod:
+            return symmetric_method(rows, cols, settings.dtype, device, settings.symmetric_on_gpu)
+
+        costs = [
+            newton_schulz_flops(
+                *placement.shape,
+                settings.segments,
+                symmetric=symmetric(*placement.shape),
+                dtype=settings.dtype,
+            )
+            for placement in placements
+        ]
+        self.plan: Plan = make_plan(placements, domain, costs, seed_loads)
         self.peaks = (
             torch.zeros(len(placements), device=device) if settings.has_idle_floor else None
         )
@@ -87,7 +99,7 @@ class MuonDomain:
                 coefficients=settings.coefficients,
                 steps=settings.steps,
                 dtype=settings.dtype,
-                symmetric=symmetric_method(rows, cols, settings.dtype, device),
+                symmetric=symmetric(rows, cols),
                 norms=norms,
             )
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_k2.errors import UserError
+from megatron_k2.optimizer.newton_schulz.cost import newton_schulz_flops
 from megatron_k2.optimizer.sharded.bucket_size import default_bucket_size
 from megatron_k2.optimizer.sharded.homes import (
     Domain,
@@ -26,7 +27,7 @@ from megatron_k2.planning.cost.flops import newton_schulz_segments
 from megatron_k2.planning.cost.matrices import Role, weight_roles
 from megatron_k2.planning.cost.memory import ADAMW_STATE_BYTES, MUON_STATE_BYTES
 from megatron_k2.planning.cost.shapes import Weight, rank_weights
-from megatron_k2.planning.muonclip.padding import buffer_layouts
+from megatron_k2.planning.muonclip.buffers import buffer_layouts
 from megatron_k2.planning.muonclip.stage import DomainPlan, StagePlan
 from megatron_k2.planning.schedule.chunks import Chunk, distinct_ranks, split_into_chunks
 from megatron_k2.presets import ModelPreset
@@ -147,14 +148,16 @@ def _plan_domain(
                     template, role.num_blocks, is_listed=False, tensor_ranks=domain.tensor_ranks
                 )
         first_bucket += len(buffer.layout.bucket_indices)
+    flops = {p.shape: newton_schulz_flops(*p.shape, segments) for p in placements}
+    costs = tuple(flops[placement.shape] for placement in placements)
     return DomainPlan(
         kind="expert" if is_expert else "dense",
         domain=domain,
         num_copies=layout.ep if is_expert else 1,
         placements=tuple(placements),
-        plan=make_plan(placements, domain, segments, seed),
+        plan=make_plan(placements, domain, costs, seed),
         seed=seed,
-        segments=segments,
+        costs=costs,
         parameters=sum(p.numel() for buffer in buffers for p in buffer.layout.param_index_map),
         padded=sum(buffer.layout.bucket_indices[-1][1] for buffer in buffers),
         states=tuple(map(tuple, states)),

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_k2.optimizer.offload.choice import chosen_for_host
-from megatron_k2.optimizer.sharded.homes import Domain, Placement, Plan, cost, holders, sends
+from megatron_k2.optimizer.sharded.homes import Domain, Placement, Plan, holders, sends
 from megatron_k2.planning.cost.memory import EXCHANGE_BYTES, GRADIENT_BYTES, WEIGHT_BYTES
 
 ZERO1_BYTES = GRADIENT_BYTES + WEIGHT_BYTES
@@ -41,8 +41,8 @@ class DomainPlan:
     plan: Plan
     seed: tuple[int, ...]
     """FLOPs of each rank before this domain's; they are in ``plan.loads``."""
-    segments: tuple[int, ...]
-    """Newton-Schulz steps between restarts."""
+    costs: tuple[int, ...]
+    """FLOPs of orthogonalising each of ``placements``."""
     parameters: int
     """Elements a tensor-parallel rank's buffers hold for ZeRO-1 to share, AdamW's included."""
     padded: int
@@ -81,8 +81,7 @@ class DomainPlan:
     @property
     def largest_item(self) -> int:
         """FLOPs of the costliest matrix."""
-        costs = {p.shape: cost(p, self.segments) for p in self.placements}
-        return max(costs.values(), default=0)
+        return max(self.costs, default=0)
 
     @property
     def imbalance(self) -> float:

@@ -13,7 +13,6 @@ from megatron_k2.optimizer.newton_schulz.coefficients import COEFFICIENTS
 from megatron_k2.optimizer.newton_schulz.cost import choose_form, newton_schulz_flops
 from megatron_k2.optimizer.newton_schulz.iteration import (
     batch_size,
-    frobenius_norm,
     orthogonalize,
     symmetric_method,
 )
@@ -268,7 +267,16 @@ def test_blocks_are_for_large_matrices_that_are_a_batch_of_their_own():
     assert symmetric_method(896, 1024, bf16, cpu) == "none"
     assert symmetric_method(1024, 896, fp32, cpu) == "blocks"
     assert symmetric_method(256, 896, fp32, cpu) == "none"
-    assert symmetric_method(1024, 3584, bf16, torch.device("cuda")) == "none"
+
+
+def test_on_a_gpu_products_are_ordinary_unless_the_kernel_is_asked_for():
+    gpu, bf16 = torch.device("cuda"), torch.bfloat16
+    assert symmetric_method(1024, 3584, bf16, gpu) == "none"
+    assert symmetric_method(1024, 3584, bf16, gpu, "triton") == "triton"
+    assert symmetric_method(64, 64, torch.float32, gpu, "triton") == "triton"
+    cpu = torch.device("cpu")
+    assert symmetric_method(1024, 3584, bf16, cpu, "triton") == "blocks"
+    assert symmetric_method(64, 64, bf16, cpu, "triton") == "none"
 
 
 def test_flops_count_what_the_products_execute():
@@ -290,13 +298,14 @@ def test_flops_count_what_the_products_execute():
                 assert counter.get_total_flops() == counted
 
 
-def test_frobenius_norm_survives_where_squares_underflow():
+def test_the_norm_it_forms_survives_where_squares_underflow():
     G = torch.randn(2, 20, 50, generator=torch.Generator().manual_seed(0))
     G[1] = 0
     expected = G[0].double().norm().item() * 1e-30
-    norm = frobenius_norm(G * 1e-30)
-    assert norm[0].item() == pytest.approx(expected, rel=1e-5)
-    assert norm[1].item() == 0
+    norms = torch.empty(2)
+    orthogonalize(G * 1e-30, norms=norms)
+    assert norms[0].item() == pytest.approx(expected, rel=1e-5)
+    assert norms[1].item() == 0
     assert torch.linalg.vector_norm(G * 1e-30).item() == 0
 
 
@@ -308,7 +317,8 @@ def test_the_norms_it_forms_are_handed_out(normalization, shape):
     orthogonalize(G, normalization=normalization, norms=norms)
     torch.testing.assert_close(norms, torch.linalg.vector_norm(G, dim=(-2, -1)))
     if normalization == "frobenius":
-        assert torch.equal(norms, frobenius_norm(G))
+        exact = torch.linalg.vector_norm(G, dim=(-2, -1), dtype=torch.float64)
+        assert torch.equal(norms, exact.float())
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 from megatron_k2.cli import main as cli
 from megatron_k2.optimizer.newton_schulz.cost import newton_schulz_flops
 from megatron_k2.optimizer.param_groups import muon_matrices
-from megatron_k2.optimizer.sharded.homes import Domain, Placement, cost, shard_pieces
-from megatron_k2.planning.cost.flops import orthogonalisation
+from megatron_k2.optimizer.sharded.homes import Domain, Placement, shard_pieces
+from megatron_k2.planning.cost.flops import newton_schulz_segments, orthogonalisation
 from megatron_k2.planning.cost.matrices import matrix_shapes, weight_roles
 from megatron_k2.planning.muonclip.model import Layout, plan_model
 from megatron_k2.planning.muonclip.stage import exchange_traffic
@@ -137,6 +137,10 @@ def test_bytes_exchanged_are_those_of_a_walk_over_every_element(homes):
     assert parts != _oracle(domain, placements, homes, counts_home=True)
 
 
+def _flops(placement):
+    return newton_schulz_flops(*placement.shape, newton_schulz_segments(KIMI_K2))
+
+
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_k2_is_planned_in_ten_seconds_within_a_twentieth_of_the_bound(world_size):
     started = time.perf_counter()
@@ -157,7 +161,7 @@ def test_both_domains_together_are_at_the_floor_of_experts_that_stay(world_size)
     for plan in plan_model(KIMI_K2, Layout(world_size, 1, 16, 16)):
         experts, dense = plan.domains
         both = [experts.loads[rank // 16] + load for rank, load in enumerate(dense.loads)]
-        heaviest = max(cost(placement, dense.segments) for placement in dense.placements)
+        heaviest = max(_flops(placement) for placement in dense.placements)
         floor = max(sum(both) / len(both), min(experts.loads) + heaviest)
         assert plan.floor == pytest.approx(floor)
         assert max(both) == max(plan.loads) <= 1.05 * floor
@@ -167,7 +171,7 @@ def _homes_anew(part):
     """Loads from the homes, not from the plan's own sums."""
     loads = [0] * part.domain.size
     for home, placement in zip(part.plan.homes, part.placements, strict=True):
-        loads[home] += newton_schulz_flops(*placement.shape, part.segments)
+        loads[home] += _flops(placement)
     return loads
 
 
@@ -178,7 +182,7 @@ def test_homes_dealt_in_turn_would_miss_the_bound():
     assert part.domain.size == 6
     in_turn = [0] * 6
     for index, placement in enumerate(part.placements):
-        in_turn[index % 6] += cost(placement, part.segments)
+        in_turn[index % 6] += _flops(placement)
     assert max(in_turn) > 1.05 * max(part.mean_load, part.largest_item)
     assert part.imbalance <= 1.05
 
