@@ -168,12 +168,12 @@ def muon_flops(model: torch.nn.Module, world_size: int) -> int:
 
 def our_flops(optimizer: Any) -> int:
     """FLOPs of MuonClip on this rank, by its plans."""
-    domains = [
-        part.optimizer.domain
+    groups = [
+        part.optimizer.matrix_group
         for part in optimizer.chained_optimizers
-        if hasattr(part.optimizer, "domain")
+        if hasattr(part.optimizer, "matrix_group")
     ]
-    return sum(domain.plan.loads[domain.exchange.rank] for domain in domains)
+    return sum(group.assignment.loads[group.exchange.rank] for group in groups)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ ASSUMPTIONS = (
     "Layers are split as in the plan of a whole run (planning/schedule/chunks.py, our choice). "
     "Buffers are in Megatron's default buckets; data-parallel ranks include context-parallel ones. "
     "FLOPs are those Newton-Schulz executes, a multiply-add counted as two. /item: the largest "
-    "load over the larger of the mean and the costliest matrix; /floor, of both domains together: "
+    "load over the larger of the mean and the costliest matrix; /floor, of both groups together: "
     "over the larger of the mean and the costliest dense matrix on top of one rank's experts, "
     "which stay where they lie. Bytes are a rank's and a step's: out and back in bf16, mean and "
     "largest (sent or received); ZeRO-1's are fp32 gradients scattered and bf16 parameters "
@@ -20,7 +20,7 @@ ASSUMPTIONS = (
 )
 
 HEADINGS = (
-    "domain",
+    "group",
     "matrices",
     "TFLOP total",
     "mean",
@@ -65,24 +65,24 @@ def facts(preset_name: str, layout: "Layout", tflops: float | None) -> dict[str,
     }
 
 
-def _row(domain: dict[str, Any]) -> list[str]:
+def _row(group: dict[str, Any]) -> list[str]:
     tera, mega = 1e12, 1e6
-    ranks = f"{domain['tensor_ranks']}x{domain['data_ranks']}"
-    copies = f"{domain['domains']} x " if domain["domains"] > 1 else ""
+    ranks = f"{group['tensor_ranks']}x{group['data_ranks']}"
+    copies = f"{group['groups']} x " if group["groups"] > 1 else ""
     return [
-        f"{copies}{domain['kind']} {ranks}",
-        f"{domain['matrices']}",
-        f"{domain['flops_total'] / tera:.1f}",
-        f"{domain['flops_mean'] / tera:.2f}",
-        f"{domain['flops_max'] / tera:.2f}",
-        f"{domain['max_over_mean']:.3f}",
-        f"{domain['max_over_item_bound']:.3f}",
-        f"{domain['padding']:.5f}",
-        f"{domain['exchange_out_mean_bytes'] / mega:.1f}",
-        f"{domain['exchange_out_max_bytes'] / mega:.1f}",
-        f"{domain['exchange_back_mean_bytes'] / mega:.1f}",
-        f"{domain['exchange_back_max_bytes'] / mega:.1f}",
-        f"{domain['zero1_bytes'] / mega:.1f}",
+        f"{copies}{group['kind']} {ranks}",
+        f"{group['matrices']}",
+        f"{group['flops_total'] / tera:.1f}",
+        f"{group['flops_mean'] / tera:.2f}",
+        f"{group['flops_max'] / tera:.2f}",
+        f"{group['max_over_mean']:.3f}",
+        f"{group['max_over_item_bound']:.3f}",
+        f"{group['padding']:.5f}",
+        f"{group['exchange_out_mean_bytes'] / mega:.1f}",
+        f"{group['exchange_out_max_bytes'] / mega:.1f}",
+        f"{group['exchange_back_mean_bytes'] / mega:.1f}",
+        f"{group['exchange_back_max_bytes'] / mega:.1f}",
+        f"{group['zero1_bytes'] / mega:.1f}",
     ]
 
 
@@ -95,7 +95,7 @@ def _title(stage: dict[str, Any]) -> str:
 
 def shown(found: dict[str, Any]) -> str:
     """The table for a terminal."""
-    tables = [[_row(domain) for domain in stage["domains"]] for stage in found["stages"]]
+    tables = [[_row(group) for group in stage["groups"]] for stage in found["stages"]]
     rows = [list(HEADINGS), *(row for table in tables for row in table)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
 
@@ -112,7 +112,7 @@ def shown(found: dict[str, Any]) -> str:
     ]
     for stage, table in zip(found["stages"], tables, strict=True):
         both = (
-            f"both domains a rank: mean {stage['flops_mean'] / 1e12:.2f}, max "
+            f"both groups a rank: mean {stage['flops_mean'] / 1e12:.2f}, max "
             f"{stage['flops_max'] / 1e12:.2f} TFLOP, max/mean {stage['max_over_mean']:.3f}, "
             f"/floor {stage['max_over_floor']:.3f}"
         )

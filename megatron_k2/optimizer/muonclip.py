@@ -29,7 +29,7 @@ from megatron_k2.optimizer.adamw import fuse_on_cpu
 from megatron_k2.optimizer.adopt import adopt
 from megatron_k2.optimizer.classification import classification_table
 from megatron_k2.optimizer.foreign_state import check_optimizer_state
-from megatron_k2.optimizer.muonclip_chain import GradScopeChain
+from megatron_k2.optimizer.muonclip_chain import MuonAdamWChain
 from megatron_k2.optimizer.offload.optimizer import OffloadedMuonClip
 from megatron_k2.optimizer.param_groups import MatrixSpec, muon_matrices
 from megatron_k2.optimizer.plain import MuonClip
@@ -51,7 +51,7 @@ def build(
     max_logits: MaxLogits,
     load: str | None,
     **kwargs: Any,
-) -> GradScopeChain:
+) -> MuonAdamWChain:
     """The optimizer of a run; rank 0 prints which parameter is whose.
 
     Args:
@@ -83,7 +83,7 @@ def build(
     _register(specs, max_logits, settings)
     built = factory(config, model_chunks, **{**kwargs, "config_overrides": {}})
     if config.use_distributed_optimizer:
-        chain: GradScopeChain = _over_zero(built, specs, max_logits, settings)
+        chain: MuonAdamWChain = _over_zero(built, specs, max_logits, settings)
     else:
         chain = adopt(built, PlainMuonClipChain)
     chain.limit_clipping(settings.clip_grad_scope)
@@ -163,7 +163,7 @@ def _over_zero(
                 tensor_group=groups.expt_tp,
                 data_cp_group=groups.dp_cp,
             )
-            expert_load = adopted.domain.plan.loads[adopted.domain.exchange.rank]
+            expert_load = adopted.matrix_group.assignment.loads[adopted.matrix_group.exchange.rank]
         else:
             kind.adopt(
                 part,
@@ -179,7 +179,7 @@ def _over_zero(
 
 
 def _gather(load: int, data_group: Any, tensor_group: Any) -> list[int]:
-    """Every domain rank's expert load, tensor rank fastest."""
+    """FLOPs of its experts of every rank of the dense group, tensor rank fastest."""
     loads: list[Any] = [None] * tensor_group.size()
     dist.all_gather_object(loads, load, group=tensor_group)
     rows: list[Any] = [None] * data_group.size()

@@ -29,7 +29,7 @@ TE_GROUPED_MODULE = "TEGroupedLinear"
 
 @dataclass(frozen=True)
 class MatrixOptions:
-    """What neither report settles."""
+    """How matrices are taken where neither K2's nor Moonlight's report settles it."""
 
     is_per_head: bool = False
     """Orthogonalise each head's rows of q_up and kv_up on their own (GLM-5, Kimi K3)."""
@@ -50,7 +50,7 @@ class MatrixSpec:
     """Dimension of a matrix split over the tensor-parallel group, or -1 if whole."""
     is_expert: bool
     """Split over the expert-tensor-parallel group instead."""
-    is_listed: bool = False
+    has_whole_blocks: bool = False
     """A block is a whole matrix (a head), and the ranks' blocks follow one another; otherwise the
     same block of every rank makes up one matrix."""
 
@@ -141,7 +141,7 @@ def _classified(
                     num_blocks=num_blocks,
                     partition_dim=getattr(param, "partition_dim", -1) if is_split else -1,
                     is_expert=is_grouped or bool(getattr(module, "is_expert", False)),
-                    is_listed=id(param) in head_rows,
+                    has_whole_blocks=id(param) in head_rows,
                 ),
             )
 

@@ -19,7 +19,7 @@ from megatron_k2.optimizer.qk_clip.apply import row_scales
 from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
 from megatron_k2.optimizer.settings import MuonClipSettings
 from megatron_k2.optimizer.sharded.bucket_size import MIN_BUCKET_ELEMENTS
-from megatron_k2.optimizer.sharded.matrix_group import MatrixParameter, MuonDomain
+from megatron_k2.optimizer.sharded.matrix_group import MatrixGroup, MatrixParameter
 
 
 class MuonClip(torch.optim.Optimizer):
@@ -53,7 +53,7 @@ class MuonClip(torch.optim.Optimizer):
         is_expert = any(not getattr(p, "allreduce", True) for p in own)
         data_group = pg_collection.expt_dp if is_expert else pg_collection.dp_cp
         before = itertools.accumulate((p.numel() for p in own), initial=0)
-        self.domain = MuonDomain(
+        self.matrix_group = MatrixGroup(
             [
                 MatrixParameter(
                     names[p],
@@ -79,7 +79,7 @@ class MuonClip(torch.optim.Optimizer):
         if self._has_attention:
             self._max_logits.start(self._data_cp_group)
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        self.domain.run(self._directions, self._apply)
+        self.matrix_group.run(self._directions, self._apply)
         if self._has_attention:
             self._max_logits.finish()
             # On the fp32 weights, before Megatron casts them to the model's dtype.
@@ -97,7 +97,7 @@ class MuonClip(torch.optim.Optimizer):
         for param, update in updates.items():
             main = _main(param)
             group = self._group_of[id(main)]
-            rows, cols = self.domain.block_shape(param)
+            rows, cols = self.matrix_group.block_shape(param)
             scale = rms_match_scale(rows, cols, self.settings.scale_factor)
             key = (group["lr"], group["weight_decay"], scale)
             weights, values = alike.setdefault(key, ([], []))

@@ -13,11 +13,11 @@ from megatron_k2.optimizer.foreign_state import (
     take_over,
     upstream_momentum,
 )
-from megatron_k2.optimizer.muonclip_chain import GradScopeChain
+from megatron_k2.optimizer.muonclip_chain import MuonAdamWChain
 from megatron_k2.optimizer.plain import MuonClip
 
 
-class PlainMuonClipChain(GradScopeChain):
+class PlainMuonClipChain(MuonAdamWChain):
     """The registry's chain, turned into this class by ``muonclip.build``.
 
     Its checkpoint format is Megatron's; what Megatron's own ``muon`` wrote loads

@@ -19,17 +19,17 @@ class MuonClipSettings:
     """What MuonClip takes from flags; ``from_config`` reads Megatron's."""
 
     momentum: float
-    """μ."""
+    """μ, what the momentum keeps of itself at each step; Moonlight: 0.95."""
     nesterov: bool
     coefficients: str
-    """A key of ``coefficients.COEFFICIENTS``."""
+    """Name of Newton-Schulz's polynomials, a key of ``coefficients.COEFFICIENTS``."""
     steps: int
     scale_factor: float
     """Update RMS; the report's 0.2."""
     dtype: torch.dtype
-    """Of the exchange and of Newton-Schulz."""
+    """What is exchanged and orthogonalised in; masters and momenta are fp32."""
     qk_clip_threshold: float
-    """τ."""
+    """τ, the largest logit that a head may have without being clipped; the report: 100."""
     qk_clip_alpha: float
     """α: the query's share of γ where both sides are the head's own."""
     grouped_query_mode: "GroupedQueryMode"
@@ -39,9 +39,9 @@ class MuonClipSettings:
     matrices: MatrixOptions = K2_OPTIONS
     """What counts as one matrix."""
     clip_grad_scope: str = "all"
-    """See ``muonclip_chain``."""
+    """Whose gradients ``--clip-grad`` scales: ``all`` or ``adam``, see ``muonclip_chain``."""
     has_statistics: bool = False
-    """See ``step_statistics``."""
+    """Whether each step's update RMS and seconds are logged, see ``step_statistics``."""
     offload_fraction: float = 0.0
     """Part of the optimizer's states in host memory (``offload/optimizer.py``)."""
 
@@ -55,7 +55,7 @@ class MuonClipSettings:
 
 
 MEGATRON_COEFFICIENTS = {"simple": "jordan", "quintic": "quintic", "polar_express": "polar_express"}
-"""``--muon-coefficient-type`` -> our table."""
+"""Value of ``--muon-coefficient-type`` -> name of our set of coefficients."""
 
 
 def settings_from(args: Any, transformer: Any) -> MuonClipSettings:

@@ -9,7 +9,7 @@ from megatron_k2.optimizer.classification import classification_table
 from megatron_k2.optimizer.muon import muon_step
 from megatron_k2.optimizer.param_groups import MatrixOptions, MatrixSpec, muon_matrices
 from megatron_k2.optimizer.settings import settings_from
-from megatron_k2.optimizer.sharded.matrix_group import MatrixParameter, MuonDomain
+from megatron_k2.optimizer.sharded.matrix_group import MatrixGroup, MatrixParameter
 from tests.support.single_rank import SMALL, arguments, build, one_rank
 
 
@@ -97,7 +97,7 @@ def test_per_head_splits_the_up_projections_of_mla_and_nothing_else():
 
 def test_without_a_query_latent_the_query_projection_is_the_one_split_by_heads():
     specs = _by_name(build(replace(SMALL, q_lora_rank=None)), is_per_head=True)
-    found = {name.split(".")[-2] for name, s in specs.items() if s and s.is_listed}
+    found = {name.split(".")[-2] for name, s in specs.items() if s and s.has_whole_blocks}
     assert found == {"linear_q_proj", "linear_kv_up_proj"}
 
 
@@ -165,7 +165,7 @@ def _orthogonalized(weight, num_blocks):
     flags = ("--muonclip-dtype", "fp32", "--muon-coefficient-type", "simple")
     settings = settings_from(arguments(SMALL, *flags), build(SMALL).config)
     whole = MatrixParameter("experts", weight, spec, ((0, weight.numel()),), 0)
-    group, found = MuonDomain([whole], world, world, settings), {}
+    group, found = MatrixGroup([whole], world, world, settings), {}
     group.run(lambda params: {p: p.detach().flatten() for p in params}, found.update)
     return found[weight].view(weight.shape)
 

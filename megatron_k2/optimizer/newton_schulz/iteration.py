@@ -39,10 +39,11 @@ Normalization = Literal["frobenius", "frobenius_eps"]
 
 FROBENIUS_EPS = 1e-7  # torch.optim.Muon's and Moonlight's
 CPU_BATCH_BYTES = 2 << 20
-"""See ``batch_size``."""
+"""Bytes of a batch that still runs from one core's cache, see ``batch_size``."""
 FIRST_BLOCKED_ROWS = {torch.bfloat16: 1024, torch.float16: 1024}
-"""See ``symmetric_method``. At 896 rows and r = 1.1 and 2.6, on one thread of an AMD EPYC (busy),
-blocks make bf16 1.19x and 1.16x as fast for 1.32x and 1.42x fewer FLOPs, fp32 1.24x and 1.32x."""
+"""Rows from which products go by blocks, see ``symmetric_method``. At 896 rows and r = 1.1 and 2.6,
+on one thread of an AMD EPYC (busy), blocks make bf16 1.19x and 1.16x as fast for 1.32x and 1.42x
+fewer FLOPs, fp32 1.24x and 1.32x."""
 
 
 def orthogonalize(

@@ -7,13 +7,13 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_k2.errors import UserError
-from megatron_k2.optimizer.muonclip_chain import GradScopeChain
+from megatron_k2.optimizer.muonclip_chain import MuonAdamWChain
 from megatron_k2.optimizer.sharded.optimizer import DistributedMuonClip
 
 FORMAT = "megatron_k2/parameter-space/1"
 
 
-class MuonClipChain(GradScopeChain):
+class MuonClipChain(MuonAdamWChain):
     """Megatron's chain with ``checkpoint_by_name`` as its checkpoint format.
 
     Its optimizers are all ``DistributedMuonClip``, or stubs. ``muonclip.build`` turns Megatron's
@@ -56,7 +56,7 @@ class MuonClipChain(GradScopeChain):
             params = list(optimizer.model_param_group_index_map)
             by_id = get_param_id_to_sharded_param_map(model_sharded_state_dict, iter(params))
             entries = {param: by_id[index] for index, param in enumerate(params)}
-            state[str(number)] = optimizer.parameter_space_state(entries)
+            state[str(number)] = optimizer.state_by_name(entries)
             num_steps = max(num_steps, optimizer.num_steps)
         return {"format": FORMAT, "step": num_steps, "parameters": state}
 
@@ -70,6 +70,4 @@ class MuonClipChain(GradScopeChain):
                 "alone with --no-load-optim, or --finetune"
             )
         for number, optimizer in enumerate(self._live()):
-            optimizer.load_parameter_space_state(
-                state_dict["parameters"][str(number)], state_dict["step"]
-            )
+            optimizer.load_state_by_name(state_dict["parameters"][str(number)], state_dict["step"])

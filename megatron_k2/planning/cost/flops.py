@@ -10,12 +10,12 @@ from megatron_k2.planning.cost.matrices import matrix_shapes
 from megatron_k2.presets import ModelPreset
 
 FLASH_BACKWARD = 2.5
-"""Of the forward: a flash kernel forms Q Kᵀ again, so five products for the forward's two."""
+"""Backward over forward: a flash kernel forms Q Kᵀ again, so five products for two."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """By the kind of kernel that does them."""
+    """FLOPs by the kind of kernel that executes them."""
 
     gemm: float = 0.0
     grouped: float = 0.0
@@ -24,7 +24,7 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """All kinds."""
+        """FLOPs of all three kinds of kernel together."""
         return self.gemm + self.grouped + self.attention
 
     def __add__(self, other: "Flops") -> "Flops":
@@ -72,7 +72,7 @@ def input_gradients(forward: Flops) -> Flops:
 
 
 def weight_gradients(forward: Flops) -> Flops:
-    """Likewise; attention itself has no weights."""
+    """One product for each of the forward with a weight; attention itself has none."""
     return Flops(forward.gemm, forward.grouped)
 
 

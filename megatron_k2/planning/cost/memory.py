@@ -31,17 +31,17 @@ RESERVED_GB = 6.0
 
 @dataclass(frozen=True)
 class Parameters:
-    """Elements one rank holds."""
+    """Elements (not bytes) that one rank holds, by the optimizer they go to."""
 
     dense_muon: int
     """Attention, dense FFN, shared expert, router."""
     expert_muon: int
     adamw: int
-    """Embedding, head, norms."""
+    """Embedding, output head and the norms' gains."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Elements of the rank, whatever their optimizer."""
         return self.dense_muon + self.expert_muon + self.adamw
 
     def __add__(self, other: "Parameters") -> "Parameters":
@@ -103,10 +103,10 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
-    """On the device."""
+    """States that stay on the device."""
     optimizer_on_host: float
     activations: float
-    """On the device."""
+    """Kept on the device for backward, at the fullest moment of the schedule."""
     activations_on_host: float
     optimizer_step: float
     """Worked on during the optimizer's step, when no activations are kept."""
@@ -124,7 +124,7 @@ class Memory:
 
 
 def optimizer_bytes(r: RunRequest, parameters: Parameters) -> float:
-    """Of one rank's shards."""
+    """Bytes of one rank's ZeRO-1 shards of all states, wherever they are kept."""
     dense = MUON_STATE_BYTES * parameters.dense_muon + ADAMW_STATE_BYTES * parameters.adamw
     return dense / r.dense_shards + MUON_STATE_BYTES * parameters.expert_muon / r.expert_shards
 
@@ -152,14 +152,14 @@ def optimizer_step_bytes(r: RunRequest, parameters: Parameters, *, has_dense_lay
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept for backward."""
+    """Bytes of activations that a micro-batch keeps for backward."""
 
     on_device: float
     on_host: float
 
 
 def layer_activations(r: RunRequest, *, is_moe: bool) -> Activations:
-    """Of one micro-batch and layer; a layer of which less can be moved moves what it can."""
+    """Bytes of one micro-batch and layer; a layer of which less can be moved moves what it can."""
     kept = r.tokens_per_microbatch * layer_bytes(
         r.preset,
         r.tp,
@@ -176,14 +176,14 @@ def layer_activations(r: RunRequest, *, is_moe: bool) -> Activations:
 
 
 def chunk_activations(r: RunRequest, chunk: Chunk) -> Activations:
-    """Of one micro-batch and chunk, head aside."""
+    """Bytes of one micro-batch and chunk, without the output head's."""
     kinds = {is_moe: layer_activations(r, is_moe=is_moe) for is_moe in (False, True)}
     layers = [kinds[layer >= r.preset.num_dense_layers] for layer in chunk.layers]
     return Activations(sum(a.on_device for a in layers), sum(a.on_host for a in layers))
 
 
 def rank_activations(r: RunRequest, rank: int) -> Activations:
-    """Of one rank at the fullest moment of the schedule; the head's never leave the device."""
+    """Bytes of a rank at the schedule's fullest moment; the head's never leave the device."""
     ours = [chunk for chunk in r.chunks() if chunk.rank == rank]
     device, host, head = [0.0] * r.vpp, [0.0] * r.vpp, 0.0
     for chunk in ours:

@@ -2,8 +2,8 @@
 
 What a run plans on its ranks (``sharded/optimizer.py``, ``sharded/matrix_group.py``) is repeated
 here for each distinct pipeline rank from shapes alone: Megatron's layout of ZeRO-1 buffers with our
-expert layout in it, the cut of every matrix, the homes (``homes.make_plan``), and from them FLOPs
-and bytes of each rank.
+expert layout in it, the cut of every matrix, the homes (``homes.assign_homes``), and from them the
+FLOPs and bytes of each rank.
 
 Layers are split over ranks and virtual stages as everywhere (``planning/schedule/chunks.py``).
 Assumed: buffers are cut into Megatron's default buckets, as with ``--overlap-grad-reduce`` on the
@@ -17,9 +17,9 @@ from megatron_k2.errors import UserError
 from megatron_k2.optimizer.newton_schulz.cost import newton_schulz_flops
 from megatron_k2.optimizer.sharded.bucket_size import default_bucket_size
 from megatron_k2.optimizer.sharded.homes import (
-    Domain,
     Placement,
-    make_plan,
+    RankGrid,
+    assign_homes,
     matrix_placements,
     shard_pieces,
 )
@@ -28,7 +28,7 @@ from megatron_k2.planning.cost.matrices import Role, weight_roles
 from megatron_k2.planning.cost.memory import ADAMW_STATE_BYTES, MUON_STATE_BYTES
 from megatron_k2.planning.cost.shapes import Weight, rank_weights
 from megatron_k2.planning.muonclip.buffers import buffer_layouts
-from megatron_k2.planning.muonclip.stage import DomainPlan, StagePlan
+from megatron_k2.planning.muonclip.stage import GroupPlan, StagePlan
 from megatron_k2.planning.schedule.chunks import Chunk, distinct_ranks, split_into_chunks
 from megatron_k2.presets import ModelPreset
 
@@ -89,11 +89,11 @@ def _first_and_numel(buffer: Any, bucket: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Buffer:
-    """One model chunk's parameters of one domain, as Megatron lays them out."""
+    """One model chunk's parameters of one matrix group, as Megatron lays them out."""
 
     layout: Any
     members: list[tuple[Weight, Role]]
-    """In the buffer's order."""
+    """Each parameter's weight and role, in the order in which the buffer holds them."""
 
 
 def _chunk_buffers(p: ModelPreset, layout: Layout, chunk: Chunk) -> dict[bool, _Buffer]:
@@ -116,17 +116,17 @@ def _chunk_buffers(p: ModelPreset, layout: Layout, chunk: Chunk) -> dict[bool, _
     return found
 
 
-def _plan_domain(
+def _plan_group(
     buffers: list[_Buffer],
     layout: Layout,
     seed: tuple[int, ...],
     *,
     is_expert: bool,
     segments: tuple[int, ...],
-) -> DomainPlan:
-    """Cut, place and cost a rank's buffers of one kind; ``seed`` is FLOPs a domain rank."""
+) -> GroupPlan:
+    """Cut, place and cost a rank's buffers of one kind; ``seed`` is each rank's FLOPs before."""
     data_ranks = layout.expert_data_ranks if is_expert else layout.data_ranks
-    domain = Domain(tensor_ranks=1 if is_expert else layout.tp, data_ranks=data_ranks)
+    grid = RankGrid(tensor_ranks=1 if is_expert else layout.tp, data_ranks=data_ranks)
     placements: list[Placement] = []
     states: list[list[int]] = [[] for _ in range(data_ranks)]
     first_bucket = 0
@@ -145,17 +145,20 @@ def _plan_domain(
                     "", (rows, cols), pieces, role.partition_dim, first_bucket + bucket
                 )
                 placements += matrix_placements(
-                    template, role.num_blocks, is_listed=False, tensor_ranks=domain.tensor_ranks
+                    template,
+                    role.num_blocks,
+                    has_whole_blocks=False,
+                    tensor_ranks=grid.tensor_ranks,
                 )
         first_bucket += len(buffer.layout.bucket_indices)
     flops = {p.shape: newton_schulz_flops(*p.shape, segments) for p in placements}
     costs = tuple(flops[placement.shape] for placement in placements)
-    return DomainPlan(
+    return GroupPlan(
         kind="expert" if is_expert else "dense",
-        domain=domain,
+        grid=grid,
         num_copies=layout.ep if is_expert else 1,
         placements=tuple(placements),
-        plan=make_plan(placements, domain, costs, seed),
+        assignment=assign_homes(placements, grid, costs, seed),
         seed=seed,
         costs=costs,
         parameters=sum(p.numel() for buffer in buffers for p in buffer.layout.param_index_map),
@@ -175,15 +178,15 @@ def plan_stage(
     num_ranks = layout.tp * layout.data_ranks
     loads = (0,) * num_ranks
     segments = newton_schulz_segments(p)
-    domains = []
+    groups = []
     for is_expert in (True, False):
         own = [by_kind[is_expert] for by_kind in buffers if is_expert in by_kind]
         if not own:
             continue
         seed = (0,) * layout.expert_data_ranks if is_expert else loads
-        found = _plan_domain(own, layout, seed, is_expert=is_expert, segments=segments)
-        domains.append(found)
-        loads = found.plan.loads
+        found = _plan_group(own, layout, seed, is_expert=is_expert, segments=segments)
+        groups.append(found)
+        loads = found.assignment.loads
         if is_expert:  # Megatron's order is tensor, expert, data: EP neighbours share a data rank
             loads = tuple(loads[rank // layout.ep] for rank in range(num_ranks))
     return StagePlan(
@@ -191,7 +194,7 @@ def plan_stage(
         sum(len(chunk.layers) for chunk in chunks),
         has_embedding=any(chunk.has_embedding for chunk in chunks),
         has_head=any(chunk.has_head for chunk in chunks),
-        domains=tuple(domains),
+        groups=tuple(groups),
         loads=loads,
     )
 
