@@ -21,7 +21,6 @@ Legend: ``n`` rows and ``m`` columns after transposing to ``n <= m``; ``k`` matr
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,9 +34,6 @@ from megatron_k2.optimizer.newton_schulz.cost import (
 from megatron_k2.optimizer.newton_schulz.gram_restarts import restart_segments
 from megatron_k2.optimizer.newton_schulz.symmetric import product
 
-Normalization = Literal["frobenius", "frobenius_eps"]
-
-FROBENIUS_EPS = 1e-7  # torch.optim.Muon's and Moonlight's
 CPU_BATCH_BYTES = 2 << 20
 """Bytes of a batch that still runs from one core's cache, see ``batch_size``."""
 FIRST_BLOCKED_ROWS = {torch.bfloat16: 1024, torch.float16: 1024}
@@ -54,11 +50,13 @@ def orthogonalize(
     form: Form = "auto",
     dtype: torch.dtype | None = None,
     symmetric: SymmetricMethod = "none",
-    normalization: Normalization = "frobenius",
     segments: tuple[int, ...] | None = None,
     norms: Tensor | None = None,
 ) -> Tensor:
     """Approximate ``UVᵀ`` of each matrix of ``G = USVᵀ``.
+
+    A matrix is divided by its Frobenius norm first, which is formed in fp64, and cast after; the
+    result does not depend on the scale of ``G`` down to subnormal numbers.
 
     Args:
         G: [..., rows, cols], any floating dtype; leading dimensions are a batch. Not modified.
@@ -71,12 +69,6 @@ def orthogonalize(
         dtype: dtype of the iteration and of the result; ``G``'s if None. Moonlight: bf16.
         symmetric: how products known to be symmetric are formed, see ``symmetric.py``. Only with
             ``none`` is a batch bit-equal to its matrices one by one (seen on CPU).
-        normalization: how the spectral norm is brought to at most 1 first.
-            ``frobenius``: divide by the norm, which is formed in fp64, and cast after; the result
-            does not depend on the scale of ``G`` down to subnormal numbers.
-            ``frobenius_eps``: cast to ``dtype``, divide by max(norm, 1e-7): torch.optim.Muon's
-            order, for bit parity with it. Below that norm its result is no longer orthogonal: a
-            gradient of norm 1e-9 moves the weights by half, one of 1e-20 not at all.
         segments: Gram form: steps between restarts, such as (3, 2); None takes
             ``restart_segments``, which is safe in every dtype.
         norms: [...] fp32, filled with ‖G‖_F of each matrix, which is formed anyway.
@@ -101,7 +93,7 @@ def orthogonalize(
     if G.numel() == 0:
         return G.to(dtype)
     is_tall = rows > cols
-    X, norm = _normalize(G.mT if is_tall else G, dtype, normalization)
+    X, norm = _normalize(G.mT if is_tall else G, dtype)
     if norms is not None:
         norms.copy_(norm)
     # One matrix goes as a matrix: CPU GEMM is a fifth faster than a batch of one.
@@ -150,16 +142,13 @@ def symmetric_method(
     return "blocks" if is_large and batch_size(rows, cols, dtype, device) == 1 else "none"
 
 
-def _normalize(
-    X: Tensor, dtype: torch.dtype, normalization: Normalization
-) -> tuple[Tensor, Tensor]:
-    """(X of norm at most 1 but for rounding, what ‖X‖_F was [...])."""
-    if normalization not in ("frobenius", "frobenius_eps"):
-        raise ValueError(f"normalization={normalization!r}: expected frobenius or frobenius_eps")
-    if normalization == "frobenius_eps":
-        X = X.to(dtype)
-        norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-        return X / norm.clamp(min=FROBENIUS_EPS), norm[..., 0, 0]
+def _normalize(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(X of norm at most 1 but for rounding, what ‖X‖_F was [...]), whatever the scale of X.
+
+    torch.optim.Muon and Moonlight cast first and divide by max(‖X‖_F, 1e-7). Below that norm their
+    result is no longer orthogonal: a gradient of norm 1e-9 moves the weights by half, one of 1e-20
+    not at all.
+    """
     norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
     # Divided before it is rounded, in no smaller range than bf16's and fp32's. The smallest
     # subnormal beside the norm keeps a norm near it from being rounded down. Zero stays zero, also
