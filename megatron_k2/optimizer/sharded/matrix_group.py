@@ -9,11 +9,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_k2.optimizer.newton_schulz.cost import SymmetricMethod, newton_schulz_flops
+from megatron_k2.optimizer.newton_schulz.cost import newton_schulz_flops
 from megatron_k2.optimizer.newton_schulz.iteration import orthogonalize, symmetric_method
 from megatron_k2.optimizer.param_groups import MatrixSpec, as_matrix
 from megatron_k2.optimizer.settings import MuonClipSettings
-from megatron_k2.optimizer.sharded.exchange import MatrixExchange
+from megatron_k2.optimizer.sharded.exchange import MatrixExchange, Orthogonalize
 from megatron_k2.optimizer.sharded.homes import (
     Assignment,
     Placement,
@@ -65,24 +65,11 @@ class MatrixGroup:
         self._blocks = [_placements(m, grid, is_data_replicated) for m in self.matrices]
         placements = [placement for blocks in self._blocks for placement in blocks]
         device = self.matrices[0].param.device if self.matrices else torch.device("cpu")
-
-        def symmetric(rows: int, cols: int) -> SymmetricMethod:
-            return symmetric_method(rows, cols, settings.dtype, device, settings.symmetric_on_gpu)
-
-        costs = [
-            newton_schulz_flops(
-                *placement.shape,
-                settings.segments,
-                symmetric=symmetric(*placement.shape),
-                dtype=settings.dtype,
-            )
-            for placement in placements
-        ]
+        costs = [_flops(placement, settings, device) for placement in placements]
         self.assignment: Assignment = assign_homes(placements, grid, costs, seed_loads)
         self.peaks = (
             torch.zeros(len(placements), device=device) if settings.has_idle_floor else None
         )
-
         self.statistics: StepStatistics | None = None
         if settings.has_statistics:
             are_experts = [
@@ -91,18 +78,6 @@ class MatrixGroup:
                 for _ in blocks
             ]
             self.statistics = StepStatistics(are_experts, device)
-
-        def newton_schulz(batch: Tensor, norms: Tensor) -> Tensor:
-            rows, cols = batch.shape[-2:]
-            return orthogonalize(
-                batch,
-                coefficients=settings.coefficients,
-                steps=settings.steps,
-                dtype=settings.dtype,
-                symmetric=symmetric(rows, cols),
-                norms=norms,
-            )
-
         self.exchange = MatrixExchange(
             placements,
             self.assignment,
@@ -110,7 +85,7 @@ class MatrixGroup:
             _joint_group(data_group, tensor_group, grid),
             settings.dtype,
             device,
-            newton_schulz,
+            _orthogonalizer(settings, device),
             self.peaks,
             self.statistics,
         )
@@ -184,6 +159,35 @@ class MatrixGroup:
         self.peaks.mul_(torch.tensor(is_home, device=self.peaks.device))
         if self.exchange.group.size() > 1:
             dist.all_reduce(self.peaks, op=dist.ReduceOp.MAX, group=self.exchange.group)
+
+
+def _flops(placement: Placement, settings: MuonClipSettings, device: torch.device) -> int:
+    """What orthogonalising ``placement``'s matrix executes on ``device``."""
+    symmetric = symmetric_method(
+        *placement.shape, settings.dtype, device, settings.symmetric_on_gpu
+    )
+    return newton_schulz_flops(
+        *placement.shape, settings.segments, symmetric=symmetric, dtype=settings.dtype
+    )
+
+
+def _orthogonalizer(settings: MuonClipSettings, device: torch.device) -> Orthogonalize:
+    """Newton-Schulz as ``MatrixExchange`` calls it, by the run's settings."""
+
+    def newton_schulz(batch: Tensor, norms: Tensor) -> Tensor:
+        rows, cols = batch.shape[-2:]
+        return orthogonalize(
+            batch,
+            coefficients=settings.coefficients,
+            steps=settings.steps,
+            dtype=settings.dtype,
+            symmetric=symmetric_method(
+                rows, cols, settings.dtype, device, settings.symmetric_on_gpu
+            ),
+            norms=norms,
+        )
+
+    return newton_schulz
 
 
 def _placements(m: MatrixParameter, grid: RankGrid, is_data_replicated: bool) -> list[Placement]:
