@@ -168,12 +168,12 @@ def muon_flops(model: torch.nn.Module, world_size: int) -> int:
 
 def our_flops(optimizer: Any) -> int:
     """FLOPs of MuonClip on this rank, by its plans."""
-    domains = [
-        part.optimizer.domain
+    groups = [
+        part.optimizer.matrix_group
         for part in optimizer.chained_optimizers
-        if hasattr(part.optimizer, "domain")
+        if hasattr(part.optimizer, "matrix_group")
     ]
-    return sum(domain.plan.loads[domain.exchange.rank] for domain in domains)
+    return sum(group.assignment.loads[group.exchange.rank] for group in groups)
 
 
 @contextlib.contextmanager
@@ -314,22 +314,19 @@ def report(label: str, found: list[Any]) -> dict[str, float]:
 
 def whole_k2_flop_ratio() -> float:
     """All matrices of Kimi K2 once, bf16: Megatron's way over ours."""
-    from megatron_k2.optimizer.newton_schulz.coefficients import coefficient_set
-    from megatron_k2.optimizer.newton_schulz.gram_restarts import restart_segments
+    from megatron_k2.planning.cost.flops import orthogonalisation
+    from megatron_k2.planning.cost.matrices import weight_roles
     from megatron_k2.planning.cost.shapes import rank_weights
-    from megatron_k2.planning.muonclip.model import weight_roles
 
     k2 = get_preset("kimi-k2")
-    segments = restart_segments(coefficient_set("jordan").take(STEPS), torch.bfloat16)
     layers = range(k2.num_layers)
     ends = {"has_embedding": True, "has_head": True}
     weights = rank_weights(k2, layers, tp=1, ep=1, **ends)
-    theirs = mine = 0
+    theirs, mine = 0, orthogonalisation(k2)
     for weight, role in zip(weights, weight_roles(k2, layers, ep=1, **ends), strict=True):
         if role.num_blocks:
             rows, cols = weight.shape
             theirs += newton_schulz_flops(rows, cols, (STEPS,), "plain")
-            mine += role.num_blocks * newton_schulz_flops(rows // role.num_blocks, cols, segments)
     print(f"\nall of K2, bf16: {theirs / 1e15:.1f} PFLOP there, {mine / 1e15:.1f} here")
     return theirs / mine
 

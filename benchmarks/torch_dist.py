@@ -3,9 +3,9 @@
 The peer is what one writes with libraries alone: torch's ``FileSystemReader`` and ``dcp.load`` into
 preallocated tensors, our rules, ``safetensors.torch.save_file``, a layer a file. Both run as
 commands, from start to exit, in interleaved rounds on the same checkpoint; the medians count.
-``torch.load(mmap=True)`` takes no part: a ``.distcp`` file is many archives one after another, which
-it cannot open. The floor is ``cp`` of the bytes, flushed. Memory is the largest resident set, pages
-of mapped files included.
+``torch.load(mmap=True)`` takes no part: a ``.distcp`` file is many archives one after another,
+which it cannot open. The floor is ``cp`` of the bytes, flushed. Memory is the largest resident set,
+pages of mapped files included.
 
     python benchmarks/torch_dist.py [--seed 0] [--rounds 3] [--layers 9]
 """

@@ -229,12 +229,7 @@ def _kernels(machine: Machine) -> list[Feature]:
             "Triton kernels where the GPU has E4M3" if cuda and has("triton") else "plain torch",
             "see the problems below",
         ),
-        _feature(
-            "symmetric products in Triton",
-            cuda and has("triton"),
-            "Newton-Schulz computes one triangle",
-            "pip install triton; the plain products serve until then" if cuda else NEEDS_GPU,
-        ),
+        Feature("symmetric products in Triton", is_on=False, note=_triton_symmetric(machine)),
         _feature(
             "Megatron's compiled fusions",
             cuda and has("triton") and machine.c_compiler is not None,
@@ -242,6 +237,16 @@ def _kernels(machine: Machine) -> list[Feature]:
             "pip install triton, and a C compiler (apt-get install gcc)" if cuda else NEEDS_GPU,
         ),
     ]
+
+
+def _triton_symmetric(machine: Machine) -> str:
+    if not machine.has_cuda:
+        return NEEDS_GPU
+    package = "" if machine.has("triton") else "pip install triton and "
+    return (
+        f"needs {package}--muonclip-triton-symmetric: off by default, not measured on a GPU; then "
+        "Newton-Schulz computes one triangle"
+    )
 
 
 COMPANIONS = (

@@ -50,6 +50,11 @@ CHECKS = (
     Check("a spike, back to before it", ("training/test_spikes.py",)),
     Check("a phase keeps the optimizer", ("training/test_phase_start.py",)),
     Check("FP8 tiles by Triton", ("fp8/test_triton_tiles.py",), is_quick=True),
+    Check(
+        "Newton-Schulz by Triton",
+        ("optimizer/newton_schulz/test_symmetric.py",),
+        is_quick=True,
+    ),
     Check("Transformer Engine's modules", ("te",)),
 )
 

@@ -18,6 +18,7 @@ from tests.support.paths import REPOSITORY
 PACKAGE = REPOSITORY / "megatron_k2"
 MEGATRON = Path(megatron.core.__file__).parent
 LEFT_OUT = ("CHANGELOG.md", "LICENSE", "patches/", ".gitignore")
+BINARY = (".png", ".xz")
 MODULE = re.compile(r"(?<![\w/.-])(?:megatron_k2|tests(?=\.\w+\.\w))(?:\.[A-Za-z]\w*)+")
 PATH = re.compile(
     r"(?<![\w/.<{}*$-])(?:\.?[\w-]+/)+[\w-]+\.(?:py|md|sh|c|h|toml|png|yaml|sbatch)\b"
@@ -40,7 +41,9 @@ def texts() -> list[str]:
         check=True,
     )
     names = listed.stdout.splitlines()
-    return [n for n in names if not n.startswith(LEFT_OUT) and Path(n).suffix not in (".png", ".xz")]
+    return [
+        n for n in names if not n.startswith(LEFT_OUT) and Path(n).suffix not in (".png", ".xz")
+    ]
 
 
 @functools.cache

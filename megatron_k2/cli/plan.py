@@ -14,7 +14,7 @@ ASSUMPTIONS = (
     "Layers are split as in the plan of a whole run (planning/schedule/chunks.py, our choice). "
     "Buffers are in Megatron's default buckets; data-parallel ranks include context-parallel ones. "
     "FLOPs are those Newton-Schulz executes, a multiply-add counted as two. /item: the largest "
-    "load over the larger of the mean and the costliest matrix; /floor, of both domains together: "
+    "load over the larger of the mean and the costliest matrix; /floor, of both groups together: "
     "over the larger of the mean and the costliest dense matrix on top of one rank's experts, "
     "which stay where they lie. Bytes are a rank's and a step's: out and back in bf16, mean and "
     "largest (sent or received); ZeRO-1's are fp32 gradients scattered and bf16 parameters "
@@ -24,7 +24,7 @@ ASSUMPTIONS = (
 TERA = 1e12
 
 HEADINGS = (
-    "domain",
+    "group",
     "matrices",
     "TFLOP total",
     "mean",
@@ -70,30 +70,30 @@ def facts(preset_name: str, layout: "Layout", tflops: float | None) -> dict[str,
     }
 
 
-def _row(domain: dict[str, Any]) -> list[str]:
+def _row(group: dict[str, Any]) -> list[str]:
     mega = 1e6
-    ranks = f"{domain['tensor_ranks']}x{domain['data_ranks']}"
-    copies = f"{domain['domains']} x " if domain["domains"] > 1 else ""
+    ranks = f"{group['tensor_ranks']}x{group['data_ranks']}"
+    copies = f"{group['groups']} x " if group["groups"] > 1 else ""
     return [
-        f"{copies}{domain['kind']} {ranks}",
-        f"{domain['matrices']}",
-        f"{domain['flops_total'] / TERA:.1f}",
-        f"{domain['flops_mean'] / TERA:.2f}",
-        f"{domain['flops_max'] / TERA:.2f}",
-        f"{domain['max_over_mean']:.3f}",
-        f"{domain['max_over_item_bound']:.3f}",
+        f"{copies}{group['kind']} {ranks}",
+        f"{group['matrices']}",
+        f"{group['flops_total'] / TERA:.1f}",
+        f"{group['flops_mean'] / TERA:.2f}",
+        f"{group['flops_max'] / TERA:.2f}",
+        f"{group['max_over_mean']:.3f}",
+        f"{group['max_over_item_bound']:.3f}",
         "",
-        f"{domain['padding']:.5f}",
-        f"{domain['exchange_out_mean_bytes'] / mega:.1f}",
-        f"{domain['exchange_out_max_bytes'] / mega:.1f}",
-        f"{domain['exchange_back_mean_bytes'] / mega:.1f}",
-        f"{domain['exchange_back_max_bytes'] / mega:.1f}",
-        f"{domain['zero1_bytes'] / mega:.1f}",
+        f"{group['padding']:.5f}",
+        f"{group['exchange_out_mean_bytes'] / mega:.1f}",
+        f"{group['exchange_out_max_bytes'] / mega:.1f}",
+        f"{group['exchange_back_mean_bytes'] / mega:.1f}",
+        f"{group['exchange_back_max_bytes'] / mega:.1f}",
+        f"{group['zero1_bytes'] / mega:.1f}",
     ]
 
 
 def _both(stage: dict[str, Any]) -> list[str]:
-    """A rank's load of both domains together."""
+    """A rank's load of both matrix groups together."""
     mean, most = stage["flops_mean"] / TERA, stage["flops_max"] / TERA
     over = f"{stage['max_over_mean']:.3f}", "", f"{stage['max_over_floor']:.3f}"
     return ["both, a rank", "", "", f"{mean:.2f}", f"{most:.2f}", *over, *[""] * 6]
@@ -107,7 +107,7 @@ def _title(stage: dict[str, Any]) -> str:
 
 
 def shown(found: dict[str, Any]) -> "list[RenderableType]":
-    """The table for a terminal: a stage's domains, and both together."""
+    """The table for a terminal: a stage's matrix groups, and both together."""
     from megatron_k2.terminal import table
 
     has_seconds = found["tflops"] is not None
@@ -117,8 +117,8 @@ def shown(found: dict[str, Any]) -> "list[RenderableType]":
     for stage in found["stages"]:
         whole.add_section()
         whole.add_row(_title(stage))
-        for domain in stage["domains"]:
-            whole.add_row(*_row(domain))
+        for group in stage["groups"]:
+            whole.add_row(*_row(group))
         time = [f"{stage['seconds']:.3f}"] if has_seconds else []
         whole.add_row(*_both(stage), *time)
     return [

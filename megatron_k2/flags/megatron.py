@@ -93,6 +93,12 @@ def _add_optimizer_arguments(group: argparse._ArgumentGroup) -> None:
         help="dtype of the Newton-Schulz iteration (Moonlight: bf16)",
     )
     group.add_argument(
+        "--muonclip-triton-symmetric",
+        action="store_true",
+        help="on GPUs, compute one triangle of Newton-Schulz's symmetric products, by a Triton "
+        "kernel (off by default: not measured on a GPU)",
+    )
+    group.add_argument(
         "--qk-clip-grouped-query",
         choices=["query", "group"],
         default="query",

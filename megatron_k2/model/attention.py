@@ -188,26 +188,6 @@ def causal_attention(
     return out.to(v.dtype), max_logit
 
 
-@torch.no_grad()
-def causal_max_logit(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """S_max [h] alone: the logits in blocks of rows, no softmax, nothing kept.
-
-    Args:
-        q: queries [b, h, s, d], any float dtype; computed in fp32 (fp64 for fp64).
-        k: keys [b, h, s, d].
-        scale: multiplies the logits.
-        mask: as ``causal_attention``'s.
-    """
-    compute = torch.promote_types(q.dtype, torch.float32)
-    q, k = q.to(compute) * scale, k.to(compute)
-    rows = max(1, LOGIT_BLOCK_BYTES // (q[:, :, :1].numel() // q.shape[-1] * k.shape[2] * 4))
-    found = q.new_full((q.shape[1],), -math.inf)
-    for start, end, position in _blocks(whole_sequence(q.shape[2]), rows):
-        logits = _block_logits(q, k, start, end, position, mask)
-        torch.maximum(found, logits.amax((0, 2, 3)), out=found)
-    return found
-
-
 class _GatherZigzag(torch.autograd.Function):
     """All-gather along the sequence into natural order; backward sums and takes this rank's part.
 
@@ -235,8 +215,10 @@ class MLACoreAttention(MegatronModule):
     """``core_attention`` of Megatron's MLA for the local (no Transformer Engine) path.
 
     ``current_max_attn_logits`` [heads on this rank] fp32 holds S_max over the micro-batches since
-    ``reset_max_logits``: this rank's tokens only, reduced over no group. It is written in place,
+    the last optimizer step: this rank's tokens only, reduced over no group. It is written in place,
     in training mode only, and a recomputed forward writes the same values again.
+    ``optimizer.qk_clip.max_logits.MaxLogits`` puts a row of its own there, and starts it anew after
+    each step.
     """
 
     def __init__(
@@ -268,10 +250,6 @@ class MLACoreAttention(MegatronModule):
             torch.full((heads,), -math.inf, dtype=torch.float32),
             persistent=False,
         )
-
-    def reset_max_logits(self) -> None:
-        """Start a new step's maximum."""
-        self.current_max_attn_logits.fill_(-math.inf)
 
     @override
     def forward(
@@ -330,47 +308,3 @@ class MLACoreAttention(MegatronModule):
             q, k, v = (t[start:end].transpose(0, 1)[None] for t in (query, key, value))
             outputs.append(self._attend(q, k, v, whole_sequence(end - start))[0].transpose(0, 1))
         return torch.cat(outputs).flatten(1)
-
-
-class RecomputedMaxLogits(MegatronModule):
-    """Gives a fast core attention that cannot report S_max one that is recomputed every k steps.
-
-    For kernels such as FlashAttention 3, whose interface has no row maximum: the fast kernel stays
-    on, and every k-th step pays one more Q Kᵀ. Between those steps nothing is recorded, so nothing
-    is clipped; a head can exceed the threshold by what k steps add.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, core: torch.nn.Module, scale: float, every: int, heads: int
-    ) -> None:
-        super().__init__(config=config)
-        if every < 1:
-            raise ValueError(f"every={every}: expected a number of steps, at least 1")
-        self.core, self.softmax_scale, self.every = core, scale, every
-        self.is_due = True
-        self.register_buffer(
-            "current_max_attn_logits", torch.full((heads,), -math.inf), persistent=False
-        )
-
-    def announce_step(self, num_steps: int) -> None:
-        """Decide whether the coming step records."""
-        self.is_due = num_steps % self.every == 0
-
-    @override
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """As the wrapped core; [s, b, h, d] each, causal."""
-        if self.training and self.is_due:
-            q, k = (t.permute(1, 2, 0, 3) for t in (query, key))
-            if k.shape[1] != q.shape[1]:
-                k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-            found = causal_max_logit(q, k, self.softmax_scale, attention_mask)
-            recorded = self.current_max_attn_logits
-            torch.maximum(recorded, found.to(recorded.dtype), out=recorded)
-        return self.core(query, key, value, attention_mask, **kwargs)

@@ -25,9 +25,10 @@ from megatron_k2.optimizer.newton_schulz.iteration import orthogonalize
 RMS_MATCH_FACTOR = 0.2
 """K2 report, Algorithm 1; AdamW's usual update RMS is 0.2 to 0.4 (Moonlight, section 2.2)."""
 IDLE_FLOOR = 0.1
-"""Ours, see ``idle_factor``."""
+"""Part of its recent peak below which a momentum's norm counts as faded; ours (``idle_factor``)."""
 PEAK_DECAY = 0.99
-"""Ours, see ``idle_factor``: half-life 69 steps, against 14 of the momentum."""
+"""What the recent peak keeps of itself at each step; ours (``idle_factor``). Half-life 69 steps,
+against 14 of the momentum."""
 
 
 def update_momentum(momentum: Tensor, grad: Tensor, mu: float, nesterov: bool) -> Tensor:
@@ -124,7 +125,8 @@ def idle_factor(
     result does not depend on the loss scale.
 
     Args:
-        norm: ‖U‖_F of each matrix, [...] (``frobenius_norm``), of the whole matrix, not a shard.
+        norm: ‖U‖_F of each matrix, [...], of the whole matrix, not a shard; ``orthogonalize`` forms
+            it.
         peak_norm: P, optimizer state of the same shape, fp32, zero at first; updated in place.
         floor: 0 disables: ones, ``peak_norm`` untouched.
         peak_decay: above μ, or fading momentum would never be noticed.

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from megatron_k2.optimizer.step_statistics import GROUPS, Part, adamw_update_sums
 
-SCOPES = ("all", "adam")
 NORM_EPS = 1e-6
 """Megatron's, beside the norm that ``clip_grad`` is divided by."""
 
@@ -36,7 +35,7 @@ def square_sum(grads: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(grads)).float().square().sum()
 
 
-def clip_factor(limit: float, norm: Any) -> float | Tensor | None:
+def grad_norm_factor(limit: float, norm: Any) -> float | Tensor | None:
     """min(1, ``limit`` / ``norm``) as Megatron forms it; None if nothing is to be scaled.
 
     Args:
@@ -51,8 +50,8 @@ def clip_factor(limit: float, norm: Any) -> float | Tensor | None:
     return factor if factor < 1 else None
 
 
-class GradScopeChain(ChainedOptimizer):
-    """Megatron's chain, knowing which parameters are AdamW's; made of a finished one.
+class MuonAdamWChain(ChainedOptimizer):
+    """Megatron's chain, knowing which parameters are AdamW's; turned into this by ``adopt``.
 
     Attributes:
         adamw_square_sum: this rank's share of Σ g² over AdamW's gradients in the last step that
@@ -83,7 +82,7 @@ class GradScopeChain(ChainedOptimizer):
     def muon_of(self, optimizer: MegatronOptimizer) -> Any:
         """What takes Muon's step in ``optimizer``, or None.
 
-        It has a ``domain``, and reads ``grad_factor`` as ``muon.update_momenta`` does.
+        It has a ``matrix_group``, and reads ``grad_factor`` as ``muon.update_momenta`` does.
         """
         raise NotImplementedError
 
@@ -104,7 +103,7 @@ class GradScopeChain(ChainedOptimizer):
     @override
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
-        factor = clip_factor(self._clip_grad, self._grad_norm)
+        factor = grad_norm_factor(self._clip_grad, self._grad_norm)
         for optimizer in self._with_parameters():
             muon = self.muon_of(optimizer)
             if muon is not None:
@@ -129,12 +128,12 @@ class GradScopeChain(ChainedOptimizer):
             [3, 2] fp64: of each of ``step_statistics.GROUPS`` the sum of squares, in units of η,
             and the number of elements; of all ranks when the work is done.
         """
-        domains = self._watched_domains()
-        if not domains:
+        groups = self._watched_groups()
+        if not groups:
             return None
         sums = torch.zeros(len(GROUPS), 2, dtype=torch.float64, device=self.adamw_square_sum.device)
-        for domain, factor in domains:
-            sums[:2] += domain.statistics.sums * sums.new_tensor([factor**2, 1.0])
+        for group, factor in groups:
+            sums[:2] += group.statistics.sums * sums.new_tensor([factor**2, 1.0])
         for optimizer in self._with_parameters():
             adamw = [
                 p
@@ -148,15 +147,15 @@ class GradScopeChain(ChainedOptimizer):
         return sums, dist.all_reduce(sums, async_op=True)
 
     def part_seconds(self, part: Part) -> float:
-        """Of the last step on this rank, see ``StepStatistics.seconds``; -inf if not watched."""
-        domains = self._watched_domains()
-        return sum(d.statistics.seconds(part) for d, _ in domains) if domains else -math.inf
+        """Seconds of ``part`` in this rank's last step; -inf if not watched or not done yet."""
+        groups = self._watched_groups()
+        return sum(group.statistics.seconds(part) for group, _ in groups) if groups else -math.inf
 
-    def _watched_domains(self) -> list[tuple[Any, float]]:
-        """Each domain that keeps statistics, and its RMS factor."""
+    def _watched_groups(self) -> list[tuple[Any, float]]:
+        """Each matrix group that keeps statistics, and its RMS factor."""
         muons = [muon for o in self._with_parameters() if (muon := self.muon_of(o)) is not None]
         return [
-            (muon.domain, muon.settings.scale_factor)
+            (muon.matrix_group, muon.settings.scale_factor)
             for muon in muons
-            if muon.domain.statistics is not None
+            if muon.matrix_group.statistics is not None
         ]

@@ -17,7 +17,6 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
-from torch import Tensor
 
 from megatron_k2.model.linear import ReplicatedLinear
 
@@ -30,7 +29,7 @@ TE_GROUPED_MODULE = "TEGroupedLinear"
 
 @dataclass(frozen=True)
 class MatrixOptions:
-    """What neither report settles."""
+    """How matrices are taken where neither K2's nor Moonlight's report settles it."""
 
     is_per_head: bool = False
     """Orthogonalise each head's rows of q_up and kv_up on their own (GLM-5, Kimi K3)."""
@@ -51,43 +50,9 @@ class MatrixSpec:
     """Dimension of a matrix split over the tensor-parallel group, or -1 if whole."""
     is_expert: bool
     """Split over the expert-tensor-parallel group instead."""
-    is_listed: bool = False
+    has_whole_blocks: bool = False
     """A block is a whole matrix (a head), and the ranks' blocks follow one another; otherwise the
     same block of every rank makes up one matrix."""
-
-    def whole_blocks(self, size: int) -> int:
-        """Matrices in the parameter, over ``size`` tensor-parallel ranks together."""
-        is_spread = self.is_listed and self.partition_dim >= 0
-        return self.num_blocks * size if is_spread else self.num_blocks
-
-    def whole_shape(self, shard: tuple[int, int], size: int) -> tuple[int, int]:
-        """[rows, cols] of each whole matrix, given the shard's [rows, cols]."""
-        rows, cols = shard[0] // self.num_blocks, shard[1]
-        if self.partition_dim < 0 or self.is_listed:
-            return rows, cols
-        return (rows * size, cols) if self.partition_dim == 0 else (rows, cols * size)
-
-    def assemble(self, shards: list[Tensor]) -> list[Tensor]:
-        """Tensor-parallel shards [rows, cols] -> the whole matrices.
-
-        A column-parallel fused weight holds [gate_r; up_r] on rank r; one split by heads holds
-        whole heads.
-        """
-        if len(shards) == 1:
-            return list(shards[0].chunk(self.num_blocks))
-        blocks = [shard.chunk(self.num_blocks) for shard in shards]
-        if self.is_listed:
-            return [block for of_rank in blocks for block in of_rank]
-        dim = max(self.partition_dim, 0)
-        return [torch.cat(parts, dim=dim) for parts in zip(*blocks, strict=True)]
-
-    def own_part(self, matrices: list[Tensor], rank: int, size: int) -> Tensor:
-        """Inverse of ``assemble`` for the shard of ``rank``."""
-        if self.partition_dim < 0 or size == 1:
-            return torch.cat(matrices) if len(matrices) > 1 else matrices[0]
-        if self.is_listed:
-            return torch.cat(matrices[rank * self.num_blocks : (rank + 1) * self.num_blocks])
-        return torch.cat([m.chunk(size, dim=self.partition_dim)[rank] for m in matrices])
 
 
 def as_matrix(shape: torch.Size) -> tuple[int, int]:
@@ -176,7 +141,7 @@ def _classified(
                     num_blocks=num_blocks,
                     partition_dim=getattr(param, "partition_dim", -1) if is_split else -1,
                     is_expert=is_grouped or bool(getattr(module, "is_expert", False)),
-                    is_listed=id(param) in head_rows,
+                    has_whole_blocks=id(param) in head_rows,
                 ),
             )
 

@@ -1,7 +1,7 @@
 """MuonClip without ZeRO: every data-parallel rank holds whole shards and all of the state.
 
 Each matrix is still orthogonalised only once, at its home, which sends the result to the other
-ranks. Megatron's registry (``muonclip.register``) builds it.
+ranks. Megatron's registry (``muonclip.build``) builds it.
 """
 
 import itertools
@@ -12,15 +12,14 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_k2.optimizer.muon import apply_updates, rms_match_scale, update_momenta
+from megatron_k2.optimizer.momentum import directions, momentum_of
+from megatron_k2.optimizer.muon import apply_updates, rms_match_scale
 from megatron_k2.optimizer.param_groups import MatrixSpec
 from megatron_k2.optimizer.qk_clip.apply import row_scales
 from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
 from megatron_k2.optimizer.settings import MuonClipSettings
-from megatron_k2.optimizer.sharded.matrix_group import MatrixParameter, MuonDomain
-
-BUCKET_SIZE = 40_000_000
-"""Elements exchanged together: Megatron's own, so that a step's memory is bounded as over ZeRO."""
+from megatron_k2.optimizer.sharded.bucket_size import MIN_BUCKET_ELEMENTS
+from megatron_k2.optimizer.sharded.matrix_group import MatrixGroup, MatrixParameter
 
 
 class MuonClip(torch.optim.Optimizer):
@@ -54,14 +53,14 @@ class MuonClip(torch.optim.Optimizer):
         is_expert = any(not getattr(p, "allreduce", True) for p in own)
         data_group = pg_collection.expt_dp if is_expert else pg_collection.dp_cp
         before = itertools.accumulate((p.numel() for p in own), initial=0)
-        self.domain = MuonDomain(
+        self.matrix_group = MatrixGroup(
             [
                 MatrixParameter(
                     names[p],
                     p,
                     specs[p],
                     ((0, p.numel()),) * data_group.size(),
-                    first // BUCKET_SIZE,
+                    first // MIN_BUCKET_ELEMENTS,
                 )
                 for p, first in zip(own, before, strict=False)
             ],
@@ -80,7 +79,7 @@ class MuonClip(torch.optim.Optimizer):
         if self._has_attention:
             self._max_logits.start(self._data_cp_group)
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        self.domain.run(self._directions, self._apply)
+        self.matrix_group.run(self._directions, self._apply)
         if self._has_attention:
             self._max_logits.finish()
             # On the fp32 weights, before Megatron casts them to the model's dtype.
@@ -89,14 +88,8 @@ class MuonClip(torch.optim.Optimizer):
 
     def _directions(self, params: list[torch.nn.Parameter]) -> dict[torch.nn.Parameter, Tensor]:
         mains = [_main(param) for param in params]
-        directions = update_momenta(
-            [self._momentum_of(main) for main in mains],
-            [main.grad for main in mains],
-            self.settings.momentum,
-            self.settings.nesterov,
-            self.grad_factor,
-        )
-        return {p: part.flatten() for p, part in zip(params, directions, strict=True)}
+        made = directions(self, mains, self.settings, self.grad_factor)
+        return {p: part.flatten() for p, part in zip(params, made, strict=True)}
 
     def _apply(self, updates: dict[torch.nn.Parameter, Tensor]) -> None:
         """Weights of one parameter group and one RMS scale together."""
@@ -104,7 +97,7 @@ class MuonClip(torch.optim.Optimizer):
         for param, update in updates.items():
             main = _main(param)
             group = self._group_of[id(main)]
-            rows, cols = self.domain.block_shape(param)
+            rows, cols = self.matrix_group.block_shape(param)
             scale = rms_match_scale(rows, cols, self.settings.scale_factor)
             key = (group["lr"], group["weight_decay"], scale)
             weights, values = alike.setdefault(key, ([], []))
@@ -117,13 +110,7 @@ class MuonClip(torch.optim.Optimizer):
         """Zero momentum for every parameter, as a checkpoint load expects."""
         for group in self.param_groups:
             for param in group["params"]:
-                self._momentum_of(param)
-
-    def _momentum_of(self, main: Tensor) -> Tensor:
-        state = self.state[main]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(main)
-        return state["momentum_buffer"]
+                momentum_of(self, param)
 
 
 def _main(param: Tensor) -> Any:

@@ -2,7 +2,7 @@
 
 from typing import Any, override
 
-from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_k2.optimizer.adamw import fuse_on_cpu
@@ -13,23 +13,16 @@ from megatron_k2.optimizer.foreign_state import (
     take_over,
     upstream_momentum,
 )
-from megatron_k2.optimizer.muonclip_chain import GradScopeChain
+from megatron_k2.optimizer.muonclip_chain import MuonAdamWChain
 from megatron_k2.optimizer.plain import MuonClip
 
 
-class PlainMuonClipChain(GradScopeChain):
-    """The registry's chain; made of a finished one by ``adopt``.
+class PlainMuonClipChain(MuonAdamWChain):
+    """The registry's chain, turned into this class by ``muonclip.build``.
 
     Its checkpoint format is Megatron's; what Megatron's own ``muon`` wrote loads
     (``foreign_state``).
     """
-
-    @classmethod
-    def adopt(cls, chain: ChainedOptimizer) -> "PlainMuonClipChain":
-        """Turn ``chain`` into this class."""
-        chain.__class__ = cls
-        adopted: PlainMuonClipChain = chain
-        return adopted
 
     @override
     def adamw_parameters(self, optimizer: MegatronOptimizer) -> list[Tensor]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_k2.optimizer.newton_schulz.coefficients import coefficient_set
+from megatron_k2.optimizer.newton_schulz.cost import SymmetricMethod
 from megatron_k2.optimizer.newton_schulz.gram_restarts import restart_segments
 from megatron_k2.optimizer.param_groups import K2_OPTIONS, MatrixOptions
 
@@ -18,17 +19,17 @@ class MuonClipSettings:
     """What MuonClip takes from flags; ``from_config`` reads Megatron's."""
 
     momentum: float
-    """μ."""
+    """μ, what the momentum keeps of itself at each step; Moonlight: 0.95."""
     nesterov: bool
     coefficients: str
-    """A key of ``coefficients.COEFFICIENTS``."""
+    """Name of Newton-Schulz's polynomials, a key of ``coefficients.COEFFICIENTS``."""
     steps: int
     scale_factor: float
     """Update RMS; the report's 0.2."""
     dtype: torch.dtype
-    """Of the exchange and of Newton-Schulz."""
+    """What is exchanged and orthogonalised in; masters and momenta are fp32."""
     qk_clip_threshold: float
-    """τ."""
+    """τ, the largest logit that a head may have without being clipped; the report: 100."""
     qk_clip_alpha: float
     """α: the query's share of γ where both sides are the head's own."""
     grouped_query_mode: "GroupedQueryMode"
@@ -38,11 +39,14 @@ class MuonClipSettings:
     matrices: MatrixOptions = K2_OPTIONS
     """What counts as one matrix."""
     clip_grad_scope: str = "all"
-    """See ``muonclip_chain``."""
+    """Whose gradients ``--clip-grad`` scales: ``all`` or ``adam``, see ``muonclip_chain``."""
     has_statistics: bool = False
-    """See ``step_statistics``."""
+    """Whether each step's update RMS and seconds are logged, see ``step_statistics``."""
     offload_fraction: float = 0.0
     """Part of the optimizer's states in host memory (``offload/optimizer.py``)."""
+
+    symmetric_on_gpu: SymmetricMethod = "none"
+    """How a GPU forms symmetric products, see ``newton_schulz.iteration.symmetric_method``."""
 
     @property
     def segments(self) -> tuple[int, ...]:
@@ -51,7 +55,7 @@ class MuonClipSettings:
 
 
 MEGATRON_COEFFICIENTS = {"simple": "jordan", "quintic": "quintic", "polar_express": "polar_express"}
-"""``--muon-coefficient-type`` -> our table."""
+"""Value of ``--muon-coefficient-type`` -> name of our set of coefficients."""
 
 
 def settings_from(args: Any, transformer: Any) -> MuonClipSettings:
@@ -71,4 +75,5 @@ def settings_from(args: Any, transformer: Any) -> MuonClipSettings:
         clip_grad_scope=args.clip_grad_scope,
         has_statistics=args.log_muon_steps,
         offload_fraction=args.optimizer_offload_fraction if args.muonclip_cpu_offload else 0.0,
+        symmetric_on_gpu="triton" if args.muonclip_triton_symmetric else "none",
     )

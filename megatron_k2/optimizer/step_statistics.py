@@ -26,7 +26,7 @@ GROUPS = ("dense", "experts", "adamw")
 
 
 class StepStatistics:
-    """Of one domain and step.
+    """Sums over the updates of one matrix group in one step, and the seconds of its two parts.
 
     Args:
         are_experts: of each placement.
@@ -43,12 +43,12 @@ class StepStatistics:
         self.restart()
 
     def restart(self) -> None:
-        """Forget the last step."""
+        """Set the sums to zero and drop the laps of the step before, at the start of a step."""
         self.sums = torch.zeros(2, 2, dtype=torch.float64, device=self._device)
         self._laps: dict[Part, list[tuple[Any, Any]]] = defaultdict(list)
 
     def add(self, updates: Tensor, indices: tuple[int, ...]) -> None:
-        """Count a batch.
+        """Add the squared norms and sizes of a batch of updates to ``sums``.
 
         Args:
             updates: [k, rows, cols], U Vᵀ of whole matrices.
@@ -81,7 +81,7 @@ class StepStatistics:
         return event
 
     def seconds(self, part: Part) -> float:
-        """Of the step; -inf where the device has not come to its end yet. Does not wait."""
+        """Seconds of ``part`` in the step; -inf where the device is not done yet. Does not wait."""
         laps = self._laps[part]
         if self._device.type != "cuda":
             return math.fsum(end - start for start, end in laps)

@@ -155,7 +155,7 @@ def _build(r: RunRequest, args: Any) -> list[torch.nn.Module]:
 
 
 def _counted(model: list[torch.nn.Module]) -> tuple[Parameters, int]:
-    """(elements by optimizer and domain, matrices), as MuonClip classifies what was built."""
+    """(elements by optimizer and group, matrices), as MuonClip classifies what was built."""
     from megatron_k2.optimizer.param_groups import muon_matrices
 
     specs = muon_matrices(model)
@@ -186,7 +186,7 @@ def plan_optimizer(
     rank = ranks[0]
     chunks = tuple(chunk for chunk in r.chunks() if chunk.rank == rank)
     plan = plan_stage(r.preset, r, ranks, chunks)
-    planned_matrices = sum(domain.num_matrices for domain in plan.domains)
+    planned_matrices = sum(group.num_matrices for group in plan.groups)
     if planned_matrices != num_matrices:
         raise UserError(
             f"pipeline rank {rank}: MuonClip plans {planned_matrices} matrices, the model has "
@@ -194,17 +194,17 @@ def plan_optimizer(
         )
     held = rank_parameters(r, rank)
     expected = MUON_STATE_BYTES * (held.total - held.adamw) + ADAMW_STATE_BYTES * held.adamw
-    found = sum(size for domain in plan.domains for shards in domain.states for size in shards)
+    found = sum(size for group in plan.groups for shards in group.states for size in shards)
     if found != expected:
         raise UserError(
             f"pipeline rank {rank}: optimizer states of all its ranks are {found:,} bytes, planned "
             f"are {expected:,}"
         )
-    fullest = [max(domain.state_bytes(r.optimizer_offload)) for domain in plan.domains]
+    fullest = [max(group.state_bytes(r.optimizer_offload)) for group in plan.groups]
     on_device, on_host = (sum(part) for part in zip(*fullest, strict=True))
     memory = rank_memory(r, rank, reserved_gb)
     return BuiltOptimizer(
-        num_ranks=plan.domains[-1].domain.size,
+        num_ranks=plan.groups[-1].grid.size,
         imbalance=max(plan.loads) / plan.floor,
         on_device=on_device,
         on_host=on_host,

@@ -16,13 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_k2.optimizer.classification import classification_table
-from megatron_k2.optimizer.foreign_state import check_optimizer_state
-from megatron_k2.optimizer.muonclip import adopt_distributed, adopt_plain, register
-from megatron_k2.optimizer.qk_clip.apply import check_clippable
+from megatron_k2.optimizer.muonclip import build
 from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
-from megatron_k2.optimizer.settings import settings_from
-from megatron_k2.optimizer.sharded.chain import FORMAT
 from megatron_k2.optimizer.sharded.expert_layout import expert_layout
 from megatron_k2.run.console import step_line
 from megatron_k2.run.metrics import MetricsWriter, StepRecord
@@ -49,31 +44,17 @@ class TrainingHooks:
             self._watch = SpikeWatch(Path(args.save) if args.save else None, args.spike_nats)
 
     def get_optimizer(self, original: Any, config: Any, model: list[Any], **kwargs: Any) -> Any:
-        """Megatron's factory, with MuonClip registered for this model and norms decayed."""
+        """Megatron's factory, or MuonClip built by it (``optimizer.muonclip.build``)."""
         take_skips(self.args)
         self.model = model
         self.max_logits = MaxLogits(model)
         self.step_log = StepLog(self.args, model, self.max_logits, self._show)
         if not self.args.muonclip:
             return original(config, model, **kwargs)
-        # Megatron exempts norms and biases from weight decay; Moonlight (App. D) calls decay on
-        # RMSNorm gains crucial. No overrides means everything decays.
-        kwargs["config_overrides"] = {}
-        check_clippable(self.max_logits)
-        is_phase = starts_here(self.args)
-        load = self.args.pretrained_checkpoint if is_phase else self.args.load
-        check_optimizer_state(self.args, FORMAT, load)
-        settings = settings_from(self.args, model[0].config)
-        if dist.get_rank() == 0:
-            print(classification_table(model, settings.matrices))
-        register(model, self.max_logits, settings)
-        optimizer = original(config, model, **kwargs)
-        if config.use_distributed_optimizer:
-            chain = adopt_distributed(optimizer, model, self.max_logits, settings)
-        else:
-            chain = adopt_plain(optimizer, settings)
+        load = self.args.pretrained_checkpoint if starts_here(self.args) else self.args.load
+        chain = build(original, self.args, config, model, self.max_logits, load, **kwargs)
         self.step_log.chain = chain
-        return optimizer
+        return chain
 
     def load(self, original: Any, model: Any, optimizer: Any, scheduler: Any, **kwargs: Any) -> Any:
         """Megatron's load, and at the start of a phase the optimizer of the one before it."""

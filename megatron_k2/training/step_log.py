@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_k2.model.moe import routers
-from megatron_k2.optimizer.muonclip_chain import GradScopeChain
+from megatron_k2.optimizer.muonclip_chain import MuonAdamWChain
 from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
 from megatron_k2.optimizer.step_statistics import GROUPS, PARTS
 from megatron_k2.run.metrics import StepRecord
@@ -68,7 +68,7 @@ class StepLog:
             for name, module in chunk.named_modules()
             if "mtp" in name.split(".")
         }
-        self.chain: GradScopeChain | None = None
+        self.chain: MuonAdamWChain | None = None
         self._pending: _Pending | None = None
         self._last_time = time.perf_counter()
 
@@ -151,7 +151,7 @@ class StepLog:
         )
         self._show(record, logits)
 
-    def _fill_table(self, chain: GradScopeChain | None, loss: Any) -> Tensor:
+    def _fill_table(self, chain: MuonAdamWChain | None, loss: Any) -> Tensor:
         """[layers + 2, heads + 1]: this rank's maximum logits and, last, load max/mean; else -inf.
 
         The last row but one begins with the seconds of Muon's parts in the step, where they are
@@ -185,7 +185,7 @@ class StepLog:
 
 
 def _update_rms(sums: Tensor | None) -> dict[str, float] | None:
-    """RMS by group that has parameters; see ``GradScopeChain.reduce_update_sums``."""
+    """RMS by group that has parameters; see ``MuonAdamWChain.reduce_update_sums``."""
     if sums is None:
         return None
     rows = zip(GROUPS, sums.tolist(), strict=True)

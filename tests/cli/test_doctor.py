@@ -46,8 +46,21 @@ def test_a_laptop_trains_on_cpu_and_not_on_gpus():
 
 
 def test_a_gpu_node_trains_on_gpus_with_fused_adam():
-    assert {"training on GPUs", "fused AdamW", "symmetric products in Triton"} <= _on(NODE)
+    assert {"training on GPUs", "fused AdamW"} <= _on(NODE)
     assert "training on CPU" not in _on(NODE)
+
+
+def test_the_triton_kernel_of_newton_schulz_is_off_and_its_flag_is_named():
+    without = replace(NODE, versions=NODE.versions | {"triton": None})
+    notes = {}
+    for name, machine in {"node": NODE, "without": without, "laptop": LAPTOP}.items():
+        (feature,) = [f for f in doctor.features(machine) if "symmetric" in f.name]
+        assert not feature.is_on
+        notes[name] = feature.note
+    assert "off by default, not measured on a GPU" in notes["node"]
+    assert notes["node"].startswith("needs --muonclip-triton-symmetric")
+    assert notes["without"].startswith("needs pip install triton and --muonclip-triton-symmetric")
+    assert notes["laptop"] == doctor.NEEDS_GPU
 
 
 @pytest.mark.parametrize(("version", "is_on"), [("2.20.2", True), ("2.8.0", False), (None, False)])

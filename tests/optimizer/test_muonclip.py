@@ -6,11 +6,15 @@ its formula. Both work in fp32 with matrix products batched differently: 2e-6 of
 one. Several ranks are in ``tests/parallel/test_layouts.py``.
 """
 
+import importlib.util
 import math
+from argparse import Namespace
 
 import pytest
 import torch
 
+from megatron_k2.errors import UserError
+from megatron_k2.optimizer.muonclip import check_triton
 from megatron_k2.optimizer.newton_schulz.iteration import orthogonalize
 from megatron_k2.training.step_log import StepLog
 from tests.support.single_rank import SMALL, arguments, build, one_rank, randomise
@@ -287,3 +291,24 @@ def test_what_a_skipped_step_saw_is_recorded_and_not_carried_into_the_next():
     assert record.max_logit == math.inf
     assert record.num_clipped_heads == 0
     assert (hooks.max_logits.running == -math.inf).all()
+
+
+def test_the_triton_kernel_is_off_unless_its_flag_is_given():
+    """Its own arithmetic is in ``newton_schulz/test_symmetric.py``; a CPU ignores the flag."""
+    found = {}
+    for extra in ((), ("--muonclip-triton-symmetric",)):
+        _, optimizer, _ = _built(is_sharded=True, extra=extra)
+        (part,) = optimizer.chained_optimizers
+        found[extra] = part.settings.symmetric_on_gpu
+    assert list(found.values()) == ["none", "triton"]
+
+
+def test_the_flag_without_triton_is_refused_on_a_gpu_and_ignored_on_a_cpu(monkeypatch):
+    args = Namespace(muonclip_triton_symmetric=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check_triton(args)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="pip install triton, or drop it"):
+        check_triton(args)
+    check_triton(Namespace(muonclip_triton_symmetric=False))

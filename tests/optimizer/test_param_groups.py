@@ -1,4 +1,4 @@
-"""Which parameters are Muon's, and that cutting and joining shards are inverse."""
+"""Which parameters are Muon's, how many matrices each holds, and the table that says so."""
 
 from dataclasses import replace
 
@@ -7,14 +7,10 @@ import torch
 
 from megatron_k2.optimizer.classification import classification_table
 from megatron_k2.optimizer.muon import muon_step
-from megatron_k2.optimizer.newton_schulz.iteration import orthogonalize
-from megatron_k2.optimizer.param_groups import (
-    MatrixOptions,
-    MatrixSpec,
-    as_matrix,
-    muon_matrices,
-)
-from tests.support.single_rank import SMALL, build, one_rank
+from megatron_k2.optimizer.param_groups import MatrixOptions, MatrixSpec, muon_matrices
+from megatron_k2.optimizer.settings import settings_from
+from megatron_k2.optimizer.sharded.matrix_group import MatrixGroup, MatrixParameter
+from tests.support.single_rank import SMALL, arguments, build, one_rank
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,72 +76,6 @@ def test_a_matrix_in_an_unknown_module_is_an_error_that_names_it():
         muon_matrices([model])
 
 
-LAYOUTS = [(blocks, dim) for blocks in (1, 2) for dim in (-1, 0, 1)]
-
-
-def _megatron_shards(gate_up, num_blocks, dim, size):
-    """What rank r holds: its part of every block, blocks stacked along the rows."""
-    if dim < 0:
-        return [torch.cat(gate_up)]
-    return [torch.cat([block.chunk(size, dim)[r] for block in gate_up]) for r in range(size)]
-
-
-@pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize(("num_blocks", "dim"), LAYOUTS)
-def test_shards_join_to_the_whole_matrices_and_are_cut_back(num_blocks, dim, size):
-    if dim < 0:
-        size = 1
-    generator = torch.Generator().manual_seed(0)
-    whole = [torch.randn(8, 12, generator=generator) for _ in range(num_blocks)]
-    shards = _megatron_shards(whole, num_blocks, dim, size)
-    spec = MatrixSpec(num_blocks, dim, is_expert=False)
-    joined = spec.assemble(shards)
-    assert len(joined) == num_blocks
-    assert all(torch.equal(a, b) for a, b in zip(joined, whole, strict=True))
-    for rank, shard in enumerate(shards):
-        assert torch.equal(spec.own_part(joined, rank, size), shard)
-
-
-def test_shards_joined_as_if_not_fused_are_other_matrices():
-    whole = [torch.full((4, 3), 1.0), torch.full((4, 3), 2.0)]
-    shards = _megatron_shards(whole, 2, 0, 2)
-    (wrong,) = MatrixSpec(1, 0, is_expert=False).assemble(shards)
-    assert not torch.equal(wrong, torch.cat(whole))
-
-
-@pytest.mark.parametrize("rank", range(3))
-def test_a_replicated_matrix_is_whole_on_every_rank(rank):
-    matrix = torch.randn(4, 3)
-    spec = MatrixSpec(1, -1, is_expert=False)
-    assert torch.equal(spec.own_part(spec.assemble([matrix]), rank, 3), matrix)
-
-
-HEADS = 6
-HEAD_ROWS = 4
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_shards_of_heads_list_whole_heads_and_are_cut_back(size):
-    heads = [torch.randn(HEAD_ROWS, 5) for _ in range(HEADS)]
-    local = HEADS // size
-    shards = [torch.cat(heads[r * local : (r + 1) * local]) for r in range(size)]
-    spec = MatrixSpec(local, 0, is_expert=False, is_listed=True)
-    joined = spec.assemble(shards)
-    assert len(joined) == HEADS == spec.whole_blocks(size)
-    assert all(torch.equal(a, b) for a, b in zip(joined, heads, strict=True))
-    assert spec.whole_shape(as_matrix(shards[0].shape), size) == (HEAD_ROWS, 5)
-    for rank, shard in enumerate(shards):
-        assert torch.equal(spec.own_part(joined, rank, size), shard)
-
-
-def test_heads_joined_as_if_each_rank_held_a_part_of_every_head_are_other_matrices():
-    heads = [torch.full((HEAD_ROWS, 5), float(i)) for i in range(4)]
-    shards = [torch.cat(heads[:2]), torch.cat(heads[2:])]
-    wrong = MatrixSpec(2, 0, is_expert=False).assemble(shards)
-    assert len(wrong) == 2
-    assert not torch.equal(wrong[0][:HEAD_ROWS], wrong[0][HEAD_ROWS:])  # two heads in one matrix
-
-
 def test_per_head_splits_the_up_projections_of_mla_and_nothing_else():
     model = build(SMALL)
     whole, split = _by_name(model), _by_name(model, is_per_head=True)
@@ -157,8 +87,7 @@ def test_per_head_splits_the_up_projections_of_mla_and_nothing_else():
     assert {s.num_blocks for s in changed.values()} == {SMALL.num_attention_heads}
     params = dict(model.named_parameters())
     rows = {
-        name.split(".")[-2]: s.whole_shape(as_matrix(params[name].shape), 1)[0]
-        for name, s in changed.items()
+        name.split(".")[-2]: params[name].shape[0] // s.num_blocks for name, s in changed.items()
     }
     assert rows == {
         "linear_q_up_proj": SMALL.qk_head_dim + SMALL.qk_pos_emb_head_dim,
@@ -168,7 +97,7 @@ def test_per_head_splits_the_up_projections_of_mla_and_nothing_else():
 
 def test_without_a_query_latent_the_query_projection_is_the_one_split_by_heads():
     specs = _by_name(build(replace(SMALL, q_lora_rank=None)), is_per_head=True)
-    found = {name.split(".")[-2] for name, s in specs.items() if s and s.is_listed}
+    found = {name.split(".")[-2] for name, s in specs.items() if s and s.has_whole_blocks}
     assert found == {"linear_q_proj", "linear_kv_up_proj"}
 
 
@@ -229,36 +158,31 @@ def test_experts_in_one_three_dimensional_weight_are_never_left_to_adamw():
     assert specs[experts.linear_fc2.weight].num_blocks == 3
 
 
+def _orthogonalized(weight, num_blocks):
+    """The updates of ``weight``, taken for ``num_blocks`` matrices, as the optimizer forms them."""
+    world = torch.distributed.group.WORLD
+    spec = MatrixSpec(num_blocks, -1, is_expert=True)
+    flags = ("--muonclip-dtype", "fp32", "--muon-coefficient-type", "simple")
+    settings = settings_from(arguments(SMALL, *flags), build(SMALL).config)
+    whole = MatrixParameter("experts", weight, spec, ((0, weight.numel()),), 0)
+    group, found = MatrixGroup([whole], world, world, settings), {}
+    group.run(lambda params: {p: p.detach().flatten() for p in params}, found.update)
+    return found[weight].view(weight.shape)
+
+
 def test_a_step_on_a_three_dimensional_weight_is_one_on_each_of_its_matrices():
-    """[e, gate over up, cols] through the spec, against one matrix at a time by indexing."""
+    """[e, gate over up, cols] as the optimizer takes it, against one matrix at a time."""
     _, experts = _grouped(is_single=True)
-    weight = experts.linear_fc1.weight.detach()
-    spec = MatrixSpec(6, -1, is_expert=True)
-    parts = spec.assemble([weight.reshape(as_matrix(weight.shape))])
-    updates = [orthogonalize(part, dtype=torch.float32) for part in parts]
-    found = spec.own_part(updates, 0, 1).view(weight.shape)
+    weight = experts.linear_fc1.weight
+    found = _orthogonalized(weight, 6)
     for expert in range(3):
         for rows in (slice(0, 4), slice(4, 8)):
-            matrix, after = weight[expert, rows], torch.zeros(4, 5)
+            matrix, after = weight.detach()[expert, rows], torch.zeros(4, 5)
             muon_step(after, matrix, torch.zeros(4, 5), lr=1.0, weight_decay=0, dtype=torch.float32)
             torch.testing.assert_close(
                 after, -0.2 * 5**0.5 * found[expert, rows], atol=1e-6, rtol=1e-5
             )
-    taken_for_three = MatrixSpec(3, -1, is_expert=True)
-    fused = taken_for_three.assemble([weight.reshape(as_matrix(weight.shape))])
-    wrong = torch.cat([orthogonalize(part, dtype=torch.float32) for part in fused])
-    assert (wrong.view(weight.shape) - found).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("dim", [0, 1])
-def test_shards_of_a_three_dimensional_weight_join_expert_by_expert(dim):
-    whole = torch.randn(3, 8, 6)
-    shards = list(whole.chunk(2, dim=dim + 1))
-    spec = MatrixSpec(3, dim, is_expert=True)
-    joined = spec.assemble([shard.reshape(as_matrix(shard.shape)) for shard in shards])
-    assert all(torch.equal(a, b) for a, b in zip(joined, whole, strict=True))
-    for rank, shard in enumerate(shards):
-        assert torch.equal(spec.own_part(joined, rank, 2).view(shard.shape), shard)
+    assert (_orthogonalized(weight, 3) - found).abs().max() > 0.01
 
 
 def test_interleaved_gate_and_up_are_refused():

@@ -15,6 +15,7 @@ import torch
 from megatron_k2.flags.megatron import expand
 from megatron_k2.fp8.compute import FP32_SCALES
 from megatron_k2.presets import K2_TINY
+from tests.oracles.attention import einsum_attention, forbidden_causal
 from tests.support.paths import REPOSITORY
 from tests.support.single_rank import one_rank
 from tests.te.models import TE_FLAGS, batch, local_name, token_losses
@@ -99,8 +100,13 @@ def test_router_head_and_embedding_are_never_quantised(quantised):
     assert model.decoder.layers[1].mlp.router.weight.grad is not None
 
 
+def _max_logit(q, k, scale):
+    """S_max [h] fp32 of [b, h, s, d] queries and keys, causal."""
+    forbidden = forbidden_causal(q.shape[2], k.shape[2]).to(q.device)
+    return einsum_attention(q, k, torch.zeros_like(k), scale, forbidden)[1].float()
+
+
 def test_max_logits_are_those_of_unquantised_queries_and_keys(host):
-    from megatron_k2.model.attention import causal_max_logit
     from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
 
     model = _blockwise()
@@ -113,8 +119,8 @@ def test_max_logits_are_those_of_unquantised_queries_and_keys(host):
     for row, (query, key), layer in zip(found, handed, model.decoder.layers, strict=True):
         q, k = (t.permute(1, 2, 0, 3) for t in (query, key))
         scale = layer.self_attention.softmax_scale
-        torch.testing.assert_close(row, causal_max_logit(q, k, scale), rtol=2**-7, atol=0)
-        wrong = causal_max_logit(*(t.to(torch.float8_e4m3fn).float() for t in (q, k)), scale)
+        torch.testing.assert_close(row, _max_logit(q, k, scale), rtol=2**-7, atol=0)
+        wrong = _max_logit(*(t.to(torch.float8_e4m3fn) for t in (q, k)), scale)
         assert ((wrong - row) / row).abs().max() > 2**-7
 
 

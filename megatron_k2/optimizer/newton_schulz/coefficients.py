@@ -16,7 +16,7 @@ class CoefficientSet:
     per_step: tuple[Step, ...]
     """(a, b, c) in order of application."""
     default_steps: int
-    """As many as its source runs."""
+    """Number of steps that its source runs."""
     extension: Literal["cycle", "repeat_last"]
     """What step ``len(per_step)`` and later use: the first again, or the last for ever."""
 
@@ -87,7 +87,7 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
 
 
 def coefficient_set(name: str) -> CoefficientSet:
-    """The row called ``name``.
+    """The published set of polynomials called ``name``.
 
     Raises:
         ValueError: naming the sets there are.

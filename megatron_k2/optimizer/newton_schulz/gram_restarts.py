@@ -38,13 +38,13 @@ EPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23, "float64":
 FIRST_LIMIT = 1.5
 """Largest product of ``a²`` in the first segment, in units of 1 / eps: 192 in bf16."""
 LATER_LIMIT = 0.1
-"""The same in later segments: 12.8 in bf16."""
+"""Largest product of ``a²`` in a later segment, in units of 1 / eps: 12.8 in bf16."""
 LATER_STEPS = 2
 """Steps in a later segment: ``Q`` is rounded at each, and near convergence, where the last segments
 are, that is all of the error there is (``polar_express``, last three of eight: 1.35 times it)."""
 WIDE_LIMIT = 2.0**16
-"""Of fp32 and fp64, in all segments and whatever their length: five steps of ``jordan`` (19,800)
-need no restart."""
+"""Largest product of ``a²`` in fp32 and fp64, in all segments and whatever their length: five steps
+of ``jordan`` (19,800) need no restart."""
 
 
 def restart_segments(schedule: tuple[Step, ...], dtype: "torch.dtype | str") -> tuple[int, ...]:

@@ -21,7 +21,6 @@ Legend: ``n`` rows and ``m`` columns after transposing to ``n <= m``; ``k`` matr
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,14 +34,12 @@ from megatron_k2.optimizer.newton_schulz.cost import (
 from megatron_k2.optimizer.newton_schulz.gram_restarts import restart_segments
 from megatron_k2.optimizer.newton_schulz.symmetric import product
 
-Normalization = Literal["frobenius", "frobenius_eps"]
-
-FROBENIUS_EPS = 1e-7  # torch.optim.Muon's and Moonlight's
 CPU_BATCH_BYTES = 2 << 20
-"""See ``batch_size``."""
+"""Bytes of a batch that still runs from one core's cache, see ``batch_size``."""
 FIRST_BLOCKED_ROWS = {torch.bfloat16: 1024, torch.float16: 1024}
-"""See ``symmetric_method``. At 896 rows and r = 1.1 and 2.6, on one thread of an AMD EPYC (busy),
-blocks make bf16 1.19x and 1.16x as fast for 1.32x and 1.42x fewer FLOPs, fp32 1.24x and 1.32x."""
+"""Rows from which products go by blocks, see ``symmetric_method``. At 896 rows and r = 1.1 and 2.6,
+on one thread of an AMD EPYC (busy), blocks make bf16 1.19x and 1.16x as fast for 1.32x and 1.42x
+fewer FLOPs, fp32 1.24x and 1.32x."""
 
 
 def orthogonalize(
@@ -53,11 +50,13 @@ def orthogonalize(
     form: Form = "auto",
     dtype: torch.dtype | None = None,
     symmetric: SymmetricMethod = "none",
-    normalization: Normalization = "frobenius",
     segments: tuple[int, ...] | None = None,
     norms: Tensor | None = None,
 ) -> Tensor:
     """Approximate ``UVᵀ`` of each matrix of ``G = USVᵀ``.
+
+    A matrix is divided by its Frobenius norm first, which is formed in fp64, and cast after; the
+    result does not depend on the scale of ``G`` down to subnormal numbers.
 
     Args:
         G: [..., rows, cols], any floating dtype; leading dimensions are a batch. Not modified.
@@ -70,12 +69,6 @@ def orthogonalize(
         dtype: dtype of the iteration and of the result; ``G``'s if None. Moonlight: bf16.
         symmetric: how products known to be symmetric are formed, see ``symmetric.py``. Only with
             ``none`` is a batch bit-equal to its matrices one by one (seen on CPU).
-        normalization: how the spectral norm is brought to at most 1 first.
-            ``frobenius``: divide by the norm, which is formed in fp64, and cast after; the result
-            does not depend on the scale of ``G`` down to subnormal numbers.
-            ``frobenius_eps``: cast to ``dtype``, divide by max(norm, 1e-7): torch.optim.Muon's
-            order, for bit parity with it. Below that norm its result is no longer orthogonal: a
-            gradient of norm 1e-9 moves the weights by half, one of 1e-20 not at all.
         segments: Gram form: steps between restarts, such as (3, 2); None takes
             ``restart_segments``, which is safe in every dtype.
         norms: [...] fp32, filled with ‖G‖_F of each matrix, which is formed anyway.
@@ -100,7 +93,7 @@ def orthogonalize(
     if G.numel() == 0:
         return G.to(dtype)
     is_tall = rows > cols
-    X, norm = _normalize(G.mT if is_tall else G, dtype, normalization)
+    X, norm = _normalize(G.mT if is_tall else G, dtype)
     if norms is not None:
         norms.copy_(norm)
     # One matrix goes as a matrix: CPU GEMM is a fifth faster than a batch of one.
@@ -123,40 +116,39 @@ def batch_size(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -
 
 
 def symmetric_method(
-    rows: int, cols: int, dtype: torch.dtype, device: torch.device
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_gpu: SymmetricMethod = "none",
 ) -> SymmetricMethod:
     """How to form symmetric products of matrices that come ``batch_size`` at once.
 
-    By blocks where the matrix is large and a batch of its own, so that a result never depends on
-    which matrices it was batched with. Elsewhere, and on a GPU, where neither blocks nor the Triton
-    kernel has been measured, as ordinary ones.
+    One triangle is computed only where a result does not depend on which matrices it was batched
+    with: on a CPU by blocks, where the matrix is large and a batch of its own; on a GPU by the
+    Triton kernel, each of whose programs works on one matrix. Elsewhere as ordinary products.
+
+    Args:
+        rows: of each matrix.
+        cols: of each matrix.
+        dtype: of the iteration.
+        device: that executes it.
+        on_gpu: ``triton`` or ``none``; the kernel has not been measured on one, so that ``none`` is
+            a run's default (``--muonclip-triton-symmetric``).
     """
+    if device.type != "cpu":
+        return on_gpu
     is_large = min(rows, cols) >= FIRST_BLOCKED_ROWS.get(dtype, 0)
     return "blocks" if is_large and batch_size(rows, cols, dtype, device) == 1 else "none"
 
 
-def frobenius_norm(X: Tensor) -> Tensor:
-    """‖X‖_F of each matrix, [...] in at least fp32.
+def _normalize(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(X of norm at most 1 but for rounding, what ‖X‖_F was [...]), whatever the scale of X.
 
-    Squares are added up in fp64, where those of no fp32 or bf16 number underflow.
-
-    Args:
-        X: [..., rows, cols].
+    torch.optim.Muon and Moonlight cast first and divide by max(‖X‖_F, 1e-7). Below that norm their
+    result is no longer orthogonal: a gradient of norm 1e-9 moves the weights by half, one of 1e-20
+    not at all.
     """
-    norm = torch.linalg.vector_norm(X, dim=(-2, -1), dtype=torch.float64)
-    return norm.to(torch.promote_types(X.dtype, torch.float32))
-
-
-def _normalize(
-    X: Tensor, dtype: torch.dtype, normalization: Normalization
-) -> tuple[Tensor, Tensor]:
-    """(X of norm at most 1 but for rounding, what ‖X‖_F was [...])."""
-    if normalization not in ("frobenius", "frobenius_eps"):
-        raise ValueError(f"normalization={normalization!r}: expected frobenius or frobenius_eps")
-    if normalization == "frobenius_eps":
-        X = X.to(dtype)
-        norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-        return X / norm.clamp(min=FROBENIUS_EPS), norm[..., 0, 0]
     norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
     # Divided before it is rounded, in no smaller range than bf16's and fp32's. The smallest
     # subnormal beside the norm keeps a norm near it from being rounded down. Zero stays zero, also

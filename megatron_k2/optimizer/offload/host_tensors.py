@@ -6,7 +6,7 @@ between visits are those of ``values``, and the tensor itself must not be read t
 
 Visits repeat in the same order step after step, so the order is learnt in the first one: while a
 visit lasts, the copies of the next ``AHEAD`` are under way. Copies out run beside both. With CUDA
-host memory is pinned and each direction has a stream of its own (``PinnedResidence``); on a CPU
+host memory is pinned and each direction has a stream of its own (``PinnedHostTensors``); on a CPU
 device and host are the same memory, copies are immediate, and what is counted is the same.
 """
 
@@ -20,15 +20,15 @@ from torch import Tensor
 from megatron_k2.optimizer.offload.choice import AHEAD, WINDOW_BYTES
 
 
-class Residence:
+class HostTensors:
     """Host copies of tensors, and what they moved.
 
     Attributes:
         bytes_on_host: of all tensors handed over.
         bytes_on_device: of those, what is on the device or on its way there.
-        most_on_device: the largest that has been.
-        bytes_to_device: copied since the start.
-        bytes_to_host: likewise.
+        most_on_device: the largest that ``bytes_on_device`` has been.
+        bytes_to_device: copied from the host since the start.
+        bytes_to_host: copied from the device since the start.
     """
 
     def __init__(self, window_bytes: int = WINDOW_BYTES) -> None:
@@ -159,8 +159,8 @@ class Residence:
         """Work queued from here on finds ``tensors`` filled."""
 
 
-class PinnedResidence(Residence):
-    """The same over CUDA: pinned memory, one stream a direction.
+class PinnedHostTensors(HostTensors):
+    """``HostTensors`` over CUDA: pinned host memory, one stream for each direction.
 
     torch rounds each pinned allocation up to a power of two; K2's expert shards lose 14 % by that.
     """
@@ -198,15 +198,15 @@ class PinnedResidence(Residence):
                 torch.cuda.current_stream().wait_event(self._filled.pop(tensor))
 
     def values(self, tensor: Tensor) -> Tensor:
-        """As ``Residence.values``, once the copy out is done."""
+        """Where the numbers of ``tensor`` are, after the copy to the host is done: waits for it."""
         if tensor in self._saved:
             self._saved[tensor].synchronize()
         return super().values(tensor)
 
 
-def residence_for(device: torch.device, window_bytes: int = WINDOW_BYTES) -> Residence:
+def host_tensors_for(device: torch.device, window_bytes: int = WINDOW_BYTES) -> HostTensors:
     """The form that ``device`` needs."""
-    return (PinnedResidence if device.type == "cuda" else Residence)(window_bytes)
+    return (PinnedHostTensors if device.type == "cuda" else HostTensors)(window_bytes)
 
 
 def _are_same(first: list[Tensor], second: list[Tensor]) -> bool:

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from megatron_k2.errors import UserError
+from megatron_k2.optimizer.momentum import momentum_of
 from megatron_k2.optimizer.offload.choice import chosen_for_host
-from megatron_k2.optimizer.offload.host_tensors import Residence, residence_for
+from megatron_k2.optimizer.offload.host_tensors import HostTensors, host_tensors_for
 from megatron_k2.optimizer.qk_clip.apply import row_scales
 from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
 from megatron_k2.optimizer.sharded.optimizer import DistributedMuonClip
@@ -40,7 +41,7 @@ STATE_BYTES = 4
 class OffloadedMuonClip(DistributedMuonClip):
     """``DistributedMuonClip`` whose states live on the host in part (``offload_fraction``)."""
 
-    residence: Residence
+    host_tensors: HostTensors
     model_float16_groups: list[list[torch.nn.Parameter]]
     shard_fp32_from_float16_groups: list[list[Tensor]]
 
@@ -53,7 +54,7 @@ class OffloadedMuonClip(DistributedMuonClip):
                 "shard, FP8 weights are quantised all at once; drop one of the two"
             )
         adopted: Self = super().adopt(optimizer, specs, settings, max_logits, **rest)
-        adopted.residence = residence_for(torch.device(adopted._device()))
+        adopted.host_tensors = host_tensors_for(torch.device(adopted._device()))
         clipped = row_scales(max_logits, settings) if max_logits is not None else ()
         adopted._clipped = {param for param, _ in clipped}
         adopted._move_to_host(settings.offload_fraction)
@@ -70,10 +71,10 @@ class OffloadedMuonClip(DistributedMuonClip):
         for param in chosen:
             self._allocate_state(param)
             for tensor in self._states(param):
-                self.residence.take(tensor)
+                self.host_tensors.take(tensor)
         logger.info(
             "optimizer states on the host: %.2f of %.2f GB of this rank's shards",
-            self.residence.bytes_on_host / 1e9,
+            self.host_tensors.bytes_on_host / 1e9,
             sum(sizes) / 1e9,
         )
         self._adamw_states = [
@@ -87,7 +88,7 @@ class OffloadedMuonClip(DistributedMuonClip):
         }
 
     def state_bytes(self, param: torch.nn.Parameter) -> int:
-        """Of this rank's shard: momentum or two moments, and the master if it is not the weight."""
+        """Bytes of this rank's shard: momentum or moments, and a master that is not the weight."""
         main, _ = self._shard(param)
         kinds = 1 if param in self._main_of else 2
         return STATE_BYTES * main.numel() * (kinds + (param.dtype != torch.float32))
@@ -97,24 +98,24 @@ class OffloadedMuonClip(DistributedMuonClip):
         return [tensor for _, tensor in super()._named_state(param, main)]
 
     def _momenta(self, param: torch.nn.Parameter) -> list[Tensor]:
-        return [self._momentum_of(self._main_of[param][0])]
+        return [momentum_of(self.optimizer, self._main_of[param][0])]
 
     def _masters(self, param: torch.nn.Parameter) -> list[Tensor]:
         main, _ = self._shard(param)
-        return [main] if main in self.residence else []
+        return [main] if main in self.host_tensors else []
 
     @override
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
         if self.is_stub_optimizer:
             return super().step_with_ready_grads()
-        with self.residence.step(), self.residence.visit(self._adamw_states):
+        with self.host_tensors.step(), self.host_tensors.visit(self._adamw_states):
             return super().step_with_ready_grads()
 
     @override
     def _directions(self, params: list[torch.nn.Parameter]) -> dict[torch.nn.Parameter, Tensor]:
         found: dict[torch.nn.Parameter, Tensor] = {}
-        for window in self.residence.in_windows(params, self._momenta):
+        for window in self.host_tensors.in_windows(params, self._momenta):
             made = super()._directions(window)
             if not self.settings.nesterov:  # then it is the momentum itself, which leaves
                 made = {param: direction.clone() for param, direction in made.items()}
@@ -126,7 +127,7 @@ class OffloadedMuonClip(DistributedMuonClip):
         waiting = {
             main for param in self._clipped & updates.keys() for main in self._masters(param)
         }
-        for window in self.residence.in_windows(list(updates), self._masters, waiting):
+        for window in self.host_tensors.in_windows(list(updates), self._masters, waiting):
             super()._apply({param: updates[param] for param in window})
             self._write_weights(set(window) & self._written_early - self._clipped)
 
@@ -135,7 +136,7 @@ class OffloadedMuonClip(DistributedMuonClip):
         super()._qk_clip(max_logits)
         clipped = self._clipped & self._written_early
         self._write_weights(clipped)
-        self.residence.send_back([main for param in clipped for main in self._masters(param)])
+        self.host_tensors.send_back([main for param in clipped for main in self._masters(param)])
 
     def _write_weights(self, params: Set[torch.nn.Parameter]) -> None:
         """Masters to weights, as the host does at the end of a step."""
@@ -152,7 +153,7 @@ class OffloadedMuonClip(DistributedMuonClip):
     def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
         """Weights to masters: after loading weights without an optimizer."""
         params = list(self.model_param_group_index_map)
-        for window in self.residence.in_windows(params, self._masters):
+        for window in self.host_tensors.in_windows(params, self._masters):
             with self._host_sees(set(window)):
                 super()._copy_model_params_to_main_params(state_dict=state_dict)
 
@@ -174,4 +175,4 @@ class OffloadedMuonClip(DistributedMuonClip):
     @override
     def _named_state(self, param: torch.nn.Parameter, main: Tensor) -> list[tuple[str, Tensor]]:
         named = super()._named_state(param, main)
-        return [(name, self.residence.values(tensor)) for name, tensor in named]
+        return [(name, self.host_tensors.values(tensor)) for name, tensor in named]

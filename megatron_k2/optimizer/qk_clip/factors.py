@@ -92,15 +92,6 @@ def mla_key_value_row_scale(
     return _rows(per_head).flatten()
 
 
-def mha_row_scale(gamma: Tensor, head_dim: int, alpha: float = 0.5) -> Tensor:
-    """Row scale of a fused ``linear_qkv`` with one key per query head: γ^α, γ^(1−α), 1.
-
-    Returns:
-        [h · 3 · head_dim] in Megatron's order, per head its query, key and value rows.
-    """
-    return gqa_row_scale(gamma, gamma.numel(), head_dim, alpha, mode="group")
-
-
 def gqa_row_scale(
     gamma: Tensor,
     num_query_groups: int,

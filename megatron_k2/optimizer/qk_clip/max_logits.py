@@ -13,8 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_k2.model.attention import RecomputedMaxLogits
-
 
 def attention_modules(model_chunks: list[torch.nn.Module]) -> list[Any]:
     """Every self-attention whose core records its maximum logits: decoder and MTP layers alike."""
@@ -31,8 +29,8 @@ class MaxLogits:
 
     Sources, by what their core attention does with ``current_max_attn_logits``:
 
-    - ours (``MLACoreAttention``, ``RecomputedMaxLogits``) take the running maximum in place, in
-      training mode only; the attribute is a row of ``running``;
+    - ours (``MLACoreAttention``) takes the running maximum in place, in training mode only; the
+      attribute is a row of ``running``;
     - Transformer Engine's ``return_max_logit`` assigns a new tensor, rounded to bf16, in evaluation
       as well; it is collected after each training forward and dropped after the others.
 
@@ -53,7 +51,6 @@ class MaxLogits:
         self.running = torch.full(shape, -math.inf, dtype=torch.float32, device=device)
         self.latest = self.running.clone()
         self._work: dist.Work | None = None
-        self._num_steps = 0
         for row, attention in zip(self.running, self.attentions, strict=True):
             core = attention.core_attention
             if core.current_max_attn_logits is None:
@@ -80,10 +77,6 @@ class MaxLogits:
             self._work = None
         self.latest = self.running.clone()
         self.running.fill_(-math.inf)
-        self._num_steps += 1
-        for attention in self.attentions:
-            if isinstance(attention.core_attention, RecomputedMaxLogits):
-                attention.core_attention.announce_step(self._num_steps)
         return self.latest
 
     def take(self, group: dist.ProcessGroup) -> Tensor:

@@ -3,25 +3,22 @@
 from typing import Any, override
 
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
-from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_k2.errors import UserError
-from megatron_k2.optimizer.muonclip_chain import GradScopeChain
+from megatron_k2.optimizer.muonclip_chain import MuonAdamWChain
 from megatron_k2.optimizer.sharded.optimizer import DistributedMuonClip
 
 FORMAT = "megatron_k2/parameter-space/1"
 
 
-class MuonClipChain(GradScopeChain):
-    """Megatron's chain with ``checkpoint_by_name`` as its checkpoint format; made by ``adopt``."""
+class MuonClipChain(MuonAdamWChain):
+    """Megatron's chain with ``checkpoint_by_name`` as its checkpoint format.
 
-    @classmethod
-    def adopt(cls, chain: ChainedOptimizer) -> "MuonClipChain":
-        """Turn a chain whose optimizers are all ``DistributedMuonClip`` (or stubs) into this."""
-        chain.__class__ = cls
-        adopted: MuonClipChain = chain
-        return adopted
+    Its optimizers are all ``DistributedMuonClip``, or stubs. ``muonclip.build`` turns Megatron's
+    chain into this class.
+    """
 
     def gather_weights_once(self) -> None:
         """Leave the gather of all weights to the last optimizer.
@@ -59,7 +56,7 @@ class MuonClipChain(GradScopeChain):
             params = list(optimizer.model_param_group_index_map)
             by_id = get_param_id_to_sharded_param_map(model_sharded_state_dict, iter(params))
             entries = {param: by_id[index] for index, param in enumerate(params)}
-            state[str(number)] = optimizer.parameter_space_state(entries)
+            state[str(number)] = optimizer.state_by_name(entries)
             num_steps = max(num_steps, optimizer.num_steps)
         return {"format": FORMAT, "step": num_steps, "parameters": state}
 
@@ -73,6 +70,4 @@ class MuonClipChain(GradScopeChain):
                 "alone with --no-load-optim, or --finetune"
             )
         for number, optimizer in enumerate(self._live()):
-            optimizer.load_parameter_space_state(
-                state_dict["parameters"][str(number)], state_dict["step"]
-            )
+            optimizer.load_state_by_name(state_dict["parameters"][str(number)], state_dict["step"])

@@ -29,7 +29,7 @@ class Box:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """[rows, cols]."""
+        """[rows, cols] of the rectangle."""
         return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
 
 

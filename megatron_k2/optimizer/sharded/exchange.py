@@ -22,9 +22,9 @@ from torch import Tensor
 from megatron_k2.optimizer.muon import idle_factor
 from megatron_k2.optimizer.newton_schulz.iteration import batch_size
 from megatron_k2.optimizer.sharded.homes import (
-    Domain,
+    Assignment,
     Placement,
-    Plan,
+    RankGrid,
     held,
     holders,
     lies_whole_on,
@@ -39,13 +39,13 @@ Apply = Callable[[dict[int, Tensor]], None]
 
 
 class MatrixExchange:
-    """The planned exchange of one domain.
+    """The planned exchange of one group of ranks.
 
     Args:
-        placements: all Muon matrices of the domain, the same on each of its ranks.
-        plan: their homes.
-        domain: shape of the domain.
-        group: its process group; group rank r is domain rank r.
+        placements: all Muon matrices of the group, the same on each of its ranks.
+        assignment: their homes.
+        grid: shape of the group.
+        group: its process group, whose rank r is rank r of the grid.
         dtype: of what is sent and orthogonalised.
         device: where the parameters are.
         orthogonalize: [k, rows, cols] -> the same shape; its second argument, [k] fp32, takes the
@@ -58,8 +58,8 @@ class MatrixExchange:
     def __init__(
         self,
         placements: Sequence[Placement],
-        plan: Plan,
-        domain: Domain,
+        assignment: Assignment,
+        grid: RankGrid,
         group: dist.ProcessGroup,
         dtype: torch.dtype,
         device: torch.device,
@@ -67,26 +67,26 @@ class MatrixExchange:
         peaks: Tensor | None = None,
         statistics: StepStatistics | None = None,
     ) -> None:
-        self._placements, self._homes = placements, plan.homes
-        self._domain, self.group = domain, group
+        self._placements, self._homes = placements, assignment.homes
+        self._grid, self.group = grid, group
         self._dtype, self._device, self._orthogonalize = dtype, device, orthogonalize
         self._peaks, self._statistics = peaks, statistics
         self._positions: dict[tuple[int, ...], Tensor] = {}
         self.rank = group.rank()
-        """This rank in the domain."""
+        """This rank in the group."""
         self._buckets: dict[int, list[int]] = defaultdict(list)
         for index, placement in enumerate(placements):
             self._buckets[placement.bucket].append(index)
         self._local_buckets = {
             bucket
             for bucket, members in self._buckets.items()
-            if all(lies_whole_on(placements[i], domain) == plan.homes[i] for i in members)
+            if all(lies_whole_on(placements[i], grid) == assignment.homes[i] for i in members)
         }
         self.num_orthogonalized = 0
         """Matrices this rank has orthogonalised, over all steps."""
 
     def run(self, directions: Directions, apply: Apply) -> None:
-        """Orthogonalise what all ranks of the domain hold together, a bucket after another.
+        """Orthogonalise what all ranks of the group hold together, a bucket after another.
 
         While one bucket is orthogonalised, the next one's pieces and the last one's results are
         under way, and no others: that bounds the memory of a step. Buckets of which nothing is
@@ -172,10 +172,10 @@ class MatrixExchange:
         return [index for index in members if self._homes[index] == self.rank]
 
     def _sends(self, index: int, rank: int) -> bool:
-        return sends(self._placements[index], self._domain, self._homes[index], rank)
+        return sends(self._placements[index], self._grid, self._homes[index], rank)
 
     def _send_outward(self, members: list[int], make: Directions) -> Transfer:
-        to_homes: list[list[int]] = [[] for _ in range(self._domain.size)]
+        to_homes: list[list[int]] = [[] for _ in range(self._grid.size)]
         for index in members:
             if self._sends(index, self.rank):
                 to_homes[self._homes[index]].append(index)
@@ -187,13 +187,13 @@ class MatrixExchange:
         mine = self._mine(members)
         sizes = [
             sum(self._length(index, rank) for index in mine if self._sends(index, rank))
-            for rank in range(self._domain.size)
+            for rank in range(self._grid.size)
         ]
         send_sizes = [sum(self._length(i, self.rank) for i in to_home) for to_home in to_homes]
         return self._start(send, send_sizes, sizes)
 
     def _length(self, index: int, rank: int) -> int:
-        start, end = held(self._placements[index], self._domain, rank)
+        start, end = held(self._placements[index], self._grid, rank)
         return end - start
 
     def _at_home(self, members: list[int], transfer: Transfer) -> dict[int, Tensor]:
@@ -202,10 +202,10 @@ class MatrixExchange:
         whole: dict[int, Tensor] = {}
         for index in self._mine(members):
             shards: dict[int, list[Tensor]] = defaultdict(list)
-            for rank in range(self._domain.size):
+            for rank in range(self._grid.size):
                 if self._sends(index, rank):
                     length = self._length(index, rank)
-                    shards[self._domain.coordinates(rank)[1]].append(received[rank](length))
+                    shards[self._grid.coordinates(rank)[1]].append(received[rank](length))
             flat = [joined(shards[tensor_rank]) for tensor_rank in sorted(shards)]
             whole[index] = self._assembled(self._placements[index], flat)
         return self._newton_schulz(whole)
@@ -264,19 +264,19 @@ class MatrixExchange:
         return update.mul_(factor[:, None, None].to(update.dtype))
 
     def _send_back(self, members: list[int], results: dict[int, Tensor]) -> Transfer:
-        tensor_ranks = self._domain.tensor_ranks
-        parts: list[list[Tensor]] = [[] for _ in range(self._domain.size)]
+        tensor_ranks = self._grid.tensor_ranks
+        parts: list[list[Tensor]] = [[] for _ in range(self._grid.size)]
         for index, matrix in results.items():
             placement = self._placements[index]
             dim = placement.partition_dim
             shards = [
                 X.flatten() for X in (matrix.chunk(tensor_ranks, dim) if dim >= 0 else [matrix])
             ]
-            for rank in holders(placement, self._domain):
-                start, end = held(placement, self._domain, rank)
-                shard = shards[self._domain.coordinates(rank)[1] % len(shards)]
+            for rank in holders(placement, self._grid):
+                start, end = held(placement, self._grid, rank)
+                shard = shards[self._grid.coordinates(rank)[1] % len(shards)]
                 parts[rank].append(shard[start:end])
-        sizes = [0] * self._domain.size
+        sizes = [0] * self._grid.size
         for index in members:
             sizes[self._homes[index]] += self._length(index, self.rank)
         flat = [part for to_rank in parts for part in to_rank]

@@ -158,8 +158,3 @@ def expert_layout() -> Iterator[None]:
         yield
     finally:
         DistributedOptimizer.compute_full_param_layout = staticmethod(original)
-
-
-def default_bucket_size(data_ranks: int) -> int:
-    """Elements; Megatron's, with ``--overlap-grad-reduce`` (training.py:1562)."""
-    return max(40_000_000, 1_000_000 * data_ranks)

@@ -1,11 +1,11 @@
 """Who orthogonalises which matrix: every one exactly once in the world, at its home.
 
-Pure arithmetic on shapes: every rank computes the same plan without talking.
+Pure arithmetic on shapes, without torch: every rank computes the same assignment without talking.
 
 ZeRO-1 leaves each data-parallel rank a contiguous piece of the flat parameters, cut anywhere; a
 tensor-parallel matrix is split once more. Newton-Schulz needs the whole matrix, so each has a home
-rank among the ranks that hold its parts (the *domain*: tensor x data x context parallel for dense
-parameters, expert-tensor x expert-data parallel for experts). Homes are chosen by the longest
+among the ranks that hold its parts: its *group*, tensor x data x context parallel for dense
+parameters, expert-tensor x expert-data parallel for experts. Homes are chosen by the longest
 processing time first, by the FLOPs that are executed, except that a matrix which lies whole on one
 rank stays there while that costs no balance: then nothing is sent at all.
 """
@@ -14,22 +14,16 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
-from megatron_k2.optimizer.newton_schulz.cost import newton_schulz_flops
-from megatron_k2.optimizer.newton_schulz.iteration import symmetric_method
-
-GPU = torch.device("cuda")
 BALANCE_SLACK = 1.05
 """A matrix stays where it lies while that rank's load is below this times the mean."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One Muon matrix of a domain: its size, and who holds which part."""
+    """One Muon matrix of a group of ranks: its size, and who holds which part."""
 
     name: str
-    """Of its parameter; gate and up of a fused weight, or its heads, share it."""
+    """Its parameter's; gate and up of a fused weight, or its heads, share it."""
     shape: tuple[int, int]
     """[rows, cols] of the whole matrix."""
     pieces: tuple[tuple[int, int], ...]
@@ -46,7 +40,7 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Domain:
+class RankGrid:
     """The ranks that share matrices: ``data_ranks`` x ``tensor_ranks``, tensor fastest."""
 
     tensor_ranks: int
@@ -54,20 +48,20 @@ class Domain:
 
     @property
     def size(self) -> int:
-        """Ranks of the domain."""
+        """Number of ranks in the group."""
         return self.tensor_ranks * self.data_ranks
 
     def coordinates(self, rank: int) -> tuple[int, int]:
-        """(data rank, tensor rank) of a domain rank."""
+        """(data rank, tensor rank) of a rank of the group."""
         return divmod(rank, self.tensor_ranks)
 
     def rank(self, data_rank: int, tensor_rank: int) -> int:
-        """Inverse of ``coordinates``."""
+        """The rank in the group that has these coordinates."""
         return data_rank * self.tensor_ranks + tensor_rank
 
 
 @dataclass(frozen=True)
-class Plan:
+class Assignment:
     """Home of each placement, in the placements' order, and what each rank will execute."""
 
     homes: tuple[int, ...]
@@ -95,7 +89,7 @@ def shard_pieces(
 
 
 def matrix_placements(
-    template: Placement, num_blocks: int, *, is_listed: bool, tensor_ranks: int
+    template: Placement, num_blocks: int, *, has_whole_blocks: bool, tensor_ranks: int
 ) -> list[Placement]:
     """One placement a matrix, for a parameter that holds several stacked along the rows.
 
@@ -103,7 +97,7 @@ def matrix_placements(
         template: of the parameter's shard: ``shape`` and ``pieces`` are those of all its rows on
             one tensor-parallel rank, ``partition_dim`` that of each matrix.
         num_blocks: matrices, or parts of them, on each tensor-parallel rank.
-        is_listed: the ranks' blocks are whole matrices that follow one another (heads).
+        has_whole_blocks: the ranks' blocks are whole matrices that follow one another (heads).
         tensor_ranks: size of the tensor-parallel group.
 
     Returns:
@@ -115,13 +109,15 @@ def matrix_placements(
     blocks = [
         replace(
             template,
-            shape=whole[template.partition_dim] if is_split and not is_listed else (rows, cols),
+            shape=whole[template.partition_dim]
+            if is_split and not has_whole_blocks
+            else (rows, cols),
             pieces=tuple(_within(piece, i * rows * cols, rows * cols) for piece in template.pieces),
-            partition_dim=template.partition_dim if is_split and not is_listed else -1,
+            partition_dim=template.partition_dim if is_split and not has_whole_blocks else -1,
         )
         for i in range(num_blocks)
     ]
-    if not (is_listed and is_split):
+    if not (has_whole_blocks and is_split):
         return blocks
     return [replace(block, tensor_rank=r) for r in range(tensor_ranks) for block in blocks]
 
@@ -132,48 +128,37 @@ def _within(piece: tuple[int, int], first: int, length: int) -> tuple[int, int]:
     return (start, end) if end > start else (0, 0)
 
 
-def cost(
-    placement: Placement,
-    segments: tuple[int, ...],
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device = GPU,
-) -> int:
-    """FLOPs of orthogonalising ``placement``'s matrix, in the form that is cheaper."""
-    symmetric = symmetric_method(*placement.shape, dtype, device)
-    return newton_schulz_flops(*placement.shape, segments, symmetric=symmetric, dtype=dtype)
-
-
-def held(placement: Placement, domain: Domain, rank: int) -> tuple[int, int]:
-    """[start, end) of the flat tensor-parallel shard that a domain rank holds; (0, 0) if none."""
-    data_rank, tensor_rank = domain.coordinates(rank)
+def held(placement: Placement, grid: RankGrid, rank: int) -> tuple[int, int]:
+    """[start, end) of the flat tensor-parallel shard that ``rank`` holds; (0, 0) if none."""
+    data_rank, tensor_rank = grid.coordinates(rank)
     is_elsewhere = placement.tensor_rank not in (None, tensor_rank)
     return (0, 0) if is_elsewhere else placement.pieces[data_rank]
 
 
-def holders(placement: Placement, domain: Domain) -> list[int]:
-    """Domain ranks that hold a part (each tensor rank of a replicated one)."""
+def holders(placement: Placement, grid: RankGrid) -> list[int]:
+    """Ranks of the group that hold a part (each tensor rank of a replicated one)."""
     tensor_ranks = (
-        range(domain.tensor_ranks) if placement.tensor_rank is None else [placement.tensor_rank]
+        range(grid.tensor_ranks) if placement.tensor_rank is None else [placement.tensor_rank]
     )
     return [
-        domain.rank(data_rank, tensor_rank)
+        grid.rank(data_rank, tensor_rank)
         for data_rank, (start, end) in enumerate(placement.pieces)
         if end > start
         for tensor_rank in tensor_ranks
     ]
 
 
-def lies_whole_on(placement: Placement, domain: Domain) -> int | None:
+def lies_whole_on(placement: Placement, grid: RankGrid) -> int | None:
     """The rank that needs nothing from anybody and whose result nobody else needs."""
-    here = holders(placement, domain)
+    here = holders(placement, grid)
     return here[0] if len(here) == 1 else None
 
 
-def sends(placement: Placement, domain: Domain, home: int, rank: int) -> bool:
+def sends(placement: Placement, grid: RankGrid, home: int, rank: int) -> bool:
     """Whether ``rank`` provides its piece to ``home``: of copies, only the one beside it does."""
-    home_data_rank, home_tensor_rank = domain.coordinates(home)
-    data_rank, tensor_rank = domain.coordinates(rank)
-    start, end = held(placement, domain, rank)
+    home_data_rank, home_tensor_rank = grid.coordinates(home)
+    data_rank, tensor_rank = grid.coordinates(rank)
+    start, end = held(placement, grid, rank)
     is_only_copy = placement.partition_dim >= 0 or placement.tensor_rank is not None
     return (
         end > start
@@ -182,32 +167,27 @@ def sends(placement: Placement, domain: Domain, home: int, rank: int) -> bool:
     )
 
 
-def make_plan(
+def assign_homes(
     placements: Sequence[Placement],
-    domain: Domain,
-    segments: tuple[int, ...],
+    grid: RankGrid,
+    costs: Sequence[int],
     seed_loads: Sequence[int] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device = GPU,
-) -> Plan:
-    """Assign homes.
+) -> Assignment:
+    """Give every matrix its home, the costliest first, each to the rank with the least load.
 
     Args:
-        placements: the same list in the same order on every rank of the domain.
-        domain: its shape.
-        segments: Newton-Schulz steps between restarts (``restart_segments``).
-        seed_loads: FLOPs each rank has already from another domain, so that a rank busy with
+        placements: the same list in the same order on every rank of the group.
+        grid: shape of the group.
+        costs: FLOPs of orthogonalising each of them.
+        seed_loads: FLOPs each rank has already from another group, so that a rank busy with
             experts gets fewer dense matrices.
-        dtype: of the iteration.
-        device: that executes it.
     """
-    loads = list(seed_loads) if seed_loads is not None else [0] * domain.size
-    costs = [cost(placement, segments, dtype, device) for placement in placements]
-    mean = (sum(loads) + sum(costs)) / domain.size
+    loads = list(seed_loads) if seed_loads is not None else [0] * grid.size
+    mean = (sum(loads) + sum(costs)) / grid.size
     homes = [-1] * len(placements)
     moving = []
     for index, placement in enumerate(placements):
-        owner = lies_whole_on(placement, domain)
+        owner = lies_whole_on(placement, grid)
         if owner is not None and loads[owner] + costs[index] <= BALANCE_SLACK * mean:
             homes[index] = owner
             loads[owner] += costs[index]
@@ -220,4 +200,4 @@ def make_plan(
         homes[index] = rank
         loads[rank] = load + costs[index]
         heapq.heappush(heap, (loads[rank], rank))
-    return Plan(tuple(homes), tuple(loads))
+    return Assignment(tuple(homes), tuple(loads))

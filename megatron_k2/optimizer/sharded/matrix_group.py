@@ -9,16 +9,17 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_k2.optimizer.newton_schulz.cost import newton_schulz_flops
 from megatron_k2.optimizer.newton_schulz.iteration import orthogonalize, symmetric_method
 from megatron_k2.optimizer.param_groups import MatrixSpec, as_matrix
 from megatron_k2.optimizer.settings import MuonClipSettings
-from megatron_k2.optimizer.sharded.exchange import MatrixExchange
+from megatron_k2.optimizer.sharded.exchange import MatrixExchange, Orthogonalize
 from megatron_k2.optimizer.sharded.homes import (
-    Domain,
+    Assignment,
     Placement,
-    Plan,
+    RankGrid,
+    assign_homes,
     held,
-    make_plan,
     matrix_placements,
 )
 from megatron_k2.optimizer.sharded.transfer import joined
@@ -27,7 +28,7 @@ from megatron_k2.optimizer.step_statistics import StepStatistics
 
 @dataclass(frozen=True)
 class MatrixParameter:
-    """A Muon parameter as every rank of its domain knows it."""
+    """A Muon parameter as every rank of its group knows it."""
 
     name: str
     param: torch.nn.Parameter
@@ -37,12 +38,12 @@ class MatrixParameter:
     bucket: int
 
 
-class MuonDomain:
+class MatrixGroup:
     """Matrices of one optimizer: dense ones over TP x DP x CP, experts over expert-TP x expert-DP.
 
     Attributes:
-        matrices: in the order of the plan.
-        plan: homes and loads.
+        matrices: in the order of the placements.
+        assignment: homes and loads.
         exchange: the collective part.
         peaks: idle-floor state, see ``MatrixExchange``.
         statistics: of the last step, if asked for.
@@ -59,18 +60,16 @@ class MuonDomain:
         seed_loads: Sequence[int] | None = None,
     ) -> None:
         self.matrices = list(matrices)
-        domain = Domain(tensor_ranks=tensor_group.size(), data_ranks=data_group.size())
-        self._domain = domain
-        self._blocks = [_placements(m, domain, is_data_replicated) for m in self.matrices]
+        grid = RankGrid(tensor_ranks=tensor_group.size(), data_ranks=data_group.size())
+        self._grid = grid
+        self._blocks = [_placements(m, grid, is_data_replicated) for m in self.matrices]
         placements = [placement for blocks in self._blocks for placement in blocks]
         device = self.matrices[0].param.device if self.matrices else torch.device("cpu")
-        self.plan: Plan = make_plan(
-            placements, domain, settings.segments, seed_loads, settings.dtype, device
-        )
+        costs = [_flops(placement, settings, device) for placement in placements]
+        self.assignment: Assignment = assign_homes(placements, grid, costs, seed_loads)
         self.peaks = (
             torch.zeros(len(placements), device=device) if settings.has_idle_floor else None
         )
-
         self.statistics: StepStatistics | None = None
         if settings.has_statistics:
             are_experts = [
@@ -79,26 +78,14 @@ class MuonDomain:
                 for _ in blocks
             ]
             self.statistics = StepStatistics(are_experts, device)
-
-        def newton_schulz(batch: Tensor, norms: Tensor) -> Tensor:
-            rows, cols = batch.shape[-2:]
-            return orthogonalize(
-                batch,
-                coefficients=settings.coefficients,
-                steps=settings.steps,
-                dtype=settings.dtype,
-                symmetric=symmetric_method(rows, cols, settings.dtype, device),
-                norms=norms,
-            )
-
         self.exchange = MatrixExchange(
             placements,
-            self.plan,
-            domain,
-            _joint_group(data_group, tensor_group, domain),
+            self.assignment,
+            grid,
+            _joint_group(data_group, tensor_group, grid),
             settings.dtype,
             device,
-            newton_schulz,
+            _orthogonalizer(settings, device),
             self.peaks,
             self.statistics,
         )
@@ -115,7 +102,7 @@ class MuonDomain:
         directions: Callable[[list[torch.nn.Parameter]], dict[torch.nn.Parameter, Tensor]],
         apply: Callable[[dict[torch.nn.Parameter, Tensor]], None],
     ) -> None:
-        """``MatrixExchange.run`` by parameter.
+        """``MatrixExchange.run``, given and taking parameters in place of placements.
 
         Args:
             directions: given some of the parameters this rank has a part of, the flat part of each
@@ -144,7 +131,7 @@ class MuonDomain:
         """Matrices of a parameter this rank has a part of: placement, offset in it, length."""
         found, offset = [], 0
         for number, placement in enumerate(self._blocks[i], start=self._first[i]):
-            start, end = held(placement, self._domain, self.exchange.rank)
+            start, end = held(placement, self._grid, self.exchange.rank)
             if end > start:
                 found.append((number, offset, end - start))
                 offset += end - start
@@ -168,13 +155,42 @@ class MuonDomain:
         """Give every rank the homes' idle-floor state; elsewhere it is not kept up."""
         if self.peaks is None:
             return
-        is_home = [home == self.exchange.rank for home in self.plan.homes]
+        is_home = [home == self.exchange.rank for home in self.assignment.homes]
         self.peaks.mul_(torch.tensor(is_home, device=self.peaks.device))
         if self.exchange.group.size() > 1:
             dist.all_reduce(self.peaks, op=dist.ReduceOp.MAX, group=self.exchange.group)
 
 
-def _placements(m: MatrixParameter, domain: Domain, is_data_replicated: bool) -> list[Placement]:
+def _flops(placement: Placement, settings: MuonClipSettings, device: torch.device) -> int:
+    """What orthogonalising ``placement``'s matrix executes on ``device``."""
+    symmetric = symmetric_method(
+        *placement.shape, settings.dtype, device, settings.symmetric_on_gpu
+    )
+    return newton_schulz_flops(
+        *placement.shape, settings.segments, symmetric=symmetric, dtype=settings.dtype
+    )
+
+
+def _orthogonalizer(settings: MuonClipSettings, device: torch.device) -> Orthogonalize:
+    """Newton-Schulz as ``MatrixExchange`` calls it, by the run's settings."""
+
+    def newton_schulz(batch: Tensor, norms: Tensor) -> Tensor:
+        rows, cols = batch.shape[-2:]
+        return orthogonalize(
+            batch,
+            coefficients=settings.coefficients,
+            steps=settings.steps,
+            dtype=settings.dtype,
+            symmetric=symmetric_method(
+                rows, cols, settings.dtype, device, settings.symmetric_on_gpu
+            ),
+            norms=norms,
+        )
+
+    return newton_schulz
+
+
+def _placements(m: MatrixParameter, grid: RankGrid, is_data_replicated: bool) -> list[Placement]:
     template = Placement(
         name=m.name,
         shape=as_matrix(m.param.shape),
@@ -186,26 +202,26 @@ def _placements(m: MatrixParameter, domain: Domain, is_data_replicated: bool) ->
     return matrix_placements(
         template,
         m.spec.num_blocks,
-        is_listed=m.spec.is_listed,
-        tensor_ranks=domain.tensor_ranks,
+        has_whole_blocks=m.spec.has_whole_blocks,
+        tensor_ranks=grid.tensor_ranks,
     )
 
 
 def _joint_group(
-    data_group: dist.ProcessGroup, tensor_group: dist.ProcessGroup, domain: Domain
+    data_group: dist.ProcessGroup, tensor_group: dist.ProcessGroup, grid: RankGrid
 ) -> dist.ProcessGroup:
-    """The group whose rank is ``Domain.rank(data rank, tensor rank)``."""
-    if domain.tensor_ranks == 1:
+    """The group whose rank is ``RankGrid.rank(data rank, tensor rank)``."""
+    if grid.tensor_ranks == 1:
         return data_group
-    if domain.data_ranks == 1:
+    if grid.data_ranks == 1:
         return tensor_group
     joint = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-    if joint.size() != domain.size or joint.rank() != domain.rank(
+    if joint.size() != grid.size or joint.rank() != grid.rank(
         data_group.rank(), tensor_group.rank()
     ):
         raise ValueError(
-            f"no process group spans tensor x data ranks {domain.tensor_ranks} x "
-            f"{domain.data_ranks} of this optimizer; expert tensor parallelism together with "
+            f"no process group spans tensor x data ranks {grid.tensor_ranks} x "
+            f"{grid.data_ranks} of this optimizer; expert tensor parallelism together with "
             "expert data parallelism is not supported, use --expert-tensor-parallel-size 1"
         )
     return joint

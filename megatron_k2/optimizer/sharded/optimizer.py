@@ -22,16 +22,18 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_k2.errors import UserError
-from megatron_k2.optimizer.muon import apply_update, rms_match_scale, update_momenta
+from megatron_k2.optimizer.adopt import adopt
+from megatron_k2.optimizer.momentum import directions, momentum_of
+from megatron_k2.optimizer.muon import apply_update, rms_match_scale
 from megatron_k2.optimizer.param_groups import MatrixSpec
 from megatron_k2.optimizer.qk_clip.apply import row_scales
 from megatron_k2.optimizer.qk_clip.factors import scale_rows_
 from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
 from megatron_k2.optimizer.settings import MuonClipSettings
+from megatron_k2.optimizer.sharded.bucket_size import default_bucket_size
 from megatron_k2.optimizer.sharded.checkpoint_by_name import sharded_pieces, sharded_scalars
-from megatron_k2.optimizer.sharded.expert_layout import default_bucket_size
 from megatron_k2.optimizer.sharded.homes import shard_pieces
-from megatron_k2.optimizer.sharded.matrix_group import MatrixParameter, MuonDomain
+from megatron_k2.optimizer.sharded.matrix_group import MatrixGroup, MatrixParameter
 
 
 class DistributedMuonClip(DistributedOptimizer):
@@ -39,11 +41,11 @@ class DistributedMuonClip(DistributedOptimizer):
 
     settings: MuonClipSettings
     _max_logits: MaxLogits | None
-    domain: MuonDomain
+    matrix_group: MatrixGroup
     num_steps: int
     """Optimizer steps taken, over all runs."""
     grad_factor: float | Tensor | None = None
-    """Of this step's clip, see ``muon.update_momenta``."""
+    """What this step's clip scales gradients by, see ``muon.update_momenta``."""
 
     @classmethod
     def adopt(
@@ -66,7 +68,7 @@ class DistributedMuonClip(DistributedOptimizer):
             max_logits: for the optimizer that holds the attention; None for the experts' one.
             tensor_group: that this optimizer's parameters are split over.
             data_cp_group: the ranks that see other tokens of the same batch.
-            seed_loads: see ``homes.make_plan``.
+            seed_loads: see ``homes.assign_homes``.
         """
         if optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
             raise ValueError(
@@ -77,12 +79,11 @@ class DistributedMuonClip(DistributedOptimizer):
                 "experts stored as one [e, rows, cols] parameter cannot be saved from ZeRO shards; "
                 "drop --moe-single-grouped-weight, or --use-distributed-optimizer"
             )
-        optimizer.__class__ = cls
-        adopted: DistributedMuonClip = optimizer
+        adopted = adopt(optimizer, cls)
         adopted.settings, adopted._max_logits = settings, max_logits
         adopted._data_cp_group = data_cp_group
         matrices = adopted._matrices(specs)
-        adopted.domain = MuonDomain(
+        adopted.matrix_group = MatrixGroup(
             matrices, adopted.data_parallel_group, tensor_group, settings, seed_loads=seed_loads
         )
         adopted._main_of = {
@@ -131,12 +132,6 @@ class DistributedMuonClip(DistributedOptimizer):
         group = self.optimizer.param_groups[group_index]
         return group["params"][order], group
 
-    def _momentum_of(self, main: Tensor) -> Tensor:
-        state = self.optimizer.state[main]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(main)
-        return state["momentum_buffer"]
-
     @override
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
@@ -145,7 +140,7 @@ class DistributedMuonClip(DistributedOptimizer):
         if self._max_logits is not None:
             self._max_logits.start(self._data_cp_group)
         self.num_steps += 1
-        self.domain.run(self._directions, self._apply)
+        self.matrix_group.run(self._directions, self._apply)
         if self._max_logits is not None:
             self._max_logits.finish()
             self._qk_clip(self._max_logits)
@@ -153,21 +148,15 @@ class DistributedMuonClip(DistributedOptimizer):
 
     def _directions(self, params: list[torch.nn.Parameter]) -> dict[torch.nn.Parameter, Tensor]:
         mains = [self._main_of[param][0] for param in params]
-        directions = update_momenta(
-            [self._momentum_of(main) for main in mains],
-            [main.grad for main in mains],
-            self.settings.momentum,
-            self.settings.nesterov,
-            self.grad_factor,
-        )
+        made = directions(self.optimizer, mains, self.settings, self.grad_factor)
         for main in mains:
             main.grad = None  # AdamW, which the host runs next, passes over it
-        return dict(zip(params, directions, strict=True))
+        return dict(zip(params, made, strict=True))
 
     def _apply(self, updates: dict[torch.nn.Parameter, Tensor]) -> None:
         for param, update in updates.items():
             main, group = self._main_of[param]
-            rows, cols = self.domain.block_shape(param)
+            rows, cols = self.matrix_group.block_shape(param)
             scale = rms_match_scale(rows, cols, self.settings.scale_factor)
             apply_update(main, update, group["lr"], group["weight_decay"], scale)
 
@@ -183,7 +172,7 @@ class DistributedMuonClip(DistributedOptimizer):
         """This rank's flat fp32 shards of Muon's matrices."""
         return [main for main, _ in self._main_of.values()]
 
-    def parameter_space_state(self, entries: dict[torch.nn.Parameter, Any]) -> dict[str, Any]:
+    def state_by_name(self, entries: dict[torch.nn.Parameter, Any]) -> dict[str, Any]:
         """Every tensor of this optimizer's state, described by parameter.
 
         Args:
@@ -195,7 +184,7 @@ class DistributedMuonClip(DistributedOptimizer):
         """
         for param in self.model_param_group_index_map:
             self._allocate_state(param)
-        self.domain.share_peaks()
+        self.matrix_group.share_peaks()
         names = self._names()
         described: dict[str, Any] = {}
         for param, entry in entries.items():
@@ -205,16 +194,16 @@ class DistributedMuonClip(DistributedOptimizer):
                 name: sharded_pieces(entry, param.shape, (piece.start, piece.end), values, name)
                 for name, values in self._named_state(param, main)
             }
-            if param in self._main_of and self.domain.peaks is not None:
-                values = self.domain.peaks_of(param)
+            if param in self._main_of and self.matrix_group.peaks is not None:
+                values = self.matrix_group.peaks_of(param)
                 rank = self.data_parallel_group.rank()
-                first = next(r for r, (a, b) in enumerate(self.domain.pieces(param)) if b > a)
+                first = next(r for r, (a, b) in enumerate(self.matrix_group.pieces(param)) if b > a)
                 states["muon_peak"] = [sharded_scalars(entry, values, "muon_peak", rank - first)]
             described[names[param]] = states
         return described
 
-    def load_parameter_space_state(self, loaded: dict[str, Any], num_steps: int) -> None:
-        """Take what ``parameter_space_state`` described and a checkpoint filled."""
+    def load_state_by_name(self, loaded: dict[str, Any], num_steps: int) -> None:
+        """Take what ``state_by_name`` described and a checkpoint filled."""
         self.num_steps = num_steps
         names = self._names()
         with torch.no_grad():
@@ -224,7 +213,7 @@ class DistributedMuonClip(DistributedOptimizer):
                 for name, values in self._named_state(param, main):
                     values.copy_(torch.cat([box.reshape(-1) for box in boxes[name]]))
                 if "muon_peak" in boxes:
-                    self.domain.peaks_of(param).copy_(boxes["muon_peak"][0].reshape(-1))
+                    self.matrix_group.peaks_of(param).copy_(boxes["muon_peak"][0].reshape(-1))
         if not isinstance(self.optimizer, torch.optim.AdamW):
             # Transformer Engine's FusedAdam counts in the group, which has no count before its
             # first step; without one the bias corrections would start again.
@@ -249,7 +238,7 @@ class DistributedMuonClip(DistributedOptimizer):
         """Zero state for the shard of ``param``, if it has none yet."""
         main, _ = self._shard(param)
         if param in self._main_of:
-            self._momentum_of(main)
+            momentum_of(self.optimizer, main)
             return
         state = self.optimizer.state[main]
         for name in ("exp_avg", "exp_avg_sq"):

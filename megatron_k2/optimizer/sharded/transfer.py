@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass
 class Transfer:
-    """One all-to-all under way."""
+    """One asynchronous all-to-all of flat tensors, with what keeps its buffers alive."""
 
     received: Tensor
     sizes: list[int]
@@ -36,7 +36,7 @@ def start(
     Args:
         send: flat, the first rank's run first.
         send_sizes: elements for each rank.
-        received: flat, to be filled likewise.
+        received: flat, to be filled with each rank's run in turn, the first rank's first.
         sizes: elements from each rank.
         group: the ranks.
     """

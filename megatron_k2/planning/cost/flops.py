@@ -1,17 +1,21 @@
 """Arithmetic of one layer and one token, in FLOPs (a multiply-add is two)."""
 
+import functools
 from dataclasses import dataclass
 
+from megatron_k2.optimizer.newton_schulz.coefficients import coefficient_set
+from megatron_k2.optimizer.newton_schulz.cost import newton_schulz_flops
+from megatron_k2.optimizer.newton_schulz.gram_restarts import restart_segments
+from megatron_k2.planning.cost.matrices import matrix_shapes
 from megatron_k2.presets import ModelPreset
 
 FLASH_BACKWARD = 2.5
-"""Attention's backward over its forward: a flash kernel forms Q Kᵀ again, so five products for
-the forward's two."""
+"""Backward over forward: a flash kernel forms Q Kᵀ again, so five products for two."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs, a multiply-add counted as two, by the kind of kernel that does them."""
+    """FLOPs by the kind of kernel that executes them."""
 
     gemm: float = 0.0
     grouped: float = 0.0
@@ -20,7 +24,7 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """FLOPs of all kinds of kernels."""
+        """FLOPs of all three kinds of kernel together."""
         return self.gemm + self.grouped + self.attention
 
     def __add__(self, other: "Flops") -> "Flops":
@@ -68,7 +72,7 @@ def input_gradients(forward: Flops) -> Flops:
 
 
 def weight_gradients(forward: Flops) -> Flops:
-    """Likewise; attention itself has no weights."""
+    """One product for each of the forward with a weight; attention itself has none."""
     return Flops(forward.gemm, forward.grouped)
 
 
@@ -86,27 +90,19 @@ def model_flops_per_token(p: ModelPreset, seq_length: int) -> float:
     return 3 * total.total
 
 
-def newton_schulz(rows: int, cols: int, steps: int) -> float:
-    """Plain form on one matrix; the Gram form that MuonClip chooses executes less."""
-    n, m = sorted((rows, cols))
-    return 2.0 * steps * (2 * n * n * m + n**3)
+def newton_schulz_segments(p: ModelPreset) -> tuple[int, ...]:
+    """Steps between restarts, by a preset's flags: ``simple`` coefficients, ``bf16`` iteration."""
+    schedule = coefficient_set("jordan").take(p.training.muon_ns_steps)
+    return restart_segments(schedule, "bfloat16")
 
 
-def orthogonalisation(p: ModelPreset) -> float:
-    """Newton-Schulz on every matrix of the model once: one optimizer step of the whole world."""
-    steps = p.training.muon_ns_steps
-    heads, h = p.num_attention_heads, p.hidden_size
-    qk = p.qk_head_dim + p.qk_pos_emb_head_dim
-    attention = newton_schulz(h, heads * p.v_head_dim, steps)
-    attention += newton_schulz(p.kv_lora_rank + p.qk_pos_emb_head_dim, h, steps)
-    attention += newton_schulz(heads * (p.qk_head_dim + p.v_head_dim), p.kv_lora_rank, steps)
-    if p.q_lora_rank is None:
-        attention += newton_schulz(heads * qk, h, steps)
-    else:
-        attention += newton_schulz(p.q_lora_rank, h, steps)
-        attention += newton_schulz(heads * qk, p.q_lora_rank, steps)
-    dense = 3 * newton_schulz(p.ffn_hidden_size, h, steps)
-    experts = 3 * p.num_moe_experts * newton_schulz(p.moe_ffn_hidden_size, h, steps)
-    experts += 3 * newton_schulz(p.moe_shared_expert_intermediate_size, h, steps)
-    experts += newton_schulz(p.num_moe_experts, h, steps)
-    return p.num_layers * attention + p.num_dense_layers * dense + p.num_moe_layers * experts
+@functools.cache
+def orthogonalisation(p: ModelPreset) -> int:
+    """Newton-Schulz on every matrix of the model once: one optimizer step of the whole world.
+
+    What is executed on GPUs by default: of the plain and the Gram form the cheaper one for each
+    shape, symmetric products formed whole. ``plan optimizer`` sums the same over its ranks.
+    """
+    segments = newton_schulz_segments(p)
+    shapes = matrix_shapes(p).items()
+    return sum(count * newton_schulz_flops(*shape, segments) for shape, count in shapes)

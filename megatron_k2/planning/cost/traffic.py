@@ -7,6 +7,7 @@ collective likewise. Routing is taken as even.
 from dataclasses import dataclass
 
 from megatron_k2.planning.cost.memory import (
+    EXCHANGE_BYTES,
     GRADIENT_BYTES,
     WEIGHT_BYTES,
     Parameters,
@@ -18,8 +19,6 @@ from megatron_k2.planning.request import RunRequest
 
 PROBABILITY_BYTES = 4
 """Routing weights travel with their tokens in fp32."""
-EXCHANGE_BYTES = 2
-"""MuonClip's pieces and results: bf16."""
 
 
 def _away(n: int) -> float:

@@ -2,8 +2,8 @@
 
 What a run plans on its ranks (``sharded/optimizer.py``, ``sharded/matrix_group.py``) is repeated
 here for each distinct pipeline rank from shapes alone: Megatron's layout of ZeRO-1 buffers with our
-expert layout in it, the cut of every matrix, the homes (``homes.make_plan``), and from them FLOPs
-and bytes of each rank.
+expert layout in it, the cut of every matrix, the homes (``homes.assign_homes``), and from them the
+FLOPs and bytes of each rank.
 
 Layers are split over ranks and virtual stages as everywhere (``planning/schedule/chunks.py``).
 Assumed: buffers are cut into Megatron's default buckets, as with ``--overlap-grad-reduce`` on the
@@ -13,36 +13,25 @@ first stage; context parallelism is part of data parallelism.
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from megatron_k2.errors import UserError
-from megatron_k2.optimizer.newton_schulz.coefficients import coefficient_set
-from megatron_k2.optimizer.newton_schulz.gram_restarts import restart_segments
-from megatron_k2.optimizer.sharded.expert_layout import default_bucket_size
+from megatron_k2.optimizer.newton_schulz.cost import newton_schulz_flops
+from megatron_k2.optimizer.sharded.bucket_size import default_bucket_size
 from megatron_k2.optimizer.sharded.homes import (
-    Domain,
     Placement,
-    make_plan,
+    RankGrid,
+    assign_homes,
     matrix_placements,
     shard_pieces,
 )
 from megatron_k2.parallel.layout import Layout, check_degrees
+from megatron_k2.planning.cost.flops import newton_schulz_segments
+from megatron_k2.planning.cost.matrices import Role, weight_roles
 from megatron_k2.planning.cost.memory import ADAMW_STATE_BYTES, MUON_STATE_BYTES
 from megatron_k2.planning.cost.shapes import Weight, rank_weights
-from megatron_k2.planning.muonclip.padding import buffer_layouts
-from megatron_k2.planning.muonclip.stage import DomainPlan, StagePlan
+from megatron_k2.planning.muonclip.buffers import buffer_layouts
+from megatron_k2.planning.muonclip.stage import GroupPlan, StagePlan
 from megatron_k2.planning.schedule.chunks import Chunk, distinct_ranks, split_into_chunks
 from megatron_k2.presets import ModelPreset
-
-
-@dataclass(frozen=True)
-class Role:
-    """What Muon makes of a weight; the same as ``param_groups`` finds in a built model (tested)."""
-
-    num_blocks: int = 1
-    """Matrices stacked along the rows: 2 for a fused gate/up weight. 0: AdamW's."""
-    partition_dim: int = -1
-    """Dimension split over tensor-parallel ranks, -1 if whole."""
 
 
 def check_plannable(p: ModelPreset, layout: Layout) -> None:
@@ -70,25 +59,6 @@ def check_plannable(p: ModelPreset, layout: Layout) -> None:
             raise UserError(f"{what} {number} does not divide by {flag} = {divisor}; change {flag}")
 
 
-def weight_roles(
-    p: ModelPreset, layers: range, *, ep: int, has_embedding: bool, has_head: bool
-) -> list[Role]:
-    """Role of every weight of a rank, in the order of ``rank_weights``."""
-    adamw, whole, column, row = Role(0), Role(), Role(1, 0), Role(1, 1)
-    swiglu = [Role(2, 0), row]
-    query = [column] if p.q_lora_rank is None else [whole, column]
-    latent_norms = [adamw] if p.q_lora_rank is None else [adamw, adamw]
-    attention = [adamw, row, *query, whole, column, *latent_norms, adamw]
-    found = [adamw] if has_embedding else []
-    for layer in layers:
-        found += attention
-        if layer < p.num_dense_layers:
-            found += swiglu
-        else:
-            found += [whole, *swiglu * (p.num_moe_experts // ep), *swiglu]
-    return [*found, adamw, adamw] if has_head else found
-
-
 def _first_and_numel(buffer: Any, bucket: int) -> tuple[int, int]:
     """Where a bucket begins in its buffer, and its elements, padding included."""
     first, last = buffer.bucket_indices[bucket]
@@ -97,11 +67,11 @@ def _first_and_numel(buffer: Any, bucket: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Buffer:
-    """One model chunk's parameters of one domain, as Megatron lays them out."""
+    """One model chunk's parameters of one matrix group, as Megatron lays them out."""
 
     layout: Any
     members: list[tuple[Weight, Role]]
-    """In the buffer's order."""
+    """Each parameter's weight and role, in the order in which the buffer holds them."""
 
 
 def _chunk_buffers(p: ModelPreset, layout: Layout, chunk: Chunk) -> dict[bool, _Buffer]:
@@ -124,17 +94,17 @@ def _chunk_buffers(p: ModelPreset, layout: Layout, chunk: Chunk) -> dict[bool, _
     return found
 
 
-def _plan_domain(
+def _plan_group(
     buffers: list[_Buffer],
     layout: Layout,
     seed: tuple[int, ...],
     *,
     is_expert: bool,
     segments: tuple[int, ...],
-) -> DomainPlan:
-    """Cut, place and cost a rank's buffers of one kind; ``seed`` is FLOPs a domain rank."""
+) -> GroupPlan:
+    """Cut, place and cost a rank's buffers of one kind; ``seed`` is each rank's FLOPs before."""
     data_ranks = layout.expert_data_ranks if is_expert else layout.data_ranks
-    domain = Domain(tensor_ranks=1 if is_expert else layout.tp, data_ranks=data_ranks)
+    grid = RankGrid(tensor_ranks=1 if is_expert else layout.tp, data_ranks=data_ranks)
     placements: list[Placement] = []
     states: list[list[int]] = [[] for _ in range(data_ranks)]
     first_bucket = 0
@@ -153,17 +123,22 @@ def _plan_domain(
                     "", (rows, cols), pieces, role.partition_dim, first_bucket + bucket
                 )
                 placements += matrix_placements(
-                    template, role.num_blocks, is_listed=False, tensor_ranks=domain.tensor_ranks
+                    template,
+                    role.num_blocks,
+                    has_whole_blocks=False,
+                    tensor_ranks=grid.tensor_ranks,
                 )
         first_bucket += len(buffer.layout.bucket_indices)
-    return DomainPlan(
+    flops = {p.shape: newton_schulz_flops(*p.shape, segments) for p in placements}
+    costs = tuple(flops[placement.shape] for placement in placements)
+    return GroupPlan(
         kind="expert" if is_expert else "dense",
-        domain=domain,
+        grid=grid,
         num_copies=layout.ep if is_expert else 1,
         placements=tuple(placements),
-        plan=make_plan(placements, domain, segments, seed),
+        assignment=assign_homes(placements, grid, costs, seed),
         seed=seed,
-        segments=segments,
+        costs=costs,
         parameters=sum(p.numel() for buffer in buffers for p in buffer.layout.param_index_map),
         padded=sum(buffer.layout.bucket_indices[-1][1] for buffer in buffers),
         states=tuple(map(tuple, states)),
@@ -180,18 +155,16 @@ def plan_stage(
     buffers = [_chunk_buffers(p, layout, chunk) for chunk in chunks]
     num_ranks = layout.tp * layout.data_ranks
     loads = (0,) * num_ranks
-    # A preset's flags: --muon-coefficient-type simple, --muonclip-dtype bf16.
-    jordan = coefficient_set("jordan").take(p.training.muon_ns_steps)
-    segments = restart_segments(jordan, torch.bfloat16)
-    domains = []
+    segments = newton_schulz_segments(p)
+    groups = []
     for is_expert in (True, False):
         own = [by_kind[is_expert] for by_kind in buffers if is_expert in by_kind]
         if not own:
             continue
         seed = (0,) * layout.expert_data_ranks if is_expert else loads
-        found = _plan_domain(own, layout, seed, is_expert=is_expert, segments=segments)
-        domains.append(found)
-        loads = found.plan.loads
+        found = _plan_group(own, layout, seed, is_expert=is_expert, segments=segments)
+        groups.append(found)
+        loads = found.assignment.loads
         if is_expert:  # Megatron's order is tensor, expert, data: EP neighbours share a data rank
             loads = tuple(loads[rank // layout.ep] for rank in range(num_ranks))
     return StagePlan(
@@ -199,7 +172,7 @@ def plan_stage(
         sum(len(chunk.layers) for chunk in chunks),
         has_embedding=any(chunk.has_embedding for chunk in chunks),
         has_head=any(chunk.has_head for chunk in chunks),
-        domains=tuple(domains),
+        groups=tuple(groups),
         loads=loads,
     )
 

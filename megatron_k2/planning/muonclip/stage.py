@@ -1,6 +1,6 @@
 """What one pipeline stage's plan amounts to: FLOPs, balance and bytes of its ranks.
 
-Pure arithmetic on a ``homes.Plan``; ``model`` makes them for a whole model.
+Pure arithmetic on a ``homes.Assignment``; ``model`` makes them for a whole model.
 """
 
 from collections.abc import Sequence
@@ -9,17 +9,22 @@ from functools import cached_property
 from typing import Any
 
 from megatron_k2.optimizer.offload.choice import chosen_for_host
-from megatron_k2.optimizer.sharded.homes import Domain, Placement, Plan, cost, holders, sends
+from megatron_k2.optimizer.sharded.homes import (
+    Assignment,
+    Placement,
+    RankGrid,
+    holders,
+    sends,
+)
+from megatron_k2.planning.cost.memory import EXCHANGE_BYTES, GRADIENT_BYTES, WEIGHT_BYTES
 
-EXCHANGE_BYTES = 2
-"""An element in the all-to-all: bf16, the default of ``--muonclip-dtype``."""
-ZERO1_BYTES = 4 + 2
+ZERO1_BYTES = GRADIENT_BYTES + WEIGHT_BYTES
 """An element in ZeRO-1: fp32 gradients reduced and scattered, bf16 parameters gathered."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes each domain rank puts on and takes off the wire; what stays at home is not counted."""
+    """Bytes each rank sends and receives in a step; what stays at home is not counted."""
 
     sent_out: tuple[int, ...]
     """Pieces of matrices, to their homes."""
@@ -30,20 +35,20 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class DomainPlan:
-    """One domain of one stage."""
+class GroupPlan:
+    """One matrix group of one stage."""
 
     kind: str
-    """``dense`` or ``expert``."""
-    domain: Domain
+    """Whose matrices they are: ``dense`` ones or those of an ``expert``."""
+    grid: RankGrid
     num_copies: int
-    """Domains alike in the stage: one of dense matrices, EP of experts."""
+    """Groups alike in the stage: one of dense matrices, EP of experts."""
     placements: tuple[Placement, ...]
-    plan: Plan
+    assignment: Assignment
     seed: tuple[int, ...]
-    """FLOPs of each rank before this domain's; they are in ``plan.loads``."""
-    segments: tuple[int, ...]
-    """Newton-Schulz steps between restarts."""
+    """FLOPs of each rank before this group's; they are in ``assignment.loads``."""
+    costs: tuple[int, ...]
+    """FLOPs of orthogonalising each of ``placements``."""
     parameters: int
     """Elements a tensor-parallel rank's buffers hold for ZeRO-1 to share, AdamW's included."""
     padded: int
@@ -61,29 +66,30 @@ class DomainPlan:
 
     @cached_property
     def loads(self) -> tuple[int, ...]:
-        """FLOPs of each rank from this domain alone."""
-        return tuple(load - seed for load, seed in zip(self.plan.loads, self.seed, strict=True))
+        """FLOPs of each rank from this group alone."""
+        return tuple(
+            load - seed for load, seed in zip(self.assignment.loads, self.seed, strict=True)
+        )
 
     @cached_property
     def traffic(self) -> Traffic:
-        """Of one optimizer step."""
-        return exchange_traffic(self.placements, self.domain, self.plan.homes)
+        """Bytes exchanged in one optimizer step, by rank of the group."""
+        return exchange_traffic(self.placements, self.grid, self.assignment.homes)
 
     @property
     def num_matrices(self) -> int:
-        """Matrices of one such domain."""
+        """Matrices of one such group."""
         return len(self.placements)
 
     @property
     def mean_load(self) -> float:
         """FLOPs a rank, were they spread evenly."""
-        return sum(self.loads) / self.domain.size
+        return sum(self.loads) / self.grid.size
 
     @property
     def largest_item(self) -> int:
         """FLOPs of the costliest matrix."""
-        costs = {p.shape: cost(p, self.segments) for p in self.placements}
-        return max(costs.values(), default=0)
+        return max(self.costs, default=0)
 
     @property
     def imbalance(self) -> float:
@@ -94,17 +100,17 @@ class DomainPlan:
     @property
     def zero1_bytes(self) -> int:
         """Bytes a rank sends in ZeRO-1's reduce-scatter and all-gather (a ring), each step."""
-        num_shards = self.domain.data_ranks
+        num_shards = self.grid.data_ranks
         return ZERO1_BYTES * self.padded * (num_shards - 1) // num_shards
 
     def summary(self) -> dict[str, Any]:
-        """For JSON; FLOPs and bytes a rank and step."""
+        """What ``plan optimizer --json`` prints of a group; FLOPs and bytes a rank and step."""
         mean, largest = self.mean_load, max(self.loads)
         return {
             "kind": self.kind,
-            "tensor_ranks": self.domain.tensor_ranks,
-            "data_ranks": self.domain.data_ranks,
-            "domains": self.num_copies,
+            "tensor_ranks": self.grid.tensor_ranks,
+            "data_ranks": self.grid.data_ranks,
+            "groups": self.num_copies,
             "matrices": self.num_matrices,
             "flops_total": sum(self.loads),
             "flops_mean": mean,
@@ -113,9 +119,9 @@ class DomainPlan:
             "max_over_mean": largest / mean if mean else 1.0,
             "max_over_item_bound": self.imbalance,
             "padding": self.padded / self.parameters if self.parameters else 1.0,
-            "exchange_out_mean_bytes": sum(self.traffic.sent_out) / self.domain.size,
+            "exchange_out_mean_bytes": sum(self.traffic.sent_out) / self.grid.size,
             "exchange_out_max_bytes": max(self.traffic.sent_out + self.traffic.received_out),
-            "exchange_back_mean_bytes": sum(self.traffic.sent_back) / self.domain.size,
+            "exchange_back_mean_bytes": sum(self.traffic.sent_back) / self.grid.size,
             "exchange_back_max_bytes": max(self.traffic.sent_back + self.traffic.received_back),
             "zero1_bytes": self.zero1_bytes,
         }
@@ -129,25 +135,25 @@ class StagePlan:
     num_layers: int
     has_embedding: bool
     has_head: bool
-    domains: tuple[DomainPlan, ...]
+    groups: tuple[GroupPlan, ...]
     """Experts first, as they are planned."""
     loads: tuple[int, ...]
-    """FLOPs of each rank of the stage, both domains together."""
+    """FLOPs of each rank of the stage, both groups together."""
 
     @property
     def num_matrices(self) -> int:
         """Matrices of one such stage."""
-        return sum(domain.num_matrices * domain.num_copies for domain in self.domains)
+        return sum(group.num_matrices * group.num_copies for group in self.groups)
 
     def summary(self) -> dict[str, Any]:
-        """For JSON."""
+        """What ``plan optimizer --json`` prints of the stages; FLOPs a rank and step."""
         mean, largest = sum(self.loads) / len(self.loads), max(self.loads)
         return {
             "stages": list(self.stages),
             "layers": self.num_layers,
             "embedding": self.has_embedding,
             "head": self.has_head,
-            "domains": [domain.summary() for domain in self.domains],
+            "groups": [group.summary() for group in self.groups],
             "flops_mean": mean,
             "flops_max": largest,
             "flops_floor": self.floor,
@@ -162,22 +168,22 @@ class StagePlan:
         The mean, or the costliest dense matrix on top of the experts of the idlest rank.
         """
         mean = sum(self.loads) / len(self.loads)
-        last = self.domains[-1]
+        last = self.groups[-1]
         return max(mean, min(last.seed) + last.largest_item)
 
 
 def exchange_traffic(
-    placements: Sequence[Placement], domain: Domain, homes: Sequence[int]
+    placements: Sequence[Placement], grid: RankGrid, homes: Sequence[int]
 ) -> Traffic:
     """Bytes on the wire of one step: to the homes once a piece, back to every holder."""
-    sent_out, received_out, sent_back, received_back = ([0] * domain.size for _ in range(4))
+    sent_out, received_out, sent_back, received_back = ([0] * grid.size for _ in range(4))
     for placement, home in zip(placements, homes, strict=True):
-        for rank in holders(placement, domain):
+        for rank in holders(placement, grid):
             if rank == home:
                 continue
-            start, end = placement.pieces[domain.coordinates(rank)[0]]
+            start, end = placement.pieces[grid.coordinates(rank)[0]]
             size = EXCHANGE_BYTES * (end - start)
-            if sends(placement, domain, home, rank):
+            if sends(placement, grid, home, rank):
                 sent_out[rank] += size
                 received_out[home] += size
             sent_back[home] += size

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_k2.optimizer.newton_schulz import iteration
 from megatron_k2.optimizer.newton_schulz.coefficients import COEFFICIENTS
 from megatron_k2.optimizer.newton_schulz.cost import choose_form, newton_schulz_flops
 from megatron_k2.optimizer.newton_schulz.iteration import (
     batch_size,
-    frobenius_norm,
     orthogonalize,
     symmetric_method,
 )
@@ -81,9 +81,17 @@ def test_the_oracle_sees_a_wrong_coefficient():
     assert (orthogonalize(G, coefficients="quintic") - expected).abs().max() > 1e-3
 
 
+def _in_torchs_order(X, dtype):
+    """torch.optim.Muon's and Moonlight's normalisation, in place of ``iteration._normalize``."""
+    X = X.to(dtype)
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+    return X / norm.clamp(min=1e-7), norm[..., 0, 0]
+
+
 @pytest.mark.parametrize("shape", [(96, 384), (384, 96), (64, 64), (61, 150)])
-def test_bit_equal_to_torch_optim_muon(shape):
+def test_bit_equal_to_torch_optim_muon_but_for_the_norm(monkeypatch, shape):
     """Without momentum its update is NS(gradient); both end in the same two operations."""
+    monkeypatch.setattr(iteration, "_normalize", _in_torchs_order)
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(shape))
     ours = weight.detach().clone()
@@ -103,18 +111,18 @@ def test_bit_equal_to_torch_optim_muon(shape):
             steps=5,
             form="plain",
             dtype=torch.bfloat16,
-            normalization="frobenius_eps",
         )
         ours.mul_(1 - 0.02 * 0.1).add_(update, alpha=-0.02 * (0.2 * max(shape) ** 0.5))
         theirs.step()
         assert torch.equal(ours, weight.detach())
 
 
-def test_the_default_order_of_normalisation_is_not_bit_equal_to_torch_optim_muon():
+def test_our_order_of_normalisation_is_not_bit_equal_to_torch_optim_muon(monkeypatch):
     G = torch.randn(96, 384, generator=torch.Generator().manual_seed(0))
     kwargs = {"form": "plain", "dtype": torch.bfloat16}
-    torch_order = orthogonalize(G, normalization="frobenius_eps", **kwargs)
-    assert not torch.equal(torch_order, orthogonalize(G, **kwargs))
+    ours = orthogonalize(G, **kwargs)
+    monkeypatch.setattr(iteration, "_normalize", _in_torchs_order)
+    assert not torch.equal(ours, orthogonalize(G, **kwargs))
 
 
 def test_bf16_stays_within_three_percent_of_fp32():
@@ -178,20 +186,21 @@ def test_update_norm_does_not_depend_on_the_gradients_norm(scale):
     assert (orthogonalize(G * scale).norm() / reference).item() == pytest.approx(1.0, abs=1e-4)
 
 
-def test_torch_order_shrinks_the_update_of_a_small_gradient():
-    """What the default normalisation is for: Megatron-Core with the same eps stalls alike."""
+def test_torch_order_shrinks_the_update_of_a_small_gradient(monkeypatch):
+    """What our normalisation is for: Megatron-Core with the same eps stalls alike."""
     G = torch.randn(96, 384, generator=torch.Generator().manual_seed(0))
     G = G / G.norm()
-    small = orthogonalize(G * 1e-10, normalization="frobenius_eps", dtype=torch.bfloat16)
-    assert small.float().norm() < 0.1 * orthogonalize(G).norm()
+    expected = orthogonalize(G).norm()
+    monkeypatch.setattr(iteration, "_normalize", _in_torchs_order)
+    small = orthogonalize(G * 1e-10, dtype=torch.bfloat16)
+    assert small.float().norm() < 0.1 * expected
 
 
-@pytest.mark.parametrize("normalization", ["frobenius", "frobenius_eps"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zero_stays_zero_and_its_neighbours_are_untouched(normalization, dtype):
+def test_zero_stays_zero_and_its_neighbours_are_untouched(dtype):
     G = torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(0))
     G[1] = 0
-    result = orthogonalize(G, dtype=dtype, normalization=normalization)
+    result = orthogonalize(G, dtype=dtype)
     assert torch.equal(result[1], torch.zeros(20, 50, dtype=dtype))
     assert result[0].norm() > 1
     assert result[2].norm() > 1
@@ -220,7 +229,6 @@ def test_a_nan_spoils_its_own_matrix_only():
 def test_input_is_not_modified_in_its_own_dtype():
     G = torch.randn(20, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
     before = G.clone()
-    orthogonalize(G, normalization="frobenius_eps")
     orthogonalize(G)
     assert torch.equal(G, before)
 
@@ -268,7 +276,16 @@ def test_blocks_are_for_large_matrices_that_are_a_batch_of_their_own():
     assert symmetric_method(896, 1024, bf16, cpu) == "none"
     assert symmetric_method(1024, 896, fp32, cpu) == "blocks"
     assert symmetric_method(256, 896, fp32, cpu) == "none"
-    assert symmetric_method(1024, 3584, bf16, torch.device("cuda")) == "none"
+
+
+def test_on_a_gpu_products_are_ordinary_unless_the_kernel_is_asked_for():
+    gpu, bf16 = torch.device("cuda"), torch.bfloat16
+    assert symmetric_method(1024, 3584, bf16, gpu) == "none"
+    assert symmetric_method(1024, 3584, bf16, gpu, "triton") == "triton"
+    assert symmetric_method(64, 64, torch.float32, gpu, "triton") == "triton"
+    cpu = torch.device("cpu")
+    assert symmetric_method(1024, 3584, bf16, cpu, "triton") == "blocks"
+    assert symmetric_method(64, 64, bf16, cpu, "triton") == "none"
 
 
 def test_flops_count_what_the_products_execute():
@@ -290,25 +307,25 @@ def test_flops_count_what_the_products_execute():
                 assert counter.get_total_flops() == counted
 
 
-def test_frobenius_norm_survives_where_squares_underflow():
+def test_the_norm_it_forms_survives_where_squares_underflow():
     G = torch.randn(2, 20, 50, generator=torch.Generator().manual_seed(0))
     G[1] = 0
     expected = G[0].double().norm().item() * 1e-30
-    norm = frobenius_norm(G * 1e-30)
-    assert norm[0].item() == pytest.approx(expected, rel=1e-5)
-    assert norm[1].item() == 0
+    norms = torch.empty(2)
+    orthogonalize(G * 1e-30, norms=norms)
+    assert norms[0].item() == pytest.approx(expected, rel=1e-5)
+    assert norms[1].item() == 0
     assert torch.linalg.vector_norm(G * 1e-30).item() == 0
 
 
-@pytest.mark.parametrize("normalization", ["frobenius", "frobenius_eps"])
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
-def test_the_norms_it_forms_are_handed_out(normalization, shape):
+def test_the_norms_it_forms_are_handed_out(shape):
     G = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)) * 1e-3
     norms = torch.empty(3)
-    orthogonalize(G, normalization=normalization, norms=norms)
+    orthogonalize(G, norms=norms)
     torch.testing.assert_close(norms, torch.linalg.vector_norm(G, dim=(-2, -1)))
-    if normalization == "frobenius":
-        assert torch.equal(norms, frobenius_norm(G))
+    exact = torch.linalg.vector_norm(G, dim=(-2, -1), dtype=torch.float64)
+    assert torch.equal(norms, exact.float())
 
 
 @pytest.mark.parametrize(
@@ -317,7 +334,6 @@ def test_the_norms_it_forms_are_handed_out(normalization, shape):
         ({"coefficients": "newton"}, "polar_express"),
         ({"steps": 0}, "steps=0"),
         ({"form": "fast"}, "form='fast'"),
-        ({"normalization": "l1"}, "normalization='l1'"),
         ({"symmetric": "always"}, "symmetric='always'"),
         ({"segments": (2, 2)}, r"segments=\(2, 2\): expected 5"),
     ],

@@ -1,8 +1,8 @@
 """Symmetric products against the plain GEMM; the Triton kernel under its interpreter.
 
-Not exercised: the Triton kernel on a GPU, and bf16 under the interpreter, which multiplies bf16 bit
-patterns (Triton issue 11584). That the kernel compiles for sm_90 is checked, not that it is right
-there.
+Not exercised where there is no GPU: that the Triton kernel is right on one, in bf16 above all,
+since the interpreter multiplies bf16 bit patterns (Triton issue 11584). That it compiles for sm_90
+is checked everywhere.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_k2.optimizer.newton_schulz.cost import num_computed_elements
-from megatron_k2.optimizer.newton_schulz.iteration import orthogonalize
+from megatron_k2.optimizer.newton_schulz.iteration import orthogonalize, symmetric_method
 from megatron_k2.optimizer.newton_schulz.symmetric import product
 from tests.support.paths import REPOSITORY
 
@@ -33,9 +33,13 @@ for shape in ((100, 70), (2, 65, 90)):
     torch.testing.assert_close(B, 2.0315 * A @ A - 4.775 * A, rtol=1e-5, atol=1e-2)
     wrong = 2.0315 * A @ A + A
     assert (B - wrong).abs().max() > 1, "a dropped beta would be seen"
-torch.testing.assert_close(
-    orthogonalize(X, form="gram", symmetric="triton"),
-    orthogonalize(X, form="gram"), rtol=0, atol=1e-5)
+for i in range(2):
+    alone = product(X[i], X[i].mT, symmetric="triton")
+    assert torch.equal(alone, A[i]), "a result does not depend on its batch"
+for form in ("plain", "gram"):
+    torch.testing.assert_close(
+        orthogonalize(X, form=form, symmetric="triton"),
+        orthogonalize(X, form=form), rtol=0, atol=1e-5)
 try:
     product(X.double(), X.double().mT, symmetric="triton")
 except ValueError as error:
@@ -120,6 +124,23 @@ def test_blocks_save_three_eighths_where_they_pay():
 @needs_triton
 def test_triton_kernel_equals_the_gemm_under_the_interpreter():
     assert "interpreted" in run_python(INTERPRETED, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shape", [(384, 1000), (3, 200, 520), (2, 520, 200)])
+def test_on_a_gpu_the_kernel_gives_what_ordinary_products_give(shape, dtype, bound):
+    """To the rounding of five steps: a relative bound on all of a matrix, in norm."""
+    if not torch.cuda.is_available():
+        pytest.skip("a CUDA device is needed")
+    G = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).cuda()
+    method = symmetric_method(*shape[-2:], dtype, G.device, "triton")
+    assert method == "triton"
+    for form in ("plain", "gram"):
+        found = orthogonalize(G, dtype=dtype, form=form, symmetric=method).double()
+        expected = orthogonalize(G, dtype=dtype, form=form).double()
+        assert (found - expected).norm() < bound * expected.norm()
 
 
 @pytest.mark.slow

@@ -1,9 +1,9 @@
 """Optimizer states on the host: the same step to the bit, and every byte where and when it is said.
 
 The oracle is the run without offload. Bytes on the device are read off the tensors' own storages,
-which are really emptied, on a CPU too. ``PinnedResidence`` runs here over the CPU host's stand-ins
-for streams, so its order of calls is exercised and its overlap is not. Wrong variants: a visit
-whose result does not go back, and one whose weights are written before the clip. Over ranks,
+which are really emptied, on a CPU too. ``PinnedHostTensors`` runs here over the CPU host's
+stand-ins for streams, so its order of calls is exercised and its overlap is not. Wrong variants: a
+visit whose result does not go back, and one whose weights are written before the clip. Over ranks,
 through checkpoints, and on NCCL with ``pytest -m gpu``: ``tests/parallel/test_reshard.py``,
 ``test_bf16_and_mtp.py``.
 """
@@ -15,7 +15,7 @@ import torch
 
 from megatron_k2.optimizer.offload import optimizer as offloaded
 from megatron_k2.optimizer.offload.choice import chosen_for_host
-from megatron_k2.optimizer.offload.host_tensors import PinnedResidence, Residence
+from megatron_k2.optimizer.offload.host_tensors import HostTensors, PinnedHostTensors
 from megatron_k2.optimizer.offload.optimizer import OffloadedMuonClip
 from megatron_k2.optimizer.sharded.optimizer import DistributedMuonClip
 from megatron_k2.planning.cost.memory import optimizer_bytes, rank_parameters
@@ -36,9 +36,9 @@ def _rank():
         yield
 
 
-def run(fraction, monkeypatch, residence=Residence):
+def run(fraction, monkeypatch, host_tensors=HostTensors):
     """(model, the optimizer over ZeRO, weights and states after ``STEPS`` equal steps)."""
-    monkeypatch.setattr(offloaded, "residence_for", lambda device: residence(WINDOW))
+    monkeypatch.setattr(offloaded, "host_tensors_for", lambda device: host_tensors(WINDOW))
     torch.manual_seed(5)
     offload = ["--muonclip-cpu-offload", "--optimizer-offload-fraction", str(fraction)]
     ddp, chain = built(True, *(offload if fraction else []))
@@ -75,12 +75,12 @@ def plain():
         return run(0, patch)[2]
 
 
-@pytest.mark.parametrize("residence", [Residence, PinnedResidence])
+@pytest.mark.parametrize("host_tensors", [HostTensors, PinnedHostTensors])
 @pytest.mark.parametrize("fraction", [0.3, 1.0])
 def test_steps_are_bit_equal_and_bytes_are_where_the_fraction_says(
-    plain, fraction, residence, monkeypatch
+    plain, fraction, host_tensors, monkeypatch
 ):
-    _, part, found = run(fraction, monkeypatch, residence)
+    _, part, found = run(fraction, monkeypatch, host_tensors)
     assert found.keys() == plain.keys()
     assert [name for name in plain if not torch.equal(found[name], plain[name])] == []
     sizes = {param: sum(t.nbytes for t in tensors) for param, tensors in states(part).items()}
@@ -89,7 +89,7 @@ def test_steps_are_bit_equal_and_bytes_are_where_the_fraction_says(
     on_device = sum(
         t.untyped_storage().nbytes() for tensors in states(part).values() for t in tensors
     )
-    home = part.residence
+    home = part.host_tensors
     assert total - on_device == home.bytes_on_host
     assert fraction * total <= home.bytes_on_host < fraction * total + max(sizes.values())
     assert home.bytes_on_device == 0
@@ -117,11 +117,11 @@ def test_a_step_has_few_windows_and_adamws_states_on_the_device(plain, monkeypat
     waiting = sum(main.nbytes for param in part._clipped for main in part._masters(param))
     largest = max(t.nbytes for tensors in states(part).values() for t in tensors)
     window = max(WINDOW, largest)
-    home = part.residence
+    home = part.host_tensors
     assert home.most_on_device <= adamw + waiting + 3 * window < home.bytes_on_host
 
 
-class NotSentBack(Residence):
+class NotSentBack(HostTensors):
     """Wrong: what a visit changed is dropped."""
 
     def _copy_out(self, tensor, host):
@@ -156,7 +156,7 @@ def test_weights_loaded_alone_reach_the_masters_on_the_host(monkeypatch):
     masters = [t for name, t in snapshot(ddp, part).items() if name.startswith("fp32_param ")]
     assert masters
     assert all(torch.equal(master, torch.full_like(master, 0.5)) for master in masters)
-    assert part.residence.bytes_on_device == 0
+    assert part.host_tensors.bytes_on_device == 0
 
 
 def test_the_chosen_part_is_reached_at_every_beginning_and_overshot_by_less_than_a_shard():

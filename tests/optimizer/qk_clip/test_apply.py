@@ -10,10 +10,9 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from megatron_k2.errors import UserError
-from megatron_k2.model.attention import MLACoreAttention, RecomputedMaxLogits
+from megatron_k2.model.attention import MLACoreAttention
 from megatron_k2.optimizer.qk_clip.apply import check_clippable, row_scales
 from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
 from megatron_k2.optimizer.settings import MuonClipSettings
@@ -168,32 +167,3 @@ def test_a_source_that_assigns_is_collected_in_training_only():
         core.value = torch.full((HEADS,), value)
         attention(torch.zeros(SEQ, 2, HEADS * HEAD_DIM), None)
     assert (maxima.running == 5.0).all()
-
-
-class _Fast(torch.nn.Module):
-    """A kernel that tells nothing."""
-
-    def forward(self, query, key, value, *_args, **_kwargs):
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return out.permute(2, 0, 1, 3).flatten(2)
-
-
-def test_a_kernel_that_tells_nothing_is_asked_every_third_step():
-    reference = _attention(4)
-    expected = _maxima(reference, MaxLogits([reference]))
-    attention = _attention(4)
-    scale = HEAD_DIM**-0.5
-    attention.core_attention = RecomputedMaxLogits(
-        attention.config, _Fast(), scale, every=3, heads=HEADS
-    ).train()
-    maxima = MaxLogits([attention])
-    seen = []
-    for _ in range(7):
-        seen.append(_maxima(attention, maxima))
-        maxima.finish()
-    for step, found in enumerate(seen):
-        if step % 3 == 0:
-            torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-        else:
-            assert (found == -math.inf).all()

@@ -11,7 +11,6 @@ import torch
 from megatron_k2.optimizer.qk_clip.factors import (
     clip_factor,
     gqa_row_scale,
-    mha_row_scale,
     mla_key_value_row_scale,
     mla_query_row_scale,
     num_clipped,
@@ -145,7 +144,7 @@ def test_fused_qkv_logits_scale_as_the_mode_says(num_heads, num_groups, mode):
 
 
 def test_multi_head_attention_splits_gamma_between_query_and_key():
-    scale = mha_row_scale(torch.tensor([0.25, 1.0]), head_dim=1).tolist()
+    scale = gqa_row_scale(torch.tensor([0.25, 1.0]), 2, head_dim=1, mode="group").tolist()
     assert scale == [0.5, 0.5, 1.0, 1.0, 1.0, 1.0]
 
 

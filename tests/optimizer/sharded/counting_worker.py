@@ -86,17 +86,17 @@ def _report(hooks, optimizer, watches) -> dict:
     return {
         "collectives": [dict(w.collectives) for w in watches],
         "reads": [dict(w.reads.found) for w in watches],
-        "orthogonalized": sum(o.domain.exchange.num_orthogonalized for o in parts),
-        "buckets": [len({m.bucket for m in o.domain.matrices}) for o in parts],
-        "are_experts": [all(m.spec.is_expert for m in o.domain.matrices) for o in parts],
+        "orthogonalized": sum(o.matrix_group.exchange.num_orthogonalized for o in parts),
+        "buckets": [len({m.bucket for m in o.matrix_group.matrices}) for o in parts],
+        "are_experts": [all(m.spec.is_expert for m in o.matrix_group.matrices) for o in parts],
         "num_cut_experts": sum(
             sum(end > start for start, end in m.pieces) > 1
             for o in parts
-            for m in o.domain.matrices
+            for m in o.matrix_group.matrices
             if m.spec.is_expert
         ),
-        "domain_sizes": [o.domain.exchange.group.size() for o in parts],
-        "imbalance": [o.domain.plan.imbalance for o in parts],
+        "group_sizes": [o.matrix_group.exchange.group.size() for o in parts],
+        "imbalance": [o.matrix_group.assignment.imbalance for o in parts],
         "state_elements": sum(
             value.numel()
             for o in parts

@@ -41,7 +41,7 @@ def _ours(step):
 def test_one_max_all_reduce_and_two_exchanges_a_bucket_of_dense_matrices(counts):
     """Experts are cut between matrices where their count divides, and are not exchanged at all."""
     for rank in counts:
-        parts = zip(rank["buckets"], rank["domain_sizes"], rank["are_experts"], strict=True)
+        parts = zip(rank["buckets"], rank["group_sizes"], rank["are_experts"], strict=True)
         expected = 2 * sum(n for n, size, is_expert in parts if size > 1 and not is_expert)
         assert expected > 0
         for step in rank["collectives"]:
@@ -88,6 +88,6 @@ def test_state_elements_over_all_ranks_equal_the_parameters_exactly(counts):
     assert sum(r["state_elements"] for r in counts) == sum(r["expected_state"] for r in counts)
 
 
-def test_both_domains_together_are_balanced(counts):
+def test_both_groups_together_are_balanced(counts):
     """Longest processing time first: within 5 % of the mean even at these sizes."""
     assert max(part for rank in counts for part in rank["imbalance"]) < 1.05

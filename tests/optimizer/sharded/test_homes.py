@@ -1,15 +1,17 @@
 """One placement a matrix: which elements of a parameter are whose, against a walk over elements."""
 
+import itertools
+
 import pytest
 import torch
 
-from megatron_k2.optimizer.param_groups import MatrixSpec
+from megatron_k2.optimizer.newton_schulz.cost import newton_schulz_flops
 from megatron_k2.optimizer.sharded.homes import (
-    Domain,
     Placement,
+    RankGrid,
+    assign_homes,
     held,
     lies_whole_on,
-    make_plan,
     matrix_placements,
 )
 
@@ -17,28 +19,42 @@ ROWS, COLS = 6, 5  # of one block on one tensor-parallel rank
 SEGMENTS = (3, 2)
 
 
-def placements(num_blocks, dim, tensor_ranks, pieces, *, is_listed=False):
+def costs(found):
+    return [newton_schulz_flops(*placement.shape, SEGMENTS) for placement in found]
+
+
+def whole_matrices(shards, num_blocks, dim):
+    """Tensor-parallel shards [rows, cols] -> the matrices whose blocks every rank has a part of."""
+    blocks = [shard.chunk(num_blocks) for shard in shards]
+    return [torch.cat(parts, dim) for parts in zip(*blocks, strict=True)]
+
+
+def placements(num_blocks, dim, tensor_ranks, pieces, *, has_whole_blocks=False):
     template = Placement("w", (num_blocks * ROWS, COLS), pieces, dim, 0)
-    return matrix_placements(template, num_blocks, is_listed=is_listed, tensor_ranks=tensor_ranks)
+    return matrix_placements(
+        template, num_blocks, has_whole_blocks=has_whole_blocks, tensor_ranks=tensor_ranks
+    )
 
 
-@pytest.mark.parametrize("pieces", [((0, 60),), ((0, 7), (7, 41), (41, 60)), ((0, 0), (0, 60))])
+@pytest.mark.parametrize("cuts", [(), (7, 41), (0,)], ids=["whole", "cut twice", "on the second"])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_blocks_of_a_flat_shard_hold_the_elements_assemble_puts_into_them(dim, pieces):
-    """Every element is numbered; ``MatrixSpec.assemble`` says which matrix it belongs to."""
-    tensor_ranks, numel = 2, 2 * ROWS * COLS
-    domain = Domain(tensor_ranks, len(pieces))
+@pytest.mark.parametrize("num_blocks", [1, 2, 3], ids=["one", "gate and up", "three experts"])
+def test_blocks_of_a_flat_shard_hold_the_elements_of_their_matrix(num_blocks, dim, cuts):
+    """Every element is numbered; joining the ranks' blocks says which matrix it belongs to."""
+    tensor_ranks, numel = 2, num_blocks * ROWS * COLS
+    pieces = tuple(itertools.pairwise([0, *(min(cut, numel) for cut in cuts), numel]))
+    grid = RankGrid(tensor_ranks, len(pieces))
     shards = [torch.arange(numel).view(-1, COLS) + 100 * rank for rank in range(tensor_ranks)]
-    whole = MatrixSpec(2, dim, is_expert=False).assemble(shards)
-    found = placements(2, dim, tensor_ranks, pieces)
+    whole = whole_matrices(shards, num_blocks, dim)
+    found = placements(num_blocks, dim, tensor_ranks, pieces)
     assert [p.shape for p in found] == [tuple(matrix.shape) for matrix in whole]
     for number, (placement, matrix) in enumerate(zip(found, whole, strict=True)):
         block = number * ROWS * COLS
         collected = []
-        for rank in range(domain.size):
-            data_rank, tensor_rank = domain.coordinates(rank)
+        for rank in range(grid.size):
+            data_rank, tensor_rank = grid.coordinates(rank)
             first = pieces[data_rank][0]
-            start, end = held(placement, domain, rank)
+            start, end = held(placement, grid, rank)
             flat = shards[tensor_rank].flatten()[first:]  # this rank's part begins there
             collected += flat[block + start - first : block + end - first].tolist()
         assert sorted(collected) == sorted(matrix.flatten().tolist())
@@ -52,17 +68,17 @@ def test_the_first_block_taken_for_the_second_would_be_seen():
 
 def test_heads_that_one_tensor_rank_holds_whole_stay_there():
     """Over two tensor ranks and one data rank nothing is sent; as split matrices all would be."""
-    domain = Domain(tensor_ranks=2, data_ranks=1)
-    heads = placements(4, 0, 2, ((0, 4 * ROWS * COLS),), is_listed=True)
+    grid = RankGrid(tensor_ranks=2, data_ranks=1)
+    heads = placements(4, 0, 2, ((0, 4 * ROWS * COLS),), has_whole_blocks=True)
     assert [head.tensor_rank for head in heads] == [0] * 4 + [1] * 4
     assert [head.shape for head in heads] == [(ROWS, COLS)] * 8
-    homes = make_plan(heads, domain, SEGMENTS).homes
-    assert homes == tuple(lies_whole_on(head, domain) for head in heads) == (0,) * 4 + (1,) * 4
+    homes = assign_homes(heads, grid, costs(heads)).homes
+    assert homes == tuple(lies_whole_on(head, grid) for head in heads) == (0,) * 4 + (1,) * 4
     split = placements(4, 0, 2, ((0, 4 * ROWS * COLS),))
-    assert all(lies_whole_on(matrix, domain) is None for matrix in split)
+    assert all(lies_whole_on(matrix, grid) is None for matrix in split)
 
 
 def test_gate_and_up_go_to_different_homes():
-    domain = Domain(tensor_ranks=1, data_ranks=2)
+    grid = RankGrid(tensor_ranks=1, data_ranks=2)
     pair = placements(2, 0, 1, ((0, 31), (31, 60)))
-    assert sorted(make_plan(pair, domain, SEGMENTS).homes) == [0, 1]
+    assert sorted(assign_homes(pair, grid, costs(pair)).homes) == [0, 1]

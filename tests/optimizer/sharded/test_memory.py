@@ -108,10 +108,10 @@ def peak_bytes(call):
 def test_a_step_takes_two_buckets_and_a_batch_on_top():
     _, optimizer = built(is_sharded=True)
     optimizer.step()
-    (part,) = [o for o in optimizer.chained_optimizers if hasattr(o, "domain")]
-    matrices = [m for m in part.domain.matrices if m.param in part._main_of]
+    (part,) = [o for o in optimizer.chained_optimizers if hasattr(o, "matrix_group")]
+    matrices = [m for m in part.matrix_group.matrices if m.param in part._main_of]
     buckets = defaultdict(Counter)
-    for blocks in part.domain._blocks:
+    for blocks in part.matrix_group._blocks:
         for placement in blocks:
             buckets[placement.bucket][placement.shape] += math.prod(placement.shape)
     assert len(buckets) >= 4
@@ -124,12 +124,12 @@ def test_a_step_takes_two_buckets_and_a_batch_on_top():
             main.grad = torch.ones_like(main)
 
     set_gradients()
-    taken = peak_bytes(lambda: part.domain.run(part._directions, part._apply))
+    taken = peak_bytes(lambda: part.matrix_group.run(part._directions, part._apply))
     assert taken <= allowed
 
     def at_once():
         directions = part._directions([m.param for m in matrices])
-        part.domain.run(lambda params: {p: directions[p] for p in params}, part._apply)
+        part.matrix_group.run(lambda params: {p: directions[p] for p in params}, part._apply)
 
     set_gradients()
     assert peak_bytes(at_once) > allowed

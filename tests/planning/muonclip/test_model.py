@@ -13,12 +13,11 @@ import pytest
 from megatron_k2.cli import main as cli
 from megatron_k2.optimizer.newton_schulz.cost import newton_schulz_flops
 from megatron_k2.optimizer.param_groups import muon_matrices
-from megatron_k2.optimizer.sharded.homes import Domain, Placement, cost, shard_pieces
+from megatron_k2.optimizer.sharded.homes import Placement, RankGrid, shard_pieces
 from megatron_k2.parallel.layout import Layout
-from megatron_k2.planning.muonclip.model import (
-    plan_model,
-    weight_roles,
-)
+from megatron_k2.planning.cost.flops import newton_schulz_segments, orthogonalisation
+from megatron_k2.planning.cost.matrices import matrix_shapes, weight_roles
+from megatron_k2.planning.muonclip.model import plan_model
 from megatron_k2.planning.muonclip.stage import exchange_traffic
 from megatron_k2.presets import K2_TINY, KIMI_K2
 from tests.support.single_rank import SMALL, build, one_rank
@@ -37,26 +36,43 @@ def _closed_form(p):
     )
 
 
-@pytest.mark.parametrize("layout", [
-    Layout(256, 1, 16, 16, vpp=2), Layout(2048, 1, 16, 16), Layout(2048, 8, 16, 128),
+LAYOUTS = (
+    Layout(256, 1, 16, 16, vpp=2),
+    Layout(2048, 1, 16, 16),
+    Layout(2048, 8, 16, 128),
     Layout(64, 2, 4, 8),
-], ids=str)  # fmt: skip
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_matrix_of_k2_has_exactly_one_home(layout):
     """Counted at the homes, rank by rank of the whole world."""
     at_home = Counter()
     for plan in plan_model(KIMI_K2, layout):
-        for part in plan.domains:
-            assert len(part.plan.homes) == len(part.placements)
-            for home in part.plan.homes:
-                assert 0 <= home < part.domain.size
+        for part in plan.groups:
+            assert len(part.assignment.homes) == len(part.placements)
+            for home in part.assignment.homes:
+                assert 0 <= home < part.grid.size
                 at_home[part.kind] += part.num_copies * len(plan.stages)
     assert at_home["expert"] == 60 * 384 * 3
     assert sum(at_home.values()) == _closed_form(KIMI_K2) == 69_668
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_plans_flops_are_those_that_step_times_are_made_of(layout):
+    planned = sum(
+        sum(part.loads) * part.num_copies * len(plan.stages)
+        for plan in plan_model(KIMI_K2, layout)
+        for part in plan.groups
+    )
+    assert planned == orthogonalisation(KIMI_K2)
+    assert round(planned / 1e15, 1) == 34.2
+    assert sum(matrix_shapes(KIMI_K2).values()) == _closed_form(KIMI_K2)
+
+
 def test_with_one_expert_parallel_rank_experts_lie_among_the_dense():
     (plan,) = plan_model(K2_TINY, Layout(2, 1, 1, 1))
-    assert [part.kind for part in plan.domains] == ["dense"]
+    assert [part.kind for part in plan.groups] == ["dense"]
     assert plan.num_matrices == _closed_form(K2_TINY)
 
 
@@ -88,7 +104,7 @@ TINY = {
 }
 
 
-def _oracle(domain, placements, homes, *, counts_home=False):
+def _oracle(grid, placements, homes, *, counts_home=False):
     """Bytes by walking every element of every shard on every rank, in bf16.
 
     An element of a split matrix exists on one tensor rank; of a replicated one, on each: the home
@@ -98,14 +114,14 @@ def _oracle(domain, placements, homes, *, counts_home=False):
     for placement, home in zip(placements, homes, strict=True):
         for data_rank, (start, end) in enumerate(placement.pieces):
             for _ in range(start, end):
-                for tensor_rank in range(domain.tensor_ranks):
-                    holder = data_rank * domain.tensor_ranks + tensor_rank
+                for tensor_rank in range(grid.tensor_ranks):
+                    holder = data_rank * grid.tensor_ranks + tensor_rank
                     if holder == home and not counts_home:
                         continue
                     back[home, holder] += 2
-                    if placement.partition_dim >= 0 or tensor_rank == home % domain.tensor_ranks:
+                    if placement.partition_dim >= 0 or tensor_rank == home % grid.tensor_ranks:
                         out[holder, home] += 2
-    ranks = range(domain.size)
+    ranks = range(grid.size)
     return [
         tuple(sum(size for pair, size in table.items() if pair[side] == rank) for rank in ranks)
         for table in (out, back)
@@ -115,11 +131,15 @@ def _oracle(domain, placements, homes, *, counts_home=False):
 
 @pytest.mark.parametrize("homes", [(0, 3, 2), (5, 4, 3), (2, 2, 2)])
 def test_bytes_exchanged_are_those_of_a_walk_over_every_element(homes):
-    domain, placements = Domain(tensor_ranks=2, data_ranks=3), list(TINY.values())
-    found = exchange_traffic(placements, domain, homes)
+    grid, placements = RankGrid(tensor_ranks=2, data_ranks=3), list(TINY.values())
+    found = exchange_traffic(placements, grid, homes)
     parts = [found.sent_out, found.received_out, found.sent_back, found.received_back]
-    assert parts == _oracle(domain, placements, homes)
-    assert parts != _oracle(domain, placements, homes, counts_home=True)
+    assert parts == _oracle(grid, placements, homes)
+    assert parts != _oracle(grid, placements, homes, counts_home=True)
+
+
+def _flops(placement):
+    return newton_schulz_flops(*placement.shape, newton_schulz_segments(KIMI_K2))
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -129,7 +149,7 @@ def test_k2_is_planned_in_ten_seconds_within_a_twentieth_of_the_bound(world_size
     assert time.perf_counter() - started < 10
     assert sorted(stage for plan in plans for stage in plan.stages) == list(range(16))
     for plan in plans:
-        for part in plan.domains:
+        for part in plan.groups:
             assert part.imbalance <= 1.05, (plan.stages, part.kind)
             assert part.padded <= 1.001 * part.parameters
             expected = max(part.mean_load, part.largest_item)
@@ -137,12 +157,12 @@ def test_k2_is_planned_in_ten_seconds_within_a_twentieth_of_the_bound(world_size
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_both_domains_together_are_at_the_floor_of_experts_that_stay(world_size):
+def test_both_groups_together_are_at_the_floor_of_experts_that_stay(world_size):
     """Gate and up of the dense layer have a home each, and the busiest rank has one of them."""
     for plan in plan_model(KIMI_K2, Layout(world_size, 1, 16, 16)):
-        experts, dense = plan.domains
+        experts, dense = plan.groups
         both = [experts.loads[rank // 16] + load for rank, load in enumerate(dense.loads)]
-        heaviest = max(cost(placement, dense.segments) for placement in dense.placements)
+        heaviest = max(_flops(placement) for placement in dense.placements)
         floor = max(sum(both) / len(both), min(experts.loads) + heaviest)
         assert plan.floor == pytest.approx(floor)
         assert max(both) == max(plan.loads) <= 1.05 * floor
@@ -150,28 +170,28 @@ def test_both_domains_together_are_at_the_floor_of_experts_that_stay(world_size)
 
 def _homes_anew(part):
     """Loads from the homes, not from the plan's own sums."""
-    loads = [0] * part.domain.size
-    for home, placement in zip(part.plan.homes, part.placements, strict=True):
-        loads[home] += newton_schulz_flops(*placement.shape, part.segments)
+    loads = [0] * part.grid.size
+    for home, placement in zip(part.assignment.homes, part.placements, strict=True):
+        loads[home] += _flops(placement)
     return loads
 
 
 def test_homes_dealt_in_turn_would_miss_the_bound():
     """The bar above can fail: more dense matrices than ranks, not placed by cost."""
     plans = plan_model(KIMI_K2, Layout(96, 1, 16, 2))
-    (part,) = [part for part in plans[1].domains if part.kind == "dense"]
-    assert part.domain.size == 6
+    (part,) = [part for part in plans[1].groups if part.kind == "dense"]
+    assert part.grid.size == 6
     in_turn = [0] * 6
     for index, placement in enumerate(part.placements):
-        in_turn[index % 6] += cost(placement, part.segments)
+        in_turn[index % 6] += _flops(placement)
     assert max(in_turn) > 1.05 * max(part.mean_load, part.largest_item)
     assert part.imbalance <= 1.05
 
 
 def test_experts_stay_where_they_lie_and_dense_traffic_is_far_below_zero_ones():
     for plan in plan_model(KIMI_K2, Layout(2048, 1, 16, 16)):
-        for part in plan.domains:
-            mean = sum(part.traffic.sent_out) / part.domain.size
+        for part in plan.groups:
+            mean = sum(part.traffic.sent_out) / part.grid.size
             if part.kind == "expert":
                 assert max(part.traffic.sent_out + part.traffic.sent_back) == 0
             else:
