@@ -106,7 +106,7 @@ def chain(where: str) -> tuple[str, ...]:
 
 
 def name(phase: str, num_gpus: int, gpu: str) -> str:
-    """The recipe's name, ``kimi_k2_<phase>_<N>gpu_<hw>``."""
+    """The name under which ``RECIPES`` has it, ``kimi_k2_<phase>_<N>gpu_<hw>``."""
     return f"kimi_k2_{phase}_{num_gpus}gpu_{gpu}"
 
 

@@ -99,5 +99,5 @@ def moonlight_pretrain(num_gpus: int, gpu: str, phase: str = "pretrain") -> Reci
 
 
 def name(num_gpus: int, gpu: str, phase: str = "pretrain") -> str:
-    """The recipe's name, ``moonlight_16b_a3b_<phase>_<N>gpu_<hw>``."""
+    """The name under which ``RECIPES`` has it, ``moonlight_16b_a3b_<phase>_<N>gpu_<hw>``."""
     return f"moonlight_16b_a3b_{phase}_{num_gpus}gpu_{gpu}"

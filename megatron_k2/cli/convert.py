@@ -136,7 +136,7 @@ def _export(args: argparse.Namespace) -> int:
         model_type=args.model_type,
         use_yarn=args.yarn,
         tokenizer=args.tokenizer,
-        origin=args.source,
+        source_release=args.source,
         max_shard_bytes=None if args.max_shard_gb is None else int(args.max_shard_gb * 1e9),
         only=Selection.parse(args.only),
         num_workers=args.workers,

@@ -39,8 +39,8 @@ from megatron_k2.data.manifest import (
 )
 from megatron_k2.data.ngram import BASELINE_FILE
 from megatron_k2.data.parts import SPLITS, read_documents, read_part
-from megatron_k2.data.plan import Plan, PrepareOptions, check_counts, make_plan
 from megatron_k2.data.pool import tokenize_parts
+from megatron_k2.data.prepare_plan import Plan, PrepareOptions, check_counts, make_plan
 from megatron_k2.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_k2.errors import UserError
 from megatron_k2.files import write_atomically

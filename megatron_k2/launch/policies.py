@@ -26,7 +26,7 @@ class CheckpointPolicy:
     asynchronous: bool
 
     def flags(self) -> list[str]:
-        """Megatron's flags for it."""
+        """Megatron's flags for when to save, and what is kept."""
         if self.interval < 1 or self.retain_interval % self.interval:
             raise UserError(
                 f"checkpoint: retain_interval={self.retain_interval} is not a multiple of "

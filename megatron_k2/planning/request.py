@@ -15,7 +15,7 @@ and values from the latents with the latents' norms (Megatron's ``layernorm``, `
 ``mla_up_proj``)."""
 
 Modules = Literal["transformer_engine", "local"]
-"""Megatron's ``--transformer-impl``."""
+"""The choices of Megatron's ``--transformer-impl`` that are planned."""
 
 REPORT_RECOMPUTE: frozenset[Recompute] = frozenset({"norm", "swiglu", "mla_up"})
 """Report 2.4.4, item 1. Its optional fourth, the experts' down-projection, keeps nothing here:

@@ -7,8 +7,8 @@ import pytest
 
 from megatron_k2.data.indexed import read_tokens
 from megatron_k2.data.manifest import read_manifest, write_manifest
-from megatron_k2.data.plan import PrepareOptions
 from megatron_k2.data.prepare import prepare
+from megatron_k2.data.prepare_plan import PrepareOptions
 from megatron_k2.errors import UserError
 
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from megatron_k2.data.indexed import read_sequence_lengths, read_tokens
 from megatron_k2.data.manifest import read_manifest
 from megatron_k2.data.parts import cut_into_parts
-from megatron_k2.data.plan import PrepareOptions
 from megatron_k2.data.prepare import prepare
+from megatron_k2.data.prepare_plan import PrepareOptions
 from megatron_k2.data.sources import find_files, is_validation
 from megatron_k2.data.tokenizer import load_tokenizer
 from megatron_k2.errors import UserError

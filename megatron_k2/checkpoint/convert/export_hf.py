@@ -32,7 +32,7 @@ from megatron_k2.checkpoint.convert.export_shards import (
     plan_shards,
     write_shard,
 )
-from megatron_k2.checkpoint.convert.source_trail import SCALES_FILE, find_origin
+from megatron_k2.checkpoint.convert.source_trail import SCALES_FILE, find_source_release
 from megatron_k2.checkpoint.hf.config import (
     generation_config,
     hf_config,
@@ -73,10 +73,10 @@ class ExportOptions:
     dtype: str = "bf16"
     """``bf16``, ``fp32``, or ``fp8``: block FP8 for what a release holds so, else bf16."""
     model_type: str | None = None
-    """None: the origin's, else ``kimi_k2``."""
+    """None: the source release's, else ``kimi_k2``."""
     use_yarn: bool | None = None
     tokenizer: Path | None = None
-    origin: Path | None = None
+    source_release: Path | None = None
     """Hugging Face directory whose other fields, files and FP8 scales are taken; None: found by
     the checkpoint's own trail."""
     max_shard_bytes: int | None = None
@@ -96,7 +96,7 @@ class ExportResult:
     num_tensors: int
     num_shards: int
     total_size_bytes: int
-    origin: Path | None
+    source_release: Path | None
     """Where other fields and FP8 scales came from."""
     blocks: dict[str, int]
     """FP8 blocks by ``kept`` (source's scale and codes) and ``fresh``; empty without FP8."""
@@ -156,10 +156,10 @@ def export(
     require_workers(options.num_workers)
     require_free(hf_dir)
     source = MegatronSource(find_iteration(megatron_dir, options.iteration))
-    origin = find_origin(megatron_dir, source, options.origin)
-    files = files_along(options.tokenizer, origin)
+    source_release = find_source_release(megatron_dir, source, options.source_release)
+    files = files_along(options.tokenizer, source_release)
     preset = settle_preset(source.args, options.preset, options.use_yarn)
-    config = _config(source, preset, options, origin)
+    config = _config(source, preset, options, source_release)
     require_clean(source.shapes, preset, only=options.only)
     jobs = plan_shards(
         options.only.take(expand(preset)),
@@ -169,7 +169,7 @@ def export(
     )
     require_space(hf_dir, sum(job.num_bytes for job in jobs))
 
-    scales = origin / SCALES_FILE if origin and options.dtype == "fp8" else None
+    scales = source_release / SCALES_FILE if source_release and options.dtype == "fp8" else None
     job_directory = JobDirectory(hf_dir, _conversion_record(source, options, config, scales))
     if options.dtype == "fp8":
         block_fp8.prepare()
@@ -192,15 +192,17 @@ def export(
     blocks: Counter[str] = Counter()
     for receipt in receipts:
         blocks.update(receipt["blocks"])
-    return ExportResult(hf_dir, preset, num_tensors, len(jobs), total_bytes, origin, dict(blocks))
+    return ExportResult(
+        hf_dir, preset, num_tensors, len(jobs), total_bytes, source_release, dict(blocks)
+    )
 
 
 def _config(
-    source: MegatronSource, preset: ModelPreset, options: ExportOptions, origin: Path | None
+    source: MegatronSource, preset: ModelPreset, options: ExportOptions, source_release: Path | None
 ) -> dict[str, Any]:
     dtype = "fp32" if options.dtype == "fp32" else "bf16"
-    if origin is not None:
-        template = read_json(origin / "config.json")
+    if source_release is not None:
+        template = read_json(source_release / "config.json")
         config = config_like(template, preset, model_type=options.model_type, dtype=dtype)
     else:
         config = hf_config(preset, model_type=options.model_type or "kimi_k2", dtype=dtype)

@@ -47,7 +47,7 @@ class ExportInputs:
     checkpoint: Path
     check_finite: bool
     scales: Path | None
-    """Of the origin, to give untouched blocks their codes back; may be absent."""
+    """Of the source release, to give untouched blocks their codes back; may be absent."""
     fingerprint: str
     """Of the job, so that a cached source is never another's."""
 
@@ -136,7 +136,7 @@ def scale_slot(slot: TensorSlot) -> TensorSlot | None:
 
 
 class _Scales:
-    """The origin's scales, if it was FP8."""
+    """The source release's scales, if it was FP8."""
 
     def __init__(self, path: Path | None) -> None:
         self._stored: dict[str, HfTensor] = {}
@@ -145,7 +145,7 @@ class _Scales:
             self._stored = read_header(path)
 
     def rows(self, name: str, shape: tuple[int, ...], blocks: slice) -> Rows | None:
-        """Scales of a weight's rows of blocks; None if the origin's weight was not block FP8."""
+        """Scales of a weight's rows of blocks; None if its source was not block FP8."""
         stored = self._stored.get(name + SCALE_SUFFIX)
         if stored is None or stored.shape != scale_shape(shape):
             return None

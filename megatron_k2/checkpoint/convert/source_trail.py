@@ -16,10 +16,10 @@ SOURCE_DIR = "hf_source"
 SCALES_FILE = "scales.safetensors"
 
 
-def find_origin(
+def find_source_release(
     megatron_dir: Path, source: MegatronSource, given: Path | None = None
 ) -> Path | None:
-    """The directory of the origin's files, or None where there is no trail.
+    """The directory of the source release's files, or None where there is no trail.
 
     Args:
         megatron_dir: as the user named the checkpoint.

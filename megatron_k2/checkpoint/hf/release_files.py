@@ -34,13 +34,13 @@ def release_files(directory: Path) -> list[Path]:
     return [path for path in named if path.is_file()] + sorted(directory.glob("*.py"))
 
 
-def files_along(tokenizer: Path | None, origin: Path | None) -> list[Path]:
-    """Files to copy beside an export: the origin's, but all of the tokenizer's from ``tokenizer``.
+def files_along(tokenizer: Path | None, source_release: Path | None) -> list[Path]:
+    """Files to copy beside an export: the release's, but the tokenizer's from ``tokenizer``.
 
     Raises:
         UserError: if ``tokenizer`` has none.
     """
-    found = [] if origin is None else release_files(origin)
+    found = [] if source_release is None else release_files(source_release)
     if tokenizer is None:
         return found
     own = [path for path in release_files(tokenizer) if _is_tokenizers(path)]

@@ -63,7 +63,7 @@ class Identity:
         return (tensor,)
 
     def join(self, parts: "Sequence[Tensor]") -> "Tensor":
-        """The only part, unchanged."""
+        """The only part of ``parts``, unchanged."""
         (part,) = parts
         return part
 

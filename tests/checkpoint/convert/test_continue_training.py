@@ -57,7 +57,7 @@ def test_a_release_trained_on_at_tp2_ep2_exports_what_one_rank_exports(tmp_path)
         wait_for(ranks, logs)
         # config fields, tokenizer and scales are found by the run's own trail to the import
         result = export(tmp_path / name, tmp_path / f"{name}-hf", ExportOptions(dtype="fp32"))
-        assert result.origin == imported / "hf_source"
+        assert result.source_release == imported / "hf_source"
     assert "TP2" in inspect_checkpoint(tmp_path / "spread").facts["saved at"]
 
     one, spread = (open_weights(tmp_path / f"{name}-hf") for name in ("one", "spread"))
