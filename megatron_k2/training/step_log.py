@@ -185,7 +185,7 @@ class StepLog:
 
 
 def _update_rms(sums: Tensor | None) -> dict[str, float] | None:
-    """RMS by group that has parameters; see ``GradScopeChain.reduce_update_sums``."""
+    """Of each group that has parameters; see ``GradScopeChain.reduce_update_sums``."""
     if sums is None:
         return None
     rows = zip(GROUPS, sums.tolist(), strict=True)

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from megatron_k2.presets import ModelPreset
 
 FLASH_BACKWARD = 2.5
-"""Attention's backward over its forward: a flash kernel forms Q Kᵀ again, so five products for
-the forward's two."""
+"""Backward over forward: a flash kernel forms Q Kᵀ again, so five products for two."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs, a multiply-add counted as two, by the kind of kernel that does them."""
+    """FLOPs by the kind of kernel that executes them."""
 
     gemm: float = 0.0
     grouped: float = 0.0
@@ -20,7 +19,7 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """FLOPs of all kinds of kernels."""
+        """FLOPs of all three kinds of kernel together."""
         return self.gemm + self.grouped + self.attention
 
     def __add__(self, other: "Flops") -> "Flops":

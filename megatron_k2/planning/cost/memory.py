@@ -21,7 +21,7 @@ from megatron_k2.presets import ModelPreset
 WEIGHT_BYTES, GRADIENT_BYTES = 2, 4
 MUON_STATE_BYTES, ADAMW_STATE_BYTES = 8, 12
 BUCKET_ELEMENTS = 40_000_000
-"""Elements of a bucket of the exchange: Megatron's default (``planning/muonclip/padding.py``)."""
+"""Of the exchange: Megatron's default (``planning/muonclip/padding.py``)."""
 BATCH_BYTES = 24
 """Bytes an element takes while it is orthogonalised: fp32 copies, and the products in bf16."""
 RESERVED_GB = 6.0
@@ -30,17 +30,17 @@ RESERVED_GB = 6.0
 
 @dataclass(frozen=True)
 class Parameters:
-    """Elements of the weights that one rank holds, by the optimizer they have."""
+    """Elements (not bytes) that one rank holds, by the optimizer they go to."""
 
     dense_muon: int
     """Attention, dense FFN, shared expert, router."""
     expert_muon: int
     adamw: int
-    """Embedding, head and norms: AdamW's."""
+    """Embedding, output head and the norms' gains."""
 
     @property
     def total(self) -> int:
-        """Elements of both optimizers."""
+        """Elements of the rank, whatever their optimizer."""
         return self.dense_muon + self.expert_muon + self.adamw
 
     def __add__(self, other: "Parameters") -> "Parameters":
@@ -102,10 +102,10 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
-    """Its states on the device, in bytes."""
+    """States that stay on the device."""
     optimizer_on_host: float
     activations: float
-    """Bytes kept for the backward on the device, at the schedule's fullest moment."""
+    """Kept on the device for backward, at the fullest moment of the schedule."""
     activations_on_host: float
     optimizer_step: float
     """Bytes worked on during the optimizer's step, when no activations are kept."""
@@ -123,7 +123,7 @@ class Memory:
 
 
 def optimizer_bytes(r: RunRequest, parameters: Parameters) -> float:
-    """Bytes of the optimizer's states in one rank's shards, wherever they lie."""
+    """Bytes of one rank's ZeRO-1 shards of all states, wherever they are kept."""
     dense = MUON_STATE_BYTES * parameters.dense_muon + ADAMW_STATE_BYTES * parameters.adamw
     return dense / r.data_ranks + MUON_STATE_BYTES * parameters.expert_muon / r.expert_data_ranks
 
@@ -151,14 +151,14 @@ def optimizer_step_bytes(r: RunRequest, parameters: Parameters, *, has_dense_lay
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept for the backward pass, by where they wait for it."""
+    """Bytes of activations that a micro-batch keeps for backward."""
 
     on_device: float
     on_host: float
 
 
 def layer_activations(r: RunRequest, *, is_moe: bool) -> Activations:
-    """Bytes of one micro-batch and layer; a layer of which less can move moves what it can."""
+    """Bytes of one micro-batch and layer; a layer of which less can be moved moves what it can."""
     kept = r.tokens_per_microbatch * layer_bytes(
         r.preset,
         r.tp,
@@ -175,14 +175,14 @@ def layer_activations(r: RunRequest, *, is_moe: bool) -> Activations:
 
 
 def chunk_activations(r: RunRequest, chunk: Chunk) -> Activations:
-    """Bytes of one micro-batch and chunk, without the head's."""
+    """Bytes of one micro-batch and chunk, without the output head's."""
     kinds = {is_moe: layer_activations(r, is_moe=is_moe) for is_moe in (False, True)}
     layers = [kinds[layer >= r.preset.num_dense_layers] for layer in chunk.layers]
     return Activations(sum(a.on_device for a in layers), sum(a.on_host for a in layers))
 
 
 def rank_activations(r: RunRequest, rank: int) -> Activations:
-    """Bytes of one rank at the schedule's fullest moment; the head's never leave the device."""
+    """Bytes of a rank at the schedule's fullest moment; the head's never leave the device."""
     ours = [chunk for chunk in r.chunks() if chunk.rank == rank]
     device, host, head = [0.0] * r.vpp, [0.0] * r.vpp, 0.0
     for chunk in ours:
