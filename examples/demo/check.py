@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from megatron_k2.run.metrics import METRICS_FILE, read_records
+from megatron_k2.terminal import show, table
 
 MARGIN_NATS = 0.15
 MIN_CLIPPED_HEAD_STEPS = 100
@@ -27,12 +28,13 @@ def main(out: Path) -> int:
     ]
     is_met = {">=": float.__ge__, ">": float.__gt__, "<=": float.__le__}
     failed = False
-    print(f"\n{'bar':<42} {'measured':>10}   wanted")
+    listed = table("bar", "measured", "wanted", "")
     for name, value, sign, bound, unit in bars:
         ok = is_met[sign](float(value), float(bound))
         failed |= not ok
-        print(f"{name:<42} {value:>10.4g}   {sign} {bound} {unit:<6} {'ok' if ok else 'NOT MET'}")
-    print(f"\nvalidation loss {loss:.4f} nats per token, bigram {bigram:.4f}")
+        listed.add_row(name, f"{value:.4g}", f"{sign} {bound} {unit}", "ok" if ok else "NOT MET")
+    show(listed)
+    print(f"validation loss {loss:.4f} nats per token, bigram {bigram:.4f}")
     print(f"Hugging Face checkpoint: {out / 'hf'}; curves: {out / 'run' / 'report.png'}")
     return int(failed)
 

@@ -196,15 +196,17 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _print_comparison(found: "Comparison", num_rows: int, tolerance: float) -> bool:
+    from megatron_k2.terminal import show, table
+
     for side, names in (("A", found.only_in_a), ("B", found.only_in_b)):
         if names:
             print(f"{len(names)} tensors only in {side}: {', '.join(names[:3])}")
     differing = [difference for difference in found.differences if not difference.is_equal]
     if differing:
-        print("| tensor | relative difference | max abs |")
-        print("|---|---|---|")
-    for difference in differing[:num_rows]:
-        print(f"| {difference.name} | {difference.relative:.3e} | {difference.max_abs:.3e} |")
+        listed = table("tensor", "relative difference", "max abs")
+        for one in differing[:num_rows]:
+            listed.add_row(one.name, f"{one.relative:.3e}", f"{one.max_abs:.3e}")
+        show(listed)
     print(f"{found.num_equal} of {len(found.differences)} tensors equal, element for element")
     within = all(difference.relative <= tolerance for difference in differing)
     return within and not found.only_in_a and not found.only_in_b
@@ -233,18 +235,19 @@ def _verify_logits(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     from megatron_k2.checkpoint.verify.inspect import inspect_checkpoint
+    from megatron_k2.terminal import pairs, show, table
 
     found = inspect_checkpoint(args.directory, args.iteration)
-    for name, value in found.facts.items():
-        print(f"{name:<13} {value}")
-    print("| tensors | count | shape | dtype | MB |")
-    print("|---|---|---|---|---|")
+    groups = table("tensors", "count", "shape", "dtype", "MB")
     for group in found.groups:
-        shapes = " ".join(str(list(shape)) for shape in group.shapes)
-        print(
-            f"| {group.pattern} | {group.count:,} | {shapes} | {' '.join(group.dtypes)} "
-            f"| {group.num_bytes / 1e6:,.3f} |"
+        groups.add_row(
+            group.pattern,
+            f"{group.count:,}",
+            " ".join(str(list(shape)) for shape in group.shapes),
+            " ".join(group.dtypes),
+            f"{group.num_bytes / 1e6:,.3f}",
         )
+    show(pairs(((name, str(value)) for name, value in found.facts.items()), indent=0), groups)
     print(f"{found.num_tensors:,} tensors, {found.num_bytes / 1e9:,.3f} GB")
     return 0
 

@@ -5,6 +5,7 @@ from collections import Counter
 import torch
 
 from megatron_k2.optimizer.param_groups import K2_OPTIONS, MatrixOptions, MatrixSpec, muon_matrices
+from megatron_k2.terminal import as_text, table
 
 HEADER = ("optimizer", "role", "module", "parameters", "shape", "matrices", "of shape")
 
@@ -30,19 +31,16 @@ def classification_table(
                 kind = _kind(f"{name}.{own_name}", module, param, spec)
                 kinds[kind] += 1
                 matrices[kind] += spec.num_blocks if spec else 0
-    rows = [HEADER]
+    listed = table(*HEADER)
     for kind in sorted(kinds, key=lambda kind: kind[0] != "Muon"):  # else in the model's order
         optimizer, role, module_class, shape, block = kind
         count = f"{matrices[kind]:,}" if block else ""
-        rows.append((optimizer, role, module_class, f"{kinds[kind]:,}", shape, count, block))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+        listed.add_row(optimizer, role, module_class, f"{kinds[kind]:,}", shape, count, block)
     num_muon = sum(p.numel() for p in specs)
     num_all = sum(p.numel() for chunk in model_chunks for p in chunk.parameters())
-    lines.append(
-        f"Muon: {sum(matrices.values()):,} matrices, {num_muon:,} of {num_all:,} parameters here"
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    num_matrices = sum(matrices.values())
+    total = f"Muon: {num_matrices:,} matrices, {num_muon:,} of {num_all:,} parameters here"
+    return as_text(listed, total)
 
 
 def _kind(
