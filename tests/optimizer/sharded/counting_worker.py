@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
+import megatron_k2
+
 READS = {
     torch.Tensor.item,
     torch.Tensor.tolist,
@@ -28,12 +30,22 @@ COLLECTIVES = ("all_reduce", "all_to_all_single", "all_gather", "all_gather_into
 
 
 def _caller() -> str:
-    """file:line of the innermost frame that is neither torch's nor this file's."""
+    """file:line of the innermost frame that is neither torch's nor this file's.
+
+    Our own files from ``megatron_k2/`` on, others by their last three names.
+    """
     for frame in reversed(traceback.extract_stack()):
         path = frame.filename
         if "/torch/" not in path and path != __file__ and "host/cpu.py" not in path:
-            return "/".join(Path(path).parts[-3:]) + f":{frame.lineno}"
+            return f"{_short(Path(path))}:{frame.lineno}"
     return "?"
+
+
+def _short(path: Path) -> str:
+    (package,) = megatron_k2.__path__
+    if path.is_relative_to(package):
+        return f"megatron_k2/{path.relative_to(package)}"
+    return "/".join(path.parts[-3:])
 
 
 class _HostReads(TorchFunctionMode):
