@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from tests.parallel.test_layouts import EP2, MODEL, OVERLAP, TP2, ZERO
+from tests.parallel.test_layouts import BATCH, EP2, MODEL, OVERLAP, TP2, ZERO
 from tests.support.distributed import run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -28,7 +28,7 @@ UPSTREAM_READS = {
 @pytest.fixture(scope="module", params=LAYOUTS)
 def counts(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
-    steps = ["--train-samples", str(12 * STEPS)]
+    steps = ["--train-samples", str(BATCH * STEPS)]
     case = {"flags": [*MODEL, *LAYOUTS[request.param], *steps], "out": str(root)}
     run_ranks("tests.optimizer.sharded.counting_worker", 4, case, root / "logs")
     return [json.loads((root / f"counts{rank}.json").read_text()) for rank in range(4)]
@@ -46,7 +46,7 @@ def test_one_max_all_reduce_and_two_exchanges_a_bucket_of_dense_matrices(counts)
         assert expected > 0
         for step in rank["collectives"]:
             ours = _ours(step)
-            assert ours.pop(f"all_reduce MAX from {OURS}/max_logits.py") == 1
+            assert ours.pop(f"all_reduce MAX from {OURS}/qk_clip/max_logits.py") == 1
             assert ours.pop(f"all_to_all_single from {OURS}/transfer.py") == expected
             assert not ours, f"unexpected collectives: {ours}"
 
