@@ -43,6 +43,9 @@ def preload() -> None:
     Frozen, it is not walked by a rank's garbage collector again and again, which was an eighth of
     the CPU of a small run.
     """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        # core/jit.py binds torch.compile where it is imported; the CPU host turns that off.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     for name in PRELOADED:
         importlib.import_module(name)
     gc.collect()
@@ -88,7 +91,5 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    # core/jit.py binds torch.compile where it is imported; the CPU host turns that off, see there.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     preload()
     serve()
