@@ -22,7 +22,6 @@ from megatron_k2.host.cpu import (
     _tensor_redirections,
     _torch_cuda_redirections,
     cpu_host,
-    flushes_subnormals,
     megatron_host,
 )
 from tests.support.paths import REPOSITORY
@@ -224,22 +223,3 @@ def test_split_sizes_leave_the_tensor_world_only_when_asked():
         assert token_dispatcher.maybe_move_tensor_to_cpu(sizes) is sizes
         assert token_dispatcher.maybe_move_tensor_to_cpu(sizes, as_numpy=True).tolist() == [1, 2]
         assert token_dispatcher.maybe_move_tensor_to_cpu(None, as_numpy=True) is None
-
-
-@pytest.fixture(scope="module")
-def entered():
-    with cpu_host():
-        yield
-
-
-@pytest.mark.usefixtures("entered")
-def test_a_host_within_a_host_leaves_subnormals_flushed():
-    assert flushes_subnormals()
-    with cpu_host():
-        assert flushes_subnormals()
-    assert flushes_subnormals()
-
-
-def test_a_neighbour_that_asks_for_no_host_keeps_its_subnormals():
-    """``tests/conftest.py``; the host of the test above is still entered here."""
-    assert not flushes_subnormals()

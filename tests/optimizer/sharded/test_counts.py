@@ -46,7 +46,7 @@ def test_one_max_all_reduce_and_two_exchanges_a_bucket_of_dense_matrices(counts)
         assert expected > 0
         for step in rank["collectives"]:
             ours = _ours(step)
-            assert ours.pop(f"all_reduce MAX from {OURS}/qk_clip/max_logits.py") == 1
+            assert ours.pop(f"all_reduce MAX from {OURS}/max_logits.py") == 1
             assert ours.pop(f"all_to_all_single from {OURS}/transfer.py") == expected
             assert not ours, f"unexpected collectives: {ours}"
 
