@@ -3,8 +3,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 export OMP_NUM_THREADS ?= 1
+SHELL := bash
+# Wall and CPU seconds of a stage, its children's with them: what CONTRIBUTING.md limits.
+TIMED = @TIMEFORMAT="make $@: %R s of wall, %U + %S s of CPU (user + system)"; time
+PYTEST := -m pytest -q --no-showlocals --durations 8 --durations-min 2
 
-.PHONY: venv demo lint fast check test te-venv test-te launch-venv test-slurm test-extras bench \
+.PHONY: venv demo lint fast check slow ranks test te-venv test-te launch-venv test-slurm test-extras bench \
         clean
 
 venv: $(STAMP)
@@ -23,19 +27,21 @@ SLOW := -m "slow and not dist and not gpu and not slurm" --numprocesses 2 --dist
 RANKS := -m "dist and not gpu and not slurm"
 
 lint: venv
-	$(PY) -m ruff check --no-cache .
-	$(PY) -m ruff format --check .
-	$(PY) -m mypy
-	$(VENV)/bin/lint-imports --no-logo --no-cache
+	$(TIMED) { $(PY) -m ruff check --no-cache . && $(PY) -m ruff format --check . \
+	  && $(PY) -m mypy && $(VENV)/bin/lint-imports --no-logo --no-cache; }
 
 fast: venv
-	$(PY) -m pytest -q --no-showlocals $(FAST)
+	$(TIMED) $(PY) $(PYTEST) $(FAST)
+
+slow: venv
+	$(TIMED) $(PY) $(PYTEST) $(SLOW)
+
+ranks: venv
+	$(TIMED) $(PY) $(PYTEST) $(RANKS)
 
 check: lint fast
 
-test: fast
-	$(PY) -m pytest -q --no-showlocals $(SLOW)
-	$(PY) -m pytest -q --no-showlocals $(RANKS)
+test: fast slow ranks
 
 # Transformer Engine's Python without its compiled part, over the packages of .venv (torch alone is
 # 3 GB). An environment of its own: wherever TE can be imported, Megatron uses it everywhere.
@@ -57,7 +63,7 @@ $(TE_STAMP): $(STAMP)
 te-venv: $(TE_STAMP)
 
 test-te: te-venv
-	$(TE_PY) -m pytest -q --no-showlocals tests/te
+	$(TIMED) $(TE_PY) $(PYTEST) tests/te
 
 # NeMo-Run over the packages of .venv; it calls python and torchrun by name.
 LAUNCH_VENV := .venv-launch

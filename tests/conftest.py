@@ -1,8 +1,46 @@
-"""What must not pass from one test file to the next: Megatron's class state, a compiled library."""
+"""What must not pass from one test to the next: flushed subnormals, Megatron's class state, C."""
 
 import sys
 
 import pytest
+
+HOSTS: set[tuple[str, str]] = set()
+"""(file or folder, name) of the fixtures that leave the CPU host entered."""
+
+
+def _flushes() -> bool:
+    if "torch" not in sys.modules:
+        return False
+    from megatron_k2.host.cpu import flushes_subnormals
+
+    return flushes_subnormals()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    """Note which fixtures enter the CPU host."""
+    before = _flushes()
+    result = yield
+    if _flushes() and not before:
+        HOSTS.add((fixturedef.baseid, fixturedef.argname))
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A host that a neighbour of this file entered is not this test's, whatever came first."""
+    before = _flushes()
+    is_on_host = any(
+        name in pyfuncitem.fixturenames and pyfuncitem.nodeid.startswith(place)
+        for place, name in HOSTS
+    )
+    if before and not is_on_host:
+        sys.modules["torch"].set_flush_denormal(False)
+    try:
+        return (yield)
+    finally:
+        if _flushes() != before:
+            sys.modules["torch"].set_flush_denormal(before)
 
 
 @pytest.fixture(scope="module", autouse=True)

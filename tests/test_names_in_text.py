@@ -1,4 +1,4 @@
-"""Every path and module name written in docs, comments, strings and entry points is there.
+"""Every path, module and test named in docs, comments, strings and entry points is there.
 
 Not exercised: names of functions in prose without their module, and anything in the changelog,
 which tells of what was.
@@ -24,6 +24,7 @@ PATH = re.compile(
     r"(?<![\w/.<{}*$-])(?:\.?[\w-]+/)+[\w-]+\.(?:py|md|sh|c|h|toml|png|yaml|sbatch)\b"
 )
 FILE = re.compile(r"`([\w-]+\.(?:py|c|h))`")
+TEST = re.compile(r"`(test_\w+)`")
 ELSEWHERE = {
     *("asyncio", "peft", "runs", "sglang", "vllm", "RUN_DIR"),
     *("configuration_deepseek.py", "gpt_builders.py", "pretrain_gpt.py", "tokenization_kimi.py"),
@@ -95,6 +96,13 @@ def files_anywhere() -> set[str]:
     return {Path(name).name for name in texts()} | {path.name for path in MEGATRON.rglob("*.py")}
 
 
+@functools.cache
+def names_of_tests() -> set[str]:
+    """Names of test functions and of their files."""
+    paths = list((REPOSITORY / "tests").rglob("test_*.py"))
+    return set().union(*(defined(path) for path in paths)) | {path.stem for path in paths}
+
+
 def unknown_names(text: str, source: Path) -> list[str]:
     """What ``text`` names and is not there."""
     modules = [name for name in MODULE.findall(text) if not is_module_name(name)]
@@ -104,10 +112,20 @@ def unknown_names(text: str, source: Path) -> list[str]:
         if name.split("/")[0] not in ELSEWHERE and not is_path(name, source)
     ]
     files = [name for name in FILE.findall(text) if name not in files_anywhere() | ELSEWHERE]
-    return modules + paths + files
+    return (
+        modules
+        + paths
+        + files
+        + [name for name in TEST.findall(text) if name not in names_of_tests()]
+    )
 
 
 @pytest.mark.parametrize("name", texts())
 def test_what_a_file_names_is_there(name):
     source = REPOSITORY / name
     assert unknown_names(source.read_text(), source) == []
+
+
+def test_a_test_that_is_not_there_would_be_seen():
+    absent = "test_of_nothing" + "_at_all"
+    assert unknown_names(f"`{absent}`", REPOSITORY / "README.md") == [absent]

@@ -308,6 +308,11 @@ def _replace(stack: contextlib.ExitStack, target: str, replacement: Any) -> None
     stack.callback(setattr, owner, name, previous)
 
 
+def flushes_subnormals() -> bool:
+    """Whether this thread's arithmetic takes subnormal numbers for zero."""
+    return torch.full((), 2.0**-140).mul(2).item() == 0
+
+
 def _set_environment(stack: contextlib.ExitStack, name: str, value: str) -> None:
     """Set what the user has not set."""
     if name not in os.environ:
@@ -339,8 +344,8 @@ def cpu_host() -> Iterator[None]:
         for row in (*_torch_cuda_redirections(), *_tensor_redirections()):
             _replace(stack, row.target, row.replacement)
         # Subnormal numbers make CPU matrix products ten times slower; GPUs flush them in hardware.
+        stack.callback(torch.set_flush_denormal, flushes_subnormals())
         torch.set_flush_denormal(True)
-        stack.callback(torch.set_flush_denormal, False)
         for row in _megatron_redirections():
             _replace(stack, row.target, row.replacement)
         yield

@@ -1,22 +1,20 @@
 """Make real Megatron checkpoints of one tiny random model in several layouts: two gloo ranks.
 
-``python build_checkpoints.py OUT`` writes ``OUT/<layout>/iter_0000010`` for each layout, the same
+``python -m tests.checkpoint.build_checkpoints JSON``, where JSON is the path OUT, writes
+``OUT/<layout>/iter_0000010`` for each layout, the same
 weights in all (every layout but the first loads the first through Megatron's own resharding), and
 ``OUT/state.pt`` (whole state dict) and ``OUT/logits_<rotary>.pt`` (reference for verify-logits).
 """
 
-from __future__ import annotations
-
-import multiprocessing
+import json
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
 
 from megatron_k2.presets import ModelPreset, TrainingDefaults, YarnScaling
-
-if TYPE_CHECKING:
-    import torch
 
 TINY = ModelPreset(
     name="k2-tiny",
@@ -85,7 +83,6 @@ def saved_args(rotary: str) -> Namespace:
 
 def build_model(rotary: str = "rope", **layout: int) -> torch.nn.Module:
     """This rank's part of TINY."""
-    import torch
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import MLATransformerConfig
@@ -146,8 +143,6 @@ def build_model(rotary: str = "rope", **layout: int) -> torch.nn.Module:
 
 def _randomise(model: torch.nn.Module) -> None:
     """Away from initial values that would hide a mistake: norms of 1, biases of 0."""
-    import torch
-
     generator = torch.Generator().manual_seed(1)
     for name, tensor in model.state_dict().items():
         if not torch.is_tensor(tensor):
@@ -157,8 +152,6 @@ def _randomise(model: torch.nn.Module) -> None:
 
 
 def _save(model: torch.nn.Module, directory: Path, rotary: str) -> None:
-    import torch
-    import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
     target = directory / f"iter_{ITERATION:07d}"
@@ -185,8 +178,6 @@ def _load(model: torch.nn.Module, directory: Path) -> None:
 
 
 def _reference_logits(state: dict[str, torch.Tensor], rotary: str, path: Path) -> None:
-    import torch
-    import torch.distributed as dist
 
     model = build_model(rotary)
     model.load_state_dict(state, strict=False)
@@ -198,16 +189,13 @@ def _reference_logits(state: dict[str, torch.Tensor], rotary: str, path: Path) -
         torch.save({"tokens": tokens, "logits": logits.float()}, path)
 
 
-def _work(rank: int, out: Path) -> None:
-    import torch
-    import torch.distributed as dist
+def main(out: Path) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_k2.host.cpu import cpu_host
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     with cpu_host():
         for name, layout in LAYOUTS.items():
             parallel_state.initialize_model_parallel(**layout, expert_tensor_parallel_size=1)
@@ -218,26 +206,14 @@ def _work(rank: int, out: Path) -> None:
             else:
                 _randomise(model)
                 state = {k: v for k, v in model.state_dict().items() if torch.is_tensor(v)}
-                if rank == 0:
+                if dist.get_rank() == 0:
                     torch.save(state, out / "state.pt")
                 for rotary in ("rope", "yarn"):
                     _reference_logits(state, rotary, out / f"logits_{rotary}.pt")
             _save(model, out / name, "yarn" if name == "tp2" else "rope")
             parallel_state.destroy_model_parallel()
-    dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    # Imported once, then forked. The writer's Manager process imports this module anew, which is
-    # why nothing above imports torch.
-    import megatron.core.dist_checkpointing
-    import megatron.core.models.gpt.gpt_model  # noqa: F401
-
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=_work, args=(rank, Path(sys.argv[1]))) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    sys.exit(any(process.exitcode for process in ranks))
+    main(Path(json.loads(Path(sys.argv[1]).read_text())))

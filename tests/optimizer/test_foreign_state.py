@@ -12,7 +12,7 @@ from megatron_k2.errors import UserError
 from megatron_k2.optimizer.foreign_state import adopt_groups, take_over, upstream_momentum
 from megatron_k2.optimizer.muon import update_momentum
 from megatron_k2.optimizer.sharded.chain import FORMAT
-from tests.parallel.test_layouts import MODEL, ZERO, _load
+from tests.parallel.test_layouts import BATCH, MODEL, ZERO, _load
 from tests.support.distributed import run_ranks
 
 MU = 0.95
@@ -106,7 +106,7 @@ def test_another_kind_of_state_is_refused(state):
         upstream_momentum(state)
 
 
-TWO_STEPS = "--train-samples 24 --save-interval".split()
+TWO_STEPS = f"--train-samples {2 * BATCH} --save-interval".split()
 
 
 @pytest.fixture(scope="module")

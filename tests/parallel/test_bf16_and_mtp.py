@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_k2.run.metrics import METRICS_FILE, read_records
-from tests.parallel.test_layouts import EP2, MODEL, OVERLAP, STEPS, TP2, ZERO
+from tests.parallel.test_layouts import BATCH, EP2, MODEL, OVERLAP, STEPS, TP2, ZERO, batch_of
 from tests.parallel.test_reshard import _everything
 from tests.support.distributed import BACKENDS, run_ranks
 
@@ -39,12 +39,13 @@ def root(request, tmp_path_factory) -> Path:
     for kind, flags in (("bf16", BF16), ("mtp", MTP)):
         start = _directory(root, kind, "start")
         common = [*MODEL, *ZERO, *flags]
-        one = ["--train-samples", "12", "--save-interval", "1"]
+        one = ["--train-samples", str(BATCH), "--save-interval", "1"]
         alone.append({"flags": [*common, *one, "--save", str(start)]})
         load = ["--load", str(start), "--finetune"]
         for layout, extra in {"one rank": [], **LAYOUTS}.items():
             save = ["--save", str(_directory(root, kind, layout))]
-            case = {"flags": [*common, *load, *save, *extra], "inject": True}
+            batch = batch_of(2 if extra else 1)  # one for a rank: gradients are injected
+            case = {"flags": [*common, *batch, *load, *save, *extra], "inject": True}
             (together if extra else alone).append(case)
     run_ranks("tests.parallel.worker", 1, alone, root / "logs1", request.param)
     run_ranks("tests.parallel.worker", 2, together, root / "logs2", request.param)

@@ -27,7 +27,9 @@ from tests.support.distributed import BACKENDS, run_ranks
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 STEPS = 5
-BATCH = 12
+BATCH = 4
+BATCHES = {2: BATCH, 3: 6, 4: 12}
+"""Sequences a step by the number of ranks: at least two for a rank, so that gradients add up."""
 MODEL = f"""
     --preset k2-tiny --mock-data --hidden-size 64 --ffn-hidden-size 96 --num-layers 4
     --q-lora-rank 32 --kv-lora-rank 16 --qk-head-dim 16 --qk-pos-emb-head-dim 8 --v-head-dim 16
@@ -38,6 +40,17 @@ MODEL = f"""
     --lr-decay-samples {BATCH * STEPS} --lr-wsd-decay-samples 4 --qk-clip-threshold 20
     --eval-iters 0 --log-interval 1 --save-interval {STEPS} --seed 26
 """.split()
+
+
+def batch_of(size: int) -> list[str]:
+    """``size`` sequences a step, over as many steps."""
+    samples = str(size * STEPS)
+    return [
+        *("--global-batch-size", str(size)),
+        *("--train-samples", samples, "--lr-decay-samples", samples),
+    ]
+
+
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1".split()
 EP2 = "--expert-model-parallel-size 2".split()
 PP2 = "--pipeline-model-parallel-size 2".split()
@@ -80,30 +93,36 @@ LAYOUTS = {
 ALL = [name for layouts in LAYOUTS.values() for name in layouts]
 
 
-def _case(root: Path, name: str, base: Path | None, flags: list[str], inject: bool) -> dict:
-    save = root / re.sub(r"\W", "_", f"{name} {'injected' if inject else 'real'}")
+def _case(
+    root: Path, name: str, base: Path | None, flags: list[str], inject: bool, batch: int = BATCH
+) -> dict:
+    """With gradients injected their number is of no account, so that there is one of each kind."""
+    save = _directory(root, name, "injected" if inject else "real")
     load = ["--load", str(base), "--finetune"] if base else []
-    return {"flags": [*MODEL, *flags, "--save", str(save), *load], "inject": inject}
+    return {
+        "flags": [*MODEL, *batch_of(batch), *flags, "--save", str(save), *load],
+        "inject": inject,
+    }
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def runs(request, tmp_path_factory) -> Path:
-    """All cases, three start-ups in all; every layout starts from the same one-rank checkpoint."""
+    """All cases, four start-ups in all; every layout starts from the same one-rank checkpoint."""
     root = tmp_path_factory.mktemp("layouts")
     base = _case(root, "base", None, ["--train-samples", str(BATCH), "--save-interval", "1"], False)
-    start = Path(base["flags"][base["flags"].index("--save") + 1])
+    start = _directory(root, "base", "real")
     references = [
-        _case(root, "one rank", start, [], False) | {"watch_margin": True},
-        _case(root, "one rank", start, [], True),
-        _case(root, "one rank AdamW", start, ADAM, False),
-        _case(root, "one rank AdamW", start, ADAM, True),
-        _case(root, "one rank per head", start, PER_HEAD, False),
-        _case(root, "one rank per head", start, PER_HEAD, True),
+        _case(root, _reference("", world_size), start, [], False, batch) | {"watch_margin": True}
+        for world_size, batch in BATCHES.items()
     ]
+    for kind, flags in {"": [], "AdamW": ADAM, "per head": PER_HEAD}.items():
+        references.append(_case(root, _reference(kind), start, flags, True, 1))
+    references.append(_case(root, _reference("AdamW", 2), start, ADAM, False, BATCHES[2]))
+    references.append(_case(root, _reference("per head", 4), start, PER_HEAD, False, BATCHES[4]))
     run_ranks("tests.parallel.worker", 1, [base, *references], root / "logs1", request.param)
     for world_size, layouts in LAYOUTS.items():
         cases = [
-            _case(root, name, start, flags, inject)
+            _case(root, name, start, flags, inject, world_size if inject else BATCHES[world_size])
             for name, flags in layouts.items()
             for inject in (False, True)
         ]
@@ -116,10 +135,21 @@ def _directory(root: Path, name: str, kind: str) -> Path:
     return root / re.sub(r"\W", "_", f"{name} {kind}")
 
 
-def _reference(name: str) -> str:
-    if "per head" in name:
-        return "one rank per head"
-    return "one rank AdamW" if "AdamW" in name else "one rank"
+def _reference(layout: str, world_size: int | None = None) -> str:
+    """One rank's run for a layout: with its batch, or of injected gradients."""
+    kind = next((kind for kind in ("AdamW", "per head") if kind in layout), "")
+    batch = f"batch {BATCHES[world_size]}" if world_size else ""
+    return f"one rank {kind} {batch}"
+
+
+def _world_size(layout: str) -> int:
+    return next(size for size, layouts in LAYOUTS.items() if layout in layouts)
+
+
+def _real(runs: Path, layout: str) -> tuple[Path, Path]:
+    """Directories of a layout's run and of one rank's."""
+    reference = _reference(layout, _world_size(layout))
+    return _directory(runs, layout, "real"), _directory(runs, reference, "real")
 
 
 def _tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -159,7 +189,7 @@ def test_injected_gradients_leave_weights_and_momentum_bit_equal(runs, layout):
 
 @pytest.mark.parametrize("layout", ALL)
 def test_five_steps_equal_one_rank(runs, layout, record_property):
-    found, expected = (_directory(runs, n, "real") for n in (layout, _reference(layout)))
+    found, expected = _real(runs, layout)
     losses = [[r.loss for r in read_records(d / METRICS_FILE)] for d in (found, expected)]
     relative = [abs(a - b) / b for a, b in zip(*losses, strict=True)]
     assert max(relative) < 1e-6, f"{layout}: losses differ by {max(relative):.1e}: {losses}"
@@ -177,18 +207,17 @@ def test_five_steps_equal_one_rank(runs, layout, record_property):
 @pytest.mark.parametrize("layout", [name for name in ALL if "AdamW" not in name])
 def test_both_gradient_norms_equal_one_rank(runs, layout):
     """Each element counted once, whatever is replicated over whom."""
-    records = [
-        read_records(_directory(runs, name, "real") / METRICS_FILE)
-        for name in (layout, _reference(layout))
-    ]
+    records = [read_records(directory / METRICS_FILE) for directory in _real(runs, layout)]
     for found, expected in zip(*records, strict=True):
         assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
         assert found.adamw_grad_norm == pytest.approx(expected.adamw_grad_norm, rel=1e-5)
         assert 0 < expected.adamw_grad_norm < expected.grad_norm
 
 
-def test_no_route_is_close_enough_to_flip_on_rounding(runs):
-    margin = json.loads((_directory(runs, "one rank", "real") / "margin.json").read_text())
+@pytest.mark.parametrize("world_size", BATCHES)
+def test_no_route_is_close_enough_to_flip_on_rounding(runs, world_size):
+    reference = _directory(runs, _reference("", world_size), "real")
+    margin = json.loads((reference / "margin.json").read_text())
     assert margin > 1e-6, f"smallest gap between chosen and rejected scores: {margin:.1e}"
 
 
@@ -197,5 +226,5 @@ def test_a_step_changes_far_more_than_the_tolerance(runs):
     key = "decoder.layers.1.mlp.router.weight"
     before = {key: torch.empty(8, 64)}
     _load(before, _directory(runs, "base", "real") / "iter_0000001")
-    after = _tensors(_directory(runs, "one rank", "real"))
+    after = _tensors(_directory(runs, _reference("", 2), "real"))
     assert (after[key] - before[key]).abs().max() > 1e-4

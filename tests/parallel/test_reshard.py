@@ -6,6 +6,7 @@ the save. Pairs cover EP=1 to EP=2 and back, ragged ZeRO shards, tensor and pipe
 bucket and many. Not exercised: bf16 masters, virtual stages.
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -13,7 +14,18 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from tests.parallel.test_layouts import EP2, MODEL, OVERLAP, PP2, STEPS, TP2, ZERO, _load
+from tests.parallel.test_layouts import (
+    BATCH,
+    EP2,
+    MODEL,
+    OVERLAP,
+    PP2,
+    STEPS,
+    TP2,
+    ZERO,
+    _load,
+    batch_of,
+)
 from tests.support.distributed import BACKENDS, run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -35,8 +47,9 @@ def _directory(root: Path, pair: str, half: str) -> Path:
     return root / re.sub(r"\W", "_", f"{pair} {half}")
 
 
-def _case(save: Path, load: Path, layout: list[str], *extra: str) -> dict:
-    flags = [*MODEL, *ZERO, *layout, "--save", str(save), "--load", str(load), *extra]
+def _case(save: Path, load: Path, batch: int, layout: list[str], *extra: str) -> dict:
+    places = ["--save", str(save), "--load", str(load)]
+    flags = [*MODEL, *ZERO, *batch_of(batch), *layout, *places, *extra]
     return {"flags": flags, "inject": True}
 
 
@@ -47,23 +60,22 @@ def root(request, tmp_path_factory) -> Path:
     first: dict[int, list[dict]] = {1: [], 2: [], 3: [], 4: []}
     second: dict[int, list[dict]] = {1: [], 2: [], 3: [], 4: []}
     whole = root / "whole"
-    one = ["--train-samples", "12", "--save-interval", "1"]
+    one = ["--train-samples", str(BATCH), "--save-interval", "1"]
     first[1] = [
         {"flags": [*MODEL, *ZERO, *one, "--save", str(start)]},
-        _case(whole, start, [], "--finetune"),
+        _case(whole, start, 1, [], "--finetune"),
     ]
     stop = ["--finetune", "--exit-interval", str(SAVED_AT), "--save-interval", str(SAVED_AT)]
     for pair, ((before, layout), (after, other)) in PAIRS.items():
         a, b = (_directory(root, pair, half) for half in ("first", "second"))
-        first[before].append(_case(a, start, layout, *stop))
-        second[after].append(_case(b, a, other))
+        batch = math.lcm(before, after)  # gradients are injected: it need only divide
+        first[before].append(_case(a, start, batch, layout, *stop))
+        second[after].append(_case(b, a, batch, other))
     for half, phases in enumerate((first, second)):
         for world_size, cases in phases.items():
-            # --exit-interval ends the process: what is to be saved midway has one of its own
-            for number, batch in enumerate([[c] for c in cases] if half == 0 else [cases]):
-                logs = root / f"logs{half}_{world_size}_{number}"
-                if batch:
-                    run_ranks("tests.parallel.worker", world_size, batch, logs, request.param)
+            if cases:
+                logs = root / f"logs{half}_{world_size}"
+                run_ranks("tests.parallel.worker", world_size, cases, logs, request.param)
     return root
 
 

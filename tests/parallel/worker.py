@@ -6,14 +6,13 @@ global name and position, so that any layout's optimizer sees the same numbers.
 """
 
 import json
-import os
 import sys
 import zlib
 from pathlib import Path
 
 import torch
 
-from tests.support.distributed import free_port
+from tests.support.cases import run_each
 
 
 def _box(sharded, key_suffix: str) -> torch.Tensor:
@@ -94,10 +93,9 @@ def run_case(case: dict) -> None:
     import megatron_k2.training.hooks as hooks_module
     from megatron_k2.training.pretrain import run
 
-    original = hooks_module.TrainingHooks
     margins: list[float] = []
 
-    class Instrumented(original):
+    class Instrumented(hooks_module.TrainingHooks):
         def get_optimizer(self, factory, config, model, **kwargs):
             optimizer = super().get_optimizer(factory, config, model, **kwargs)
             if case.get("watch_margin"):
@@ -113,38 +111,14 @@ def run_case(case: dict) -> None:
             return optimizer
 
     hooks_module.TrainingHooks = Instrumented
-    try:
-        run([*case["flags"], "--console", "megatron"])
-    finally:
-        hooks_module.TrainingHooks = original
-        reset_megatron()
+    run([*case["flags"], "--console", "megatron"])
     if case.get("watch_margin"):
         save = Path(case["flags"][case["flags"].index("--save") + 1])
         (save / "margin.json").write_text(json.dumps(min(margins)))
 
 
-def reset_megatron() -> None:
-    """Forget the last run and its process groups: gloo keeps threads for each of them."""
-    import megatron.training.training as training
-    from megatron.core import parallel_state
-    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
-    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-
-    training.destroy_global_state()
-    destroy_num_microbatches_calculator()
-    destroy_rerun_state_machine()
-    destroy_moe_metrics_tracker()
-    parallel_state.destroy_model_parallel()
-    port = [free_port()]
-    torch.distributed.broadcast_object_list(port, src=0)
-    torch.distributed.destroy_process_group()
-    os.environ["MASTER_PORT"] = str(port[0])
-
-
 def main() -> None:
-    for case in json.loads(Path(sys.argv[1]).read_text()):
-        run_case(case)
+    run_each(run_case, json.loads(Path(sys.argv[1]).read_text()))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.parallel.worker import reset_megatron
+from tests.support.cases import run_each
 
 PAYLOAD = {
     "all_to_all_single": lambda a, k: a[1] if len(a) > 1 else k["input"],
@@ -71,7 +71,7 @@ class Watch:
 
 
 def _record_order(order):
-    """Wrap Megatron's two step functions of the pipeline; returns what undoes it."""
+    """Wrap Megatron's two step functions of the pipeline."""
     from megatron.core.pipeline_parallel import schedules
 
     forward, backward = schedules.forward_step, schedules.backward_step
@@ -92,20 +92,14 @@ def _record_order(order):
 
     schedules.forward_step, schedules.backward_step = forward_step, backward_step
 
-    def undo():
-        schedules.forward_step, schedules.backward_step = forward, backward
-
-    return undo
-
 
 def run_case(case: dict) -> None:
     import megatron_k2.training.hooks as hooks_module
     from megatron_k2.training.pretrain import run
 
     order, watch = [], Watch()
-    original = hooks_module.TrainingHooks
 
-    class Instrumented(original):
+    class Instrumented(hooks_module.TrainingHooks):
         def get_optimizer(self, factory, config, model, **kwargs):
             optimizer = super().get_optimizer(factory, config, model, **kwargs)
             inner = optimizer.step
@@ -121,21 +115,15 @@ def run_case(case: dict) -> None:
             return optimizer
 
     hooks_module.TrainingHooks = Instrumented
-    undo = _record_order(order)
-    try:
-        with watch:
-            run([*case["flags"], "--console", "megatron"])
-    finally:
-        undo()
-        hooks_module.TrainingHooks = original
-    reset_megatron()
+    _record_order(order)
+    with watch:
+        run([*case["flags"], "--console", "megatron"])
     path = Path(case["out"]) / f"{case['name']}-{os.environ['RANK']}.json"
     path.write_text(json.dumps({"order": order, "bytes": watch.bytes}))
 
 
 def main() -> None:
-    for case in json.loads(Path(sys.argv[1]).read_text()):
-        run_case(case)
+    run_each(run_case, json.loads(Path(sys.argv[1]).read_text()))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Run a test's module on several ranks: one start-up of Megatron for many cases."""
 
+import atexit
 import contextlib
 import functools
 import json
@@ -9,10 +10,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from megatron_k2.host.repairs import installed_version
 from tests.support.paths import REPOSITORY
@@ -67,6 +70,14 @@ class Template:
             text=True,
         )
 
+        atexit.register(self.end)
+
+    def end(self) -> None:
+        """Wait for it, so that its CPU seconds and its ranks' are counted with this process's."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
     def ask(self, request: dict) -> dict:
         """One request, its answer."""
         assert self.process.stdin is not None
@@ -89,9 +100,12 @@ def start_ranks(
     log_dir: Path,
     backend: str = "gloo",
     first_on_path: Path | None = None,
+    stores: Sequence[TCPStore] = (),
 ):
     """Start ``python -m module arguments`` on every rank; their output goes to ``log_dir``.
 
+    Rank 0 hosts the store in which they meet, or, as torchrun would, this process: the first of
+    ``stores``; the others are for further cases (``tests.support.cases``).
     With ``gloo`` the ranks see no GPU, so they run on CPU on any machine; with ``nccl`` each takes
     one, and the test skips where there are too few. Packages in ``first_on_path`` come before the
     installed ones. Ranks are forked from a process that has Megatron imported, except where that
@@ -101,7 +115,7 @@ def start_ranks(
     if backend == "nccl" and torch.cuda.device_count() < world_size:
         pytest.skip(f"{world_size} GPUs needed, {torch.cuda.device_count()} here")
     log_dir.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    ports = [str(store.port) for store in stores] or [str(free_port())]
     ranks = []
     for rank in range(world_size):
         environment = os.environ | {
@@ -109,10 +123,13 @@ def start_ranks(
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": ports[0],
+            "CASE_PORTS": ",".join(ports),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(map(str, filter(None, [first_on_path, REPOSITORY]))),
         }
+        if stores:
+            environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         log = log_dir / f"rank{rank}.log"
         if backend == "gloo":
             environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -156,7 +173,7 @@ def wait_for(processes, log_dir: Path, timeout: float = 600.0) -> None:
             rank = failed[0] if failed else 0
             tail = (log_dir / f"rank{rank}.log").read_text()[-3000:]
             raise AssertionError(f"rank {rank} {'failed' if failed else 'timed out'}:\n{tail}")
-        time.sleep(0.1)
+        time.sleep(0.02)
     for rank, process in enumerate(processes):
         assert process.returncode == 0, (log_dir / f"rank{rank}.log").read_text()[-3000:]
 
@@ -169,9 +186,17 @@ def run_ranks(
     backend: str = "gloo",
     first_on_path: Path | None = None,
 ) -> None:
-    """Run ``module`` on ``world_size`` ranks with one JSON file as its argument."""
+    """Run ``module`` on ``world_size`` ranks with one JSON file as its argument.
+
+    A worker of many cases runs each in a process of its own: ``tests.support.cases.run_each``.
+    """
     log_dir.mkdir(parents=True, exist_ok=True)
     path = log_dir / "payload.json"
     path.write_text(json.dumps(payload))
-    ranks = start_ranks(module, world_size, [str(path)], log_dir, backend, first_on_path)
+    num_cases = len(payload) if isinstance(payload, list) else 1
+    stores = [
+        TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(num_cases)
+    ]
+    arguments = [str(path)]
+    ranks = start_ranks(module, world_size, arguments, log_dir, backend, first_on_path, stores)
     wait_for(ranks, log_dir)

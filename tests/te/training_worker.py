@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from tests.support.cases import run_each
+
 
 def _fp8_weights(model):
     """Name -> codes, inverse scales and value of each parameter that is kept in FP8."""
@@ -51,7 +53,6 @@ def run_case(case: dict) -> None:
     import megatron_k2.flags.megatron as flags_module
     import megatron_k2.optimizer.sharded.optimizer as distributed
     from megatron_k2.training.pretrain import run
-    from tests.parallel.worker import reset_megatron
 
     clip = distributed.DistributedMuonClip._qk_clip
     copy_masters = distributed.DistributedMuonClip._copy_main_params_to_model_params
@@ -78,23 +79,16 @@ def run_case(case: dict) -> None:
 
     if "--fine-grained-activation-offloading" in case["flags"]:
         _let_a_cpu_offload()
-    cpu_flags = flags_module.CPU_FLAGS
     if case["record"]:  # FP8 primary weights start from what the GPU initialised, see check_fp8
-        flags_module.CPU_FLAGS = [f for f in cpu_flags if f != "--use-cpu-initialization"]
+        kept = [f for f in flags_module.CPU_FLAGS if f != "--use-cpu-initialization"]
+        flags_module.CPU_FLAGS = kept
         distributed.DistributedMuonClip._qk_clip = recorded_clip
         distributed.DistributedMuonClip._copy_main_params_to_model_params = recorded_copy
     try:
         run([*case["flags"], "--console", "megatron"])
-    except SystemExit as end:  # how Megatron stops at --exit-interval
-        if end.code:
-            raise
-    finally:
-        flags_module.CPU_FLAGS = cpu_flags
-        distributed.DistributedMuonClip._qk_clip = clip
-        distributed.DistributedMuonClip._copy_main_params_to_model_params = copy_masters
-    reset_megatron()  # asks the other ranks, so not after an error here
-    if case["record"]:
-        torch.save(_on_cpu(record), case["record"])
+    finally:  # Megatron stops at --exit-interval by an exit
+        if case["record"]:
+            torch.save(_on_cpu(record), case["record"])
 
 
 def main() -> None:
@@ -103,8 +97,7 @@ def main() -> None:
 
     choose_scale_format("blockwise")
     prepare()
-    for case in json.loads(Path(sys.argv[1]).read_text()):
-        run_case(case)
+    run_each(run_case, json.loads(Path(sys.argv[1]).read_text()))
 
 
 if __name__ == "__main__":

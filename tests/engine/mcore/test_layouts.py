@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy, pad
 
 from tests.engine.mcore.worker import NEW_TOKENS, SEQ_LENGTH, answers
+from tests.support.checkpoint_writer import fork_result_queue
 from tests.support.distributed import run_ranks
 from tests.support.single_rank import SMALL, arguments, build, one_rank, randomise
 
@@ -34,6 +35,7 @@ PROMPT = RANDOM.integers(0, 97, 9).tolist()
 def _save_checkpoint(run) -> None:
     from megatron.core import dist_checkpointing
 
+    fork_result_queue()
     with one_rank():
         model = build(PRESET, "--preset", "k2-tiny")
         randomise(model)

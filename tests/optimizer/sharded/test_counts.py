@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from tests.parallel.test_layouts import EP2, MODEL, OVERLAP, TP2, ZERO
+from tests.parallel.test_layouts import BATCH, EP2, MODEL, OVERLAP, TP2, ZERO
 from tests.support.distributed import run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -28,7 +28,7 @@ UPSTREAM_READS = {
 @pytest.fixture(scope="module", params=LAYOUTS)
 def counts(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
-    steps = ["--train-samples", str(12 * STEPS)]
+    steps = ["--train-samples", str(BATCH * STEPS)]
     case = {"flags": [*MODEL, *LAYOUTS[request.param], *steps], "out": str(root)}
     run_ranks("tests.optimizer.sharded.counting_worker", 4, case, root / "logs")
     return [json.loads((root / f"counts{rank}.json").read_text()) for rank in range(4)]
