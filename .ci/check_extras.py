@@ -1,7 +1,7 @@
 """Each extra of setup.py in a fresh environment: it installs, and what it is for starts to work.
 
     make test-extras                              # all of them, one after another
-    python .ci/check_extras.py nemo launch    # some; "base" is the package without any
+    python .ci/check_extras.py nemo launch       # some; "base" is the package without any
 
 Standard library only. The wheel is built once from this checkout; an environment (3 to 7 GB) lies
 under ``.venv-extras/`` and is deleted before the next one is made. Prints one line an extra, for
