@@ -73,17 +73,22 @@ class Template:
         atexit.register(self.end)
 
     def end(self) -> None:
-        """Wait for it, so that its CPU seconds and its ranks' are counted with this process's."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        """Wait for it, so that its CPU seconds and its ranks' are counted with this process's.
+
+        A closed pipe would not do: what this process forked holds it open too.
+        """
+        self._send({"end": True})
         self.process.wait()
+
+    def _send(self, request: dict) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
 
     def ask(self, request: dict) -> dict:
         """One request, its answer."""
-        assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
+        self._send(request)
         return json.loads(self.process.stdout.readline())
 
 

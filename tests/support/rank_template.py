@@ -5,7 +5,8 @@ answers so:
 
 - ``{"module", "arguments", "environment", "log"}`` starts ``python -m module arguments`` in a
   process group of its own, its output in ``log``: ``{"pid"}``;
-- ``{"poll": pid}``: ``{"code"}``, ``null`` while it runs.
+- ``{"poll": pid}``: ``{"code"}``, ``null`` while it runs;
+- ``{"end": true}`` ends it, without an answer.
 
 Nothing of CUDA may be touched before the fork, so only imports are done here.
 """
@@ -72,6 +73,8 @@ def serve() -> None:
     # Not by iterating over sys.stdin: a fork must not inherit lines read ahead.
     while line := sys.stdin.buffer.raw.readline():
         request = json.loads(line)
+        if "end" in request:
+            return None
         if "poll" in request:
             pid = request["poll"]
             if pid not in codes:
