@@ -78,18 +78,20 @@ def test_command_line_prints_the_largest_differences_and_answers_by_exit_code(fo
     assert "same argmax 100.00%" in capsys.readouterr().out
     other = ["verify", str(folder / "changed"), str(folder / "bf16")]
     assert main(other) == 1
-    assert f"| {NAME} |" in capsys.readouterr().out
+    assert NAME in capsys.readouterr().out.split()
     assert main([*other, "--only", "layers.0-1"]) == 0
 
 
 def test_inspect_tells_either_kind_without_reading_weights(folder, capsys):
     assert main(["inspect", str(folder / "fp8")]) == 0
     out = capsys.readouterr().out
-    assert "| model.layers.*.mlp.experts.*.up_proj.weight | 8 | [20, 32] | float8_e4m3fn |" in out
+    row = ["model.layers.*.mlp.experts.*.up_proj.weight", "8", "[20,", "32]", "float8_e4m3fn"]
+    assert row in [line.split()[:5] for line in out.splitlines()]
     assert "115 tensors" in out
     assert main(["inspect", str(folder / "megatron")]) == 0
     out = capsys.readouterr().out
-    assert "| output_layer.weight | 1 | [61, 32] | bfloat16 |" in out
+    row = ["output_layer.weight", "1", "[61,", "32]", "bfloat16"]
+    assert row in [line.split()[:5] for line in out.splitlines()]
     assert "TP1 PP1 CP1 EP1 world1" in out
 
 
