@@ -1,4 +1,4 @@
-"""A campaign's short form: few draws of it, every time the tests run. The full ones print tables."""
+"""A campaign's short form: a few draws, whenever the tests run. The full ones print tables."""
 
 import pytest
 
