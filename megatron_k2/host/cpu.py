@@ -258,6 +258,33 @@ def _initialize_believing_in_cuda(original: Callable[..., Any]) -> Callable[...,
     return initialize
 
 
+def _warming_up_unsplit(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The warm-up of fused functions, which draws as many random numbers at any TP and CP.
+
+    It fills tensors of a rank's own sizes from what is here the generator of the initial weights
+    too (``training/initialize.py:497``): a fresh start at TP2 began with other weights than at TP1.
+    """
+
+    def warm_up(tp_size: int | None = None) -> Any:
+        from megatron.training import get_args
+
+        del tp_size
+        args = get_args()
+        unsplit = {
+            "tensor_model_parallel_size": 1,
+            "context_parallel_size": 1,
+            "sequence_parallel": False,
+        }
+        before = {name: getattr(args, name) for name in unsplit}
+        vars(args).update(unsplit)
+        try:
+            return original(tp_size=1)
+        finally:
+            vars(args).update(before)
+
+    return warm_up
+
+
 def _megatron_redirections() -> list[Redirection]:
     import megatron.training.training as training
 
@@ -292,6 +319,11 @@ def _megatron_redirections() -> list[Redirection]:
             "megatron.training.training.initialize_megatron",
             _initialize_believing_in_cuda(training.initialize_megatron),
             "training/training.py:1091",
+        ),
+        Redirection(
+            "megatron.training.training.set_jit_fusion_options",
+            _warming_up_unsplit(training.set_jit_fusion_options),
+            "training/training.py:1117",
         ),
     ]
 

@@ -3,6 +3,7 @@
 Upstream deprecates ``GPTModel`` in favour of ``HybridModel``; the move is confined to this file.
 """
 
+import contextlib
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any, ClassVar, override
@@ -22,17 +23,20 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron_k2.fp8.storage import store_activations
 from megatron_k2.model.moe import BalancedFinalize
 from megatron_k2.model.spec import decoder_block_spec, mtp_block_spec
+from megatron_k2.model.vocabulary import UnpaddedDraws, mask_output_layer
 
 
 @dataclass(kw_only=True)
 class K2ModelConfig(GPTModelConfig):
-    """Megatron's model config with the one number of MLA that it lacks."""
+    """Megatron's model config with what it lacks; its ``vocab_size`` is the padded one."""
 
     builder: ClassVar[str] = "megatron_k2.model.build.K2ModelBuilder"
     latent_norm_epsilon: float = 1e-6
     """Epsilon of the RMSNorms on q's and kv's latents; the released modeling code has 1e-6."""
     fp8_activation_storage: bool = False
     """Keep two kinds of activations in FP8 for backward, see ``fp8/storage.py``."""
+    num_ids: int | None = None
+    """Ids of the vocabulary that exist, the others are padding; ``None``: all."""
 
 
 class K2ModelBuilder(GPTModelBuilder):
@@ -59,6 +63,7 @@ class K2ModelBuilder(GPTModelBuilder):
         model = build_gpt_model(
             config.transformer,
             vocab_size=config.vocab_size,
+            num_ids=config.num_ids,
             max_sequence_length=config.seq_length,
             rotary_base=config.rotary_base,
             latent_norm_epsilon=config.latent_norm_epsilon,
@@ -76,6 +81,7 @@ def build_gpt_model(
     config: MLATransformerConfig,
     *,
     vocab_size: int,
+    num_ids: int | None = None,
     max_sequence_length: int,
     rotary_base: float,
     latent_norm_epsilon: float = 1e-6,
@@ -84,26 +90,50 @@ def build_gpt_model(
     post_process: bool = True,
     vp_stage: int | None = None,
 ) -> GPTModel:
-    """One stage of a K2 model; ``vocab_size`` is already padded for tensor parallelism."""
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=decoder_block_spec(
-            config, vp_stage=vp_stage, latent_norm_epsilon=latent_norm_epsilon
-        ),
-        mtp_block_spec=mtp_block_spec(
-            config, vp_stage=vp_stage, latent_norm_epsilon=latent_norm_epsilon
-        ),
-        vocab_size=vocab_size,
-        max_sequence_length=max_sequence_length,
-        parallel_output=True,
-        share_embeddings_and_output_weights=False,
-        position_embedding_type="rope",
-        rotary_base=int(rotary_base),
-        pre_process=pre_process,
-        post_process=post_process,
-        pg_collection=pg_collection,
-        vp_stage=vp_stage,
-    )
+    """One stage of a K2 model.
+
+    Args:
+        config: of the transformer.
+        vocab_size: rows of embedding and output layer, already padded for tensor parallelism.
+        num_ids: of them those that exist, see ``model/vocabulary.py``; ``None``: all.
+        max_sequence_length: tokens.
+        rotary_base: of the rotary embedding.
+        latent_norm_epsilon: of the norms on q's and kv's latents.
+        pg_collection: the groups; ``None``: Megatron's global ones.
+        pre_process: whether the stage holds the embedding.
+        post_process: whether it holds the output layer.
+        vp_stage: the virtual stage.
+    """
+    num_ids = vocab_size if num_ids is None else num_ids
+    draws: UnpaddedDraws | None = None
+    if num_ids < vocab_size and config.use_cpu_initialization and config.perform_initialization:
+        draws = UnpaddedDraws(config, num_ids, vocab_size)
+    with contextlib.nullcontext() if draws is None else draws.while_building():
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=decoder_block_spec(
+                config, vp_stage=vp_stage, latent_norm_epsilon=latent_norm_epsilon
+            ),
+            mtp_block_spec=mtp_block_spec(
+                config, vp_stage=vp_stage, latent_norm_epsilon=latent_norm_epsilon
+            ),
+            vocab_size=vocab_size,
+            max_sequence_length=max_sequence_length,
+            parallel_output=True,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="rope",
+            rotary_base=int(rotary_base),
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+    if post_process:
+        rank = model.tp_group.rank()
+        mask_output_layer(model.output_layer, num_ids, rank)
+        if draws is not None:
+            draws.fill_output_layer(model.output_layer, rank)
+    return model
 
 
 def model_config_from_args(args: Namespace) -> K2ModelConfig:
@@ -113,6 +143,7 @@ def model_config_from_args(args: Namespace) -> K2ModelConfig:
     config: Any = gpt_config_from_args(args, model_config_cls=K2ModelConfig)
     config.latent_norm_epsilon = args.latent_norm_epsilon
     config.fp8_activation_storage = args.fp8_activation_storage
+    config.num_ids = args.vocab_size
     transformer = config.transformer
     if args.fp8_activation_storage:
         # SwiGLU as one operation, which saves its input and nothing else; the CPU's flags have it

@@ -72,13 +72,17 @@ def arguments(preset: ModelPreset, *extra: str, yarn: bool = False):
     return args
 
 
-def build(preset: ModelPreset, *extra: str, yarn: bool = False):
-    """The whole model on this rank, from flags."""
+def build(
+    preset: ModelPreset, *extra: str, yarn: bool = False, padded_vocab_size: int | None = None
+):
+    """The whole model on this rank, from flags; its vocabulary padded where asked for."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_k2.model.build import K2ModelBuilder, model_config_from_args
 
-    config = model_config_from_args(arguments(preset, *extra, yarn=yarn))
+    args = arguments(preset, *extra, yarn=yarn)
+    args.padded_vocab_size = padded_vocab_size or args.padded_vocab_size
+    config = model_config_from_args(args)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return K2ModelBuilder(config).build_model(groups)
 

@@ -83,13 +83,8 @@ class InferenceModel:
             )
 
     def token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """-ln p(label), [b, s / CP] fp32, over the V ids that exist.
-
-        Padding columns are taken out of the softmax: their weights are not the checkpoint's where
-        another TP pads the vocabulary to another size.
-        """
-        logits = _mask_padding(logits.float(), self.vocab_size)
-        return tensor_parallel.vocab_parallel_cross_entropy(logits, labels)
+        """-ln p(label), [b, s / CP] fp32, over the V ids: the padding's logits are -inf."""
+        return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels)
 
     def whole_logits(self, tokens: Tensor, positions: slice = slice(None)) -> Tensor:
         """Logits of the same tokens on every rank, [b, positions, V] fp32, whatever the layout.
@@ -119,14 +114,6 @@ class InferenceModel:
         self.run([{"tokens": tokens}], collect)
         dist.all_reduce(whole)
         return whole
-
-
-def _mask_padding(logits: Tensor, vocab_size: int) -> Tensor:
-    first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-    if first + logits.shape[-1] <= vocab_size:
-        return logits
-    columns = torch.arange(first, first + logits.shape[-1], device=logits.device)
-    return logits.masked_fill(columns >= vocab_size, -torch.inf)
 
 
 def _on_this_cp_rank(batch: dict[str, Tensor]) -> dict[str, Tensor]:
