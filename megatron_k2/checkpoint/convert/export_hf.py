@@ -37,6 +37,7 @@ from megatron_k2.checkpoint.hf.config import (
     preset_from_args,
     without_yarn,
 )
+from megatron_k2.checkpoint.hf.language_model import language_config
 from megatron_k2.checkpoint.hf.model_card import model_card
 from megatron_k2.checkpoint.hf.preset import config_like
 from megatron_k2.checkpoint.hf.quantization import BlockFp8, quantization_like
@@ -158,7 +159,9 @@ def export(
     source_release = find_source_release(megatron_dir, source, options.source_release)
     files = files_along(options.tokenizer, source_release)
     preset = settle_preset(source.args, options.preset, options.use_yarn)
-    template = None if source_release is None else read_json(source_release / "config.json")
+    template = None
+    if source_release is not None:
+        template = language_config(read_json(source_release / "config.json"))
     fp8 = quantization_like(template) if options.dtype == "fp8" else None
     config = _config(source, preset, options, template, fp8)
     require_clean(source.shapes, preset, only=options.only)

@@ -21,6 +21,10 @@ _VALUES: dict[str, tuple[Any, ...]] = {
 _MODULE_LISTS = ("modules_to_not_convert", "ignored_layers")
 """By transformers' name and by another that it takes."""
 
+PACKED_SUFFIX = ".weight_packed"
+"""Of a tensor of compressed-tensors: several integers in each int32."""
+UNPACK_FIRST = "dequantise it to bf16 first, or take a bf16 or block FP8 release"
+
 
 @dataclass(frozen=True)
 class BlockFp8:
@@ -61,8 +65,7 @@ def require_block_fp8(said: Any) -> None:
     if said.get("quant_method") == "compressed-tensors":
         raise UserError(
             f"config.json: quantization_config is compressed-tensors, format {said.get('format')!r}"
-            " (K2-Thinking's int4), which is not read; dequantise it to bf16 first, or take a bf16 "
-            "or block FP8 release"
+            f" (K2-Thinking and K2.5 have int4 so), which is not read; {UNPACK_FIRST}"
         )
     found = {"fmt": _REQUIRED["fmt"]} | said
     if any(found.get(key) != value for key, value in _REQUIRED.items()):

@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_k2.checkpoint.block_fp8.layout import SCALE_SUFFIX
 from megatron_k2.checkpoint.hf.downloads import find_release, other_formats, require_file
+from megatron_k2.checkpoint.hf.language_model import language_config, language_tensors
 from megatron_k2.checkpoint.names.rules import IGNORED_HF_SUFFIXES
 from megatron_k2.checkpoint.stream.mapped_files import MappedFiles, bring_in
 from megatron_k2.checkpoint.stream.rows import BY_SAFETENSORS_NAME, Dtype, Rows
@@ -69,12 +70,18 @@ class HfSource:
                 first = self.stored[min(twice)].file
                 raise UserError(f"{directory}: '{min(twice)}' is in {first} and in {file}")
             self.stored |= {name: header[name] for name in wanted}
+        self.left_out: tuple[str, ...] = ()
+        """Tensors of other models than the language model, in ``stored`` under its own names."""
+        part = language_tensors(self.stored)
+        self.is_part = part is not None
+        if part is not None:
+            self.stored, self.left_out = part
         self._files = MappedFiles()
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """The parsed ``config.json`` of the release."""
-        return read_json(self.directory / "config.json")
+        """The parsed ``config.json`` of the release, that of its language model."""
+        return language_config(read_json(self.directory / "config.json"))
 
     @property
     def weights(self) -> dict[str, HfTensor]:

@@ -5,8 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_k2.checkpoint.hf.language_model import listed_parts
 from megatron_k2.checkpoint.hf.preset import preset_from_hf
+from megatron_k2.checkpoint.hf.quantization import PACKED_SUFFIX, UNPACK_FIRST
 from megatron_k2.checkpoint.hf.reader import HfSource
+from megatron_k2.errors import UserError
 from megatron_k2.presets import ModelPreset
 
 
@@ -32,8 +35,21 @@ def open_release(directory: Path, preset_name: str | None = None) -> Release:
     """
     source = HfSource(directory)
     preset = preset_from_hf(source.config, preset_name)
+    _refuse_packed(source)
     preset, notes = _without_absent_predictions(preset, source.stored)
+    if source.left_out:
+        notes += (f"not of the language model, left out: {listed_parts(source.left_out)}",)
     return Release(source, preset, notes)
+
+
+def _refuse_packed(source: HfSource) -> None:
+    """Weights of compressed-tensors where ``config.json`` does not say so."""
+    packed = [name for name in source.stored if name.endswith(PACKED_SUFFIX)]
+    if packed:
+        raise UserError(
+            f"{source.directory}: '{packed[0]}' and {len(packed) - 1} more are packed integers of "
+            f"compressed-tensors, though config.json has no quantization_config; {UNPACK_FIRST}"
+        )
 
 
 def _without_absent_predictions(

@@ -3,8 +3,8 @@
 ``config.json`` goes to transformers as it lies there; only ``model_type`` becomes ``deepseek_v3``,
 for transformers has no ``kimi_k2`` without the release's code, and ``quantization_config`` is left
 out. bf16 and fp32 files are read by transformers too. It cannot dequantise every block FP8 release
-(``docs/checkpoints.md``), so of those the weights are read by ``verify.compare`` and named as the
-model in memory names them.
+(``docs/checkpoints.md``) and takes no language model out of a larger one, so of those the weights
+are read by ``verify.compare`` and named as the model in memory names them.
 """
 
 from collections.abc import Iterator
@@ -33,10 +33,12 @@ def reference_model(source: HfSource) -> "tuple[DeepseekV3ForCausalLM, dict[str,
     from transformers.utils import logging
 
     config = _untouched_config(source)
-    if source.is_fp8 or not _is_laid_out_as_transformers_writes(source.directory):
+    if source.is_fp8 or source.is_part or not _is_laid_out_for_transformers(source.directory):
         model = DeepseekV3ForCausalLM(config)
         model.load_state_dict(dict(_fused_state(HfWeights(source), list(model.state_dict()))))
         return model.eval(), {}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it lists prediction layers, which it has no use for
     logging.disable_progress_bar()
     try:
         model, info = DeepseekV3ForCausalLM.from_pretrained(
@@ -44,10 +46,11 @@ def reference_model(source: HfSource) -> "tuple[DeepseekV3ForCausalLM, dict[str,
         )
     finally:
         logging.enable_progress_bar()
+        logging.set_verbosity(verbosity)
     return model.eval(), info
 
 
-def _is_laid_out_as_transformers_writes(directory: Path) -> bool:
+def _is_laid_out_for_transformers(directory: Path) -> bool:
     return any((directory / file).is_file() for file in ("model.safetensors", INDEX))
 
 
