@@ -104,6 +104,8 @@ def _import(args: argparse.Namespace) -> int:
         f"{result.num_files} files, {result.total_size_bytes / 1e9:.3f} GB, {seconds:.1f} s"
     )
     print(_accounted(result.audit))
+    for note in result.notes:
+        print(note)
     if result.scale_classes:
         print(f"FP8 scales by block: {_listed(result.scale_classes)}; kept in hf_source/")
     _project(args.project, result.total_size_bytes, seconds, 2.0)
@@ -161,8 +163,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _audit(args: argparse.Namespace) -> int:
     from megatron_k2.checkpoint.hf.audit import audit_source, released_tensors
-    from megatron_k2.checkpoint.hf.preset import preset_from_hf
-    from megatron_k2.checkpoint.hf.reader import HfSource
+    from megatron_k2.checkpoint.hf.release import open_release
     from megatron_k2.presets import get_preset
 
     if (args.hf_dir is None) == (args.preset is None):
@@ -171,8 +172,10 @@ def _audit(args: argparse.Namespace) -> int:
         preset = get_preset(args.preset)
         found = audit_source(released_tensors(preset), preset)
     else:
-        source = HfSource(args.hf_dir)
-        found = audit_source(source.stored, preset_from_hf(source.config))
+        release = open_release(args.hf_dir)
+        found = audit_source(release.source.stored, release.preset)
+        for note in release.notes:
+            print(note)
     print(f"{_accounted(found)} -> {found.num_targets:,} Megatron tensors")
     for finding in found.findings[:20]:
         print(f"  {finding}")

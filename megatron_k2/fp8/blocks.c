@@ -64,8 +64,10 @@ static inline int gives_back(Matrix m, const void *weight, int64_t at, const uin
     return !memcmp(back, (const char *)weight + at * number_size(m), (size_t)(n * number_size(m)));
 }
 
-/* amax / 448 of a block; bits of magnitudes have the order of the numbers, NaN above infinity. */
-static inline float fresh_scale(Matrix m, const void *weight, int64_t at, int64_t rows, int64_t n) {
+/* amax / 448 of a block, rounded up to a power of two if asked; bits of magnitudes have the order of
+   the numbers, NaN above infinity. */
+static inline float fresh_scale(Matrix m, const void *weight, int64_t at, int64_t rows, int64_t n,
+                                int power_of_two) {
     uint32_t largest = 0;
     for (int64_t r = 0; r < rows; r++) {
         float run[BLOCK];
@@ -76,7 +78,8 @@ static inline float fresh_scale(Matrix m, const void *weight, int64_t at, int64_
         }
     }
     float amax = as_float(largest);
-    return amax > 0.0f ? amax / 448.0f : 1.0f; /* also where it is NaN */
+    float scale = amax > 0.0f ? amax / 448.0f : 1.0f; /* also where it is NaN */
+    return power_of_two ? as_float((as_bits(scale) + 0x7fffffu) & 0x7f800000u) : scale;
 }
 
 /* Codes of a block by a scale; with ``must_fit`` only as long as they give the weights back. */
@@ -92,7 +95,7 @@ static inline int encode_block(Matrix m, const void *weight, uint8_t *codes, int
 }
 
 static inline int64_t requantize(Matrix m, const void *weight, uint8_t *codes, float *scales,
-                                 const float *source, int64_t num_rows) {
+                                 const float *source, int power_of_two, int64_t num_rows) {
     int64_t num_kept = 0;
     for (int64_t top = 0; top < num_rows; top += BLOCK)
         for (int64_t left = 0; left < m.width; left += BLOCK, scales++) {
@@ -103,7 +106,7 @@ static inline int64_t requantize(Matrix m, const void *weight, uint8_t *codes, f
                 num_kept++;
                 continue;
             }
-            *scales = fresh_scale(m, weight, at, rows, n);
+            *scales = fresh_scale(m, weight, at, rows, n, power_of_two);
             encode_block(m, weight, codes, at, *scales, rows, n, 0);
         }
     return num_kept;
@@ -137,7 +140,8 @@ void dequantize_blocks(void *out, int is_bf16, const uint8_t *codes, const float
 /* Codes and scales of weights; a block that a source's scale (may be null) gives back, bit for bit,
    keeps it. Returns how many do. */
 int64_t requantize_blocks(const void *weight, int is_bf16, uint8_t *codes, float *scales,
-                          const float *source, int64_t rows, int64_t width) {
-    if (is_bf16) return requantize((Matrix){1, width}, weight, codes, scales, source, rows);
-    return requantize((Matrix){0, width}, weight, codes, scales, source, rows);
+                          const float *source, int power_of_two, int64_t rows, int64_t width) {
+    if (is_bf16)
+        return requantize((Matrix){1, width}, weight, codes, scales, source, power_of_two, rows);
+    return requantize((Matrix){0, width}, weight, codes, scales, source, power_of_two, rows);
 }

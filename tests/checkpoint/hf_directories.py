@@ -76,8 +76,8 @@ def write_directory(directory, preset, weights, *, leftovers=False, **config):
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     is_fp8 = any(tensor.dtype == reference.E4M3 for tensor in weights.values())
-    settings = hf_config(preset) | {"ep_size": 1, "a_field_of_its_own": "kept"} | config
-    settings |= {"quantization_config": QUANTIZATION} if is_fp8 else {}
+    settings = hf_config(preset) | {"ep_size": 1, "unsloth_version": "kept"}
+    settings |= ({"quantization_config": QUANTIZATION} if is_fp8 else {}) | config
     (directory / "config.json").write_text(json.dumps(settings))
     (directory / "generation_config.json").write_text('{"temperature": 0.6}')
     (directory / "tokenizer_config.json").write_text("{}")

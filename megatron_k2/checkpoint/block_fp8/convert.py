@@ -55,7 +55,9 @@ def dequantized(codes: Rows, scales: Rows, dtype: Dtype) -> tuple[Rows, Counter[
     return Rows(out, dtype), classify_scales(largest, scales.bits)
 
 
-def requantized(weight: Rows, source_scales: Rows | None) -> tuple[Rows, np.ndarray, int]:
+def requantized(
+    weight: Rows, source_scales: Rows | None, *, power_of_two: bool = False
+) -> tuple[Rows, np.ndarray, int]:
     """Codes, scales, and how many blocks have the source's; see ``reference.requantize``."""
     m, n = weight.shape
     if weight.dtype not in _WIDE:
@@ -64,7 +66,9 @@ def requantized(weight: Rows, source_scales: Rows | None) -> tuple[Rows, np.ndar
         from megatron_k2.checkpoint.block_fp8 import reference
 
         source = None if source_scales is None else source_scales.tensor()
-        codes, scales, num_kept = reference.requantize(weight.tensor(), source)
+        codes, scales, num_kept = reference.requantize(
+            weight.tensor(), source, power_of_two=power_of_two
+        )
         return rows_of(codes), scales.numpy(), num_kept
     made = np.empty((m, n), np.uint8), np.empty(scale_shape((m, n)), np.float32)
     held = _plain(weight.bits), None if source_scales is None else _plain(source_scales.bits)
@@ -75,6 +79,7 @@ def requantized(weight: Rows, source_scales: Rows | None) -> tuple[Rows, np.ndar
         _at(made[0]),
         _at(made[1]),
         _at(held[1]),
+        ctypes.c_int(power_of_two),
         *_sizes(m, n),
     )
     return Rows(made[0], Dtype.E4M3), made[1], num_kept

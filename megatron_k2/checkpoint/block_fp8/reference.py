@@ -101,7 +101,9 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-def requantize(weight: Tensor, source_scales: Tensor | None) -> tuple[Tensor, Tensor, int]:
+def requantize(
+    weight: Tensor, source_scales: Tensor | None, *, power_of_two: bool = False
+) -> tuple[Tensor, Tensor, int]:
     """``quantize``, but blocks that still hold a source's values get the source's scale and codes.
 
     Per block: quantise by the source's scale, dequantise, compare bit for bit; equal means training
@@ -110,6 +112,7 @@ def requantize(weight: Tensor, source_scales: Tensor | None) -> tuple[Tensor, Te
     Args:
         weight: [m, n] bf16 or fp32, the dtype it was dequantised to.
         source_scales: of the release it came from, or None.
+        power_of_two: round a fresh scale up to one (``ue8m0``), so that no code saturates.
 
     Returns:
         Codes, scales, and how many blocks took the source's scale.
@@ -129,9 +132,15 @@ def requantize(weight: Tensor, source_scales: Tensor | None) -> tuple[Tensor, Te
         if not is_same.all():
             amax = _block_amax(strip)
             fresh = torch.where(amax > 0, amax / E4M3_MAX, torch.ones(()))
+            fresh = _power_of_two(fresh) if power_of_two else fresh
             scales[i] = torch.where(is_same, scales[i], fresh)
             codes[rows] = _encode(strip, scales[i])
     return codes, scales, num_kept
+
+
+def _power_of_two(scales: Tensor) -> Tensor:
+    """The power of two at or above each, by its bits: a mantissa carries into the exponent."""
+    return ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
 
 
 def _encode_as(strip: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,14 +17,12 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from megatron_k2 import __version__
 from megatron_k2.checkpoint.block_fp8 import convert as block_fp8
-from megatron_k2.checkpoint.block_fp8.layout import QUANTIZATION_CONFIG
 from megatron_k2.checkpoint.convert.export_shards import (
     DTYPES,
     ExportInputs,
@@ -39,10 +37,12 @@ from megatron_k2.checkpoint.hf.config import (
     preset_from_args,
     without_yarn,
 )
+from megatron_k2.checkpoint.hf.language_model import language_config
 from megatron_k2.checkpoint.hf.model_card import model_card
 from megatron_k2.checkpoint.hf.preset import config_like
+from megatron_k2.checkpoint.hf.quantization import BlockFp8, quantization_like
 from megatron_k2.checkpoint.hf.reader import INDEX, read_json
-from megatron_k2.checkpoint.hf.release_files import GENERATION_CONFIG, files_along
+from megatron_k2.checkpoint.hf.release_files import GENERATION_CONFIG, copy_files, files_along
 from megatron_k2.checkpoint.names.audit import require_clean
 from megatron_k2.checkpoint.names.mapping import expand
 from megatron_k2.checkpoint.names.selection import Selection
@@ -159,12 +159,17 @@ def export(
     source_release = find_source_release(megatron_dir, source, options.source_release)
     files = files_along(options.tokenizer, source_release)
     preset = settle_preset(source.args, options.preset, options.use_yarn)
-    config = _config(source, preset, options, source_release)
+    template = None
+    if source_release is not None:
+        template = language_config(read_json(source_release / "config.json"))
+    fp8 = quantization_like(template) if options.dtype == "fp8" else None
+    config = _config(source, preset, options, template, fp8)
     require_clean(source.shapes, preset, only=options.only)
     jobs = plan_shards(
         options.only.take(expand(preset)),
         preset.num_layers + preset.num_mtp_layers,
-        options.dtype,
+        DTYPES[options.dtype],
+        fp8,
         options.max_shard_bytes,
     )
     require_space(hf_dir, sum(job.num_bytes for job in jobs))
@@ -173,7 +178,13 @@ def export(
     job_directory = JobDirectory(hf_dir, _conversion_record(source, options, config, scales))
     if options.dtype == "fp8":
         block_fp8.prepare()
-    inputs = ExportInputs(source.directory, options.check_finite, scales, job_directory.fingerprint)
+    inputs = ExportInputs(
+        source.directory,
+        options.check_finite,
+        scales,
+        fp8 is not None and fp8.has_power_of_two_scales,
+        job_directory.fingerprint,
+    )
     work = functools.partial(write_shard, inputs)
     try:
         receipts = run_jobs(job_directory, jobs, work, options.num_workers, progress)
@@ -182,12 +193,11 @@ def export(
     with naming_the_file(hf_dir):
         total_bytes, num_tensors = _write_index(job_directory.directory, jobs, receipts)
         _write_json(job_directory.directory / "config.json", config)
-        if GENERATION_CONFIG not in {path.name for path in files}:
-            _write_json(job_directory.directory / GENERATION_CONFIG, generation_config(preset))
+        if Path(GENERATION_CONFIG) not in files:
+            _write_json(job_directory.directory / GENERATION_CONFIG, generation_config(config))
         card = _card(source, preset, options, config["model_type"])
         write_atomically(job_directory.directory / "README.md", card.encode())
-        for path in files:
-            shutil.copyfile(path, job_directory.directory / path.name)
+        copy_files(files, job_directory.directory)
         job_directory.publish()
     blocks: Counter[str] = Counter()
     for receipt in receipts:
@@ -198,18 +208,31 @@ def export(
 
 
 def _config(
-    source: MegatronSource, preset: ModelPreset, options: ExportOptions, source_release: Path | None
+    source: MegatronSource,
+    preset: ModelPreset,
+    options: ExportOptions,
+    template: dict[str, Any] | None,
+    fp8: BlockFp8 | None,
 ) -> dict[str, Any]:
     dtype = "fp32" if options.dtype == "fp32" else "bf16"
-    if source_release is not None:
-        template = read_json(source_release / "config.json")
+    if template is not None:
         config = config_like(template, preset, model_type=options.model_type, dtype=dtype)
     else:
         config = hf_config(preset, model_type=options.model_type or "kimi_k2", dtype=dtype)
-        config |= _expert_groups(source.args)
-    if options.dtype == "fp8":
-        config["quantization_config"] = QUANTIZATION_CONFIG
+        config |= _expert_groups(source.args) | _tokens_of_another_vocabulary(preset)
+    if fp8 is not None:
+        config["quantization_config"] = fp8.config
     return config
+
+
+def _tokens_of_another_vocabulary(preset: ModelPreset) -> dict[str, None]:
+    """The preset's bos and eos are not those of a run with another vocabulary than its own.
+
+    Said as null: without the keys transformers takes 0 and 1.
+    """
+    if preset.vocab_size == get_preset(preset.name).vocab_size:
+        return {}
+    return {"bos_token_id": None, "eos_token_id": None}
 
 
 def _expert_groups(saved: Any) -> dict[str, int]:

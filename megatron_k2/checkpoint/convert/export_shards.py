@@ -19,10 +19,10 @@ from megatron_k2.checkpoint.block_fp8.convert import requantized
 from megatron_k2.checkpoint.block_fp8.layout import (
     SCALE_SUFFIX,
     block_rows,
-    is_quantized,
     scale_shape,
 )
-from megatron_k2.checkpoint.hf.reader import HfSource, HfTensor, read_header
+from megatron_k2.checkpoint.hf.quantization import BlockFp8
+from megatron_k2.checkpoint.hf.reader import HfSource, HfTensor
 from megatron_k2.checkpoint.hf.writer import (
     TensorSlot,
     row_chunks,
@@ -48,6 +48,8 @@ class ExportInputs:
     check_finite: bool
     scales: Path | None
     """Of the source release, to give untouched blocks their codes back; may be absent."""
+    power_of_two: bool
+    """Scales made anew are powers of two."""
     fingerprint: str
     """Of the job, so that a cached source is never another's."""
 
@@ -74,23 +76,28 @@ class Piece:
     first_row: int
 
 
-def pieces_of(pair: Pair, dtype: str) -> Iterator[Piece]:
+def pieces_of(pair: Pair, dtype: Dtype, fp8: BlockFp8 | None) -> Iterator[Piece]:
     """The Hugging Face tensors of a Megatron tensor."""
     for name, shape, begin in pair.parts():
-        kept = Dtype.FP32 if pair.rule.is_fp32 else DTYPES[dtype]
-        stored = Dtype.E4M3 if dtype == "fp8" and is_quantized(name) else kept
+        kept = Dtype.FP32 if pair.rule.is_fp32 else dtype
+        stored = Dtype.E4M3 if fp8 is not None and fp8.quantizes(name) else kept
         yield Piece(TensorSlot(name, shape, stored), pair.megatron, begin)
 
 
 def plan_shards(
-    pairs: Iterable[Pair], num_layers: int, dtype: str, max_shard_bytes: int | None
+    pairs: Iterable[Pair],
+    num_layers: int,
+    dtype: Dtype,
+    fp8: BlockFp8 | None,
+    max_shard_bytes: int | None,
 ) -> list[Job]:
     """Files and what is in each.
 
     Args:
         pairs: in layer order.
         num_layers: of the model; n in ``model-i-of-n``, also where ``--only`` leaves layers out.
-        dtype: ``bf16``, ``fp32`` or ``fp8``.
+        dtype: of what is not FP8.
+        fp8: which weights are FP8; None for none.
         max_shard_bytes: None for one layer a shard; else files are filled up to this, and named
             ``model-00001-of-000NN`` as transformers does.
     """
@@ -98,13 +105,13 @@ def plan_shards(
         return [
             _job(
                 f"model-{layer + 1}-of-{num_layers}.safetensors",
-                [piece for pair in group for piece in pieces_of(pair, dtype)],
+                [piece for pair in group for piece in pieces_of(pair, dtype, fp8)],
             )
             for layer, group in itertools.groupby(pairs, key=lambda pair: pair.layer)
         ]
     groups: list[list[Piece]] = [[]]
     num_bytes = 0
-    for piece in (piece for pair in pairs for piece in pieces_of(pair, dtype)):
+    for piece in (piece for pair in pairs for piece in pieces_of(pair, dtype, fp8)):
         size = _size(piece)
         if groups[-1] and num_bytes + size > max_shard_bytes:
             groups.append([])
@@ -142,7 +149,7 @@ class _Scales:
         self._stored: dict[str, HfTensor] = {}
         if path is not None and path.is_file():
             self._source = HfSource(path.parent, files=[path.name])
-            self._stored = read_header(path)
+            self._stored = self._source.stored
 
     def rows(self, name: str, shape: tuple[int, ...], blocks: slice) -> Rows | None:
         """Scales of a weight's rows of blocks; None if its source was not block FP8."""
@@ -206,7 +213,8 @@ def _rows(
             _require_finite(source, piece, top, rows)
         if slot.dtype is Dtype.E4M3:
             at = block_rows(top, end)
-            rows, fresh, num_kept = requantized(rows, scales.rows(slot.name, slot.shape, at))
+            known = scales.rows(slot.name, slot.shape, at)
+            rows, fresh, num_kept = requantized(rows, known, power_of_two=inputs.power_of_two)
             made[slot.name + SCALE_SUFFIX][at] = fresh
             blocks.update(kept=num_kept, fresh=fresh.size - num_kept)
         yield rows.to(slot.dtype)

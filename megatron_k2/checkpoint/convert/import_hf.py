@@ -14,7 +14,6 @@ The result is a ``--save`` directory whose tracker says ``release``: weights wit
 
 import dataclasses
 import functools
-import shutil
 from argparse import Namespace
 from collections import Counter
 from dataclasses import dataclass
@@ -36,9 +35,9 @@ from megatron_k2.checkpoint.hf.audit import (
     audit_source,
     require_clean_source,
 )
-from megatron_k2.checkpoint.hf.preset import preset_from_hf
 from megatron_k2.checkpoint.hf.reader import HfSource
-from megatron_k2.checkpoint.hf.release_files import release_files
+from megatron_k2.checkpoint.hf.release import open_release
+from megatron_k2.checkpoint.hf.release_files import copy_files, release_files
 from megatron_k2.checkpoint.hf.writer import TensorSlot, row_chunks, write_safetensors
 from megatron_k2.checkpoint.names.mapping import expand
 from megatron_k2.checkpoint.names.megatron_keys import TransformerImpl
@@ -96,6 +95,8 @@ class ImportResult:
     total_size_bytes: int
     scale_classes: dict[str, int]
     """Blocks of the source by ``scales.ScaleClass``; empty if nothing was FP8."""
+    notes: tuple[str, ...]
+    """What of the source was left out, a sentence each."""
 
 
 def import_hf(
@@ -120,11 +121,12 @@ def import_hf(
         raise UserError(f"--dtype '{options.dtype}' is not one of: {', '.join(DTYPES)}")
     require_workers(options.num_workers)
     require_free(megatron_dir)
-    source = HfSource(hf_dir)
-    preset = preset_from_hf(source.config, options.preset)
+    release = open_release(hf_dir, options.preset)
+    source, preset = release.source, release.preset
     audit = audit_source(source.stored, preset, options.only)
     require_clean_source(audit, hf_dir)
     _require_true_copies(source, preset, options)
+    files = release_files(source.directory)
     destinations = find_destinations(
         source,
         options.only.take(expand(preset)),
@@ -137,26 +139,26 @@ def import_hf(
     require_space(megatron_dir, sum(job.num_bytes for job in jobs))
 
     job_directory = JobDirectory(megatron_dir, _conversion_record(source, options))
-    release = job_directory.directory / RELEASE
-    release.mkdir(exist_ok=True)
+    weights = job_directory.directory / RELEASE
+    weights.mkdir(exist_ok=True)
     if source.is_fp8:
         block_fp8.prepare()
-    inputs = ImportInputs(hf_dir, options.check_finite, job_directory.fingerprint)
+    inputs = ImportInputs(source.directory, options.check_finite, job_directory.fingerprint)
     work = functools.partial(write_file, inputs)
     try:
         receipts = run_jobs(job_directory, jobs, work, options.num_workers, progress)
     finally:
         close_sources()
     with naming_the_file(job_directory.directory):
-        _finish(release, jobs, receipts, args, options.modules)
-        _keep_source(job_directory.directory / SOURCE_DIR, source, options.only)
+        _finish(weights, jobs, receipts, args, options.modules)
+        _keep_source(job_directory.directory / SOURCE_DIR, source, files, options.only)
         point_tracker(job_directory.directory, RELEASE)
         job_directory.publish()
     classes: Counter[str] = Counter()
     for receipt in receipts:
         classes.update(receipt["scale_classes"])
     size = sum(receipt["num_bytes"] for receipt in receipts)
-    return ImportResult(megatron_dir, preset, audit, len(jobs), size, dict(classes))
+    return ImportResult(megatron_dir, preset, audit, len(jobs), size, dict(classes), release.notes)
 
 
 def _arguments(
@@ -215,11 +217,12 @@ def _finish(
     write_metadata(release, chunks, common, modules)
 
 
-def _keep_source(directory: Path, source: HfSource, only: Selection) -> None:
+def _keep_source(
+    directory: Path, source: HfSource, files: dict[Path, Path], only: Selection
+) -> None:
     """The source's own files, and the scales of its FP8 weights."""
     directory.mkdir(exist_ok=True)
-    for path in (source.directory / "config.json", *release_files(source.directory)):
-        shutil.copyfile(path, directory / path.name)
+    copy_files(files | {Path("config.json"): source.directory / "config.json"}, directory)
     names = sorted(name for name in source.stored if name.endswith(SCALE_SUFFIX))
     if not names or not only.is_all:
         return

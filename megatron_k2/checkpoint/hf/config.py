@@ -120,13 +120,11 @@ def _rope_scaling(yarn: YarnScaling) -> dict[str, Any]:
     }
 
 
-def generation_config(preset: ModelPreset) -> dict[str, Any]:
-    """``generation_config.json``: only what the preset knows; sampling is the caller's choice."""
-    return {
-        "bos_token_id": preset.bos_token_id,
-        "eos_token_id": preset.eos_token_id,
-        "max_length": preset.max_position_embeddings,
-    }
+def generation_config(config: dict[str, Any]) -> dict[str, Any]:
+    """``generation_config.json``: what ``config.json`` says; sampling is the caller's choice."""
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    known = {key: config[key] for key in ids if config.get(key) is not None}
+    return known | {"max_length": config["max_position_embeddings"]}
 
 
 def without_yarn(preset: ModelPreset) -> ModelPreset:

@@ -1,15 +1,21 @@
 """``config.json`` -> preset: the inverse of ``config``, and what a template lends an export.
 
-Reads the classic keys of the releases (``rope_theta``, ``rope_scaling``) and the
-``rope_parameters`` that transformers 5 writes instead. Whatever Megatron cannot be told, or this
-package does not map, is refused by name rather than passed over.
+Every key is used, known to be harmless (``config_keys``), or refused by name: what Megatron cannot
+be told is never passed over.
 """
 
 import dataclasses
+import math
 from typing import Any
 
-from megatron_k2.checkpoint.block_fp8.layout import QUANTIZATION_CONFIG
 from megatron_k2.checkpoint.hf.config import hf_config, require_normalised_choice
+from megatron_k2.checkpoint.hf.config_keys import (
+    expert_groups,
+    require_known_keys,
+    with_own_names,
+)
+from megatron_k2.checkpoint.hf.positions import rotary_positions
+from megatron_k2.checkpoint.hf.quantization import require_block_fp8
 from megatron_k2.errors import UserError
 from megatron_k2.presets import PRESETS, ModelPreset, YarnScaling, get_preset
 
@@ -38,6 +44,9 @@ _FIELDS = {
 _FRACTIONS = ("routed_scaling_factor", "rms_norm_eps")
 """Of them, those that need not be whole."""
 
+_MOST_EXPERTS = 10**6
+"""Of all layers; a slip of digits must not cost minutes and memory before it is seen."""
+
 _OPTIONAL = {
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
@@ -46,29 +55,12 @@ _OPTIONAL = {
     "num_nextn_predict_layers": "num_mtp_layers",
 }
 
-_REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "moe_layer_freq": (1,),
-    "norm_topk_prob": (True,),
-    "scoring_func": ("sigmoid",),
-    "tie_word_embeddings": (False,),
-    "topk_method": ("noaux_tc",),
-    "model_type": ("kimi_k2", "deepseek_v3"),
-}
-"""Values the rules and the model code stand for; an absent key means the first."""
-
 MODEL_KEYS = frozenset(_FIELDS) - {"max_position_embeddings"}
 """What a template's ``config.json`` must agree on with the checkpoint it is used for."""
 
-_STATED_BY_RUN = (
-    *_FIELDS,
-    "num_nextn_predict_layers",
-    "rope_theta",
-    "rope_scaling",
-    "torch_dtype",
-)
-"""Keys an export writes from the checkpoint even if its template says otherwise."""
+_STATED_BY_RUN = (*sorted(MODEL_KEYS), "num_nextn_predict_layers")
+"""Keys an export writes from the checkpoint even if its template says otherwise, besides positions
+and dtype."""
 
 
 def preset_from_hf(config: dict[str, Any], base_name: str | None = None) -> ModelPreset:
@@ -82,23 +74,18 @@ def preset_from_hf(config: dict[str, Any], base_name: str | None = None) -> Mode
     Raises:
         UserError: naming the key that is missing or says what is not supported.
     """
+    config = with_own_names(config)
     if missing := [key for key in _FIELDS if key not in config]:
         raise UserError(f"config.json lacks {', '.join(missing)}: not a DeepSeek-V3 class model")
     _require_numbers(config)
-    for key, known in _REQUIRED_VALUES.items():
-        if config.get(key, known[0]) not in known:
-            expected = " or ".join(repr(value) for value in known)
-            raise UserError(f"config.json: {key}={config[key]!r}, supported is {expected}")
+    _require_sizes_that_fit(config)
+    require_known_keys(config, {key: config[key] for key in _FIELDS})
     require_normalised_choice(config["num_experts_per_tok"])
-    if config["hidden_size"] % config["num_attention_heads"]:
-        raise UserError(
-            f"config.json: hidden_size={config['hidden_size']} does not divide by "
-            f"num_attention_heads={config['num_attention_heads']}, which Megatron demands"
-        )
-    _check_quantization(config.get("quantization_config"))
+    expert_groups(config)
+    require_block_fp8(config.get("quantization_config"))
     fields: dict[str, Any] = {field: config[key] for key, field in _FIELDS.items()}
-    fields |= {f: config[k] for k, f in _OPTIONAL.items() if isinstance(config.get(k), int | float)}
-    fields["rotary_base"], fields["yarn"] = _positions(config)
+    fields |= _optional_fields(config)
+    fields["rotary_base"], fields["yarn"] = rotary_positions(config)
     base = get_preset(base_name) if base_name else _same_shape(fields)
     return dataclasses.replace(base, **fields)
 
@@ -106,11 +93,64 @@ def preset_from_hf(config: dict[str, Any], base_name: str | None = None) -> Mode
 def _require_numbers(config: dict[str, Any]) -> None:
     for key in _FIELDS:
         value = config[key]
-        kinds = (int, float) if key in _FRACTIONS else (int,)
         is_absent = value is None and key == "q_lora_rank"
         is_none_dense = value == 0 and key == "first_k_dense_replace"
-        if not (is_absent or (type(value) in kinds and (value > 0 or is_none_dense))):
-            raise UserError(f"config.json: {key}={value!r}, expected a positive number")
+        if is_absent or (_is_number(value, key in _FRACTIONS) and (value > 0 or is_none_dense)):
+            continue
+        raise UserError(
+            f"config.json: {key}={value!r}, expected a positive number"
+            + ("" if key in _FRACTIONS else " written without a point")
+        )
+
+
+def _is_number(value: Any, may_be_fraction: bool) -> bool:
+    """A number of JSON: no truth value, infinity or NaN."""
+    return type(value) is int or (may_be_fraction and type(value) is float and math.isfinite(value))
+
+
+def _require_sizes_that_fit(config: dict[str, Any]) -> None:
+    """What no single key shows."""
+    c = config
+    if c["hidden_size"] % c["num_attention_heads"]:
+        raise UserError(
+            f"config.json: hidden_size={c['hidden_size']} does not divide by "
+            f"num_attention_heads={c['num_attention_heads']}, which Megatron demands"
+        )
+    if c["qk_rope_head_dim"] % 2:
+        raise UserError(
+            f"config.json: qk_rope_head_dim={c['qk_rope_head_dim']}; rotary embedding turns pairs, "
+            "expected an even number"
+        )
+    if c["num_hidden_layers"] * c["n_routed_experts"] > _MOST_EXPERTS:
+        raise UserError(
+            f"config.json: num_hidden_layers={c['num_hidden_layers']} with n_routed_experts="
+            f"{c['n_routed_experts']} is larger than any model; take the release's own"
+        )
+    for key, limit in (
+        ("num_experts_per_tok", "n_routed_experts"),
+        ("first_k_dense_replace", "num_hidden_layers"),
+    ):
+        if c[key] > c[limit]:
+            raise UserError(
+                f"config.json: {key}={c[key]} exceeds {limit}={c[limit]}; take the release's own"
+            )
+
+
+def _optional_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the preset from keys that a file may leave out, or say by null."""
+    fields: dict[str, Any] = {}
+    for key, field in _OPTIONAL.items():
+        value = config.get(key)
+        if key == "eos_token_id" and isinstance(value, list) and value:
+            value = value[0] if all(_is_number(one, False) for one in value) else value
+        if value is None:
+            continue
+        is_fraction = key in ("initializer_range", "aux_loss_alpha")
+        if not _is_number(value, is_fraction) or value < 0:
+            kind = "a number of 0 or more" if is_fraction else "a whole number of 0 or more"
+            raise UserError(f"config.json: {key}={config[key]!r}, expected {kind}")
+        fields[field] = value
+    return fields
 
 
 def _same_shape(fields: dict[str, Any]) -> ModelPreset:
@@ -119,47 +159,6 @@ def _same_shape(fields: dict[str, Any]) -> ModelPreset:
         if all(getattr(preset, name) == fields[name] for name in shape):
             return preset
     return PRESETS["kimi-k2"]
-
-
-def _check_quantization(quantization: dict[str, Any] | None) -> None:
-    if quantization is None:
-        return
-    known = {key: QUANTIZATION_CONFIG[key] for key in ("quant_method", "weight_block_size", "fmt")}
-    found = {"fmt": known["fmt"]} | quantization
-    if any(found.get(key) != value for key, value in known.items()):
-        said = ", ".join(f"{key}={found.get(key)!r}" for key in known)
-        raise UserError(f"config.json: quantization_config has {said}; supported is {known}")
-
-
-def _positions(config: dict[str, Any]) -> tuple[float, YarnScaling | None]:
-    """Rotary base and YaRN, from classic or transformers 5 keys."""
-    modern = config.get("rope_parameters") or {}
-    theta = config.get("rope_theta", modern.get("rope_theta"))
-    if theta is None:
-        raise UserError(
-            "config.json has neither rope_theta nor rope_parameters; a config re-saved by "
-            "transformers 5 may have lost it: take the release's own"
-        )
-    if theta != int(theta):
-        raise UserError(f"config.json: rope_theta={theta}; Megatron's flag takes whole numbers")
-    scaling = config.get("rope_scaling") or modern
-    if not isinstance(scaling, dict):
-        raise UserError(f"config.json: rope_scaling={scaling!r}, expected an object")
-    kind = scaling.get("type", scaling.get("rope_type", "default"))
-    if kind == "default":
-        return float(theta), None
-    if kind != "yarn":
-        raise UserError(f"config.json: rope_scaling of type '{kind}'; supported is 'yarn' or none")
-    if missing := {"factor", "original_max_position_embeddings"} - scaling.keys():
-        raise UserError(f"config.json: rope_scaling lacks {', '.join(sorted(missing))}")
-    return float(theta), YarnScaling(  # defaults are those of DeepSeek's modeling code
-        rotary_scaling_factor=float(scaling["factor"]),
-        original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
-        beta_fast=float(scaling.get("beta_fast", 32.0)),
-        beta_slow=float(scaling.get("beta_slow", 1.0)),
-        mscale=float(scaling.get("mscale", 1.0)),
-        mscale_all_dim=float(scaling.get("mscale_all_dim", 0.0)),
-    )
 
 
 def config_like(
@@ -176,6 +175,7 @@ def config_like(
     Raises:
         UserError: if the template is of another model.
     """
+    template = with_own_names(template)
     kept_type = model_type or template.get("model_type", "kimi_k2")
     stated = hf_config(preset, model_type=kept_type, dtype=dtype)
     for key in sorted(MODEL_KEYS & template.keys()):
@@ -186,11 +186,11 @@ def config_like(
             )
     config = dict(template)
     for key in _STATED_BY_RUN:
-        if key in stated and not _agrees(key, template.get(key), stated[key]):
+        if (template.get(key) or 0) != (stated[key] or 0):
             config[key] = stated[key]
-    if "rope_scaling" not in stated:
-        config.pop("rope_scaling", None)
-    config.pop("rope_parameters", None)  # said again in the classic keys above
+    for key in {"torch_dtype", "dtype"} & template.keys() or {"torch_dtype"}:
+        config[key] = stated["torch_dtype"]
+    config = _with_positions(config, preset, stated)
     config.pop("quantization_config", None)
     config["model_type"] = kept_type
     if model_type == "deepseek_v3":
@@ -198,10 +198,33 @@ def config_like(
     return config
 
 
-def _agrees(key: str, old: Any, new: Any) -> bool:
-    """Equal, or the same YaRN spelt with more keys."""
-    if key == "rope_scaling" and isinstance(old, dict):
-        return all(old.get(name) == value for name, value in new.items())
-    if key == "num_nextn_predict_layers":
-        return bool((old or 0) == new)
-    return bool(old == new)
+def _with_positions(
+    template: dict[str, Any], preset: ModelPreset, stated: dict[str, Any]
+) -> dict[str, Any]:
+    """The template's rotary keys and longest context, unless the run had others.
+
+    A run's arguments say the length it was trained at, which may be shorter than what the model
+    takes, and YaRN's factor, which a source need not have used up: neither makes another model.
+    """
+    config = dict(template)
+    is_same = _positions_of(template) == (preset.rotary_base, preset.yarn)
+    if not is_same:
+        config["rope_scaling"] = stated.get("rope_scaling")
+        config["max_position_embeddings"] = stated["max_position_embeddings"]
+        config.pop("original_max_position_embeddings", None)
+    elif preset.yarn is None:
+        said, trained_at = template.get("max_position_embeddings"), preset.max_position_embeddings
+        config["max_position_embeddings"] = max(said or 0, trained_at)
+    if config.pop("rope_parameters", None) is not None or not is_same:  # said in classic keys
+        config["rope_theta"] = stated["rope_theta"]
+        config["rope_scaling"] = config.get("rope_scaling") or stated.get("rope_scaling")
+    if config.get("rope_scaling") is None and "rope_scaling" in config:
+        del config["rope_scaling"]
+    return config
+
+
+def _positions_of(config: dict[str, Any]) -> tuple[float, YarnScaling | None] | None:
+    try:
+        return rotary_positions(config)
+    except UserError:  # of a --source that is no import's: the run's own are written
+        return None

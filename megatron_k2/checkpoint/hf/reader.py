@@ -17,10 +17,13 @@ from typing import Any, override
 import numpy as np
 
 from megatron_k2.checkpoint.block_fp8.layout import SCALE_SUFFIX
+from megatron_k2.checkpoint.hf.downloads import find_release, other_formats, require_file
+from megatron_k2.checkpoint.hf.language_model import language_config, language_tensors
 from megatron_k2.checkpoint.names.rules import IGNORED_HF_SUFFIXES
 from megatron_k2.checkpoint.stream.mapped_files import MappedFiles, bring_in
 from megatron_k2.checkpoint.stream.rows import BY_SAFETENSORS_NAME, Dtype, Rows
 from megatron_k2.errors import UserError
+from megatron_k2.run.iterations import METADATA, has_tracker
 
 INDEX = "model.safetensors.index.json"
 
@@ -50,16 +53,14 @@ class HfSource:
         """Open a directory.
 
         Args:
-            directory: of the checkpoint.
+            directory: of the checkpoint, or a hub cache folder of it.
             files: read these alone, whatever the index says.
         """
-        self.directory = directory
-        if not directory.is_dir():
-            raise UserError(f"{directory}: no such directory; expected a Hugging Face checkpoint")
+        self.directory = directory = find_release(directory)
         self.stored: dict[str, HfTensor] = {}
         listed = _listed_files(directory) if files is None else dict.fromkeys(files)
         for file, names in listed.items():
-            header = read_header(directory / file)
+            header = read_header(directory, file)
             if names is not None and (absent := names - header.keys()):
                 raise UserError(
                     f"{directory / file} has no '{min(absent)}', which {INDEX} places in it"
@@ -69,12 +70,18 @@ class HfSource:
                 first = self.stored[min(twice)].file
                 raise UserError(f"{directory}: '{min(twice)}' is in {first} and in {file}")
             self.stored |= {name: header[name] for name in wanted}
+        self.left_out: tuple[str, ...] = ()
+        """Tensors of other models than the language model, in ``stored`` under its own names."""
+        part = language_tensors(self.stored)
+        self.is_part = part is not None
+        if part is not None:
+            self.stored, self.left_out = part
         self._files = MappedFiles()
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """The parsed ``config.json`` of the release."""
-        return read_json(self.directory / "config.json")
+        """The parsed ``config.json`` of the release, that of its language model."""
+        return language_config(read_json(self.directory / "config.json"))
 
     @property
     def weights(self) -> dict[str, HfTensor]:
@@ -111,12 +118,15 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: if it is missing, or no JSON object.
     """
-    if not path.is_file():
+    if not (path.exists() or path.is_symlink()):
         raise UserError(f"{path.parent} has no {path.name}: not a Hugging Face checkpoint")
+    require_file(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); download it again") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply to be one; download it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected an object")
     return content
@@ -124,10 +134,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _listed_files(directory: Path) -> dict[str, set[str] | None]:
     """File -> tensors the index places in it; None: no index, so whatever the file has."""
-    if not (directory / INDEX).is_file():
+    index = directory / INDEX
+    if not (index.exists() or index.is_symlink()):
         files = sorted(path.name for path in directory.glob("*.safetensors"))
         if not files:
-            raise UserError(f"{directory} has neither {INDEX} nor any *.safetensors file")
+            others = other_formats(directory)
+            also = f", only {', '.join(others[:3])}: take the safetensors release" if others else ""
+            raise UserError(f"{directory} has neither {INDEX} nor any *.safetensors file{also}")
         return dict.fromkeys(files)
     listed: dict[str, set[str] | None] = {}
     weight_map = read_json(directory / INDEX).get("weight_map")
@@ -137,10 +150,10 @@ def _listed_files(directory: Path) -> dict[str, set[str] | None]:
         names = listed.setdefault(file, set())
         assert names is not None  # set two lines above
         names.add(name)
-        if Path(file).name != file:
+        if Path(file).is_absolute() or ".." in Path(file).parts:
             raise UserError(f"{directory / INDEX} places '{name}' in '{file}', outside {directory}")
     for file, names in listed.items():
-        if not (directory / file).is_file():
+        if not ((directory / file).exists() or (directory / file).is_symlink()):
             raise UserError(
                 f"{directory / file} is missing, though {INDEX} places '{min(names or '')}' in it; "
                 "download it again"
@@ -148,12 +161,14 @@ def _listed_files(directory: Path) -> dict[str, set[str] | None]:
     return listed
 
 
-def read_header(path: Path) -> dict[str, HfTensor]:
-    """Tensors of one safetensors file, checked against its length.
+def read_header(directory: Path, file: str) -> dict[str, HfTensor]:
+    """Tensors of one safetensors file of a directory, checked against its length.
 
     Raises:
         UserError: naming the file, and the tensor where one is at fault.
     """
+    path = directory / file
+    require_file(path)
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -162,12 +177,16 @@ def read_header(path: Path) -> dict[str, HfTensor]:
         try:
             header = json.loads(stream.read(length))
             entries = {k: v for k, v in header.items() if k != "__metadata__"}
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             raise UserError(f"{path} has a damaged header; download it again") from None
-    return {name: _entry(path, name, entry, 8 + length, size) for name, entry in entries.items()}
+    place = directory, file, 8 + length, size
+    return {name: _entry(name, entry, *place) for name, entry in entries.items()}
 
 
-def _entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> HfTensor:
+def _entry(
+    name: str, entry: Any, directory: Path, file: str, data_start: int, size: int
+) -> HfTensor:
+    path = directory / file
     damaged = UserError(f"{path}: '{name}' has a damaged entry in the header; download it again")
     try:
         kind, shape = entry["dtype"], tuple(map(operator.index, entry["shape"]))
@@ -176,10 +195,10 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> HfT
         raise damaged from None
     if min(begin, *shape, 0) < 0:
         raise damaged
-    if kind not in BY_SAFETENSORS_NAME:
+    if not isinstance(kind, str) or kind not in BY_SAFETENSORS_NAME:
         known = ", ".join(BY_SAFETENSORS_NAME)
         raise UserError(f"{path}: '{name}' has dtype {kind}; readable are {known}")
-    tensor = HfTensor(path.name, data_start + begin, shape, BY_SAFETENSORS_NAME[kind])
+    tensor = HfTensor(file, data_start + begin, shape, BY_SAFETENSORS_NAME[kind])
     if end - begin != tensor.num_bytes:
         raise UserError(f"{path}: '{name}' has {end - begin} bytes, not what its shape says")
     if data_start + end > size:
@@ -190,8 +209,14 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> HfT
 
 
 def is_hf_directory(directory: Path) -> bool:
-    """Whether this looks like a Hugging Face checkpoint rather than a Megatron one."""
-    return (directory / INDEX).is_file() or _any(directory.glob("*.safetensors"))
+    """Whether this looks like a Hugging Face checkpoint, or a download of one, not a Megatron one.
+
+    One that is damaged counts: opening it says what is wrong.
+    """
+    if not directory.is_dir() or has_tracker(directory) or (directory / METADATA).exists():
+        return False
+    marks = (INDEX, "config.json", "*.safetensors", "snapshots", "models--*")
+    return any(_any(directory.glob(mark)) for mark in marks) or bool(other_formats(directory))
 
 
 def _any(items: Iterable[object]) -> bool:

@@ -1,11 +1,14 @@
 """What goes along with a model, in either direction, beside its weights and ``config.json``.
 
-Copied as it is and never run: tokenizer files, generation config, licence, and the code files that
-``auto_map`` in ``config.json`` names.
+Copied as it is and never run: tokenizer files, chat templates, generation and processor configs,
+licences and notices, and the code files that ``auto_map`` in ``config.json`` names.
 """
 
+import re
+import shutil
 from pathlib import Path
 
+from megatron_k2.checkpoint.hf.downloads import require_file
 from megatron_k2.errors import UserError
 
 GENERATION_CONFIG = "generation_config.json"
@@ -21,29 +24,56 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-"""A tokenizer's files by fixed names; its code, ``tokenization_*.py``, is matched by pattern."""
+"""A tokenizer's files by fixed names."""
+
+_TOKENIZERS = re.compile(
+    r"tokenization_.*|chat_template.*\.(jinja|json)|additional_chat_templates/[^/]+\.jinja"
+)
+"""Its other files: code, and templates by transformers' and others' names."""
+
+_OTHERS = re.compile(
+    rf"{re.escape(GENERATION_CONFIG)}|(.*_)?(pre)?processor_config\.json|[^/]+\.py"
+    r"|(?i:licen[cs]e|notice|third[_-]party|copying)[^/]*"
+)
 
 
-def _is_tokenizers(path: Path) -> bool:
-    return path.name in TOKENIZER_FILES or path.name.startswith("tokenization_")
+def _is_tokenizers(name: Path) -> bool:
+    return str(name) in TOKENIZER_FILES or _TOKENIZERS.fullmatch(name.as_posix()) is not None
 
 
-def release_files(directory: Path) -> list[Path]:
-    """The files beside the weights that ``directory`` has, in a fixed order."""
-    named = [directory / name for name in (GENERATION_CONFIG, "LICENSE", *TOKENIZER_FILES)]
-    return [path for path in named if path.is_file()] + sorted(directory.glob("*.py"))
+def release_files(directory: Path) -> dict[Path, Path]:
+    """The files beside the weights that ``directory`` has: name below it -> where it lies.
+
+    Raises:
+        UserError: for one that is a link to nothing or a pointer of Git LFS.
+    """
+    found: dict[Path, Path] = {}
+    for path in (*directory.glob("*"), *directory.glob("additional_chat_templates/*")):
+        name = path.relative_to(directory)
+        if path.is_dir() or not (_is_tokenizers(name) or _OTHERS.fullmatch(name.as_posix())):
+            continue
+        require_file(path, is_text=True)
+        found[name] = path
+    return dict(sorted(found.items()))
 
 
-def files_along(tokenizer: Path | None, source_release: Path | None) -> list[Path]:
+def files_along(tokenizer: Path | None, source_release: Path | None) -> dict[Path, Path]:
     """Files to copy beside an export: the release's, but the tokenizer's from ``tokenizer``.
 
     Raises:
         UserError: if ``tokenizer`` has none.
     """
-    found = [] if source_release is None else release_files(source_release)
+    found = {} if source_release is None else release_files(source_release)
     if tokenizer is None:
         return found
-    own = [path for path in release_files(tokenizer) if _is_tokenizers(path)]
+    own = {name: path for name, path in release_files(tokenizer).items() if _is_tokenizers(name)}
     if not own:
         raise UserError(f"--tokenizer {tokenizer} has none of: {', '.join(TOKENIZER_FILES)}")
-    return own + [path for path in found if not _is_tokenizers(path)]
+    return own | {name: path for name, path in found.items() if not _is_tokenizers(name)}
+
+
+def copy_files(files: dict[Path, Path], target: Path) -> None:
+    """Copy contents to the same names below ``target``."""
+    for name, path in files.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / name)

@@ -5,7 +5,6 @@ dumped by whoever trained the model. Both sides run in fp32, so the export under
 ``--dtype fp32`` or the reference made from bf16-rounded weights.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_k2.checkpoint.hf.reader import HfSource
+from megatron_k2.checkpoint.verify.reference_model import reference_model
 from megatron_k2.errors import UserError
 
 
@@ -62,23 +63,10 @@ def verify_logits(hf_dir: Path, reference: Path) -> LogitComparison:
     The directory's ``model_type`` may be ``kimi_k2``: it is read as ``deepseek_v3``.
     The reference may have more columns than the vocabulary (padding); they are not compared.
     """
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-    if not (hf_dir / "config.json").is_file():
-        raise UserError(f"{hf_dir} has no config.json: not a Hugging Face directory")
     tokens, expected = read_reference(reference)
-    settings = json.loads((hf_dir / "config.json").read_text())
-    # by this name transformers finds the conversion that fuses the experts as it loads them
-    config = DeepseekV3Config.from_dict(settings | {"model_type": "deepseek_v3"})
-    model, info = DeepseekV3ForCausalLM.from_pretrained(
-        hf_dir,
-        config=config,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        output_loading_info=True,
-    )
+    model, info = reference_model(HfSource(hf_dir))
     with torch.inference_mode():
-        logits = model.eval()(tokens).logits.float()
+        logits = model(tokens).logits.float()
     if expected.shape[-1] < logits.shape[-1]:
         raise UserError(
             f"--reference {reference} has {expected.shape[-1]} columns, the model's vocabulary "

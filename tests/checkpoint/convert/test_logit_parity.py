@@ -1,7 +1,9 @@
 """What was imported computes what transformers computes, at configurations drawn at random."""
 
 import dataclasses
+import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ import torch
 from megatron_k2.checkpoint.convert.import_hf import ImportOptions, import_hf
 from megatron_k2.checkpoint.verify.against_reference import compare_outputs
 from megatron_k2.engine.mcore.compare_logits import compare_logits, logits_of
+from megatron_k2.errors import UserError
 from megatron_k2.presets import YarnScaling
 from tests.checkpoint.build_checkpoints import TINY
-from tests.checkpoint.hf_directories import random_weights, write_directory
+from tests.checkpoint.hf_directories import as_fp8, random_weights, write_directory
 
 
 def random_preset(seed):
@@ -98,3 +101,49 @@ def test_deepseek_v3s_choice_among_groups_comes_along(tmp_path):
     assert found.max_abs_difference < 1e-5 * found.max_abs_reference
     one_group = write_directory(tmp_path / "one_group", preset, weights)
     assert compare_logits(tmp_path / "megatron", one_group).max_abs_difference > 1e-2
+
+
+def rewritten(release, target, change):
+    """A copy of a release with another config.json; the weights are the same."""
+    shutil.copytree(release, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(change(config)))
+    return target
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp8"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c | {"rope_interleave": False},
+        lambda c: c | {"rope_scaling": c["rope_scaling"] | {"attention_factor": 1.3}},
+        lambda c: {key: value for key, value in c.items() if key != "n_group"},
+        lambda c: c | {"hidden_act": "gelu"},
+    ],
+    ids=["halves", "attention factor", "eight groups", "gelu"],
+)
+def test_the_reference_is_transformers_reading_of_the_file_and_not_ours(tmp_path, dtype, change):
+    """What an import refuses, so that only an independent reference can show it: the weights are
+    imported under a config that says something else than the one they are compared by."""
+    preset = dataclasses.replace(random_preset(0), num_moe_experts=16, moe_router_topk=4)
+    weights = random_weights(preset, torch.float32)
+    weights = as_fp8(weights) if dtype == "fp8" else weights
+    release = write_directory(tmp_path / "hf", preset, weights)
+    import_hf(release, tmp_path / "megatron", ImportOptions())
+    same = compare_logits(tmp_path / "megatron", release)
+    assert same.max_abs_difference < 1e-5 * same.max_abs_reference
+    other = rewritten(release, tmp_path / "other", change)
+    assert compare_logits(tmp_path / "megatron", other).max_abs_difference > 1e-2
+
+
+def test_what_transformers_cannot_read_is_said(tmp_path):
+    preset = random_preset(1)
+    release = write_directory(tmp_path / "hf", preset, random_weights(preset))
+    wrong = rewritten(release, tmp_path / "other", lambda c: c | {"num_attention_heads": "two"})
+    with pytest.raises(UserError, match=r"config.json: transformers says: .*num_attention_heads"):
+        compare_logits(release, wrong)
+    weights = random_weights(preset)
+    del weights["lm_head.weight"]
+    lacking = write_directory(tmp_path / "lacking", preset, weights)
+    with pytest.raises(UserError, match=r"1 tensors of the model are not .*: lm_head.weight"):
+        compare_logits(release, lacking)

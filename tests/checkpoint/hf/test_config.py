@@ -56,7 +56,7 @@ def test_an_unknown_model_type_is_refused():
 
 
 def test_generation_config_has_the_presets_tokens():
-    assert generation_config(KIMI_K2)["eos_token_id"] == 163585
+    assert generation_config(hf_config(KIMI_K2))["eos_token_id"] == 163585
 
 
 def test_flags_of_the_run_override_the_preset():

@@ -15,6 +15,7 @@ from megatron_k2.checkpoint.hf.reader import HfSource
 from megatron_k2.checkpoint.names.audit import audit
 from megatron_k2.checkpoint.names.mapping import expand, hf_state_to_megatron, megatron_state_to_hf
 from megatron_k2.checkpoint.torch_dist.reader import MegatronSource
+from megatron_k2.cli.convert import main
 from megatron_k2.engine.mcore.compare_logits import compare_logits
 from megatron_k2.errors import UserError
 from megatron_k2.run.iterations import find_iteration
@@ -224,3 +225,36 @@ def test_transformer_engines_names_are_stored_and_found(tmp_path):
     }
     for name in local.shapes:
         assert local.read(name).equals(te.read(name)), name
+
+
+def without_predictions(directory, is_left=lambda name: False):
+    """A release without tensors of prediction layers, as transformers saves it; some are left."""
+    preset = dataclasses.replace(TINY, num_mtp_layers=1)
+    weights = with_copies(preset, random_weights(preset))
+    at = f"model.layers.{TINY.num_layers}."
+    kept = {n: w for n, w in weights.items() if not n.startswith(at) or is_left(n)}
+    return write_directory(directory, preset, kept)
+
+
+def test_an_announced_prediction_layer_without_a_tensor_is_left_out_and_said(tmp_path, capsys):
+    release = without_predictions(tmp_path / "hf")
+    assert main(["audit", str(release)]) == 0
+    assert main(["import", str(release), str(tmp_path / "megatron"), "--workers", "1"]) == 0
+    said = "num_nextn_predict_layers=1, but no tensor of model.layers.3.* is there: taken without"
+    assert capsys.readouterr().out.count(said) == 2
+    saved = MegatronSource(find_iteration(tmp_path / "megatron")).args
+    assert saved.mtp_num_layers is None
+    export(tmp_path / "megatron", tmp_path / "back", ExportOptions())
+    assert HfSource(tmp_path / "back").config["num_nextn_predict_layers"] == 0
+    before, after = tensors(release), tensors(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("left", ["enorm", "self_attn.o_proj"])
+def test_a_prediction_layer_with_a_part_of_its_tensors_is_refused_by_name(tmp_path, left):
+    release = without_predictions(tmp_path / "hf", lambda name: left in name)
+    message = r"model.layers.3.eh_proj.weight: belongs to the model, but is not in the source"
+    with pytest.raises(UserError, match=message):
+        import_hf(release, tmp_path / "out", ImportOptions())
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
