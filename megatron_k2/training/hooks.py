@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_k2.optimizer.muonclip import build
+from megatron_k2.optimizer.qk_clip.apply import refuse_silent
 from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
 from megatron_k2.optimizer.sharded.expert_layout import expert_layout
 from megatron_k2.run.console import step_line
@@ -44,6 +45,7 @@ class TrainingHooks:
         self.max_logits: MaxLogits | None = None
         self.step_log: StepLog | None = None
         self._seconds_per_step: float | None = None
+        self._has_stepped = False
         self._watch: SpikeWatch | None = None
         if args.on_spike != "off":
             self._watch = SpikeWatch(Path(args.save) if args.save else None, args.spike_nats)
@@ -95,6 +97,9 @@ class TrainingHooks:
         result = original(*positional, **kwargs)
         loss_dict, _, learning_rate, iteration, _, _, is_skipped, grad_norm = positional[:8]
         assert self.step_log is not None  # the optimizer was built before the first step
+        if self.args.muonclip and not is_skipped and not self._has_stepped:
+            self._has_stepped = True  # once: it waits for the device
+            refuse_silent(self.max_logits.unrecorded() if self.max_logits is not None else [])
         self.step_log.step(loss_dict, learning_rate, iteration, is_skipped, grad_norm)
         return result
 
