@@ -1,12 +1,14 @@
 """``megatron-k2 pretrain``: expand, check, start the ranks."""
 
-import os
 import sys
 
 from megatron_k2.errors import UserError
-from megatron_k2.flags.megatron import expand, last_value
+from megatron_k2.flags.megatron import expand
+from megatron_k2.flags.words import last_value
+from megatron_k2.host.torchrun import is_rank, launch
 from megatron_k2.run.flags import read_flags
 from megatron_k2.training.preflight import check_run
+from megatron_k2.training.resume import check_resume
 
 HELP = """\
 usage: megatron-k2 pretrain --preset NAME --data DIR [--save RUN] [--nproc N] [Megatron flags]
@@ -16,6 +18,8 @@ checkpoint. The same program is 'torchrun --nproc-per-node N examples/pretrain_k
 
   --preset NAME   model and training defaults ('megatron-k2 presets' lists them)
   --data DIR      made by 'megatron-k2 data prepare'; or --mock-data
+  --load RUN      start from another run's checkpoint, until --save has one of its own
+  --start-over    start from there again, or anew, although --save has one
   --save RUN      checkpoints, metrics.jsonl, TensorBoard, logs, report.png
   --nproc N       ranks on this machine (default 1)
   --yarn          rotary scaling for the released context length
@@ -35,10 +39,10 @@ def main(argv: list[str]) -> int:
     num_processes, argv = _take_nproc(argv)
     if "--print-args" in argv:
         return _print_flags([flag for flag in argv if flag != "--print-args"])
-    if "RANK" not in os.environ:
-        check_run(read_flags(expand(argv, cuda=False)), num_processes)
-    from megatron_k2.host.torchrun import launch
-
+    if not is_rank(num_processes):
+        flags = read_flags(expand(argv, cuda=False))
+        check_run(flags, num_processes)
+        check_resume(flags)
     return launch("megatron_k2.training.pretrain", argv, num_processes)
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from megatron_k2.data.manifest import DataManifest, read_manifest
 from megatron_k2.errors import UserError
+from megatron_k2.flags.schedule import displaced
+from megatron_k2.flags.start import RESUMED_WITHOUT, START_OVER, choose_checkpoint
+from megatron_k2.flags.words import last_value, take
 from megatron_k2.fp8.compute import recipe_flags
 from megatron_k2.presets import ModelPreset, YarnScaling, get_preset
 from megatron_k2.run.rollback import MARGIN
@@ -55,6 +58,17 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         action="store_true",
         help="with --pretrained-checkpoint: its optimizer's state too, not the weights alone; "
         "schedule and samples begin anew",
+    )
+    group.add_argument(
+        START_OVER,
+        action="store_true",
+        help="begin from --load, --pretrained-checkpoint or anew although --save has a checkpoint; "
+        "that and what belongs to it are put into a folder of --save",
+    )
+    group.add_argument(
+        RESUMED_WITHOUT,
+        default=None,
+        help="written by a start from --save's own checkpoint: what of the command that leaves out",
     )
     group.add_argument(
         "--synthetic-data",
@@ -275,27 +289,6 @@ def platform_flags(*, cuda: bool, transformer_impl: str = "local") -> list[str]:
     return list(LOCAL_CUDA_FLAGS if cuda else CPU_FLAGS)
 
 
-def _take(argv: list[str], name: str) -> tuple[str | None, list[str]]:
-    """Value of ``--name VALUE`` or ``--name=VALUE`` (the last one), and the rest of ``argv``."""
-    value, rest, i = None, [], 0
-    while i < len(argv):
-        if argv[i] == name:
-            if i + 1 == len(argv):
-                raise UserError(f"{name} needs a value")
-            value, i = argv[i + 1], i + 2
-        elif argv[i].startswith(name + "="):
-            value, i = argv[i].split("=", 1)[1], i + 1
-        else:
-            rest.append(argv[i])
-            i += 1
-    return value, rest
-
-
-def last_value(argv: list[str], name: str) -> str | None:
-    """The value that argparse would keep for ``--name``."""
-    return _take(argv, name)[0]
-
-
 def expand(argv: list[str], *, cuda: bool) -> list[str]:
     """The plain flag list that Megatron's parser and ours read.
 
@@ -308,11 +301,11 @@ def expand(argv: list[str], *, cuda: bool) -> list[str]:
         UserError: unknown preset or FP8 recipe, ``--yarn`` without its numbers, unusable data
             directory, or a vocabulary that does not match.
     """
-    preset_name, rest = _take(argv, "--preset")
-    directory, rest = _take(rest, "--data")
+    preset_name, rest = take(argv, "--preset")
+    directory, rest = take(rest, "--data")
     yarn = "--yarn" in rest
     rest = [flag for flag in rest if flag != "--yarn"]
-    fp8_recipe, rest = _take(rest, "--fp8-compute")
+    fp8_recipe, rest = take(rest, "--fp8-compute")
     implementation = last_value(rest, "--transformer-impl") or "local"
     flags = platform_flags(cuda=cuda, transformer_impl=implementation)
     flags += recipe_flags(fp8_recipe) if fp8_recipe is not None else []
@@ -324,11 +317,12 @@ def expand(argv: list[str], *, cuda: bool) -> list[str]:
         preset = get_preset(preset_name)
         if yarn and preset.yarn is None:
             raise UserError(f"--yarn: preset '{preset_name}' has no YaRN scaling; leave it out")
-        flags += ["--preset", preset_name, *model_flags(preset, yarn=yarn), *training_flags(preset)]
+        training = displaced(training_flags(preset), rest, preset.training)
+        flags += ["--preset", preset_name, *model_flags(preset, yarn=yarn), *training]
         vocab = int(last_value(rest, "--vocab-size") or preset.vocab_size)
     else:
         vocab = int(last_value(rest, "--vocab-size") or 0)
-    _, rest = _take(rest, "--vocab-size")
+    _, rest = take(rest, "--vocab-size")
     if directory is not None:
         manifest = read_manifest(directory)
         check_vocabulary(manifest, vocab, preset_name)
@@ -339,12 +333,9 @@ def expand(argv: list[str], *, cuda: bool) -> list[str]:
     if vocab:
         flags += ["--vocab-size", str(vocab)]
     save = last_value(flags, "--save")
-    if save is not None:  # the same command, run again, goes on where the last one stopped
-        if last_value(flags, "--load") is None:
-            flags += ["--load", save]
-        if last_value(flags, "--tensorboard-dir") is None:
-            flags += ["--tensorboard-dir", str(Path(save) / "tensorboard")]
-    return _muonclip(flags)
+    if save is not None and last_value(flags, "--tensorboard-dir") is None:
+        flags += ["--tensorboard-dir", str(Path(save) / "tensorboard")]
+    return _muonclip(choose_checkpoint(flags))  # the same command, run again, goes on
 
 
 def check_vocabulary(manifest: DataManifest, vocab_size: int, preset: str | None) -> None:
@@ -360,7 +351,7 @@ def check_vocabulary(manifest: DataManifest, vocab_size: int, preset: str | None
 
 def _muonclip(flags: list[str]) -> list[str]:
     """``--optimizer muonclip`` as flags that Megatron's closed list of optimizers accepts."""
-    optimizer, rest = _take(flags, "--optimizer")
+    optimizer, rest = take(flags, "--optimizer")
     if optimizer is None:
         return flags
     if optimizer != "muonclip":

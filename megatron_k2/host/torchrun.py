@@ -1,10 +1,44 @@
-"""Start a module on several ranks of this machine, through torchrun."""
+"""Ranks on this machine: whether this process is one already, and their start through torchrun."""
 
 import os
 import subprocess
 import sys
 
 from megatron_k2.errors import UserError
+
+_RENDEZVOUS = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def is_rank(num_processes: int = 1) -> bool:
+    """Whether this process is one of the ranks that torchrun, or a script like it, has started.
+
+    Args:
+        num_processes: as ``--nproc`` says; 1 where it is not given.
+
+    Raises:
+        UserError: where ``RANK`` is set without what goes with it, as a shell inside a scheduler's
+            or container's step has it, or where another number of ranks was started.
+    """
+    if "RANK" not in os.environ:
+        return False
+    rank, missing = os.environ["RANK"], [name for name in _RENDEZVOUS if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"RANK={rank} is set without {', '.join(missing)}, left over from another launcher; "
+            "unset RANK, or start through torchrun, which sets them all"
+        )
+    world_size = os.environ["WORLD_SIZE"]
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        raise UserError(
+            f"RANK={rank}, WORLD_SIZE={world_size}: expected a rank below a number of ranks; unset "
+            "both, or start through torchrun"
+        )
+    if num_processes not in (1, int(world_size)):
+        raise UserError(
+            f"--nproc {num_processes}, but RANK={rank} and WORLD_SIZE={world_size} are set: this "
+            f"process is one of {world_size} ranks already; drop --nproc, or unset RANK"
+        )
+    return True
 
 
 def launch(module: str, argv: list[str], num_processes: int) -> int:
@@ -19,7 +53,7 @@ def launch(module: str, argv: list[str], num_processes: int) -> int:
     if num_processes < 1:
         raise UserError(f"--nproc {num_processes}: at least 1 rank is needed")
     command = [sys.executable, "-m", module, *argv]
-    if num_processes > 1 and "RANK" not in os.environ:
+    if not is_rank(num_processes) and num_processes > 1:
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
         command = [sys.executable, "-m", *torchrun, "-m", module, *argv]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}

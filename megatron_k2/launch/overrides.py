@@ -23,6 +23,7 @@ FIXED = {
     "layout.sequences_per_step",
     "layout.etp",
     "layout.pipeline_layout",
+    "layout.split",
     "phase.name",
     "phase.source",
 }

@@ -1,5 +1,7 @@
 """What the host's MoE layer lacks: Moonlight's form of the balance rule, and load statistics.
 
+Also here, since it is seen where gradients are finalised: a batch without a token to learn from.
+
 Routing itself is Megatron's ``TopKRouter`` with K2's flags: sigmoid scores in fp32, the bias added
 for selection only, the chosen scores normalised and scaled by 2.827. The bias of expert i moves
 after each step by ``u * sign(mean load - load_i)`` (arXiv:2408.15664); Moonlight (arXiv:2502.16982,
@@ -44,6 +46,8 @@ class BalancedFinalize:
     ``loads`` after a step: one [num experts] fp32 tensor a router of this rank, tokens routed to
     each expert in the global batch: summed over micro-batches and over the tensor-, data- and
     context-parallel ranks.
+
+    A batch whose every token is masked moves no bias; ``is_batch_empty`` tells the optimizer.
     """
 
     def __init__(self, finalize: Callable[..., None], rule: str = "sign") -> None:
@@ -52,17 +56,36 @@ class BalancedFinalize:
         self._finalize = finalize
         self._rule = rule
         self.loads: list[Tensor] = []
+        self._num_tokens: Tensor | None = None
 
-    def __call__(self, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
-        """Upstream's gradient finalisation, with the load read before it is cleared."""
+    def __call__(
+        self,
+        model: list[torch.nn.Module],
+        num_tokens: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Upstream's gradient finalisation, with the load read before it is cleared.
+
+        ``num_tokens``: unmasked, of this rank's batch; upstream sums them up in place, so that
+        every rank ends with those of the global batch. ``None`` without a loss per token.
+        """
         here = list(routers(model))
         local_loads = [router.local_tokens_per_expert.clone() for router in here]
         before = [router.expert_bias.clone() for router in here]
-        self._finalize(model, *args, **kwargs)
+        self._finalize(model, num_tokens, *args, **kwargs)
+        self._num_tokens = num_tokens
+        if num_tokens is not None:  # no host-side branch, which would wait for the device
+            for router, old in zip(here, before, strict=True):
+                router.expert_bias.copy_(torch.where(num_tokens > 0, router.expert_bias, old))
         if self._rule == "mean-sign":
             for router, old in zip(here, before, strict=True):
                 router.expert_bias.copy_(remove_common_drift(old, router.expert_bias))
         self.loads = self._reduced(local_loads)
+
+    def is_batch_empty(self) -> bool:
+        """Whether every token of the last global batch was masked; the same on every rank."""
+        return self._num_tokens is not None and int(self._num_tokens) == 0
 
     def _reduced(self, local_loads: list[Tensor]) -> list[Tensor]:
         if not local_loads:

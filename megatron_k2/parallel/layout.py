@@ -5,9 +5,10 @@ layouts it computes silently wrong.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_k2.errors import UserError
+from megatron_k2.parallel.pipeline_split import PipelineSplit
 
 MEGATRON_NAMES = {
     "tp": "tensor_model_parallel_size",
@@ -42,6 +43,8 @@ class Layout:
     """Tensor-parallel ranks inside a routed expert."""
     pipeline_layout: str | None = None
     """Megatron's ``--pipeline-model-parallel-layout``, which places the layers by hand."""
+    split: PipelineSplit = field(default_factory=PipelineSplit)
+    """Megatron's other flags that place them."""
 
     @property
     def data_parallel(self) -> int:
@@ -197,11 +200,18 @@ def _check_sequence_and_batch(r: Layout, load: Workload) -> None:
 
 def _check_pipeline(r: Layout, load: Workload) -> None:
     pp, vpp = r.pp, r.vpp
-    if not r.is_split_by_hand and load.num_layers % (pp * vpp):
+    if r.split.flags and r.is_split_by_hand:
+        raise UserError(
+            f"{r.split.flags[0]} does not go with --pipeline-model-parallel-layout, which places "
+            "every layer; drop one of the two"
+        )
+    if r.split.flags:
+        vpp = r.split.num_chunks(load.num_layers, pp, vpp)
+    elif not r.is_split_by_hand and load.num_layers % (pp * vpp):
         raise UserError(
             f"num_layers={load.num_layers} does not divide by PP x virtual stages = {pp} x {vpp}; "
-            "give --pipeline-model-parallel-layout, or a divisor: "
-            f"{_listed(nearest_divisors(load.num_layers, pp * vpp))}"
+            "give --pipeline-model-parallel-layout, --decoder-first-pipeline-num-layers or "
+            f"-last-, or a divisor: {_listed(nearest_divisors(load.num_layers, pp * vpp))}"
         )
     if vpp == 1:
         return

@@ -11,9 +11,11 @@ from typing import Any
 
 from megatron_k2.errors import UserError
 from megatron_k2.parallel.layout import MEGATRON_NAMES, Layout, Workload, check_degrees
+from megatron_k2.parallel.pipeline_split import PipelineSplit
 
 _KINDS: dict[Any, dict[str, Any]] = {
     bool: {"action": "store_true"},
+    int: {"type": int},
     int | None: {"type": int},
     float: {"type": float},
     float | None: {"type": float},
@@ -36,11 +38,33 @@ class RunFlags:
     expert_tensor_parallel_size: int | None = None
     num_virtual_stages_per_pipeline_rank: int | None = None
     pipeline_model_parallel_layout: str | None = None
+    decoder_first_pipeline_num_layers: int | None = None
+    decoder_last_pipeline_num_layers: int | None = None
+    account_for_embedding_in_pipeline_split: bool = False
+    account_for_loss_in_pipeline_split: bool = False
+    num_layers_per_virtual_pipeline_stage: int | None = None
     no_overlap_p2p_communication: bool = False
 
     seq_length: int | None = None
     global_batch_size: int | None = None
     micro_batch_size: int | None = None
+    step_batch_size_schedule: str | None = None
+
+    train_samples: int | None = None
+    train_iters: int | None = None
+    lr: float | None = None
+    min_lr: float = 0.0
+    lr_warmup_init: float = 0.0
+    lr_decay_style: str = "linear"
+    lr_warmup_fraction: float | None = None
+    lr_warmup_samples: int = 0
+    lr_warmup_iters: int = 0
+    lr_decay_samples: int | None = None
+    lr_decay_iters: int | None = None
+    weight_decay: float = 0.01
+    start_weight_decay: float | None = None
+    end_weight_decay: float | None = None
+    weight_decay_incr_style: str = "constant"
 
     preset: str | None = None
     num_layers: int | None = None
@@ -72,6 +96,8 @@ class RunFlags:
 
     save: str | None = None
     load: str | None = None
+    ckpt_step: int | None = None
+    resumed_without: str | None = None
     pretrained_checkpoint: str | None = None
     finetune: bool = False
 
@@ -101,6 +127,13 @@ class RunFlags:
             **degrees,
             vpp=1 if chunks is None else chunks,
             pipeline_layout=self.pipeline_model_parallel_layout,
+            split=PipelineSplit(
+                first=self.decoder_first_pipeline_num_layers,
+                last=self.decoder_last_pipeline_num_layers,
+                counts_embedding=self.account_for_embedding_in_pipeline_split,
+                counts_loss=self.account_for_loss_in_pipeline_split,
+                layers_per_chunk=self.num_layers_per_virtual_pipeline_stage,
+            ),
         )
         check_degrees(layout)
         return layout

@@ -61,6 +61,20 @@ def last_iteration(save: Path) -> int:
     return int(text) if text and text.isdecimal() else 0
 
 
+def resumable_iteration(save: Path) -> int | None:
+    """Step that a run goes on from where it has a checkpoint of its own; ``None`` for a release.
+
+    A tracker file that a kill left empty counts as what ``repair_tracker`` makes of it.
+    """
+    text = tracker_text(save)
+    if text is None or text == RELEASE:
+        return None
+    if text.isdecimal():
+        return int(text) if iteration_directory(save, int(text)).is_dir() else None
+    whole = whole_iterations(save)
+    return whole[-1] if whole else None
+
+
 def point_tracker(save: Path, checkpoint: int | str) -> None:
     """Make the next start of a run in ``save`` load ``checkpoint``: a step, or ``RELEASE``."""
     write_atomically(save / TRACKER, str(checkpoint).encode())

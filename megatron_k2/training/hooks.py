@@ -1,5 +1,7 @@
 """The seams of ``megatron.training`` that have no argument: optimizer, load, log, save, skip.
 
+The step of the optimizer that Megatron's factory returns is guarded too: see ``_guard_step``.
+
 ``megatron.training.training`` calls them as module globals. ``training_hooks`` replaces them while
 entered and puts them back.
 """
@@ -15,15 +17,19 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_k2.optimizer.muonclip import build
+from megatron_k2.optimizer.qk_clip.apply import refuse_silent
 from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
 from megatron_k2.optimizer.sharded.expert_layout import expert_layout
 from megatron_k2.run.console import step_line
 from megatron_k2.run.metrics import MetricsWriter, StepRecord
 from megatron_k2.training.phase_start import load_with_optimizer, starts_here
+from megatron_k2.training.resume import end_at_train_samples
 from megatron_k2.training.spike_watch import SpikeWatch, meet_spike, skip_batch, take_skips
 from megatron_k2.training.step_log import StepLog
+from megatron_k2.training.unwritten import unwritten
 
 
 class TrainingHooks:
@@ -39,6 +45,7 @@ class TrainingHooks:
         self.max_logits: MaxLogits | None = None
         self.step_log: StepLog | None = None
         self._seconds_per_step: float | None = None
+        self._has_stepped = False
         self._watch: SpikeWatch | None = None
         if args.on_spike != "off":
             self._watch = SpikeWatch(Path(args.save) if args.save else None, args.spike_nats)
@@ -50,30 +57,75 @@ class TrainingHooks:
         self.max_logits = MaxLogits(model)
         self.step_log = StepLog(self.args, model, self.max_logits, self._show)
         if not self.args.muonclip:
-            return original(config, model, **kwargs)
+            return self._guard_step(original(config, model, **kwargs))
         load = self.args.pretrained_checkpoint if starts_here(self.args) else self.args.load
         chain = build(original, self.args, config, model, self.max_logits, load, **kwargs)
         self.step_log.chain = chain
-        return chain
+        return self._guard_step(chain)
+
+    def _guard_step(self, optimizer: Any) -> Any:
+        """``optimizer``, whose step leaves everything alone where no token was to be learnt.
+
+        The mean over no tokens is no number, and what gradient there is, of the balance loss,
+        belongs to no token. To Megatron it is a step that was not successful.
+        """
+        from megatron.core.utils import get_model_config
+
+        finalize = get_model_config(self.model[0]).finalize_model_grads_func
+        step = optimizer.step
+
+        def guarded() -> Any:
+            if not finalize.is_batch_empty():
+                return step()
+            number = self.args.curr_iteration + 1
+            self._say(f"step {number}: every token of the batch is masked; skipped, weights kept")
+            return False, 0.0, 0
+
+        optimizer.step = guarded
+        return optimizer
 
     def load(self, original: Any, model: Any, optimizer: Any, scheduler: Any, **kwargs: Any) -> Any:
         """Megatron's load, and at the start of a phase the optimizer of the one before it."""
         if starts_here(self.args):
             return load_with_optimizer(original, self.args, model, optimizer, **kwargs)
-        return original(model, optimizer, scheduler, **kwargs)
+        step, num_flops = original(model, optimizer, scheduler, **kwargs)
+        end_at_train_samples(self.args, step)
+        return step, num_flops
 
     def log_step(self, original: Any, *positional: Any, **kwargs: Any) -> Any:
         """Megatron's ``training_log``, then our record of the same step."""
         result = original(*positional, **kwargs)
         loss_dict, _, learning_rate, iteration, _, _, is_skipped, grad_norm = positional[:8]
         assert self.step_log is not None  # the optimizer was built before the first step
+        if self.args.muonclip and not is_skipped and not self._has_stepped:
+            self._has_stepped = True  # once: it waits for the device
+            refuse_silent(self.max_logits.unrecorded() if self.max_logits is not None else [])
         self.step_log.step(loss_dict, learning_rate, iteration, is_skipped, grad_norm)
         return result
 
     def save(self, original: Any, *positional: Any, **kwargs: Any) -> Any:
-        """Megatron's save, after the record of the step it holds is on disk."""
+        """Megatron's save, after the record of the step it holds is on disk.
+
+        Raises:
+            UserError: where the checkpoint could not be written: its file, size and disk.
+        """
         self.flush()
-        return original(*positional, **kwargs)
+        try:
+            return original(*positional, **kwargs)
+        except (CheckpointException, OSError) as error:
+            raise unwritten(Path(self.args.save), int(positional[0]), error) from error
+
+    def nothing_to_do(self) -> str | None:
+        """Why a run ended without a step, in a sentence; ``None`` if it took one or saved none."""
+        args = self.args
+        if args.skip_train or not 0 < args.iteration >= args.train_iters:
+            return None
+        ends = "--train-samples" if args.train_samples else "--train-iters"
+        count = args.train_samples or args.train_iters
+        return (
+            f"nothing to do: {args.load} is at step {args.iteration}, where {ends} {count} ends "
+            f"the run; raise it to train on"
+        )
 
     def skip_batch(self, original: Any, data_iterator: Any) -> None:
         """Megatron's step over a batch that is left out, of any pipeline."""

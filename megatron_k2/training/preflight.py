@@ -23,6 +23,7 @@ from megatron_k2.parallel.layout import check_layout
 from megatron_k2.run.flags import RunFlags
 from megatron_k2.run.iterations import has_tracker, tracker_text
 from megatron_k2.run.record import RUN_RECORD, read_run_record, write_record
+from megatron_k2.training.resume import check_schedule
 
 _SHAPE_FLAGS = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads q_lora_rank kv_lora_rank "
@@ -69,6 +70,7 @@ def check_run(flags: RunFlags, world_size: int) -> None:
         _check_phase_start(flags)
     _check_dispatcher(flags)
     check_files(flags)
+    check_schedule(flags)
     if flags.load and not flags.finetune:
         _check_checkpoint(Path(flags.load), flags)
 

@@ -14,12 +14,17 @@ from typing import TextIO
 
 from megatron_k2.errors import UserError
 from megatron_k2.flags.data import data_prefixes, make_synthetic
-from megatron_k2.flags.megatron import add_k2_arguments, expand, last_value
+from megatron_k2.flags.megatron import add_k2_arguments, expand
+from megatron_k2.flags.start import START_OVER, start_sentence
+from megatron_k2.flags.words import last_value
 from megatron_k2.fp8.compute import choose_offload_version, choose_scale_format
+from megatron_k2.host.torchrun import is_rank
 from megatron_k2.run.console import divert_output
 from megatron_k2.run.flags import RunFlags, read_flags
 from megatron_k2.run.iterations import repair_tracker
+from megatron_k2.run.leftovers import remove_torn_checkpoints, set_run_aside
 from megatron_k2.training.preflight import check_run, drop_damaged_index_cache, write_run_record
+from megatron_k2.training.resume import check_resume
 
 PROGRAM_START = time.time()
 
@@ -27,7 +32,7 @@ PROGRAM_START = time.time()
 def single_process_environment() -> None:
     """What torchrun would have set, for one process started by hand."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if "RANK" in os.environ:
+    if is_rank():
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -77,7 +82,9 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
     choose_scale_format(flags.fp8_recipe)
     choose_offload_version(flags)
     if os.environ["RANK"] == "0":
-        _put_in_order(flags, world_size)
+        check_resume(flags)
+        for line in _put_in_order(flags, world_size):
+            print(line, file=terminal, flush=True)
     # ft_integration.setup() parses sys.argv again, so it must hold what Megatron understands.
     sys.argv = [sys.argv[0], *flags.words]
     with megatron_host():
@@ -91,14 +98,21 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
         _pretrain(terminal)
 
 
-def _put_in_order(flags: RunFlags, world_size: int) -> None:
-    """What one rank does for all before the first collective."""
+def _put_in_order(flags: RunFlags, world_size: int) -> list[str]:
+    """What one rank does for all before the first collective; what is to be said of it."""
+    said = [sentence] if (sentence := start_sentence(flags)) is not None else []
     if flags.save is not None:
-        repair_tracker(Path(flags.save))
+        save = Path(flags.save)
+        if START_OVER in flags and flags.load != flags.save:
+            aside = set_run_aside(save)
+            said += [f"{START_OVER}: the run that was there is in {aside}"] if aside else []
+        repair_tracker(save)
+        said += remove_torn_checkpoints(save)
     drop_damaged_index_cache(data_prefixes(flags))
     if flags.vocab_size is not None:
         make_synthetic(flags, flags.vocab_size, flags.null_tokenizer_eod_id or 0)
     write_run_record(flags, world_size)
+    return said
 
 
 def _pretrain(terminal: TextIO | None) -> None:
@@ -119,10 +133,14 @@ def _pretrain(terminal: TextIO | None) -> None:
         args.optimizer = "muonclip"  # Megatron's closed list of choices is behind us
     config = pretrain_cfg_container_from_args(args, model_config_from_args(args))
     writer = MetricsWriter(Path(args.save)) if args.save else None
-    with training_hooks(TrainingHooks(args, terminal, writer)):
+    hooks = TrainingHooks(args, terminal, writer)
+    with training_hooks(hooks):
         pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
-    if terminal is not None and args.rank == args.world_size - 1:
-        print(f"\n{finish(Path(args.save))}", file=terminal)
+    if args.rank == args.world_size - 1:
+        if (sentence := hooks.nothing_to_do()) is not None:
+            print(sentence, file=terminal)
+        elif terminal is not None:
+            print(f"\n{finish(Path(args.save))}", file=terminal)
 
 
 def main() -> None:

@@ -120,6 +120,20 @@ def test_a_layout_that_cannot_run_names_the_value(flags, world_size, said):
         check(*flags, world_size=world_size)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--min-lr", "1"], "--min-lr 1: expected from 0 to --lr 0.004"),
+        (["--lr-warmup-init", "1"], "--lr-warmup-init 1: expected at most --lr"),
+        (["--lr-warmup-samples", "3840"], "--lr-warmup-samples ends after 3,840 samples"),
+        (["--train-iters", "3", "--lr-warmup-iters", "3"], "--lr-warmup-iters ends after 48"),
+    ],
+)
+def test_a_schedule_that_megatron_would_end_without_words_is_refused(flags, said):
+    with pytest.raises(UserError, match=said):
+        check(*flags)
+
+
 def test_a_size_that_is_missing_is_asked_for():
     with pytest.raises(UserError, match=r"--num-layers.*or --preset"):
         check_run(read_flags(["--seq-length", "64"]), 1)

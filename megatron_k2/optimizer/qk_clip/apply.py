@@ -28,6 +28,7 @@ def check_clippable(max_logits: MaxLogits) -> None:
     Raises:
         UserError: naming the module and the way out.
     """
+    refuse_silent(max_logits.silent)
     for attention in max_logits.attentions:
         if isinstance(attention, MultiLatentAttention):
             continue
@@ -39,6 +40,29 @@ def check_clippable(max_logits: MaxLogits) -> None:
                     "after the projection it would scale; drop --qk-layernorm, which bounds the "
                     "logits itself, or train with --optimizer muon"
                 )
+
+
+def refuse_silent(attentions: list[Any]) -> None:
+    """Refuse attention that gives no maximum logits: none of its heads would ever be clipped.
+
+    Args:
+        attentions: whose core has no ``current_max_attn_logits`` (known when the model is built),
+            or left it without a value (known after the first step).
+
+    Raises:
+        UserError: naming the first and the way out.
+    """
+    if not attentions:
+        return
+    first = attentions[0]
+    core = type(first.core_attention)
+    raise UserError(
+        f"QK-Clip cannot see the logits of layer {first.layer_number}"
+        f"{f' and {len(attentions) - 1} more' if len(attentions) > 1 else ''}: its core attention "
+        f"{core.__module__}.{core.__name__} gives no maximum logits (current_max_attn_logits); "
+        "take --transformer-impl local or a Transformer Engine that returns them, or train with "
+        "--optimizer muon"
+    )
 
 
 def row_scales(

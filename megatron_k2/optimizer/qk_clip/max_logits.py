@@ -24,6 +24,19 @@ def attention_modules(model_chunks: list[torch.nn.Module]) -> list[Any]:
     ]
 
 
+def silent_attentions(model_chunks: list[torch.nn.Module]) -> list[Any]:
+    """Every self-attention whose core has no place for its maximum logits."""
+    from megatron.core.transformer.attention import Attention
+
+    return [
+        module
+        for chunk in model_chunks
+        for module in chunk.modules()
+        if isinstance(module, Attention)
+        and not hasattr(getattr(module, "core_attention", None), "current_max_attn_logits")
+    ]
+
+
 class MaxLogits:
     """One persistent fp32 tensor that all local attention modules write into.
 
@@ -39,10 +52,12 @@ class MaxLogits:
         running: [attention modules, heads on this rank], maxima since the last ``finish``; this
             rank's tokens only. ``-inf`` where nothing was recorded.
         latest: what the last ``finish`` returned.
+        silent: attention modules that are not among them, as their core records nothing.
     """
 
     def __init__(self, model_chunks: list[torch.nn.Module]) -> None:
         self.attentions = attention_modules(model_chunks)
+        self.silent = silent_attentions(model_chunks)
         heads = {m.num_attention_heads_per_partition for m in self.attentions}
         if len(heads) > 1:
             raise ValueError(f"attention modules with different numbers of heads: {sorted(heads)}")
@@ -78,6 +93,11 @@ class MaxLogits:
         self.latest = self.running.clone()
         self.running.fill_(-math.inf)
         return self.latest
+
+    def unrecorded(self) -> list[Any]:
+        """Attention modules that recorded nothing at all in the last step."""
+        never = (self.latest == -math.inf).all(-1).tolist()
+        return [m for m, is_silent in zip(self.attentions, never, strict=True) if is_silent]
 
     def take(self, group: dist.ProcessGroup) -> Tensor:
         """``start`` and ``finish`` at once."""

@@ -13,7 +13,7 @@ import torch
 
 from megatron_k2.errors import UserError
 from megatron_k2.model.attention import MLACoreAttention
-from megatron_k2.optimizer.qk_clip.apply import check_clippable, row_scales
+from megatron_k2.optimizer.qk_clip.apply import check_clippable, refuse_silent, row_scales
 from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
 from megatron_k2.optimizer.settings import MuonClipSettings
 from tests.support.single_rank import one_rank
@@ -137,6 +137,35 @@ def test_a_norm_after_the_projection_makes_the_clip_void_and_is_refused():
     with pytest.raises(UserError, match="layer 1: q_layernorm normalises after the projection"):
         check_clippable(MaxLogits([_attention(4, qk_norm=True)]))
     check_clippable(MaxLogits([_attention(4)]))
+
+
+class _Silent(torch.nn.Module):
+    """Megatron's own ``DotProductAttention``, for one, says nothing of its logits."""
+
+    def __init__(self, *_args, **_kwargs):
+        super().__init__()
+
+    def forward(self, query, *_rest, **_named):
+        return query.flatten(2)
+
+
+def test_attention_that_gives_no_maximum_logits_is_refused_and_not_left_unclipped():
+    with pytest.raises(UserError, match=r"layer 1: its core attention .*_Silent gives no maximum"):
+        check_clippable(MaxLogits([_attention(4, core=_Silent)]))
+
+
+def test_attention_that_left_its_maximum_without_a_value_is_seen_after_a_step():
+    """Transformer Engine's attribute is there whatever its version and backend return."""
+    attention = _attention(4, core=_Assigns)
+    maxima = MaxLogits([attention])
+    check_clippable(maxima)
+    maxima.finish()
+    assert maxima.unrecorded() == [attention]
+    with pytest.raises(UserError, match=r"_Assigns gives no maximum"):
+        refuse_silent(maxima.unrecorded())
+    _maxima(attention, maxima)
+    maxima.finish()
+    assert maxima.unrecorded() == []
 
 
 class _Assigns(torch.nn.Module):

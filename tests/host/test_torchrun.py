@@ -1,0 +1,55 @@
+"""Variables of torchrun: whole, absent, or left over from another launcher."""
+
+import pytest
+
+from megatron_k2.cli.main import main
+from megatron_k2.errors import UserError
+from megatron_k2.host.torchrun import is_rank
+
+WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    def put(variables):
+        for name in (*WHOLE, "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return put
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_process_that_torchrun_started_is_a_rank(environment, num_processes):
+    environment(WHOLE)
+    assert is_rank(num_processes)
+
+
+@pytest.mark.parametrize(
+    "left", [{}, {"WORLD_SIZE": "4"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}]
+)
+def test_a_shell_without_a_rank_is_none(environment, left):
+    environment(left)
+    assert not is_rank(2)
+
+
+@pytest.mark.parametrize(
+    ("variables", "num_processes", "said"),
+    [
+        ({"RANK": "0"}, 1, "RANK=0 is set without WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, 1, "without MASTER_ADDR, MASTER_PORT"),
+        (WHOLE | {"RANK": "2"}, 1, "RANK=2, WORLD_SIZE=2: expected a rank below"),
+        (WHOLE, 4, "--nproc 4, but RANK=0 and WORLD_SIZE=2"),
+    ],
+)
+def test_what_is_left_over_is_refused_by_name(environment, variables, num_processes, said):
+    environment(variables)
+    with pytest.raises(UserError, match=said):
+        is_rank(num_processes)
+
+
+def test_the_command_refuses_it_in_a_line(environment, capsys):
+    environment({"RANK": "0"})
+    assert main(["pretrain", "--preset", "k2-tiny", "--mock-data"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
