@@ -82,7 +82,8 @@ def _start_or_resume(plan: Plan, output: Path, console: Console) -> None:
     # The manifest goes first, so that a half-cleared directory never looks complete.
     for path in [output / MANIFEST_FILE, output / BASELINE_FILE, *_data_files(output)]:
         path.unlink(missing_ok=True)
-    for name in (PARTS_DIRECTORY, TOKENIZER_DIRECTORY):
+    # Megatron's sample indices, of no use without the tokens they point into, lie below SPLIT.
+    for name in (PARTS_DIRECTORY, TOKENIZER_DIRECTORY, *SPLITS):
         shutil.rmtree(output / name, ignore_errors=True)
     plan_path.parent.mkdir()
     write_atomically(plan_path, json.dumps(plan.record, indent=2).encode())

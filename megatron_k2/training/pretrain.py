@@ -95,7 +95,7 @@ def _put_in_order(flags: RunFlags, world_size: int) -> None:
     """What one rank does for all before the first collective."""
     if flags.save is not None:
         repair_tracker(Path(flags.save))
-    drop_damaged_index_cache(data_prefixes(flags))
+    drop_damaged_index_cache(data_prefixes(flags), flags.data_cache_path)
     if flags.vocab_size is not None:
         make_synthetic(flags, flags.vocab_size, flags.null_tokenizer_eod_id or 0)
     write_run_record(flags, world_size)
