@@ -8,7 +8,6 @@ or other options starts over and says so. Either way the result is byte for byte
 undisturbed run, whatever the number of workers.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -45,6 +44,7 @@ from megatron_k2.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_k2.errors import UserError
 from megatron_k2.files import write_atomically
 
+from megatron_k2.lock.directory import hold
 PARTS_DIRECTORY = ".parts"
 TOKENIZER_DIRECTORY = "tokenizer"
 PLAN_FILE = "plan.json"
@@ -53,12 +53,7 @@ PLAN_FILE = "plan.json"
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
     """One preparation at a time in a directory; the lock goes with the process, however it ends."""
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{output} is being prepared by another process; wait for it") from None
+    with hold(output, "a data preparation"):
         yield
 
 

@@ -3,15 +3,18 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 
 from megatron_k2.errors import UserError
 
 
-def launch(module: str, argv: list[str], num_processes: int) -> int:
+def launch(
+    module: str, argv: list[str], num_processes: int, added: Mapping[str, str] | None = None
+) -> int:
     """Run ``python -m module argv`` on ``num_processes`` ranks and wait.
 
     One rank runs without torchrun, which costs seconds of start-up. Started by torchrun already
-    (``RANK`` is set), this process is one of the ranks.
+    (``RANK`` is set), this process is one of the ranks. ``added`` goes to their environment.
 
     Returns:
         The exit code: 0, 2 for a wrong input, anything else for a failure.
@@ -22,5 +25,5 @@ def launch(module: str, argv: list[str], num_processes: int) -> int:
     if num_processes > 1 and "RANK" not in os.environ:
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
         command = [sys.executable, "-m", *torchrun, "-m", module, *argv]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **(added or {})}
     return subprocess.run(command, env=environment, check=False).returncode

@@ -16,9 +16,11 @@ from megatron_k2.errors import UserError
 from megatron_k2.flags.data import data_prefixes, make_synthetic
 from megatron_k2.flags.megatron import add_k2_arguments, expand, last_value
 from megatron_k2.fp8.compute import choose_offload_version, choose_scale_format
+from megatron_k2.lock.directory import hold
 from megatron_k2.run.console import divert_output
 from megatron_k2.run.flags import RunFlags, read_flags
 from megatron_k2.run.iterations import repair_tracker
+from megatron_k2.run.record import RUN
 from megatron_k2.training.preflight import check_run, drop_damaged_index_cache, write_run_record
 
 PROGRAM_START = time.time()
@@ -41,6 +43,14 @@ def run(argv: list[str]) -> None:
     """Train with the flags in ``argv`` (``--preset`` and ``--data`` allowed) until done."""
     single_process_environment()
     save = last_value(argv, "--save")
+    if save is None or os.environ["RANK"] != "0":
+        _run_logged(argv, save)
+        return
+    with hold(Path(save), RUN):
+        _run_logged(argv, save)
+
+
+def _run_logged(argv: list[str], save: str | None) -> None:
     terminal = None
     if save is not None and last_value(argv, "--console") != "megatron":
         terminal = divert_output(Path(save) / "logs" / f"rank{os.environ['RANK']}.log")
