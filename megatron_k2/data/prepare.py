@@ -40,11 +40,12 @@ from megatron_k2.data.ngram import BASELINE_FILE
 from megatron_k2.data.parts import SPLITS, read_documents, read_part
 from megatron_k2.data.pool import tokenize_parts
 from megatron_k2.data.prepare_plan import Plan, PrepareOptions, check_counts, make_plan
+from megatron_k2.data.sources import passed_over
 from megatron_k2.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_k2.errors import UserError
 from megatron_k2.files import write_atomically
-
 from megatron_k2.lock.directory import hold
+
 PARTS_DIRECTORY = ".parts"
 TOKENIZER_DIRECTORY = "tokenizer"
 PLAN_FILE = "plan.json"
@@ -104,7 +105,7 @@ def _provide_tokenizer(plan: Plan, options: PrepareOptions, console: Console) ->
             texts = (
                 document.text
                 for part in plan.parts
-                for split, document in read_documents(part, options.json_key)
+                for split, document in read_documents(part, options.key)
                 if split == "train"
             )
             train_byte_bpe(texts, options.train_bpe, partial)
@@ -126,7 +127,7 @@ def _tokenize(plan: Plan, options: PrepareOptions, tokenizer: Tokenizer, console
             todo,
             options.output / TOKENIZER_DIRECTORY,
             tokenizer.identity,
-            options.json_key,
+            options.key,
             directory,
             options.num_workers,
         ):
@@ -218,6 +219,10 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> DataMani
     """
     console = console or Console(stderr=True)
     plan = make_plan(options)
+    others = passed_over((*options.inputs, *options.valid_inputs), options.suffixes)
+    if others:
+        listed = ", ".join(f"{number} {ending}" for ending, number in sorted(others.items()))
+        console.print(f"not taken from the directories, see --suffix: {listed}")
     with _locked(options.output):
         manifest = _finished(plan, options.output)
         if manifest is None:
