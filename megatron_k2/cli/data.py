@@ -25,7 +25,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     source = prepare.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--input", type=Path, nargs="+", metavar="PATH", help="text files, .jsonl, directories"
+        "--input",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="text, .jsonl, .json, .gz of them, directories",
     )
     source.add_argument(
         "--python-stdlib", action="store_true", help="this interpreter's own source (12 MB)"
@@ -38,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument(
         "--train-bpe", type=int, metavar="VOCAB_SIZE", help="train a byte-level BPE on the inputs"
     )
-    prepare.add_argument("--json-key", default="text", help="JSONL field (default: %(default)s)")
+    prepare.add_argument("--json-key", metavar="KEY", help="field of a JSON object (default: text)")
     prepare.add_argument(
         "--validation-fraction",
         type=float,

@@ -1,12 +1,15 @@
 """``megatron-k2 pretrain``: expand, check, start the ranks."""
 
 import sys
+from pathlib import Path
 
 from megatron_k2.errors import UserError
 from megatron_k2.flags.megatron import expand
 from megatron_k2.flags.words import last_value
 from megatron_k2.host.torchrun import is_rank, launch
+from megatron_k2.lock.directory import hold
 from megatron_k2.run.flags import read_flags
+from megatron_k2.run.record import RUN
 from megatron_k2.training.preflight import check_run
 from megatron_k2.training.resume import check_resume
 
@@ -39,11 +42,16 @@ def main(argv: list[str]) -> int:
     num_processes, argv = _take_nproc(argv)
     if "--print-args" in argv:
         return _print_flags([flag for flag in argv if flag != "--print-args"])
-    if not is_rank(num_processes):
-        flags = read_flags(expand(argv, cuda=False))
-        check_run(flags, num_processes)
-        check_resume(flags)
-    return launch("megatron_k2.training.pretrain", argv, num_processes)
+    module = "megatron_k2.training.pretrain"
+    if is_rank(num_processes):
+        return launch(module, argv, num_processes)
+    flags = read_flags(expand(argv, cuda=False))
+    check_run(flags, num_processes)
+    check_resume(flags)
+    if flags.save is None:
+        return launch(module, argv, num_processes)
+    with hold(Path(flags.save), RUN) as held:
+        return launch(module, argv, num_processes, held.environment)
 
 
 def _take_nproc(argv: list[str]) -> tuple[int, list[str]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_k2.data.special_tokens import special_token
 from megatron_k2.errors import UserError
 from megatron_k2.files import sha256_of_files
 
@@ -29,7 +30,7 @@ TOKENIZER_FILES = (
 """What belongs to a tokenizer in a model's directory; the rest (weights, config) does not."""
 
 END_OF_DOCUMENT_NAMES = ("<|eod|>", "<|endoftext|>", "<|end_of_text|>", "[EOS]", "<eos>", "</s>")
-"""Tried in this order where no ``tokenizer_config.json`` names an ``eos_token``."""
+"""Tried in this order where no file names an ``eos_token``."""
 
 BPE_BOS, BPE_EOD = "<|bos|>", "<|eod|>"
 MIN_BPE_VOCABULARY = 258
@@ -38,16 +39,6 @@ MIN_BPE_VOCABULARY = 258
 
 def _tokenizer_files(directory: Path) -> list[Path]:
     return [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "tokenizer_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _token_name(entry: str | dict[str, Any] | None) -> str | None:
-    """A special token in ``tokenizer_config.json`` is a string or an AddedToken's dict."""
-    return entry["content"] if isinstance(entry, dict) else entry
 
 
 class TokenizerJson:
@@ -77,8 +68,7 @@ class TokenizerJson:
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         # Ids may have holes, so the count of entries is not the number of rows needed.
         self.vocab_size: int = max(ids.values()) + 1
-        config = _read_config(directory)
-        bos, eos = _token_name(config.get("bos_token")), _token_name(config.get("eos_token"))
+        bos, eos = (special_token(directory, name) for name in ("bos_token", "eos_token"))
         self.bos_id: int | None = ids.get(bos) if bos else None
         candidates = [eos] if eos else END_OF_DOCUMENT_NAMES
         name = next((c for c in candidates if c in ids), None)
@@ -126,15 +116,20 @@ class TransformersTokenizer:
         self._files = _tokenizer_files(directory)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # of a damaged file it raises whatever comes
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise UserError(
                 f"{directory}: transformers cannot read a tokenizer: {reason}"
             ) from None
-        if self._tokenizer.eos_token_id is None:
-            raise UserError(f"{directory}: no eos_token; name one in tokenizer_config.json")
-        self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
-        self.eod_id: int = self._tokenizer.eos_token_id
+        ids = self._tokenizer.get_vocab()
+        eos = special_token(directory, "eos_token")
+        if eos not in ids:
+            raise UserError(
+                f"{directory}: eos_token {eos!r} is not in the vocabulary; name one that is in "
+                "tokenizer_config.json"
+            )
+        self.vocab_size: int = max(ids.values()) + 1
+        self.eod_id: int = ids[eos]
         self.bos_id: int | None = self._tokenizer.bos_token_id
         self.identity = sha256_of_files(self._files)
 

@@ -64,6 +64,44 @@ def _read_header(prefix: Path) -> _Header:
     return _Header(_DTYPES[code], num_sequences, num_boundaries)
 
 
+def check_indexed(prefix: Path) -> None:
+    """Refuse a dataset that is absent, empty or not whole, by its sizes alone.
+
+    Raises:
+        UserError: naming the file, its size and the one expected.
+    """
+    index, tokens = idx_path(prefix), bin_path(prefix)
+    for path in (index, tokens):
+        if not path.is_file():
+            raise UserError(
+                f"data: {path} does not exist; prepare it with megatron-k2 data prepare, or "
+                "name another with --train-data-path (in a recipe --set data.root=…)"
+            )
+    header = _read_header(prefix)
+    count = header.num_sequences
+    lengths_end = _HEADER.size + 4 * count
+    size = lengths_end + 8 * count + 8 * header.num_boundaries
+    if index.stat().st_size not in (size, size + count):  # with a mode a sequence: multimodal
+        raise _cut(index, size)
+    if count == 0:
+        raise UserError(f"data: {index} holds no document; prepare it with some text")
+    last = {}
+    for dtype, end in (("<i4", lengths_end), ("<i8", lengths_end + 8 * count)):
+        item = np.dtype(dtype)
+        last[dtype] = int(np.fromfile(index, item, count=1, offset=end - item.itemsize)[0])
+    num_bytes = last["<i8"] + last["<i4"] * header.dtype.itemsize
+    if tokens.stat().st_size != num_bytes:
+        raise _cut(tokens, num_bytes)
+
+
+def _cut(path: Path, expected: int) -> UserError:
+    actual = path.stat().st_size
+    return UserError(
+        f"data: {path} has {actual:,} bytes, expected {expected:,}: it was cut short, or belongs "
+        "to another dataset; prepare or copy it again"
+    )
+
+
 def read_tokens(prefix: str | Path) -> np.ndarray:
     """All tokens of a split in order, EOD included, as a read-only memory map.
 

@@ -20,7 +20,7 @@ from megatron_k2.data.sources import (
     Document,
     SourceFile,
     is_validation,
-    read_jsonl_range,
+    read_json,
     read_text_file,
 )
 from megatron_k2.data.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ _PARTS_WANTED = 256
 
 @dataclass(frozen=True)
 class Span:
-    """A whole text file, or the lines of a JSONL file whose first byte lies in [start, end)."""
+    """A whole file, or the lines of one that can be cut whose first byte lies in [start, end)."""
 
     file: SourceFile
     start: int
@@ -79,18 +79,18 @@ class PartContent:
 
 
 def cut_into_parts(files: Sequence[tuple[SourceFile, float]], part_bytes: int) -> list[Part]:
-    """Group files, and cut JSONL files by bytes, into parts of about ``part_bytes``.
+    """Group files, and cut those that can be by bytes, into parts of about ``part_bytes``.
 
     Args:
         files: Each with its validation fraction.
-        part_bytes: Target; a text file larger than that is a part of its own, for it is one
-            document.
+        part_bytes: Target; a larger file that cannot be cut (a text, which is one document; an
+            array; what is packed) is a part of its own.
     """
     parts: list[Part] = []
     pending: list[Span] = []
     pending_bytes = 0
     for file, fraction in files:
-        step = part_bytes if file.is_jsonl else max(file.num_bytes, 1)
+        step = part_bytes if file.can_be_cut else max(file.num_bytes, 1)
         for start in range(0, max(file.num_bytes, 1), step):
             end = min(start + step, file.num_bytes)
             pending.append(Span(file, start, end, fraction))
@@ -111,8 +111,8 @@ def default_part_bytes(total_bytes: int) -> int:
 def read_documents(part: Part, json_key: str) -> Iterator[tuple[str, Document]]:
     """Every document of a part with the split it belongs to, empty ones included."""
     for span in part.spans:
-        if span.file.is_jsonl:
-            documents = read_jsonl_range(span.file, json_key, span.start, span.end)
+        if span.file.is_json:
+            documents = read_json(span.file, json_key, span.start, span.end)
         else:
             documents = iter((read_text_file(span.file),))
         for document in documents:

@@ -8,7 +8,6 @@ or other options starts over and says so. Either way the result is byte for byte
 undisturbed run, whatever the number of workers.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -41,9 +40,11 @@ from megatron_k2.data.ngram import BASELINE_FILE
 from megatron_k2.data.parts import SPLITS, read_documents, read_part
 from megatron_k2.data.pool import tokenize_parts
 from megatron_k2.data.prepare_plan import Plan, PrepareOptions, check_counts, make_plan
+from megatron_k2.data.sources import passed_over
 from megatron_k2.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_k2.errors import UserError
 from megatron_k2.files import write_atomically
+from megatron_k2.lock.directory import hold
 
 PARTS_DIRECTORY = ".parts"
 TOKENIZER_DIRECTORY = "tokenizer"
@@ -53,12 +54,7 @@ PLAN_FILE = "plan.json"
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
     """One preparation at a time in a directory; the lock goes with the process, however it ends."""
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{output} is being prepared by another process; wait for it") from None
+    with hold(output, "a data preparation"):
         yield
 
 
@@ -82,7 +78,8 @@ def _start_or_resume(plan: Plan, output: Path, console: Console) -> None:
     # The manifest goes first, so that a half-cleared directory never looks complete.
     for path in [output / MANIFEST_FILE, output / BASELINE_FILE, *_data_files(output)]:
         path.unlink(missing_ok=True)
-    for name in (PARTS_DIRECTORY, TOKENIZER_DIRECTORY):
+    # Megatron's sample indices, of no use without the tokens they point into, lie below SPLIT.
+    for name in (PARTS_DIRECTORY, TOKENIZER_DIRECTORY, *SPLITS):
         shutil.rmtree(output / name, ignore_errors=True)
     plan_path.parent.mkdir()
     write_atomically(plan_path, json.dumps(plan.record, indent=2).encode())
@@ -108,7 +105,7 @@ def _provide_tokenizer(plan: Plan, options: PrepareOptions, console: Console) ->
             texts = (
                 document.text
                 for part in plan.parts
-                for split, document in read_documents(part, options.json_key)
+                for split, document in read_documents(part, options.key)
                 if split == "train"
             )
             train_byte_bpe(texts, options.train_bpe, partial)
@@ -130,7 +127,7 @@ def _tokenize(plan: Plan, options: PrepareOptions, tokenizer: Tokenizer, console
             todo,
             options.output / TOKENIZER_DIRECTORY,
             tokenizer.identity,
-            options.json_key,
+            options.key,
             directory,
             options.num_workers,
         ):
@@ -222,6 +219,10 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> DataMani
     """
     console = console or Console(stderr=True)
     plan = make_plan(options)
+    others = passed_over((*options.inputs, *options.valid_inputs), options.suffixes)
+    if others:
+        listed = ", ".join(f"{number} {ending}" for ending, number in sorted(others.items()))
+        console.print(f"not taken from the directories, see --suffix: {listed}")
     with _locked(options.output):
         manifest = _finished(plan, options.output)
         if manifest is None:

@@ -16,6 +16,8 @@ from megatron_k2.data.tokenizer import load_tokenizer
 from megatron_k2.errors import UserError
 from megatron_k2.files import sha256_of_json
 
+DEFAULT_JSON_KEY = "text"
+
 
 @dataclass(frozen=True)
 class PrepareOptions:
@@ -30,7 +32,8 @@ class PrepareOptions:
     tokenizer: Path | None = None
     train_bpe: int | None = None
     """Vocabulary of a byte-level BPE trained on the training split; instead of ``tokenizer``."""
-    json_key: str = "text"
+    json_key: str | None = None
+    """Field of a JSON object that holds the text, ``DEFAULT_JSON_KEY`` where none was named."""
     validation_fraction: float = 0.05
     """Expected share of documents, by hash of their ids."""
     suffixes: tuple[str, ...] = DEFAULT_SUFFIXES
@@ -49,6 +52,11 @@ class PrepareOptions:
             )
         if self.num_workers < 1:
             raise UserError(f"--workers {self.num_workers}: expected at least 1")
+
+    @property
+    def key(self) -> str:
+        """The field that is read."""
+        return DEFAULT_JSON_KEY if self.json_key is None else self.json_key
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,11 @@ def make_plan(options: PrepareOptions) -> Plan:
     both = {f.path.resolve() for f in train} & {f.path.resolve() for f in valid}
     if both:
         raise UserError(f"{min(both)} is in --input and in --valid-input; leave it out of one")
+    if options.json_key is not None and not any(file.is_json for file in (*train, *valid)):
+        raise UserError(
+            f"--json-key {options.json_key}: no input is JSON by its name (.jsonl, .ndjson, .json, "
+            "each with .gz too), so it applies to none; rename the file, or drop the flag"
+        )
     fraction = 0.0 if valid else options.validation_fraction
     files = [*((file, fraction) for file in train), *((file, 1.0) for file in valid)]
     # Sizes and times, not contents: hashing a corpus costs a pass over it before the first token.
@@ -101,7 +114,7 @@ def make_plan(options: PrepareOptions) -> Plan:
     record = {
         "inputs": sha256_of_json(seen),
         "tokenizer": tokenizer,
-        "options": sha256_of_json({"json_key": options.json_key, "fraction": fraction}),
+        "options": sha256_of_json({"json_key": options.key, "fraction": fraction}),
     }
     part_bytes = default_part_bytes(sum(file.num_bytes for file, _ in files))
     plan = Plan(_describe(options), files, cut_into_parts(files, part_bytes), record)
@@ -111,7 +124,7 @@ def make_plan(options: PrepareOptions) -> Plan:
 
 def _check_split_of_text_files(plan: Plan, options: PrepareOptions) -> None:
     """Before any work: do both splits get a file? JSONL lines are only known once read."""
-    if any(file.is_jsonl for file, _ in plan.files):
+    if any(file.is_json for file, _ in plan.files):
         return
     counts = dict.fromkeys(SPLITS, 0)
     for file, fraction in plan.files:

@@ -7,16 +7,33 @@ hash of the id, so no document is in both, and adding files moves none of the ot
 
 import hashlib
 import json
+import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from megatron_k2.data.kinds import (
+    BYTE_ORDER_MARK,
+    GZIP_SUFFIX,
+    JSON_SUFFIX,
+    LINE_SUFFIXES,
+    UNREAD_SUFFIXES,
+    Kind,
+    check_is_text,
+    is_packed,
+    kind_of,
+    opened,
+    read_array,
+)
 from megatron_k2.errors import UserError
 
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
-DEFAULT_SUFFIXES = (".txt", ".md", *JSONL_SUFFIXES)
-"""What is taken from a directory unless ``--suffix`` says otherwise."""
+DEFAULT_SUFFIXES = (".txt", ".md", *LINE_SUFFIXES)
+"""What is taken from a directory unless ``--suffix`` says otherwise; in any case."""
+_LIKELY_DOCUMENTS = (JSON_SUFFIX, *LINE_SUFFIXES, GZIP_SUFFIX, *UNREAD_SUFFIXES)
+"""What a person who names a directory may think is taken from it."""
+_WHOLE_FILE = sys.maxsize
 
 _STDLIB_SKIPPED = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -31,12 +48,19 @@ class SourceFile:
     name: str
     """POSIX path below the input that named it: stable across machines."""
     num_bytes: int
+    """As it lies on disk."""
     modified_ns: int
+    kind: Kind
 
     @property
-    def is_jsonl(self) -> bool:
-        """One document a line rather than one a file."""
-        return self.path.suffix in JSONL_SUFFIXES
+    def is_json(self) -> bool:
+        """Objects whose text lies under a key, rather than one text."""
+        return self.kind != "text"
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether any byte range of it can be read on its own."""
+        return self.kind == "lines" and not is_packed(self.path)
 
 
 @dataclass(frozen=True)
@@ -46,12 +70,28 @@ class Document:
     id: str
     text: str
     num_bytes: int
-    """Bytes it took in the source file, line end included."""
+    """Bytes it took in the source file, line end included; of an array's element, its text's."""
 
 
 def _source_file(path: Path, name: str) -> SourceFile:
     status = path.stat()
-    return SourceFile(path, name, status.st_size, status.st_mtime_ns)
+    return SourceFile(path, name, status.st_size, status.st_mtime_ns, kind_of(path))
+
+
+def _ends_in(name: str, suffixes: Iterable[str]) -> bool:
+    return name.lower().endswith(tuple(suffix.lower() for suffix in suffixes))
+
+
+def passed_over(inputs: Sequence[Path], suffixes: Sequence[str]) -> dict[str, int]:
+    """Files of the directories that are not taken but look like documents: ending -> number."""
+    found: dict[str, int] = {}
+    for root in (path for path in inputs if path.is_dir()):
+        for _, _, files in root.walk():
+            for name in files:
+                if not _ends_in(name, suffixes) and _ends_in(name, _LIKELY_DOCUMENTS):
+                    ending = "".join(Path(name).suffixes[-2:]).lower()
+                    found[ending] = found.get(ending, 0) + 1
+    return found
 
 
 def _below(root: Path, suffixes: Sequence[str], skipped: frozenset[str]) -> list[SourceFile]:
@@ -60,7 +100,7 @@ def _below(root: Path, suffixes: Sequence[str], skipped: frozenset[str]) -> list
     for directory, names, files in root.walk():
         names[:] = [n for n in names if n not in skipped]
         for file in files:
-            if file.endswith(tuple(suffixes)) and (directory / file).is_file():
+            if _ends_in(file, suffixes) and (directory / file).is_file():
                 path = directory / file
                 found.append(_source_file(path, path.relative_to(root).as_posix()))
     return sorted(found, key=lambda f: f.name)
@@ -120,16 +160,38 @@ def read_text_file(file: SourceFile) -> Document:
     """A whole file as one document.
 
     Raises:
-        UserError: the file is not UTF-8; names the byte.
+        UserError: the file is not UTF-8 (names the byte), or JSON under a text's name.
     """
-    content = file.path.read_bytes()
+    with opened(file.path) as stream:
+        content = stream.read()
     try:
-        return Document(file.name, content.decode("utf-8"), len(content))
+        text = content.removeprefix(BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{file.path}: not UTF-8 at byte {error.start} ({error.reason}); convert the file, or "
             "leave it out with --suffix"
         ) from None
+    check_is_text(file.path, text)
+    return Document(file.name, text, len(content))
+
+
+def read_json(file: SourceFile, key: str, start: int, end: int) -> Iterator[Document]:
+    """Documents of a JSON file; a byte range is heeded where the file can be cut.
+
+    Raises:
+        UserError: see ``read_jsonl_range`` and ``kinds.read_array``.
+    """
+    if file.can_be_cut:
+        yield from read_jsonl_range(file, key, start, end)
+    elif file.kind == "lines":
+        yield from read_jsonl_range(file, key, 0, _WHOLE_FILE)
+    else:
+        for number, record in enumerate(read_array(file.path)):
+            try:
+                text = _text_of(record, key)
+            except ValueError as problem:
+                raise UserError(f"{file.path}, element {number + 1}: {problem}") from None
+            yield Document(f"{file.name}[{number}]", text, len(text.encode()))
 
 
 def read_jsonl_range(file: SourceFile, key: str, start: int, end: int) -> Iterator[Document]:
@@ -141,7 +203,7 @@ def read_jsonl_range(file: SourceFile, key: str, start: int, end: int) -> Iterat
     Raises:
         UserError: a malformed line; names file and line number.
     """
-    with file.path.open("rb") as stream:
+    with opened(file.path) as stream:
         if start:
             # From one byte early: if that byte ends a line, ``start`` begins one and is ours.
             stream.seek(start - 1)
@@ -150,7 +212,7 @@ def read_jsonl_range(file: SourceFile, key: str, start: int, end: int) -> Iterat
             if line.isspace():
                 continue
             try:
-                text = _text_of_line(line, key)
+                text = _text_of_line(line if offset else line.removeprefix(BYTE_ORDER_MARK), key)
             except ValueError as problem:
                 number = _line_number(file.path, offset)
                 raise UserError(f"{file.path}:{number}: {problem}") from None
@@ -164,7 +226,15 @@ def _text_of_line(line: bytes, key: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+        alone = "; a CR alone does not end a line" if b"\r" in line.rstrip() else ""
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}{alone}") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read: nested too deeply") from None
+    return _text_of(record, key)
+
+
+def _text_of(record: Any, key: str) -> str:
+    """The document's text; a ValueError says what is wrong with the object."""
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")
     if key not in record:
@@ -184,7 +254,7 @@ def _text_of_line(line: bytes, key: str) -> str:
 def _line_number(path: Path, offset: int) -> int:
     """1-based number of the line at a byte offset; counted only when there is an error to show."""
     newlines = 0
-    with path.open("rb") as stream:
+    with opened(path) as stream:
         while offset > 0 and (block := stream.read(min(offset, 1 << 20))):
             newlines += block.count(b"\n")
             offset -= len(block)

@@ -14,17 +14,22 @@ Two departures from the released ``encode``:
 
 import base64
 import binascii
-import json
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_k2.data.special_tokens import (
+    CONFIG_FILE,
+    MAP_FILE,
+    read_object,
+    special_token,
+    token_text,
+)
 from megatron_k2.errors import UserError
 from megatron_k2.files import sha256_of_files
 
 VOCABULARY_FILE = "tiktoken.model"
-CONFIG_FILE = "tokenizer_config.json"
 NUM_SPECIAL_TOKENS = 256
 """Control tokens that have an embedding row; the released code counts 256 + 2."""
 
@@ -97,20 +102,23 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _read_config(path: Path) -> dict:
-    try:
-        config = json.loads(path.read_bytes())
-        missing = {"added_tokens_decoder", "bos_token", "eos_token"} - config.keys()
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a JSON object ({error})") from None
-    if missing:
-        raise UserError(f"{path}: no {', '.join(sorted(missing))}; expected Kimi K2's file")
-    return config
-
-
 def _special_ids(config: dict, first_id: int, path: Path) -> dict[str, int]:
     """Name to id of all 256 control tokens; ids the config does not name are 'reserved'."""
-    named = {int(i): entry["content"] for i, entry in config["added_tokens_decoder"].items()}
+    decoder = config["added_tokens_decoder"]
+    if not isinstance(decoder, dict):
+        raise UserError(
+            f"{path}: added_tokens_decoder is {type(decoder).__name__}; expected an object, id to "
+            "token"
+        )
+    named: dict[int, str] = {}
+    for number, entry in decoder.items():
+        text = token_text(entry)
+        if not number.isdecimal() or text is None:
+            raise UserError(
+                f"{path}: added_tokens_decoder has '{number}': {entry!r}; expected an id and a "
+                "token, as a string or as an object with 'content'"
+            )
+        named[int(number)] = text
     outside = [i for i in named if not first_id <= i < first_id + NUM_SPECIAL_TOKENS]
     if outside:
         raise UserError(
@@ -140,11 +148,21 @@ class TiktokenTokenizer:
                 raise UserError(f"{path} is missing; a K2 tokenizer needs {VOCABULARY_FILE} and "
                                 f"{CONFIG_FILE} side by side")  # fmt: skip
         ranks = read_ranks(self._files[0])
-        config = _read_config(self._files[1])
+        config = read_object(self._files[1])
+        eos, bos = (special_token(directory, name) for name in ("eos_token", "bos_token"))
+        missing = [] if "added_tokens_decoder" in config else ["added_tokens_decoder"]
+        missing += ["eos_token"] if eos is None else []
+        if eos is None or missing:
+            raise UserError(
+                f"{self._files[1]}: no {', '.join(missing)}; expected Kimi K2's file "
+                "(transformers 5 saves it without the ids of the control tokens)"
+            )
         self.special_ids = _special_ids(config, len(ranks), self._files[1])
         self.vocab_size = len(ranks) + NUM_SPECIAL_TOKENS
-        self.eod_id: int = self.special_ids[config["eos_token"]]
-        self.bos_id: int | None = self.special_ids[config["bos_token"]]
+        self.eod_id: int = self._id(directory, "eos_token", eos)
+        self.bos_id: int | None = None if bos is None else self._id(directory, "bos_token", bos)
+        if (directory / MAP_FILE).is_file():
+            self._files.append(directory / MAP_FILE)
         self.identity = sha256_of_files(self._files)
         self._encoding = tiktoken.Encoding(
             name=f"k2-{self.identity[:12]}",
@@ -153,6 +171,15 @@ class TiktokenTokenizer:
             special_tokens=self.special_ids,
             explicit_n_vocab=self.vocab_size,
         )
+
+    def _id(self, directory: Path, name: str, token: str) -> int:
+        if token not in self.special_ids:
+            names = [known for known in self.special_ids if "reserved" not in known]
+            raise UserError(
+                f"{directory}: {name} '{token}' is not among the control tokens of {CONFIG_FILE} "
+                f"({', '.join(names[:8])}, …); name one of them"
+            )
+        return self.special_ids[token]
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` as plain text: a literal control token's name stays letters."""
@@ -166,7 +193,7 @@ class TiktokenTokenizer:
         return self._encoding.decode(ids)
 
     def save(self, directory: Path) -> None:
-        """Copy the two files.
+        """Copy the files.
 
         ``AutoTokenizer`` reads the copy only once ``tokenization_kimi.py`` from the model's own
         repository lies beside it (``auto_map``, trust_remote_code); that code is not shipped here.

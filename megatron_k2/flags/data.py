@@ -1,20 +1,24 @@
-"""The datasets that a run's flags name: made where they are synthetic, else looked for at once.
+"""The datasets that a run's flags name: made where they are synthetic, else looked at at once.
 
 Megatron opens them after the model is built, which takes minutes on a cluster.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from megatron_k2.data.indexed import bin_path, idx_path
+from megatron_k2.data.content import REMOTE, content_hash
+from megatron_k2.data.indexed import check_indexed
 from megatron_k2.errors import UserError
 from megatron_k2.run.flags import RunFlags
 
 SPLITS = ("train", "valid", "test")
 """Keys that Megatron reads of ``--per-split-data-args-path``, all of them."""
-REMOTE = "://"
-"""Part of a path that lies on a remote store, which cannot be looked at here."""
+ALLOW_OTHER_DATA = "--allow-other-data"
+"""Go on from a checkpoint though the training data's content is not what it was."""
+SHOWN = 16
+"""Digits of a hash in a message."""
 
 
 def read_blend(path: Path) -> dict[str, list[str]]:
@@ -25,15 +29,38 @@ def read_blend(path: Path) -> dict[str, list[str]]:
     """
     try:
         read: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"blend {path}: not readable as JSON ({error})") from None
     if not isinstance(read, dict) or not set(SPLITS) <= set(read):
         raise UserError(
             f"blend {path}: expected an object with the keys {', '.join(SPLITS)}; a split without "
             "data is null"
         )
-    blends = {split: read[split] or [] for split in SPLITS}
-    return {k: b.split() if isinstance(b, str) else list(map(str, b)) for k, b in blends.items()}
+    return {split: _words(path, split, read[split]) for split in SPLITS}
+
+
+def _words(path: Path, split: str, entry: Any) -> list[str]:
+    words = entry.split() if isinstance(entry, str) else entry or []
+    if not isinstance(words, list) or any(isinstance(word, list | dict) for word in words):
+        raise UserError(
+            f"blend {path}: '{split}' is {entry!r}; expected weights and prefixes, as a text or a "
+            "list of words, or null"
+        )
+    return list(map(str, words))
+
+
+def _read_list(path: Path) -> list[str]:
+    """A ``--data-args-path`` file: weights and prefixes in one text."""
+    try:
+        words = path.read_text().split()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--data-args-path {path}: not readable ({error})") from None
+    if not words:
+        raise UserError(
+            f"--data-args-path {path} is empty; weights and prefixes are expected, "
+            "as --data-path takes them"
+        )
+    return words
 
 
 def prefixes_of(blend: list[str]) -> list[str]:
@@ -47,15 +74,77 @@ def prefixes_of(blend: list[str]) -> list[str]:
     return blend[1::2]
 
 
+def _blends(flags: RunFlags) -> dict[str, list[str]]:
+    """Split -> blend. One blend that ``--split`` divides counts as training's: it is, in part."""
+    _check_one_source(flags)
+    if flags.per_split_data_args_path is not None:
+        return read_blend(Path(flags.per_split_data_args_path))
+    if flags.data_args_path is not None:
+        return {"train": _read_list(Path(flags.data_args_path))}
+    if flags.data_path:
+        return {"train": list(flags.data_path)}
+    given = flags.train_data_path, flags.valid_data_path, flags.test_data_path
+    return {split: list(blend) for split, blend in zip(SPLITS, given, strict=True)}
+
+
+def _check_one_source(flags: RunFlags) -> None:
+    """Megatron takes a blend from one place, and says so by an assertion without words."""
+    per_split = flags.train_data_path or flags.valid_data_path or flags.test_data_path
+    given = {
+        "--data-path": flags.data_path,
+        "--data-args-path": flags.data_args_path,
+        "--per-split-data-args-path": flags.per_split_data_args_path,
+        "--train-data-path (or --data, --valid-data-path, --test-data-path)": per_split,
+    }
+    named = [flag for flag, value in given.items() if value]
+    if len(named) > 1:
+        raise UserError(f"{' and '.join(named)}: data is taken from one of them; drop the others")
+    if flags.split is not None and named and not (flags.data_path or flags.data_args_path):
+        raise UserError(
+            f"--split {flags.split} divides --data-path, and {named[0]} is divided already; drop it"
+        )
+
+
 def data_prefixes(flags: RunFlags) -> list[str]:
     """Prefixes of every split, without repetition."""
-    path = flags.per_split_data_args_path
-    if path is not None:
-        blends = read_blend(Path(path))
-    else:
-        given = flags.train_data_path, flags.valid_data_path, flags.test_data_path
-        blends = {split: list(blend) for split, blend in zip(SPLITS, given, strict=True)}
-    return list(dict.fromkeys(p for split in SPLITS for p in prefixes_of(blends[split])))
+    return list(dict.fromkeys(p for blend in _blends(flags).values() for p in prefixes_of(blend)))
+
+
+def training_contents(flags: RunFlags) -> dict[str, str]:
+    """Prefix -> content of what is trained on, in the blend's order; what is not here left out."""
+    found = {prefix: content_hash(prefix) for prefix in prefixes_of(_blends(flags)["train"])}
+    return {prefix: content for prefix, content in found.items() if content is not None}
+
+
+def check_same_data(load: Path, trained_on: dict[str, str], flags: RunFlags) -> None:
+    """Refuse to go on from ``load`` on other data than it counted its samples in.
+
+    Args:
+        load: the checkpoint's directory.
+        trained_on: ``training_contents`` of the run that wrote it; empty where none is known.
+        flags: of the run that is to go on.
+
+    Raises:
+        UserError: with both hashes of the first dataset that differs.
+    """
+    here = training_contents(flags)
+    before, now = list(trained_on.items()), list(here.items())
+    if not (before and now) or ALLOW_OTHER_DATA in flags:
+        return
+    if [content for _, content in before] == [content for _, content in now]:
+        return  # perhaps in another place
+    absent = ("no dataset", "-")
+    number = max(len(before), len(now))
+    pairs = zip(
+        *(side + [absent] * (number - len(side)) for side in (before, now)),
+        strict=True,
+    )
+    (there, old), (prefix, new) = next(pair for pair in pairs if pair[0][1] != pair[1][1])
+    raise UserError(
+        f"{load} was trained on other data: {there} with content sha256 {old[:SHOWN]}, and here "
+        f"is {prefix} with {new[:SHOWN]}. Its count of consumed samples means nothing there: bring "
+        f"the data back, start anew with another --save, or add {ALLOW_OTHER_DATA}"
+    )
 
 
 def make_synthetic(flags: RunFlags, vocab_size: int, eod_id: int) -> None:
@@ -72,19 +161,28 @@ def make_synthetic(flags: RunFlags, vocab_size: int, eod_id: int) -> None:
 
 
 def check_files(flags: RunFlags) -> None:
-    """Refuse datasets that are absent.
+    """Refuse datasets that are absent or cut short, and a cache that cannot be written.
 
     Raises:
         UserError: naming the first.
     """
+    if flags.data_cache_path is not None:
+        _check_cache(Path(flags.data_cache_path))
+    prefixes = data_prefixes(flags)
     if "--synthetic-data" in flags:
         return
-    for prefix in data_prefixes(flags):
-        if REMOTE in prefix:
-            continue
-        for path in (idx_path(Path(prefix)), bin_path(Path(prefix))):
-            if not path.is_file():
-                raise UserError(
-                    f"data: {path} does not exist; prepare it with megatron-k2 data prepare, or "
-                    "name another with --train-data-path (in a recipe --set data.root=…)"
-                )
+    for prefix in prefixes:
+        if REMOTE not in prefix:
+            check_indexed(Path(prefix))
+
+
+def _check_cache(directory: Path) -> None:
+    there = next(path for path in (directory.absolute(), *directory.absolute().parents)
+                 if path.exists())  # fmt: skip
+    if not there.is_dir():
+        raise UserError(f"--data-cache-path {directory}: {there} is not a directory; name another")
+    if not os.access(there, os.W_OK):
+        raise UserError(
+            f"--data-cache-path {directory}: {there} cannot be written, and Megatron keeps its "
+            "sample indices there; name another"
+        )

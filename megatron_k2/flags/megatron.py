@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_k2.data.manifest import DataManifest, read_manifest
 from megatron_k2.errors import UserError
+from megatron_k2.flags.data import ALLOW_OTHER_DATA
 from megatron_k2.flags.schedule import displaced
 from megatron_k2.flags.start import RESUMED_WITHOUT, START_OVER, choose_checkpoint
 from megatron_k2.flags.words import last_value, take
@@ -75,6 +76,11 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         action="store_true",
         help="make a small corpus at every absent prefix of --train-data-path, which ends in the "
         "name of one of data/synthetic.py's domains",
+    )
+    group.add_argument(
+        ALLOW_OTHER_DATA,
+        action="store_true",
+        help="go on from a checkpoint though the training data's content has changed since",
     )
     _add_optimizer_arguments(group)
     _add_model_arguments(group)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 
 from megatron_k2.errors import UserError
 
@@ -41,11 +42,13 @@ def is_rank(num_processes: int = 1) -> bool:
     return True
 
 
-def launch(module: str, argv: list[str], num_processes: int) -> int:
+def launch(
+    module: str, argv: list[str], num_processes: int, added: Mapping[str, str] | None = None
+) -> int:
     """Run ``python -m module argv`` on ``num_processes`` ranks and wait.
 
     One rank runs without torchrun, which costs seconds of start-up. Started by torchrun already
-    (``RANK`` is set), this process is one of the ranks.
+    (``RANK`` is set), this process is one of the ranks. ``added`` goes to their environment.
 
     Returns:
         The exit code: 0, 2 for a wrong input, anything else for a failure.
@@ -56,5 +59,5 @@ def launch(module: str, argv: list[str], num_processes: int) -> int:
     if not is_rank(num_processes) and num_processes > 1:
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
         command = [sys.executable, "-m", *torchrun, "-m", module, *argv]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **(added or {})}
     return subprocess.run(command, env=environment, check=False).returncode

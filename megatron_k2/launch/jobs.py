@@ -13,8 +13,10 @@ from megatron_k2.errors import UserError
 JOBS = "slurm/jobs.jsonl"
 ENDED = (
     *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY"),
-    "DEADLINE",
+    *("DEADLINE", "REVOKED"),
 )
+PREEMPTED = "PREEMPTED"
+"""Its last state for good, or for the moments until it is back in the queue."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,10 @@ def follow(save: str, poll_seconds: float = 1.0) -> Iterator[str]:
     path, job = log_path(save), jobs_of(save)[-1]
     position = 0
     while True:
-        has_ended = (state := states([job]).get(job.number)) is not None and state.has_ended
+        state = states([job]).get(job.number)
+        has_ended = state is not None and (
+            state.has_ended or (state.name == PREEMPTED and not _is_queued(job.number))
+        )
         if path.is_file():
             with path.open(errors="replace") as log:
                 log.seek(position)
@@ -114,6 +119,15 @@ def follow(save: str, poll_seconds: float = 1.0) -> Iterator[str]:
         if has_ended:
             return
         time.sleep(poll_seconds)
+
+
+def _is_queued(number: str) -> bool:
+    """Whether the controller has the job waiting, running or ending, so that it may run again."""
+    command = ["squeue", "--noheader", "--format=%T", f"--jobs={number}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:  # it forgets a job that has ended; any other error says nothing
+        return "Invalid job id" not in done.stderr
+    return bool(set(done.stdout.split()) - {*ENDED, PREEMPTED})
 
 
 def _ask(*command: str) -> str:

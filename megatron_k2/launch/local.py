@@ -6,9 +6,10 @@ from megatron_k2.errors import UserError
 from megatron_k2.host.torchrun import launch
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.launch.table import resolved
+from megatron_k2.lock.directory import hold
 from megatron_k2.run.flags import read_flags
 from megatron_k2.run.iterations import has_tracker
-from megatron_k2.run.record import write_record
+from megatron_k2.run.record import RUN, write_record
 from megatron_k2.run.rollback import read_rollbacks
 from megatron_k2.training.preflight import check_run
 
@@ -70,10 +71,12 @@ def run_local(recipe: Recipe, save: str, start_from: str | None, changed: list[s
     check_fits_here(recipe)
     check_start(recipe, save, start_from)
     check_run(read_flags(recipe.to_megatron_args(save, start_from)), recipe.layout.world_size)
-    write_recipe_record(recipe, save, start_from, changed)
     flags = recipe.pretrain_flags(save, start_from)
-    while True:
-        before = len(read_rollbacks(Path(save)))
-        code = launch("megatron_k2.training.pretrain", flags, recipe.layout.world_size)
-        if code or len(read_rollbacks(Path(save))) == before:
-            return code
+    module, world_size = "megatron_k2.training.pretrain", recipe.layout.world_size
+    with hold(Path(save), RUN) as held:
+        write_recipe_record(recipe, save, start_from, changed)
+        while True:
+            before = len(read_rollbacks(Path(save)))
+            code = launch(module, flags, world_size, held.environment)
+            if code or len(read_rollbacks(Path(save))) == before:
+                return code

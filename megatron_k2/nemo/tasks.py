@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from megatron_k2.launch.graph import PhaseRun, is_done
 from megatron_k2.launch.local import check_fits_here, check_start, write_recipe_record
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.launch.slurm import check_arguments, num_nodes
+from megatron_k2.lock.directory import hold
 from megatron_k2.run.iterations import last_iteration
+from megatron_k2.run.record import RUN
 
 MAX_RETRIES = 3
 """Starts after a failure. Ours."""
@@ -62,16 +64,33 @@ def train_recipe(
     flags = chosen.pretrain_flags(save, start_from)
     _take_slurms_ranks()
     single_process_environment()
-    check_nodes(chosen, flags)
-    if os.environ["RANK"] == "0":
-        write_recipe_record(chosen, save, start_from, overrides or [])
-    try:
-        run(flags)
-    except SystemExit as end:  # Megatron's way out after a signal and a save
-        if end.code:
-            raise
+    with _first_rank_holds(save):
+        check_nodes(chosen, flags)
+        if os.environ["RANK"] == "0":
+            write_recipe_record(chosen, save, start_from, overrides or [])
+        try:
+            run(flags)
+        except SystemExit as end:  # Megatron's way out after a signal and a save
+            if end.code:
+                raise
     if os.environ["RANK"] == "0" and (step := last_iteration(Path(save))) < chosen.steps:
         sys.exit(f"ended at step {step} of {chosen.steps}: to be started again")
+
+
+@contextmanager
+def _first_rank_holds(save: str) -> Iterator[None]:
+    """NeMo-Run starts a second job of a run beside the first: it ends here, with code 2."""
+    if os.environ["RANK"] != "0":
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            held = stack.enter_context(hold(Path(save), RUN))
+        except UserError as error:
+            print(error, file=sys.stderr)
+            sys.exit(2)
+        os.environ |= held.environment
+        yield
 
 
 def _take_slurms_ranks() -> None:

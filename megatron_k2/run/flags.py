@@ -102,6 +102,10 @@ class RunFlags:
     finetune: bool = False
 
     data: str | None = None
+    data_path: tuple[str, ...] = ()
+    data_args_path: str | None = None
+    data_cache_path: str | None = None
+    split: str | None = None
     train_data_path: tuple[str, ...] = ()
     valid_data_path: tuple[str, ...] = ()
     test_data_path: tuple[str, ...] = ()

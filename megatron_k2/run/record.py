@@ -12,6 +12,9 @@ from megatron_k2.run.commit import git_commit
 RUN_RECORD = "run.json"
 """What was trained with which flags; written by the run itself."""
 
+RUN = "a run"
+"""What a run's lock says that is done in its ``--save`` directory."""
+
 PACKAGES = (
     *("megatron-k2", "megatron-core", "torch"),
     *("emerging-optimizers", "transformer-engine", "numpy"),

@@ -6,13 +6,14 @@ every rank started by hand refuses the same way.
 
 import importlib
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_k2.errors import UserError
-from megatron_k2.flags.data import check_files
+from megatron_k2.flags.data import check_files, check_same_data, training_contents
 from megatron_k2.fp8.compute import check_fp8
 from megatron_k2.host.repairs import (
     installed_version,
@@ -188,6 +189,8 @@ def _check_checkpoint(load: Path, flags: RunFlags) -> None:
             f"{load} holds a checkpoint of another model (preset {saved['preset']}): {listed}. "
             "Use that preset, or another --save directory"
         )
+    if has_tracker(load) and os.environ.get("RANK", "0") == "0":
+        check_same_data(load, saved.get("data", {}), flags)
 
 
 def write_run_record(flags: RunFlags, world_size: int) -> None:
@@ -198,18 +201,21 @@ def write_run_record(flags: RunFlags, world_size: int) -> None:
         "preset": flags.preset,
         "shape": _shape(flags),
         "qk_clip_threshold": flags.qk_clip_threshold,
+        "data": training_contents(flags),
         "world_size": world_size,
         "flags": flags.words,
     }
     write_record(Path(flags.save) / RUN_RECORD, record)
 
 
-def drop_damaged_index_cache(prefixes: list[str]) -> None:
+def drop_damaged_index_cache(prefixes: list[str], cache: str | None = None) -> None:
     """Remove sample indices that a kill cut short; Megatron builds them again.
 
-    It writes ``PREFIX/cache/*/*.npy`` in place and trusts whatever it finds there.
+    It writes ``PREFIX/cache/*/*.npy``, or with ``--data-cache-path`` ``cache/*.npy``, in place and
+    trusts whatever it finds there.
     """
-    for path in (path for prefix in prefixes for path in Path(prefix).glob("cache/*/*.npy")):
+    found = [path for prefix in prefixes for path in Path(prefix).glob("cache/*/*.npy")]
+    for path in (*found, *(Path(cache).glob("*.npy") if cache is not None else ())):
         try:
             np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError):

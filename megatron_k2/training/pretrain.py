@@ -19,10 +19,12 @@ from megatron_k2.flags.start import START_OVER, start_sentence
 from megatron_k2.flags.words import last_value
 from megatron_k2.fp8.compute import choose_offload_version, choose_scale_format
 from megatron_k2.host.torchrun import is_rank
+from megatron_k2.lock.directory import hold
 from megatron_k2.run.console import divert_output
 from megatron_k2.run.flags import RunFlags, read_flags
 from megatron_k2.run.iterations import repair_tracker
 from megatron_k2.run.leftovers import remove_torn_checkpoints, set_run_aside
+from megatron_k2.run.record import RUN
 from megatron_k2.training.preflight import check_run, drop_damaged_index_cache, write_run_record
 from megatron_k2.training.resume import check_resume
 
@@ -46,6 +48,14 @@ def run(argv: list[str]) -> None:
     """Train with the flags in ``argv`` (``--preset`` and ``--data`` allowed) until done."""
     single_process_environment()
     save = last_value(argv, "--save")
+    if save is None or os.environ["RANK"] != "0":
+        _run_logged(argv, save)
+        return
+    with hold(Path(save), RUN):
+        _run_logged(argv, save)
+
+
+def _run_logged(argv: list[str], save: str | None) -> None:
     terminal = None
     if save is not None and last_value(argv, "--console") != "megatron":
         terminal = divert_output(Path(save) / "logs" / f"rank{os.environ['RANK']}.log")
@@ -108,7 +118,7 @@ def _put_in_order(flags: RunFlags, world_size: int) -> list[str]:
             said += [f"{START_OVER}: the run that was there is in {aside}"] if aside else []
         repair_tracker(save)
         said += remove_torn_checkpoints(save)
-    drop_damaged_index_cache(data_prefixes(flags))
+    drop_damaged_index_cache(data_prefixes(flags), flags.data_cache_path)
     if flags.vocab_size is not None:
         make_synthetic(flags, flags.vocab_size, flags.null_tokenizer_eod_id or 0)
     write_run_record(flags, world_size)

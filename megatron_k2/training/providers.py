@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import MockGPTDataset
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import (
     StragglerDetector,
@@ -18,6 +18,8 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
+
+from megatron_k2.data.gpt_dataset import ContentConfig, ContentDataset, contents_of
 
 STRAGGLERS = StragglerDetector()
 """Megatron's one instance; it times what is inside ``with`` under ``--log-straggler``, on GPUs."""
@@ -33,10 +35,13 @@ _LOADER_KEYS = (
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
-    """Training, validation and test ``GPTDataset`` from Megatron's data flags."""
+    """Training, validation and test datasets from Megatron's data flags."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
+    blends = [blend] if blend_per_split is None else blend_per_split
+    prefixes = [prefix for one in blends if one is not None for prefix in one[0]]
+    config = ContentConfig(
+        contents=contents_of(list(dict.fromkeys(prefixes))),
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -58,7 +63,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
             vp_stage
         )
 
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    kind = MockGPTDataset if args.mock_data else ContentDataset
     return BlendedMegatronDatasetBuilder(kind, num_samples, is_built_on_rank, config).build()
 
 

@@ -206,3 +206,53 @@ def test_control_ids_of_another_vocabulary_are_refused(tmp_path):
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"163586 lies outside 260\.\.515"):
         TiktokenTokenizer(directory)
+
+
+def _configured(directory, **changes):
+    path = toy_directory(directory) / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+    return directory, config
+
+
+def test_special_tokens_in_every_spelling_are_the_same_ids(tmp_path):
+    plain = TiktokenTokenizer(toy_directory(tmp_path / "plain"))
+    _, config = _configured(tmp_path / "plain")
+    as_object = {name: {"content": config[name]} for name in ("bos_token", "eos_token")}
+    names = {number: e["content"] for number, e in config["added_tokens_decoder"].items()}
+    spellings = {
+        "object": as_object,
+        "list": {"eos_token": [config["eos_token"]]},
+        "strings": {"added_tokens_decoder": names},
+        "map": {"eos_token": "absent"},
+    }
+    for name, changes in spellings.items():
+        directory, _ = _configured(tmp_path / name, **changes)
+        if name == "map":
+            (directory / "special_tokens_map.json").write_text(json.dumps(as_object))
+        found = TiktokenTokenizer(directory)
+        assert (found.eod_id, found.bos_id) == (plain.eod_id, plain.bos_id), name
+        found.save(tmp_path / "saved" / name)
+        assert TiktokenTokenizer(tmp_path / "saved" / name).identity == found.identity
+    directory, _ = _configured(tmp_path / "null", bos_token=None)
+    assert (TiktokenTokenizer(directory).bos_id, TiktokenTokenizer(directory).eod_id) == (
+        None,
+        plain.eod_id,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"eos_token": "<|other|>"}, r"eos_token '<\|other\|>' is not among the control tokens"),
+        ({"eos_token": None}, "no eos_token; expected Kimi K2's file"),
+        ({"added_tokens_decoder": "absent"}, "no added_tokens_decoder; expected"),
+        ({"added_tokens_decoder": {"x": {"content": "a"}}}, "added_tokens_decoder has 'x'"),
+        ({"added_tokens_decoder": {"260": 3}}, "added_tokens_decoder has '260': 3"),
+        ({"added_tokens_decoder": ["a"]}, "added_tokens_decoder is list"),
+    ],
+)
+def test_special_tokens_that_cannot_be_told_are_refused_by_name(tmp_path, changes, said):
+    directory, _ = _configured(tmp_path, **changes)
+    with pytest.raises(UserError, match=said):
+        TiktokenTokenizer(directory)

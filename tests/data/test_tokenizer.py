@@ -116,3 +116,89 @@ def test_a_missing_path_and_a_tiny_vocabulary_are_refused(tmp_path):
         load_tokenizer(tmp_path / "absent")
     with pytest.raises(UserError, match="at least 258"):
         train_byte_bpe(TEXTS, 257, tmp_path)
+
+
+EOD = "<|eod|>"
+ADDED = {"__type": "AddedToken", "content": EOD, "lstrip": False, "normalized": False}
+ADDED |= {"rstrip": False, "single_word": False, "special": True}
+
+
+def _with_files(directory, bpe_directory, config, mapped):
+    directory.mkdir(exist_ok=True)
+    (directory / "tokenizer.json").write_bytes((bpe_directory / "tokenizer.json").read_bytes())
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if config is not None:
+        (directory / "tokenizer_config.json").write_text(json.dumps(kind | config))
+    if mapped is not None:
+        (directory / "special_tokens_map.json").write_text(json.dumps(mapped))
+    return directory
+
+
+DECODER = {"added_tokens_decoder": {"0": ADDED | {"content": "<|bos|>"}, "1": ADDED}}
+PLAIN = {key: value for key, value in ADDED.items() if key != "__type"}
+
+
+@pytest.mark.parametrize(
+    ("config", "mapped"),
+    [
+        ({"eos_token": EOD}, None),
+        ({"eos_token": ADDED}, None),
+        ({}, {"eos_token": EOD}),
+        ({}, {"eos_token": PLAIN}),
+        ({"eos_token": None}, {"eos_token": EOD}),
+        ({"eos_token": "<|bos|>"}, {"eos_token": PLAIN}),  # the map wins without a decoder,
+        (DECODER | {"eos_token": EOD}, {"eos_token": "<|bos|>"}),  # and is not read with one
+    ],
+)
+def test_the_end_token_is_the_one_that_transformers_finds(tmp_path, bpe_directory, config, mapped):
+    from transformers import AutoTokenizer
+
+    directory = _with_files(tmp_path / "t", bpe_directory, config, mapped)
+    tokenizer = load_tokenizer(directory)
+    assert tokenizer.eod_id == 1 == AutoTokenizer.from_pretrained(directory).eos_token_id
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").eod_id == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "mapped"),
+    [
+        ({"eos_token": [EOD]}, None),
+        ({}, {"eos_token": [PLAIN]}),
+        (DECODER | {"eos_token": None}, {"eos_token": EOD}),
+        (DECODER, {"eos_token": PLAIN}),
+        (None, {"eos_token": EOD}),
+        ({"eos_token": None}, {"eos_token": None}),
+        ({"eos_token": ""}, None),
+    ],
+)
+def test_a_list_of_one_a_null_and_the_other_file_are_understood(
+    tmp_path, bpe_directory, config, mapped
+):
+    assert load_tokenizer(_with_files(tmp_path, bpe_directory, config, mapped)).eod_id == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "mapped", "said"),
+    [
+        ({"eos_token": [EOD, "<|bos|>"]}, None, r"tokenizer_config\.json: eos_token is \["),
+        ({"eos_token": 1}, None, "eos_token is 1; one token is expected"),
+        ({"eos_token": {"text": EOD}}, None, "an object with 'content'"),
+        ({}, {"eos_token": [[EOD]]}, r"special_tokens_map\.json: eos_token is"),
+        ({"eos_token": "<|other|>"}, None, r"none of <\|other\|> is in the vocabulary"),
+    ],
+)
+def test_an_end_token_that_is_none_is_refused_by_name(
+    tmp_path, bpe_directory, config, mapped, said
+):
+    with pytest.raises(UserError, match=said):
+        load_tokenizer(_with_files(tmp_path, bpe_directory, config, mapped))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000])
+def test_a_damaged_file_of_special_tokens_is_named(tmp_path, bpe_directory, name, content):
+    directory = _with_files(tmp_path, bpe_directory, {}, {})
+    (directory / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: not a JSON object"):
+        load_tokenizer(directory)
