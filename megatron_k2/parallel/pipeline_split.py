@@ -76,12 +76,15 @@ class PipelineSplit:
         if middle == 0 and left:
             raise UserError(f"{said}: {sum(given.values())} layers in {pp} stages, {total} are due")
         if middle and (left < middle or left % middle):
+            stages_left = f"the other {middle} of {pp} pipeline stages" if given else f"PP = {pp}"
+            way_out = f"give {_FIRST} or -last-"
+            if given:
+                way_out = "change a number"
+            elif len(counted) == 2:
+                way_out = f"drop {_EMBEDDING} or {_LOSS}"
             raise UserError(
-                f"{said}: {left} layers do not divide by the other {middle} of {pp} pipeline "
-                f"stages; change a number, or give --pipeline-model-parallel-layout"
-                if given
-                else f"{said}: {left} do not divide by PP = {pp}; give the other of {_EMBEDDING} "
-                f"and {_LOSS}, or --pipeline-model-parallel-layout"
+                f"{said}: {left} layers do not divide by {stages_left}; {way_out}, or give "
+                "--pipeline-model-parallel-layout"
             )
         stages = [left // middle if middle else 0] * pp
         if self.first is not None:

@@ -95,9 +95,12 @@ def test_three_layers_run_on_two_stages(flags):
         (["--decoder-first-pipeline-num-layers", "3"], "-first-.* 3: 0 layers do not divide"),
         (
             [f"--account-for-{part}-in-pipeline-split" for part in ("embedding", "loss")],
-            "5 do not divide by PP = 2",
+            "5 layers do not divide by PP = 2; drop",
         ),
-        (["--num-layers-per-virtual-pipeline-stage", "1"], "3 do not divide by PP = 2"),
+        (
+            ["--num-layers-per-virtual-pipeline-stage", "1"],
+            "3 layers do not divide by PP = 2; give --decoder",
+        ),
         (
             [
                 *("--decoder-first-pipeline-num-layers", "1"),

@@ -29,7 +29,9 @@ def _tensors(optimizer):
 
 def _write(name, optimizer):
     rates = [[group[key] for key in ("lr", "max_lr", "min_lr")] for group in optimizer.param_groups]
-    found = {"tensors": _tensors(optimizer), "rates": rates}
+    muons = [m for o in optimizer.chained_optimizers if (m := optimizer.muon_of(o)) is not None]
+    peaks = torch.cat([muon.matrix_group.peaks for muon in muons])
+    found = {"tensors": _tensors(optimizer), "rates": rates, "peaks": peaks.clone()}
     torch.save(found, directory / f"{name}{os.environ['RANK']}.pt")
 
 
