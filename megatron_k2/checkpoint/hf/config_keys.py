@@ -35,8 +35,8 @@ _VALUES: dict[str, tuple[Any, ...]] = {
 """Values the rules and the model code stand for; an absent key means the first."""
 
 _REASONS = {
-    "rope_interleave": "the rotary rows of q_b_proj (or q_proj) and kv_a_proj_with_mqa lie in halves"
-    " then: bring them into pairs, as the release has them, and say true",
+    "rope_interleave": "the rotary rows of q_b_proj (or q_proj) and kv_a_proj_with_mqa lie in "
+    "halves then: bring them into pairs, as the release has them, and say true",
     "head_dim": "it is qk_rope_head_dim by another name; leave it out",
     "qk_head_dim": "it is qk_nope_head_dim + qk_rope_head_dim; leave it out",
 }
