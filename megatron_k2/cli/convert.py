@@ -153,9 +153,10 @@ def _export(args: argparse.Namespace) -> int:
     )
     if result.blocks:
         kept, fresh = result.blocks.get("kept", 0), result.blocks.get("fresh", 0)
+        rounding = ", up to a power of two" if result.has_power_of_two_scales else ""
         print(
             f"FP8 blocks: {kept:,} untouched, with their source's scale and codes; {fresh:,} "
-            "quantised anew (scale = amax / 448)"
+            f"quantised anew (scale = amax / 448{rounding})"
         )
     _project(args.project, result.total_size_bytes, seconds, 1.0 if args.dtype == "fp8" else 2.0)
     return 0

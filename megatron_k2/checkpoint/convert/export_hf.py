@@ -100,6 +100,8 @@ class ExportResult:
     """Where other fields and FP8 scales came from."""
     blocks: dict[str, int]
     """FP8 blocks by ``kept`` (source's scale and codes) and ``fresh``; empty without FP8."""
+    has_power_of_two_scales: bool
+    """Fresh scales are amax / 448 rounded up to a power of two, not as it is."""
 
 
 def settle_preset(saved: Any, name: str | None, use_yarn: bool | None) -> ModelPreset:
@@ -203,7 +205,14 @@ def export(
     for receipt in receipts:
         blocks.update(receipt["blocks"])
     return ExportResult(
-        hf_dir, preset, num_tensors, len(jobs), total_bytes, source_release, dict(blocks)
+        hf_dir,
+        preset,
+        num_tensors,
+        len(jobs),
+        total_bytes,
+        source_release,
+        dict(blocks),
+        inputs.power_of_two,
     )
 
 

@@ -34,6 +34,13 @@ _VALUES: dict[str, tuple[Any, ...]] = {
 }
 """Values the rules and the model code stand for; an absent key means the first."""
 
+_REASONS = {
+    "rope_interleave": "the rotary rows of q_b_proj (or q_proj) and kv_a_proj_with_mqa lie in "
+    "halves then: bring them into pairs, as the release has them, and say true",
+    "head_dim": "it is qk_rope_head_dim by another name; leave it out",
+    "qk_head_dim": "it is qk_nope_head_dim + qk_rope_head_dim; leave it out",
+}
+
 _USED = {
     "aux_loss_alpha",
     "bos_token_id",
@@ -113,7 +120,10 @@ def require_known_keys(config: dict[str, Any], shape: dict[str, Any]) -> None:
     for key, known in (_VALUES | _derived(shape)).items():
         if config.get(key, known[0]) not in known:
             expected = " or ".join(repr(value) for value in known)
-            raise UserError(f"config.json: {key}={config[key]!r}, supported is {expected}")
+            raise UserError(
+                f"config.json: {key}={config[key]!r}, supported is {expected}; "
+                + _REASONS.get(key, "a model of another kind cannot be converted")
+            )
     has_window = "use_sliding_window" not in config
     listed = _VALUES.keys() | _derived(shape).keys() | _USED | _HARMLESS | shape.keys()
     for key, value in config.items():

@@ -47,6 +47,11 @@ def _object(config: dict[str, Any], key: str) -> tuple[str, dict[str, Any]]:
         return key, {}
     if not isinstance(said, dict):
         raise UserError(f"config.json: {key}={said!r}, expected an object")
+    if nested := [name for name, value in said.items() if isinstance(value, dict)]:
+        raise UserError(
+            f"config.json: {key} has an object of its own for {', '.join(nested)}; supported is "
+            "one for all layers"
+        )
     return key, said
 
 

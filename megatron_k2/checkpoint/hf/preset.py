@@ -5,7 +5,6 @@ be told is never passed over.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 from megatron_k2.checkpoint.hf.config import hf_config, require_normalised_choice
@@ -44,8 +43,9 @@ _FIELDS = {
 _FRACTIONS = ("routed_scaling_factor", "rms_norm_eps")
 """Of them, those that need not be whole."""
 
+_LARGEST = 10**15
 _MOST_EXPERTS = 10**6
-"""Of all layers; a slip of digits must not cost minutes and memory before it is seen."""
+"""Of all layers."""
 
 _OPTIONAL = {
     "bos_token_id": "bos_token_id",
@@ -79,12 +79,13 @@ def preset_from_hf(config: dict[str, Any], base_name: str | None = None) -> Mode
         raise UserError(f"config.json lacks {', '.join(missing)}: not a DeepSeek-V3 class model")
     _require_numbers(config)
     _require_sizes_that_fit(config)
+    fields: dict[str, Any] = {field: config[key] for key, field in _FIELDS.items()}
+    fields |= _optional_fields(config)
+    _require_a_model_of_this_world(fields)
     require_known_keys(config, {key: config[key] for key in _FIELDS})
     require_normalised_choice(config["num_experts_per_tok"])
     expert_groups(config)
     require_block_fp8(config.get("quantization_config"))
-    fields: dict[str, Any] = {field: config[key] for key, field in _FIELDS.items()}
-    fields |= _optional_fields(config)
     fields["rotary_base"], fields["yarn"] = rotary_positions(config)
     base = get_preset(base_name) if base_name else _same_shape(fields)
     return dataclasses.replace(base, **fields)
@@ -104,8 +105,9 @@ def _require_numbers(config: dict[str, Any]) -> None:
 
 
 def _is_number(value: Any, may_be_fraction: bool) -> bool:
-    """A number of JSON: no truth value, infinity or NaN."""
-    return type(value) is int or (may_be_fraction and type(value) is float and math.isfinite(value))
+    """A number of JSON that a model may have: no truth value, infinity or NaN."""
+    kinds = (int, float) if may_be_fraction else (int,)
+    return type(value) in kinds and abs(value) <= _LARGEST  # NaN is not either
 
 
 def _require_sizes_that_fit(config: dict[str, Any]) -> None:
@@ -121,11 +123,6 @@ def _require_sizes_that_fit(config: dict[str, Any]) -> None:
             f"config.json: qk_rope_head_dim={c['qk_rope_head_dim']}; rotary embedding turns pairs, "
             "expected an even number"
         )
-    if c["num_hidden_layers"] * c["n_routed_experts"] > _MOST_EXPERTS:
-        raise UserError(
-            f"config.json: num_hidden_layers={c['num_hidden_layers']} with n_routed_experts="
-            f"{c['n_routed_experts']} is larger than any model; take the release's own"
-        )
     for key, limit in (
         ("num_experts_per_tok", "n_routed_experts"),
         ("first_k_dense_replace", "num_hidden_layers"),
@@ -134,6 +131,17 @@ def _require_sizes_that_fit(config: dict[str, Any]) -> None:
             raise UserError(
                 f"config.json: {key}={c[key]} exceeds {limit}={c[limit]}; take the release's own"
             )
+
+
+def _require_a_model_of_this_world(fields: dict[str, Any]) -> None:
+    """A slip of digits must not cost minutes and memory before it is seen."""
+    layers = fields["num_layers"] + fields.get("num_mtp_layers", 0)
+    if layers * fields["num_moe_experts"] > _MOST_EXPERTS:
+        raise UserError(
+            f"config.json: {layers} layers (num_hidden_layers and num_nextn_predict_layers) of "
+            f"n_routed_experts={fields['num_moe_experts']} are more than any model has; take the "
+            "release's own"
+        )
 
 
 def _optional_fields(config: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +214,7 @@ def _with_positions(
     A run's arguments say the length it was trained at, which may be shorter than what the model
     takes, and YaRN's factor, which a source need not have used up: neither makes another model.
     """
-    config = dict(template)
+    config = {"max_position_embeddings": stated["max_position_embeddings"]} | template
     is_same = _positions_of(template) == (preset.rotary_base, preset.yarn)
     if not is_same:
         config["rope_scaling"] = stated.get("rope_scaling")
@@ -214,7 +222,7 @@ def _with_positions(
         config.pop("original_max_position_embeddings", None)
     elif preset.yarn is None:
         said, trained_at = template.get("max_position_embeddings"), preset.max_position_embeddings
-        config["max_position_embeddings"] = max(said or 0, trained_at)
+        config["max_position_embeddings"] = max(said if type(said) is int else 0, trained_at)
     if config.pop("rope_parameters", None) is not None or not is_same:  # said in classic keys
         config["rope_theta"] = stated["rope_theta"]
         config["rope_scaling"] = config.get("rope_scaling") or stated.get("rope_scaling")

@@ -20,7 +20,7 @@ from megatron_k2.checkpoint.block_fp8.layout import SCALE_SUFFIX
 from megatron_k2.checkpoint.hf.downloads import find_release, other_formats, require_file
 from megatron_k2.checkpoint.hf.language_model import language_config, language_tensors
 from megatron_k2.checkpoint.names.rules import IGNORED_HF_SUFFIXES
-from megatron_k2.checkpoint.stream.mapped_files import MappedFiles, bring_in
+from megatron_k2.checkpoint.stream.mapped_files import MappedFiles, bring_in, shortened
 from megatron_k2.checkpoint.stream.rows import BY_SAFETENSORS_NAME, Dtype, Rows
 from megatron_k2.errors import UserError
 from megatron_k2.run.iterations import METADATA, has_tracker
@@ -99,13 +99,13 @@ class HfSource:
         tensor = self.stored[name]
         begin, end, _ = rows.indices(tensor.shape[0])
         row = tensor.shape[1:]
-        bits = np.ndarray(
-            (end - begin, *row),
-            tensor.dtype.numpy,
-            self._files.map(self.directory / tensor.file),
-            tensor.offset + begin * math.prod(row) * tensor.dtype.itemsize,
-        )
-        return Rows(bring_in(bits), tensor.dtype)
+        path = self.directory / tensor.file
+        mapped = self._files.map(path)
+        if len(mapped) < tensor.offset + tensor.num_bytes:
+            raise shortened(path)
+        at = tensor.offset + begin * math.prod(row) * tensor.dtype.itemsize
+        bits = np.ndarray((end - begin, *row), tensor.dtype.numpy, mapped, at)
+        return Rows(bring_in(bits, path), tensor.dtype)
 
     @override
     def __repr__(self) -> str:

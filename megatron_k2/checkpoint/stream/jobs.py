@@ -299,4 +299,9 @@ def naming_the_file(path: Path, tensor: str | None = None) -> Iterator[None]:
             raise UserError(
                 f"{path}: the disk fails{at} ({error.strerror}); look at it, or choose another"
             ) from error
+        if error.errno == errno.EFAULT:  # of a page that is no longer in the file read from
+            raise UserError(
+                f"{path}: a file that was read{at} has become shorter meanwhile; let the download "
+                "or copy end, then run the same command again, finished files are kept"
+            ) from error
         raise

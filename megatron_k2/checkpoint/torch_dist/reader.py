@@ -30,7 +30,7 @@ from typing import Any, override
 import numpy as np
 
 from megatron_k2.checkpoint.names.megatron_keys import Location, locate
-from megatron_k2.checkpoint.stream.mapped_files import MappedFiles, bring_in
+from megatron_k2.checkpoint.stream.mapped_files import MappedFiles, bring_in, shortened
 from megatron_k2.checkpoint.stream.rows import Rows
 from megatron_k2.checkpoint.torch_dist import archive
 from megatron_k2.checkpoint.torch_dist.metadata import Extent, Index, StoredChunk, read_index
@@ -162,7 +162,8 @@ class MegatronSource:
                 continue
             stored = self._mapped(location, chunk).bits[overlap.source]
             if stored.size == math.prod(shape) and stored.flags.c_contiguous:
-                return Rows(bring_in(stored.reshape(shape)), location.dtype)
+                path = self.directory / chunk.extent.file
+                return Rows(bring_in(stored.reshape(shape), path), location.dtype)
             if whole is None:
                 whole = np.empty(shape, location.dtype.numpy)
             whole[overlap.target] = stored
@@ -185,8 +186,9 @@ class MegatronSource:
 
     def _mapped(self, location: Location, chunk: StoredChunk) -> Rows:
         """A whole chunk as a view of its file."""
+        view = self._view(chunk.extent)
         try:
-            found = archive.read_tensor(self._view(chunk.extent))
+            found = archive.read_tensor(view)
             if (found.shape, found.dtype) != (chunk.sizes, location.dtype):
                 raise ValueError(f"{found.dtype} {list(found.shape)} is not what .metadata says")
         except _UNREADABLE as error:
@@ -197,7 +199,10 @@ class MegatronSource:
         return found
 
     def _view(self, extent: Extent) -> memoryview:
-        mapped = memoryview(self._files.map(self.directory / extent.file))
+        path = self.directory / extent.file
+        mapped = memoryview(self._files.map(path))
+        if len(mapped) < extent.offset + extent.length:  # was looked at as it was opened
+            raise shortened(path)
         return mapped[extent.offset : extent.offset + extent.length]
 
     @override

@@ -46,7 +46,10 @@ class HfWeights:
         for name, tensor in source.weights.items():
             scales = source.stored.get(name + SCALE_SUFFIX)
             if tensor.dtype is Dtype.E4M3 and (
-                scales is None or scales.shape != scale_shape(tensor.shape)
+                scales is None
+                or len(tensor.shape) != 2
+                or scales.shape != scale_shape(tensor.shape)
+                or scales.dtype is not Dtype.FP32
             ):
                 raise UserError(f"{source.directory}: '{name}' is FP8 without fitting scales")
 

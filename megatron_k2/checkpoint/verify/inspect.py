@@ -66,13 +66,14 @@ def inspect_checkpoint(directory: Path, iteration: int | None = None) -> Inspect
 def _inspect_hf(source: HfSource) -> Inspection:
     files = {tensor.file for tensor in source.stored.values()}
     config = source.config
-    quantization = config.get("quantization_config") or {}
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     facts = {
         "kind": "Hugging Face",
         "model type": config.get("model_type"),
         "layers": config.get("num_hidden_layers"),
         "experts": config.get("n_routed_experts"),
-        "quantization": quantization.get("quant_method", "none"),
+        "quantization": method or "none",
         "shards": len(files),
     }
     tensors = ((name, t.shape, t.dtype) for name, t in source.stored.items())

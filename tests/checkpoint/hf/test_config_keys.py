@@ -54,6 +54,8 @@ REFUSED = [
     ({"first_k_dense_replace": 9}, "first_k_dense_replace=9 exceeds num_hidden_layers=4"),
     ({"hidden_size": 128.0}, "hidden_size=128.0, expected a positive number written without"),
     ({"hidden_size": True}, "hidden_size=True"),
+    ({"num_nextn_predict_layers": 10**9}, "1000000004 layers .* more than any model has"),
+    ({"num_hidden_layers": 10**9}, "layers .* more than any model has"),
     ({"n_shared_experts": None}, "n_shared_experts=None"),
     ({"rms_norm_eps": math.inf}, "rms_norm_eps=inf"),
     ({"num_nextn_predict_layers": 0.5}, "num_nextn_predict_layers=0.5, expected a whole"),
@@ -90,7 +92,10 @@ REFUSED = [
     ({"original_max_position_embeddings": 512}, "original_max_position_embeddings=512 and that"),
     ({"rope_parameters": [1]}, r"rope_parameters=\[1\], expected an object"),
     ({"rope_parameters": "yarn"}, "rope_parameters='yarn', expected an object"),
-    ({"rope_scaling": ABSENT, "rope_parameters": {"full_attention": YARN}}, "full_attention="),
+    (
+        {"rope_scaling": ABSENT, "rope_parameters": {"full_attention": YARN}},
+        "own for full_attention",
+    ),
     (
         modern(rope_theta=10000.0),
         "rope_theta=50000 and .*rope_theta=10000 contradict",

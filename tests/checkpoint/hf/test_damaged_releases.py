@@ -1,5 +1,6 @@
 """Damaged releases, parts that are none, disks that fill up: refused by file and tensor."""
 
+import contextlib
 import errno
 import json
 import shutil
@@ -13,6 +14,7 @@ from megatron_k2.checkpoint.convert.export_hf import ExportOptions, export
 from megatron_k2.checkpoint.convert.import_hf import ImportOptions, import_hf
 from megatron_k2.checkpoint.names.selection import Selection
 from megatron_k2.checkpoint.verify.compare import compare, open_weights
+from megatron_k2.cli.convert import main
 from megatron_k2.errors import UserError
 from tests.checkpoint.build_checkpoints import TINY
 from tests.checkpoint.hf_directories import as_fp8, random_weights, write_directory
@@ -75,6 +77,87 @@ def give_a_tensor_twice(path):
 
 
 Q_B = "model.layers.1.self_attn.q_b_proj.weight"
+SHARD, INDEX = "model-2-of-3.safetensors", "model.safetensors.index.json"
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
+HTML = "<!DOCTYPE html><html>Access to model is restricted.</html>"
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+def replaced(name, text):
+    return lambda path: (path / name).write_text(text)
+
+
+def linked_to_nothing(name):
+    def change(path):
+        (path / name).unlink()
+        (path / name).symlink_to("../gone")
+
+    return change
+
+
+def as_directory(name):
+    def change(path):
+        (path / name).unlink()
+        (path / name).mkdir()
+
+    return change
+
+
+def of_another_format(*names):
+    def change(path):
+        for file in path.glob("model*"):
+            file.unlink()
+        for name in names:
+            (path / name).write_bytes(b"")
+
+    return change
+
+
+def deep_header(path):
+    text = f'{{"a": {DEEP}}}'.encode()
+    (path / SHARD).write_bytes(len(text).to_bytes(8, "little") + text)
+
+
+INSTEAD = {
+    "deep config": (replaced("config.json", f'{{"a": {DEEP}}}'), "config.json is nested too"),
+    "deep index": (replaced(INDEX, f'{{"weight_map": {DEEP}}}'), "index.json is nested too"),
+    "deep header": (deep_header, f"{SHARD} has a damaged header"),
+    "config gone": (linked_to_nothing("config.json"), r"config.json is a link to \.\./gone,"),
+    "index gone": (linked_to_nothing(INDEX), r"index.json is a link to \.\./gone,"),
+    "shard gone": (linked_to_nothing(SHARD), rf"{SHARD} is a link to \.\./gone,"),
+    "config a folder": (as_directory("config.json"), "config.json is a directory"),
+    "index a folder": (as_directory(INDEX), "index.json is a directory"),
+    "shard a folder": (as_directory(SHARD), f"{SHARD} is a directory, expected a file"),
+    "config a pointer": (replaced("config.json", LFS), "config.json is a pointer of Git LFS"),
+    "index a pointer": (replaced(INDEX, LFS), "index.json is a pointer of Git LFS"),
+    "shard a pointer": (replaced(SHARD, LFS), f"{SHARD} is a pointer of Git LFS.*git lfs pull"),
+    "shard a page": (replaced(SHARD, HTML), f"{SHARD} is a page of HTML"),
+    "config a page": (replaced("config.json", HTML), "config.json is a page of HTML"),
+    "a hole": (replaced(f"{SHARD}.aria2", ""), f"{SHARD} is not complete: {SHARD}.aria2 lies"),
+    "shard a GGUF": (replaced(SHARD, "GGUF\3"), f"{SHARD} is a GGUF file"),
+    "shard a pickle": (replaced(SHARD, "PK\3\4"), f"{SHARD} is a file of torch.save"),
+    "shard empty": (replaced(SHARD, ""), f"{SHARD} is truncated"),
+    "GGUF alone": (of_another_format("k2-q4.gguf"), "nor any .*, only k2-q4.gguf: take the safet"),
+    "bin alone": (
+        of_another_format("pytorch_model-00001-of-00002.bin"),
+        "only pytorch_model-00001-of-00002.bin: take the safetensors",
+    ),
+    "quantization a list": (set_config(quantization_config=[1]), r"=\[1\], expected an object"),
+    "text for JSON": (replaced("config.json", "null"), "holds a NoneType, expected an object"),
+    "no text": (lambda path: (path / "config.json").write_bytes(b"\xff\xfe{"), "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), INSTEAD.values(), ids=INSTEAD)
+def test_what_stands_in_a_files_place_is_named_by_every_command(copy, tmp_path, change, message):
+    change(copy)
+    for command in (["import", copy, tmp_path / "out"], ["audit", copy]):
+        with pytest.raises(UserError, match=message):
+            main([str(word) for word in command])
+    for command in (["inspect", copy], ["verify", copy, copy, "--only", "layers.0"]):
+        with contextlib.suppress(UserError):  # what does not need the damaged place answers
+            main([str(word) for word in command])
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
 @pytest.mark.parametrize(
