@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_k2.cli.convert_arguments import parser
 from megatron_k2.errors import UserError
+from megatron_k2.lock.directory import hold
 
 if TYPE_CHECKING:
     from megatron_k2.checkpoint.hf.audit import SourceAudit
@@ -96,9 +97,10 @@ def _import(args: argparse.Namespace) -> int:
         num_workers=args.workers,
         check_finite=args.check_finite,
     )
-    result, seconds = _with_progress(
-        lambda progress: import_hf(args.hf_dir, args.megatron_dir, options, progress)
-    )
+    with hold(args.megatron_dir, "a conversion", is_beside=True):
+        result, seconds = _with_progress(
+            lambda progress: import_hf(args.hf_dir, args.megatron_dir, options, progress)
+        )
     print(
         f"{result.directory}: {result.audit.num_targets} tensors of {result.preset.name}'s kind, "
         f"{result.num_files} files, {result.total_size_bytes / 1e9:.3f} GB, {seconds:.1f} s"
@@ -144,9 +146,10 @@ def _export(args: argparse.Namespace) -> int:
         num_workers=args.workers,
         check_finite=args.check_finite,
     )
-    result, seconds = _with_progress(
-        lambda progress: export(args.megatron_dir, args.hf_dir, options, progress)
-    )
+    with hold(args.hf_dir, "a conversion", is_beside=True):
+        result, seconds = _with_progress(
+            lambda progress: export(args.megatron_dir, args.hf_dir, options, progress)
+        )
     print(
         f"{result.directory}: {result.num_tensors} tensors, {result.num_shards} shards, "
         f"{result.total_size_bytes / 1e9:.3f} GB, {seconds:.1f} s"

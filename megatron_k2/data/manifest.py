@@ -6,7 +6,7 @@ absolute path: the same inputs and options give the same bytes, and a directory 
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from megatron_k2.data.indexed import bin_path, idx_path
@@ -104,9 +104,9 @@ def read_manifest(directory: str | Path) -> DataManifest:
 
 def _parse(path: Path) -> DataManifest:
     try:
-        fields = json.loads(path.read_bytes())
-        version = fields["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
+        found = json.loads(path.read_bytes())
+        version = found["schema_version"]
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise UserError(f"{path} is not a dataset manifest ({error}); prepare again") from None
     if version != SCHEMA_VERSION:
         raise UserError(
@@ -114,14 +114,24 @@ def _parse(path: Path) -> DataManifest:
             "with this version of megatron_k2"
         )
     try:
-        return DataManifest(
-            tokenizer=TokenizerRecord(**fields.pop("tokenizer")),
-            splits={name: SplitRecord(**split) for name, split in fields.pop("splits").items()},
-            source=SourceRecord(**fields.pop("source")),
-            **fields,
+        manifest = DataManifest(
+            tokenizer=TokenizerRecord(**found.pop("tokenizer")),
+            splits={name: SplitRecord(**split) for name, split in found.pop("splits").items()},
+            source=SourceRecord(**found.pop("source")),
+            **found,
         )
+        _check_types(manifest.tokenizer, manifest.source, *manifest.splits.values())
+        return manifest
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: damaged manifest ({error}); prepare again") from None
+
+
+def _check_types(*records: TokenizerRecord | SourceRecord | SplitRecord) -> None:
+    for record in records:
+        for field in fields(record):
+            value = getattr(record, field.name)
+            if type(value) is not field.type or (isinstance(value, int) and value < 0):
+                raise TypeError(f"{field.name} is {value!r}")
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -84,7 +84,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"--profile {path}: no such file; examples/cluster/site.yaml has every key")
     try:
         read = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise UserError(f"--profile {path}: not YAML: {' '.join(str(error).split())}") from None
     if read is None:
         return {}

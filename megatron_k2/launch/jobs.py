@@ -53,11 +53,20 @@ def note(save: str, number: str) -> None:
 
 
 def jobs_of(save: str) -> list[SlurmJob]:
-    """Every job that was submitted for a run, oldest first."""
+    """Every job that was submitted for a run, oldest first.
+
+    Raises:
+        UserError: if a line is damaged.
+    """
     path = Path(save) / JOBS
     if not path.is_file():
         return []
-    return [SlurmJob(**json.loads(line)) for line in path.read_text().splitlines()]
+    try:
+        return [SlurmJob(**json.loads(line)) for line in path.read_text().splitlines()]
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is not what launch wrote ({error}); remove the damaged line, or the file"
+        ) from None
 
 
 def states(jobs: list[SlurmJob]) -> dict[str, State]:

@@ -143,16 +143,16 @@ def _replace(path: Path, own: Path, dead: Owner, now: float) -> bool:
         right.unlink(missing_ok=True)
 
 
-def _refuse(path: Path, owner: Owner, silent_seconds: float) -> UserError:
+def _refusal(directory: Path, owner: Owner, silent_seconds: float) -> UserError:
     return UserError(
-        f"{path.parent} is in use by another process: {owner.what} on host {owner.host}, pid "
+        f"{directory} is in use by another process: {owner.what} on host {owner.host}, pid "
         f"{owner.pid}, since {owner.since} (last sign of life {max(silent_seconds, 0):.0f} s ago); "
         f"wait for it, end it, or take another directory. A dead one's hold ends within "
         f"{STALE_SECONDS:.0f} s"
     )
 
 
-def _take(path: Path, me: Owner) -> tuple[Owner, Owner | None]:
+def _take(path: Path, directory: Path, me: Owner) -> tuple[Owner, Owner | None]:
     """Make ``path`` say ``me``; returns what it says, and the owner that handed it over.
 
     Raises:
@@ -177,7 +177,7 @@ def _take(path: Path, me: Owner) -> tuple[Owner, Owner | None]:
                 os.replace(own, path)
                 return me, parent
             if not _is_dead(owner, now - modified, me):
-                raise _refuse(path, owner, now - modified)
+                raise _refusal(directory, owner, now - modified)
             if _replace(path, own, owner, now):
                 return me, None
             time.sleep(_PAUSE_SECONDS)
@@ -219,22 +219,26 @@ class Hold:
 
 
 @contextlib.contextmanager
-def hold(directory: Path, what: str) -> Iterator[Hold]:
+def hold(directory: Path, what: str, *, is_beside: bool = False) -> Iterator[Hold]:
     """Be the only one who writes in ``directory``, which is made where it is absent.
 
     Args:
         directory: on any file system.
         what: what this process does there; others read it when they are refused.
+        is_beside: for a directory that appears under its name only when it is whole: the lock lies
+            beside it, and it is not made.
 
     Raises:
         UserError: another process is at it, named with its host and number; or the directory
             cannot be written.
     """
     path = directory.absolute() / LOCK_FILE
+    if is_beside:
+        path = directory.absolute().with_name(f"{directory.absolute().name}{LOCK_FILE}")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        owner, before = _take(path, _this_process(what))
-        sync_directory(directory)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        owner, before = _take(path, directory, _this_process(what))
+        sync_directory(path.parent)
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror}") from None
     held = Hold(path, owner, before, _start_keeper(path, owner))

@@ -15,6 +15,9 @@ RUN_RECORD = "run.json"
 RUN = "a run"
 """What a run's lock says that is done in its ``--save`` directory."""
 
+_FIELDS = {"shape": dict, "preset": str | None, "data": dict}
+"""What a start reads of it, and as what; ``data`` is not in older ones."""
+
 PACKAGES = (
     *("megatron-k2", "megatron-core", "torch"),
     *("emerging-optimizers", "transformer-engine", "numpy"),
@@ -50,8 +53,13 @@ def read_run_record(save: Path) -> dict[str, Any]:
         return {}
     try:
         record = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); remove it or restore it") from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{path} is not JSON ({error}); remove it or restore it") from None
     if not isinstance(record, dict):
         raise UserError(f"{path} holds {type(record).__name__}, expected an object; remove it")
+    for name, kind in _FIELDS.items():
+        if name in record and not isinstance(record[name], kind):
+            raise UserError(
+                f"{path} is not what a run wrote: {name} is {record[name]!r}; remove or restore it"
+            )
     return record

@@ -178,15 +178,16 @@ def _check_checkpoint(load: Path, flags: RunFlags) -> None:
     saved = read_run_record(load)
     if not saved:
         return
+    shape = saved.get("shape", {})
     differing = {
-        name: (saved["shape"].get(name), value)
+        name: (shape.get(name), value)
         for name, value in _shape(flags).items()
-        if saved["shape"].get(name) != value
+        if shape.get(name) != value
     }
     if differing:
         listed = "; ".join(f"{name} {a} there, {b} here" for name, (a, b) in differing.items())
         raise UserError(
-            f"{load} holds a checkpoint of another model (preset {saved['preset']}): {listed}. "
+            f"{load} holds a checkpoint of another model (preset {saved.get('preset')}): {listed}. "
             "Use that preset, or another --save directory"
         )
     if has_tracker(load) and os.environ.get("RANK", "0") == "0":

@@ -49,15 +49,16 @@ def _forked(act):
     return child
 
 
-def _holder(path):
+def _holder(path, *, is_beside=False):
     """A process that holds ``path`` until it is killed; its number, once it holds."""
 
     def act():
-        with hold(path, "a run"):
+        with hold(path, "a run", is_beside=is_beside):
             signal.pause()
 
     child = _forked(act)
-    _until(lambda: (path / LOCK_FILE).exists())
+    lock = path.with_name(f"{path.name}{LOCK_FILE}") if is_beside else path / LOCK_FILE
+    _until(lock.exists)
     return child
 
 
@@ -108,6 +109,22 @@ def test_a_second_run_in_one_save_directory_ends_with_code_two(tmp_path, capsys)
     assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
     os.kill(child, signal.SIGKILL)
     _code(child)
+
+
+@pytest.mark.parametrize("verb", ["import", "export"])
+def test_a_second_conversion_to_one_target_ends_with_code_two(tmp_path, capsys, verb):
+    target = tmp_path / "target"
+    child = _holder(target, is_beside=True)
+    assert main(["convert", verb, str(tmp_path / "source"), str(target)]) == 2
+    said = capsys.readouterr().err
+    assert f"{target} is in use by another process: a run on host" in said
+    assert f"pid {child}" in said
+    assert [path.name for path in tmp_path.iterdir()] == [f"target{LOCK_FILE}"]
+    os.kill(child, signal.SIGKILL)
+    _code(child)
+    assert main(["convert", verb, str(tmp_path / "source"), str(target)]) == 2
+    assert "in use" not in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_process_number_that_is_used_again_is_not_the_owner(tmp_path):
