@@ -36,7 +36,7 @@ UNREAD_SUFFIXES = {
 }
 """Endings of what is not read -> what makes it readable."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_LFS = "version https://git-lfs.github.com/spec/"
+_LFS = b"version https://git-lfs.github.com/spec/"
 _LINES_LOOKED_AT = 3
 
 
@@ -115,14 +115,23 @@ def read_array(path: Path) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def check_is_text(path: Path, text: str) -> None:
-    """Refuse what is not a document's text: JSON under another name, a Git LFS pointer.
+def check_is_here(path: Path) -> None:
+    """Refuse the few lines that Git LFS leaves in a file's place.
 
     Raises:
         UserError: naming the file.
     """
-    if text.startswith(_LFS):
-        raise UserError(f"{path} is a Git LFS pointer, not the file; git lfs pull")
+    with path.open("rb") as stream:
+        if stream.read(len(_LFS)) == _LFS:
+            raise UserError(f"{path} is a Git LFS pointer, not the file; git lfs pull")
+
+
+def check_is_text(path: Path, text: str) -> None:
+    """Refuse what is not a document's text: JSON under another name.
+
+    Raises:
+        UserError: naming the file.
+    """
     start = text.lstrip()
     if not start.startswith(("{", "[")):
         return

@@ -21,6 +21,7 @@ from megatron_k2.data.kinds import (
     LINE_SUFFIXES,
     UNREAD_SUFFIXES,
     Kind,
+    check_is_here,
     check_is_text,
     is_packed,
     kind_of,
@@ -171,6 +172,7 @@ def read_text_file(file: SourceFile) -> Document:
             f"{file.path}: not UTF-8 at byte {error.start} ({error.reason}); convert the file, or "
             "leave it out with --suffix"
         ) from None
+    check_is_here(file.path)
     check_is_text(file.path, text)
     return Document(file.name, text, len(content))
 
@@ -214,6 +216,7 @@ def read_jsonl_range(file: SourceFile, key: str, start: int, end: int) -> Iterat
             try:
                 text = _text_of_line(line if offset else line.removeprefix(BYTE_ORDER_MARK), key)
             except ValueError as problem:
+                check_is_here(file.path)
                 number = _line_number(file.path, offset)
                 raise UserError(f"{file.path}:{number}: {problem}") from None
             yield Document(f"{file.name}@{offset}", text, len(line))
@@ -230,6 +233,8 @@ def _text_of_line(line: bytes, key: str) -> str:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}{alone}") from None
     except RecursionError:
         raise ValueError("not JSON that can be read: nested too deeply") from None
+    except ValueError:  # Python's limit, whose own words name a function of Python's
+        raise ValueError("not JSON that can be read: a number of thousands of digits") from None
     return _text_of(record, key)
 
 

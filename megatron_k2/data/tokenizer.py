@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_k2.data.hf_tokenizer import TOKENIZER_FILES, TokenizerJson, TransformersTokenizer
+from megatron_k2.data.kinds import check_is_here
 from megatron_k2.data.tiktoken_tokenizer import VOCABULARY_FILE, TiktokenTokenizer
 from megatron_k2.errors import UserError
 
@@ -50,6 +51,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     directory = path if path.is_dir() else path.parent
     wanted = [VOCABULARY_FILE, *TOKENIZER_FILES] if path.is_dir() else [path.name]
     present = [name for name in wanted if (directory / name).is_file()]
+    for name in present:
+        check_is_here(directory / name)
     if VOCABULARY_FILE in present:
         return TiktokenTokenizer(directory)
     if "tokenizer.json" in present:

@@ -202,3 +202,11 @@ def test_a_damaged_file_of_special_tokens_is_named(tmp_path, bpe_directory, name
     (directory / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name}: not a JSON object"):
         load_tokenizer(directory)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tiktoken.model"])
+def test_a_file_that_git_lfs_left_out_is_named(tmp_path, bpe_directory, name):
+    directory = _with_files(tmp_path, bpe_directory, {}, None)
+    (directory / name).write_text("version https://git-lfs.github.com/spec/v1\noid x\nsize 1\n")
+    with pytest.raises(UserError, match=f"{name} is a Git LFS pointer"):
+        load_tokenizer(directory)
