@@ -24,7 +24,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_text(encoding="utf-8"))  # as transformers reads it
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON object ({error}); copy it again") from None
     if not isinstance(value, dict):

@@ -27,6 +27,8 @@ from pathlib import Path
 
 import psutil
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from megatron_k2.run.iterations import is_whole, iteration_directories
 from megatron_k2.run.metrics import METRICS_FILE, read_records
 from tests.support.paths import REPOSITORY

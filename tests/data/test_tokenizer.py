@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_k2.data.hf_tokenizer import train_byte_bpe
+from megatron_k2.data.special_tokens import CONFIG_FILE, special_token
 from megatron_k2.data.tokenizer import load_tokenizer
 from megatron_k2.errors import UserError
 
@@ -210,3 +211,13 @@ def test_a_file_that_git_lfs_left_out_is_named(tmp_path, bpe_directory, name):
     (directory / name).write_text("version https://git-lfs.github.com/spec/v1\noid x\nsize 1\n")
     with pytest.raises(UserError, match=f"{name} is a Git LFS pointer"):
         load_tokenizer(directory)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_a_config_in_another_encoding_than_utf_8_is_refused(tmp_path, encoding):
+    """transformers, which reads the tokenizer of an export, would not take it."""
+    (tmp_path / CONFIG_FILE).write_text('{"eos_token": "[EOS]"}', encoding=encoding)
+    with pytest.raises(UserError, match="tokenizer_config.json: not a JSON object"):
+        special_token(tmp_path, "eos_token")
+    (tmp_path / CONFIG_FILE).write_text('{"eos_token": "[EOS]"}', encoding="utf-8")
+    assert special_token(tmp_path, "eos_token") == "[EOS]"
