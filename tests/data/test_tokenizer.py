@@ -217,7 +217,7 @@ def test_a_file_that_git_lfs_left_out_is_named(tmp_path, bpe_directory, name):
 def test_a_config_in_another_encoding_than_utf_8_is_refused(tmp_path, encoding):
     """transformers, which reads the tokenizer of an export, would not take it."""
     (tmp_path / CONFIG_FILE).write_text('{"eos_token": "[EOS]"}', encoding=encoding)
-    with pytest.raises(UserError, match="tokenizer_config.json: not a JSON object"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: not a JSON object"):
         special_token(tmp_path, "eos_token")
     (tmp_path / CONFIG_FILE).write_text('{"eos_token": "[EOS]"}', encoding="utf-8")
     assert special_token(tmp_path, "eos_token") == "[EOS]"
