@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_k2.checkpoint.hf.quantization import MODULE_LISTS
 from megatron_k2.errors import UserError
 
 _OUTER, _INNER = "language_model.", "model.language_model."
@@ -38,7 +39,20 @@ def language_config(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(text, dict):
         raise UserError(f"config.json: text_config={text!r}, expected an object")
     said = {key: config[key] for key in _SAID_FOR_ALL if key in config}
-    return {"architectures": ["DeepseekV3ForCausalLM"]} | said | text
+    own = {"architectures": ["DeepseekV3ForCausalLM"]} | said | text
+    if isinstance(quantization := own.get("quantization_config"), dict):
+        own["quantization_config"] = {
+            key: _own_modules(value) if key in MODULE_LISTS else value
+            for key, value in quantization.items()
+        }
+    return own
+
+
+def _own_modules(listed: Any) -> Any:
+    """Modules under the language model's own names; whatever is no list of them as it is."""
+    if not isinstance(listed, list):
+        return listed
+    return [(_own_name(name) or name) if isinstance(name, str) else name for name in listed]
 
 
 def language_tensors[Value](

@@ -18,7 +18,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "expert_dtype": ("fp8", None),
     "dequantize": (False, True, None),  # a wish to the loader
 }
-_MODULE_LISTS = ("modules_to_not_convert", "ignored_layers")
+MODULE_LISTS = ("modules_to_not_convert", "ignored_layers")
 """By transformers' name and by another that it takes."""
 
 PACKED_SUFFIX = ".weight_packed"
@@ -47,7 +47,7 @@ class BlockFp8:
         module = hf_name.removesuffix(".weight")
         return is_quantized(hf_name) and not any(
             re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(entry)
-            for key in _MODULE_LISTS
+            for key in MODULE_LISTS
             for entry in self.config.get(key) or ()
         )
 
@@ -72,7 +72,7 @@ def require_block_fp8(said: Any) -> None:
         listed = ", ".join(f"{key}={found.get(key)!r}" for key in _REQUIRED)
         raise UserError(f"config.json: quantization_config has {listed}; supported is {_REQUIRED}")
     for key, value in said.items():
-        if key in _MODULE_LISTS:
+        if key in MODULE_LISTS:
             _require_patterns(key, value)
         elif key in _VALUES and value not in _VALUES[key]:
             expected = " or ".join(repr(known) for known in _VALUES[key])

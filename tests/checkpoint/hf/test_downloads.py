@@ -113,7 +113,7 @@ ALONG = (
     "processor_config.json special_tokens_map.json tokenization_kimi.py tokenizer_config.json "
     "tool_declaration_ts.py"
 ).split()
-NOT_ALONG = ("README.md", "docs/guide.txt", "notes.txt", "training_args.bin", ".gitattributes")
+NOT_ALONG = ("README.md", "guides/deploy.txt", "notes.txt", "training_args.bin", ".gitattributes")
 
 
 def test_files_beside_the_weights_travel_both_ways(release, tmp_path):

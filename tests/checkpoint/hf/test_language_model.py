@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from megatron_k2.checkpoint.block_fp8.layout import SCALE_SUFFIX
 from megatron_k2.checkpoint.convert.export_hf import ExportOptions, export
 from megatron_k2.checkpoint.convert.import_hf import ImportOptions, import_hf
 from megatron_k2.checkpoint.hf.config import hf_config
@@ -69,17 +70,26 @@ def test_the_language_model_is_imported_and_the_rest_named(tmp_path, capsys, ren
 
 
 def test_the_export_is_a_language_model_of_its_own(tmp_path):
-    config = nested_config(eos_token_id=9, dtype="bfloat16", quantization_config=QUANTIZATION)
+    left_alone = ["vision_tower", "language_model.model.layers.1.self_attn", "lm_head"]
+    quantization = QUANTIZATION | {"modules_to_not_convert": left_alone}
+    config = nested_config(eos_token_id=9, dtype="bfloat16", quantization_config=quantization)
     del config["text_config"]["eos_token_id"], config["text_config"]["torch_dtype"]
     weights = as_fp8(random_weights(TINY))
-    import_hf(
-        composite(tmp_path / "hf", weights, kimi_k25, config), tmp_path / "m", ImportOptions()
-    )
+    for name, weight in random_weights(TINY).items():
+        if name.startswith("model.layers.1.self_attn."):
+            weights[name] = weight
+            weights.pop(name + SCALE_SUFFIX, None)
+    release = composite(tmp_path / "hf", weights, kimi_k25, config)
+    import_hf(release, tmp_path / "m", ImportOptions())
     export(tmp_path / "m", tmp_path / "back", ExportOptions(dtype="fp8"))
     back = HfSource(tmp_path / "back")
-    assert back.stored.keys() == weights.keys()
+    assert {n: str(t.dtype) for n, t in back.stored.items()} == {
+        name: str(tensor.dtype).removeprefix("torch.") for name, tensor in weights.items()
+    }
     text = config["text_config"] | {"eos_token_id": 9, "dtype": "bfloat16"}
-    assert back.config == text | {"quantization_config": QUANTIZATION}
+    own = ["vision_tower", "model.layers.1.self_attn", "lm_head"]
+    quantization = QUANTIZATION | {"modules_to_not_convert": own}
+    assert back.config == text | {"quantization_config": quantization}
 
 
 def test_a_key_that_changes_the_computation_is_refused_inside_too(tmp_path):
