@@ -338,10 +338,11 @@ def expand(argv: list[str], *, cuda: bool) -> list[str]:
     flags += rest
     if vocab:
         flags += ["--vocab-size", str(vocab)]
+    flags = choose_checkpoint(flags)  # the same command, run again, goes on
     save = last_value(flags, "--save")
     if save is not None and last_value(flags, "--tensorboard-dir") is None:
         flags += ["--tensorboard-dir", str(Path(save) / "tensorboard")]
-    return _muonclip(choose_checkpoint(flags))  # the same command, run again, goes on
+    return _muonclip(flags)
 
 
 def check_vocabulary(manifest: DataManifest, vocab_size: int, preset: str | None) -> None:

@@ -136,14 +136,19 @@ def build_gpt_model(
     return model
 
 
-def model_config_from_args(args: Namespace) -> K2ModelConfig:
-    """Megatron's own derivation from flags, then the fields that its flags do not reach."""
+def model_config_from_args(args: Namespace, num_ids: int | None = None) -> K2ModelConfig:
+    """Megatron's own derivation from flags, then the fields that its flags do not reach.
+
+    Args:
+        args: Megatron's and ours.
+        num_ids: of the tokenizer, where it is not ``--vocab-size`` that gives them.
+    """
     from megatron.training.argument_utils import gpt_config_from_args
 
     config: Any = gpt_config_from_args(args, model_config_cls=K2ModelConfig)
     config.latent_norm_epsilon = args.latent_norm_epsilon
     config.fp8_activation_storage = args.fp8_activation_storage
-    config.num_ids = args.vocab_size
+    config.num_ids = args.vocab_size if num_ids is None else num_ids
     transformer = config.transformer
     if args.fp8_activation_storage:
         # SwiGLU as one operation, which saves its input and nothing else; the CPU's flags have it

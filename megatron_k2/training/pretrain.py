@@ -34,7 +34,7 @@ PROGRAM_START = time.time()
 def single_process_environment() -> None:
     """What torchrun would have set, for one process started by hand."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if is_rank():
+    if "RANK" in os.environ:
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -46,6 +46,7 @@ def single_process_environment() -> None:
 
 def run(argv: list[str]) -> None:
     """Train with the flags in ``argv`` (``--preset`` and ``--data`` allowed) until done."""
+    is_rank()  # refuses what another launcher left over
     single_process_environment()
     save = last_value(argv, "--save")
     if save is None or os.environ["RANK"] != "0":
@@ -127,7 +128,7 @@ def _put_in_order(flags: RunFlags, world_size: int) -> list[str]:
 
 def _pretrain(terminal: TextIO | None) -> None:
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain, set_startup_timestamps
+    from megatron.training import get_tokenizer, pretrain, set_startup_timestamps
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
@@ -141,7 +142,8 @@ def _pretrain(terminal: TextIO | None) -> None:
     args = parse_and_validate_args(extra_args_provider=add_k2_arguments)
     if args.muonclip and not args.use_distributed_optimizer:
         args.optimizer = "muonclip"  # Megatron's closed list of choices is behind us
-    config = pretrain_cfg_container_from_args(args, model_config_from_args(args))
+    model_config = model_config_from_args(args, get_tokenizer().vocab_size)
+    config = pretrain_cfg_container_from_args(args, model_config)
     writer = MetricsWriter(Path(args.save)) if args.save else None
     hooks = TrainingHooks(args, terminal, writer)
     with training_hooks(hooks):
