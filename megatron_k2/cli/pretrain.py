@@ -50,8 +50,8 @@ def main(argv: list[str]) -> int:
     check_resume(flags)
     if flags.save is None:
         return launch(module, argv, num_processes)
-    with hold(Path(flags.save), RUN) as held:
-        return launch(module, argv, num_processes, held.environment)
+    with hold(Path(flags.save), RUN) as held, held.handed_over():
+        return launch(module, argv, num_processes)
 
 
 def _take_nproc(argv: list[str]) -> tuple[int, list[str]]:

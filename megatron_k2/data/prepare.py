@@ -78,9 +78,10 @@ def _start_or_resume(plan: Plan, output: Path, console: Console) -> None:
     # The manifest goes first, so that a half-cleared directory never looks complete.
     for path in [output / MANIFEST_FILE, output / BASELINE_FILE, *_data_files(output)]:
         path.unlink(missing_ok=True)
-    # Megatron's sample indices, of no use without the tokens they point into, lie below SPLIT.
-    for name in (PARTS_DIRECTORY, TOKENIZER_DIRECTORY, *SPLITS):
-        shutil.rmtree(output / name, ignore_errors=True)
+    # Megatron's sample indices are of no use without the tokens that they point into.
+    indices = (path for split in SPLITS for path in output.glob(f"{split}/cache/*Dataset_indices"))
+    for path in (output / PARTS_DIRECTORY, output / TOKENIZER_DIRECTORY, *indices):
+        shutil.rmtree(path, ignore_errors=True)
     plan_path.parent.mkdir()
     write_atomically(plan_path, json.dumps(plan.record, indent=2).encode())
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 
 from megatron_k2.errors import UserError
 
@@ -42,13 +41,11 @@ def is_rank(num_processes: int = 1) -> bool:
     return True
 
 
-def launch(
-    module: str, argv: list[str], num_processes: int, added: Mapping[str, str] | None = None
-) -> int:
+def launch(module: str, argv: list[str], num_processes: int) -> int:
     """Run ``python -m module argv`` on ``num_processes`` ranks and wait.
 
     One rank runs without torchrun, which costs seconds of start-up. Started by torchrun already
-    (``RANK`` is set), this process is one of the ranks. ``added`` goes to their environment.
+    (``RANK`` is set), this process is one of the ranks.
 
     Returns:
         The exit code: 0, 2 for a wrong input, anything else for a failure.
@@ -59,5 +56,5 @@ def launch(
     if not is_rank(num_processes) and num_processes > 1:
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
         command = [sys.executable, "-m", *torchrun, "-m", module, *argv]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, **(added or {})}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
     return subprocess.run(command, env=environment, check=False).returncode

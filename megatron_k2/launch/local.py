@@ -73,10 +73,10 @@ def run_local(recipe: Recipe, save: str, start_from: str | None, changed: list[s
     check_run(read_flags(recipe.to_megatron_args(save, start_from)), recipe.layout.world_size)
     flags = recipe.pretrain_flags(save, start_from)
     module, world_size = "megatron_k2.training.pretrain", recipe.layout.world_size
-    with hold(Path(save), RUN) as held:
+    with hold(Path(save), RUN) as held, held.handed_over():
         write_recipe_record(recipe, save, start_from, changed)
         while True:
             before = len(read_rollbacks(Path(save)))
-            code = launch(module, flags, world_size, held.environment)
+            code = launch(module, flags, world_size)
             if code or len(read_rollbacks(Path(save))) == before:
                 return code

@@ -196,10 +196,20 @@ class Hold:
     """Who handed it over and gets it back."""
     keeper: "subprocess.Popen[bytes]"
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """For a child that writes in this process's place: it makes the lock its own."""
-        return {HANDED_OVER: json.dumps(asdict(self.owner))}
+    @contextlib.contextmanager
+    def handed_over(self) -> Iterator[None]:
+        """What is started meanwhile may write in this process's place: it makes the lock its own.
+
+        So does a ``hold`` of the same directory in this process.
+        """
+        before = os.environ.get(HANDED_OVER)
+        os.environ[HANDED_OVER] = json.dumps(asdict(self.owner))
+        try:
+            yield
+        finally:
+            os.environ.pop(HANDED_OVER)
+            if before is not None:
+                os.environ[HANDED_OVER] = before
 
     def release(self) -> None:
         """End the hold, or give it back; not where a child that made it its own still runs."""

@@ -89,7 +89,7 @@ def _first_rank_holds(save: str) -> Iterator[None]:
         except UserError as error:
             print(error, file=sys.stderr)
             sys.exit(2)
-        os.environ |= held.environment
+        stack.enter_context(held.handed_over())
         yield
 
 

@@ -300,3 +300,18 @@ def test_two_preparations_of_one_directory_are_refused(corpus, tmp_path):
     output = tmp_path / "data"
     with _locked(output), pytest.raises(UserError, match="another process"):
         prepare(options_for(corpus, output))
+
+
+def test_starting_over_drops_the_old_sample_indices_and_nothing_else_of_the_users(tmp_path):
+    text = tmp_path / "data" / "train" / "a.txt"  # an input below the output, of a split's name
+    text.parent.mkdir(parents=True)
+    text.write_text("some words " * 20)
+    index = text.parent / "cache" / "ContentDataset_indices" / "x.npy"
+    index.parent.mkdir(parents=True)
+    index.write_bytes(b"")
+    options = PrepareOptions(
+        tmp_path / "data", inputs=(text.parent,), train_bpe=300, validation_fraction=0
+    )
+    assert prepare(options).splits["train"].num_documents == 1
+    assert text.exists()
+    assert not index.exists()

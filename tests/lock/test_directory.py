@@ -209,16 +209,14 @@ def test_a_child_makes_its_parents_lock_its_own_and_gives_it_back(tmp_path):
         for _ in range(2):
 
             def act():
-                os.environ.update(held.environment)
-                with hold(tmp_path, "a run"):
+                with held.handed_over(), hold(tmp_path, "a run"):
                     os._exit(0 if _owner(tmp_path).pid == os.getpid() else 1)
 
             child = _forked(act)  # ends as if killed: its parent holds again, or still
             assert _code(child) == 0
 
         def well():
-            os.environ.update(held.environment)
-            with hold(tmp_path, "a run"):
+            with held.handed_over(), hold(tmp_path, "a run"):
                 pass
 
         assert _code(_forked(well)) == 0
@@ -228,8 +226,7 @@ def test_a_child_makes_its_parents_lock_its_own_and_gives_it_back(tmp_path):
 
 def test_a_parent_that_is_killed_leaves_the_lock_with_its_child(tmp_path):
     def parent():
-        with hold(tmp_path, "a run") as held:
-            os.environ.update(held.environment)
+        with hold(tmp_path, "a run") as held, held.handed_over():
             _forked(child)
             signal.pause()
 
