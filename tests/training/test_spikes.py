@@ -167,7 +167,7 @@ def test_a_chain_does_not_go_on_from_a_run_that_ended_early(tmp_path, capsys):
 def test_here_a_run_is_started_again_after_each_rollback_and_not_without_one(tmp_path, monkeypatch):
     codes, started = [0, 0, 0, EXIT_CODE], []
 
-    def launch(module, flags, num_processes, added):
+    def launch(module, flags, num_processes):
         started.append(flags)
         if len(started) < 3:
             roll_back(tmp_path, Rollback(10 * len(started), 8, (10,), 5.0, 3.0))
