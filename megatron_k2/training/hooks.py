@@ -67,8 +67,12 @@ class TrainingHooks:
         """``optimizer``, whose step leaves everything alone where no token was to be learnt.
 
         The mean over no tokens is no number, and what gradient there is, of the balance loss,
-        belongs to no token. To Megatron it is a step that was not successful.
+        belongs to no token. To Megatron it is a step that was not successful. Only
+        ``--eod-mask-loss`` masks all of a training batch; other runs are spared the question,
+        which makes the host wait for the device.
         """
+        if not self.args.eod_mask_loss:
+            return optimizer
         from megatron.core.utils import get_model_config
 
         finalize = get_model_config(self.model[0]).finalize_model_grads_func
