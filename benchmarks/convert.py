@@ -60,7 +60,7 @@ INSTALL = f"""no Megatron-Bridge given: --peer-python or {PEER_VARIABLE} names a
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Cost:
-    """Of one call."""
+    """Seconds and memory that one call took; they compare by wall time first."""
 
     wall_seconds: float
     cpu_seconds: float

@@ -82,7 +82,7 @@ def flags(preset: ModelPreset, world_size: int, precision: str) -> list[str]:
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """Megatron's validated arguments."""
+    """Megatron's arguments, parsed from ``words`` and validated as a run's are."""
     from megatron.training.arguments import parse_args, validate_args
 
     before, sys.argv = sys.argv, [sys.argv[0], *words]

@@ -44,7 +44,7 @@ class Seed:
         return self.losses[name] / self.losses["plain"] - 1
 
     def row(self) -> str:
-        """Of the table."""
+        """The seed's row of the printed table."""
         cells = [f"{self.seed}", f"{self.losses['plain']:.5f}"]
         for name in ("fp8", "nudged"):
             cells += [f"{self.losses[name]:.5f}", f"{self.away(name):+.3%}"]

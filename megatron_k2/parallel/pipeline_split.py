@@ -20,7 +20,7 @@ _PER_CHUNK, _CHUNKS = (
 
 @dataclass(frozen=True)
 class PipelineSplit:
-    """The flags as given."""
+    """Megatron's flags that split the layers unevenly over pipeline ranks, as given."""
 
     first: int | None = None
     """Layers of the first stage."""

@@ -1,4 +1,4 @@
-"""A campaign's short form: a few draws, whenever the tests run. The full ones print tables."""
+"""The campaign's short form, and that it sees a lost file. The full one prints a table."""
 
 import pytest
 
