@@ -77,8 +77,8 @@ def get_batch(iterator: Iterator[dict[str, Any]], vp_stage: int | None) -> list[
         return [None] * len(BATCH_KEYS)
     batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
-        sample = next(iterator)
-        batch = {key: sample.get(key) for key in _LOADER_KEYS}
+        batch = {key: _on_device(value) for key, value in next(iterator).items()}
+        batch = {key: batch.get(key) for key in _LOADER_KEYS}
     batch = get_batch_on_this_tp_rank(
         batch,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -99,6 +99,11 @@ def get_batch(iterator: Iterator[dict[str, Any]], vp_stage: int | None) -> list[
         batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
     )
     return [batch.get(key) for key in BATCH_KEYS]
+
+
+def _on_device(value: Any) -> Any:
+    """A tensor of the loader's pinned memory on this rank's device, without waiting for it."""
+    return value.cuda(non_blocking=True) if torch.is_tensor(value) else value
 
 
 def loss_func(
