@@ -97,8 +97,8 @@ def memory_table(e: "Estimate") -> "Table":
     return found
 
 
-def summary(e: "Estimate", a: "Assumptions", tokens: float) -> str:
-    """Memory, time and assumptions in sentences, below the table of ranks."""
+def summary(e: "Estimate", tokens: float) -> str:
+    """Memory and time in sentences, below the table of ranks."""
     r = e.request
     mean = sum(m.states for m in e.memory) / len(e.memory) / GB
     verdict = "fits" if e.fits else "DOES NOT FIT"
@@ -115,10 +115,16 @@ def summary(e: "Estimate", a: "Assumptions", tokens: float) -> str:
             *host_lines(e),
             f"{e.tokens_per_second:,.0f} tokens/s, MFU {e.mfu:.1%}; {tokens / 1e12:g}T tokens: "
             f"{e.days(tokens):.1f} days, {e.gpu_hours(tokens):,.0f} GPU-hours",
-            f"assumed: GEMM {a.gemm:.0%}, grouped {a.grouped:.0%}, attention {a.attention:.0%} of "
-            f"{r.gpu.bf16_tflops:g} TFLOP/s, network {a.network:.0%}, elementwise "
-            f"+{a.elementwise:.0%}, HBM {a.hbm:.0%}; {a.reserved_gb:g} GB reserved",
         ]
+    )
+
+
+def assumed_line(r: "RunRequest", a: "Assumptions") -> str:
+    """The efficiencies, where none was measured."""
+    return (
+        f"assumed: GEMM {a.gemm:.0%}, grouped {a.grouped:.0%}, attention {a.attention:.0%} of "
+        f"{r.gpu.bf16_tflops:g} TFLOP/s, network {a.network:.0%}, elementwise "
+        f"+{a.elementwise:.0%}, HBM {a.hbm:.0%}; {a.reserved_gb:g} GB reserved"
     )
 
 

@@ -28,17 +28,41 @@ from megatron_k2.planning.schedule.timeline import ChunkCost, exposed, simulate_
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Parts of the data sheet's rate that a kernel reaches. Ours; nothing here was measured."""
+    """Parts of the data sheet's rate that a kernel reaches.
+
+    Ours, until ``planning/calibration.py`` puts measured ones in their place.
+    """
 
     gemm: float = 0.65
     grouped: float = 0.55
     attention: float = 0.50
     network: float = 0.75
+    """Of links between GPUs and to host memory, but for those named below."""
     elementwise: float = 0.15
     """Norms, SwiGLU, routing, permutation, casts: time added, as a part of the products' time."""
     hbm: float = 0.75
     """Part of the memory's rate at which recomputed norms and SwiGLU read and write."""
     reserved_gb: float = RESERVED_GB
+    nvlink: float | None = None
+    """Of links within a node; ``None``: as ``network``."""
+    host: float | None = None
+    """Of the link to host memory; ``None``: as ``network``."""
+    newton_schulz: float | None = None
+    """Of the optimizer's products; ``None``: as ``gemm``."""
+
+    def part(self, name: str) -> float:
+        """The field ``name``, or what it falls back on."""
+        value = getattr(self, name)
+        return getattr(self, FALLBACKS[name]) if value is None else value
+
+    @property
+    def links(self) -> traffic.LinkParts:
+        """Of links between GPUs."""
+        return traffic.LinkParts(self.part("nvlink"), self.network)
+
+
+FALLBACKS = {"nvlink": "network", "host": "network", "newton_schulz": "gemm"}
+"""Field of ``Assumptions`` -> the one it is like where it is not given."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +134,7 @@ def layer_cost(r: RunRequest, a: Assumptions, *, is_moe: bool = True) -> ChunkCo
     """Seconds of one layer and micro-batch; ``send`` is the chunk's."""
     p, tokens = r.preset, r.tokens_per_microbatch
     split = traffic.tensor_parallel(r)
-    context = traffic.network_seconds(r, traffic.context_parallel(r), r.tp * r.cp, a.network)
+    context = traffic.network_seconds(r, traffic.context_parallel(r), r.tp * r.cp, a.links)
     attention, mlp = attention_forward(p, r.seq_length), mlp_forward(p, is_moe=is_moe)
     again = Flops(up_projections(p) if "mla_up" in r.recompute else 0.0)
     per_byte = tokens / (r.gpu.hbm_gb_per_s * 1e9 * a.hbm)
@@ -125,24 +149,24 @@ def layer_cost(r: RunRequest, a: Assumptions, *, is_moe: bool = True) -> ChunkCo
     return ChunkCost(
         attention_forward=seconds(attention)
         + context
-        + traffic.network_seconds(r, split.forward, r.tp, a.network),
+        + traffic.network_seconds(r, split.forward, r.tp, a.links),
         mlp_forward=seconds(mlp),
         attention_backward=seconds(input_gradients(attention) + again)
         + attention_again
         + 2 * context
-        + traffic.network_seconds(r, split.backward, r.tp, a.network),
+        + traffic.network_seconds(r, split.backward, r.tp, a.links),
         mlp_backward=seconds(input_gradients(mlp)) + mlp_again,
         weight_gradients=seconds(weight_gradients(attention) + weight_gradients(mlp)),
         dispatch=_dispatch_seconds(r, a) if is_moe else 0.0,
         send=0.0,
-        offload=moved / (r.gpu.pcie_gb_per_s * 1e9 * a.network),
+        offload=moved / (r.gpu.pcie_gb_per_s * 1e9 * a.part("host")),
     )
 
 
 def _dispatch_seconds(r: RunRequest, a: Assumptions) -> float:
     """Dispatch or combine of one MoE layer; probabilities go along once, so half of them each."""
     payload = traffic.expert_dispatch(r) + traffic.expert_probabilities(r) / 2
-    return traffic.expert_seconds(r, payload, a.network)
+    return traffic.expert_seconds(r, payload, a.links)
 
 
 def _chunk_cost(
@@ -151,7 +175,7 @@ def _chunk_cost(
     layers = [kinds[layer >= r.preset.num_dense_layers] for layer in chunk.layers]
     head = head_forward(r.preset) * r.tokens_per_microbatch
     head_seconds = _seconds(head, r, a) if chunk.has_head else 0.0
-    send = traffic.network_seconds(r, traffic.pipeline_send(r), r.world_size, a.network)
+    send = traffic.network_seconds(r, traffic.pipeline_send(r), r.world_size, a.links)
     return ChunkCost(
         attention_forward=sum(c.attention_forward for c in layers),
         mlp_forward=sum(c.mlp_forward for c in layers) + head_seconds,
@@ -186,13 +210,14 @@ def _optimizer(r: RunRequest, memory: tuple[Memory, ...], a: Assumptions) -> _Op
     once = [traffic.step_traffic(r, m.parameters) for m in memory]
     moved = max(t.gradients + t.weights + t.muonclip for t in once)
     # Matrices are planned evenly over all ranks of the world (optimizer/sharded/homes.py).
-    orthogonal = orthogonalisation(r.preset) / r.world_size / (r.gpu.bf16_tflops * 1e12 * a.gemm)
+    rate = r.gpu.bf16_tflops * 1e12 * a.part("newton_schulz")
+    orthogonal = orthogonalisation(r.preset) / r.world_size / rate
     group = r.tp * r.data_ranks
     moving = max(m.optimizer_on_host for m in memory)
     return _OptimizerSeconds(
-        collectives=traffic.network_seconds(r, moved, group, a.network),
+        collectives=traffic.network_seconds(r, moved, group, a.links),
         newton_schulz=orthogonal,
-        copy=moving / (r.gpu.pcie_gb_per_s * 1e9 * a.network),
+        copy=moving / (r.gpu.pcie_gb_per_s * 1e9 * a.part("host")),
     )
 
 

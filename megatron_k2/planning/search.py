@@ -206,7 +206,7 @@ def _states_copy_seconds(r: RunRequest, a: Assumptions) -> float:
     if not r.optimizer_offload:
         return 0.0
     moved = r.optimizer_offload * quick_memory(r).optimizer
-    return moved / (r.gpu.pcie_gb_per_s * 1e9 * a.network)
+    return moved / (r.gpu.pcie_gb_per_s * 1e9 * a.part("host"))
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,15 @@ def host_traffic(r: RunRequest, rank: int, parameters: Parameters) -> HostTraffi
     )
 
 
-def expert_seconds(r: RunRequest, num_bytes: float, efficiency: float) -> float:
+@dataclass(frozen=True)
+class LinkParts:
+    """Parts of the data sheet's rates that links between GPUs reach."""
+
+    in_node: float
+    between_nodes: float
+
+
+def expert_seconds(r: RunRequest, num_bytes: float, parts: LinkParts) -> float:
     """Time of an all-to-all over the expert-parallel group, whose ranks are neighbours.
 
     Inside a node over NVLink and between nodes over the network at the same time.
@@ -139,12 +147,13 @@ def expert_seconds(r: RunRequest, num_bytes: float, efficiency: float) -> float:
     in_node = min(group, GPUS_PER_NODE)
     outside = max(0, group - in_node) / max(1, group - 1)
     return max(
-        num_bytes * (1 - outside) / (r.gpu.nvlink_gb_per_s * 1e9 * efficiency),
-        num_bytes * outside / (r.gpu.network_gb_per_s * 1e9 * efficiency),
+        num_bytes * (1 - outside) / (r.gpu.nvlink_gb_per_s * 1e9 * parts.in_node),
+        num_bytes * outside / (r.gpu.network_gb_per_s * 1e9 * parts.between_nodes),
     )
 
 
-def network_seconds(r: RunRequest, num_bytes: float, group: int, efficiency: float) -> float:
+def network_seconds(r: RunRequest, num_bytes: float, group: int, parts: LinkParts) -> float:
     """Time of a ring or neighbour send within a group of ``group`` GPUs in a row."""
-    rate = r.gpu.nvlink_gb_per_s if group <= GPUS_PER_NODE else r.gpu.network_gb_per_s
-    return num_bytes / (rate * 1e9 * efficiency)
+    if group <= GPUS_PER_NODE:
+        return num_bytes / (r.gpu.nvlink_gb_per_s * 1e9 * parts.in_node)
+    return num_bytes / (r.gpu.network_gb_per_s * 1e9 * parts.between_nodes)
