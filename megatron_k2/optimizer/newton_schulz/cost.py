@@ -21,13 +21,18 @@ MIN_BLOCKED_FLOPS = {
 }
 """A product of fewer FLOPs is formed whole: the copies cost more than is saved (one thread of an
 AMD EPYC: bf16 0.92x at 512³, 1.15x at 512² x 1792; fp32 0.98x at 128² x 448, 1.19x at 256³)."""
-TRITON_TILE = 64
+TRITON_TILE = {"bfloat16": 128, "float16": 128, "float32": 64}
 """Rows and columns of one tile of the Triton kernel."""
 
 
 def dtype_name(dtype: "torch.dtype | str") -> str:
     """``bfloat16`` for ``torch.bfloat16`` and for itself."""
     return str(dtype).removeprefix("torch.")
+
+
+def triton_tile(dtype: "torch.dtype | str") -> int:
+    """Rows and columns of one tile of the Triton kernel; fp32's for fp64, which it refuses."""
+    return TRITON_TILE.get(dtype_name(dtype), TRITON_TILE["float32"])
 
 
 def choose_form(
@@ -98,5 +103,5 @@ def num_computed_elements(
     """Elements of a symmetric [rows, rows] result of that inner size computed and not copied."""
     if symmetric == "none" or (symmetric == "blocks" and not is_worth_blocks(rows, inner, dtype)):
         return rows * rows
-    block = TRITON_TILE if symmetric == "triton" else -(-rows // NUM_ROW_BLOCKS)
+    block = triton_tile(dtype) if symmetric == "triton" else -(-rows // NUM_ROW_BLOCKS)
     return sum((end - start) * (rows - start) for start, end in row_blocks(rows, block))

@@ -3,8 +3,8 @@
 Serves both uses of Newton-Schulz: ``X Xᵀ``, and ``bA + cA²`` with its addend fused. Accumulates in
 fp32 (IEEE products for fp32 inputs, not TF32). Imported only when asked for; needs Triton.
 
-Checked here under Triton's CPU interpreter, in fp32: that shows indexing, masking and arithmetic.
-No GPU was at hand, so nothing is claimed of its speed or of its bf16 path on one.
+Under Triton's CPU interpreter fp32 shows indexing, masking and arithmetic; bf16 is shown by the
+``gpu`` tests. Tiles were chosen on an H200 among six, see ``docs/gpu.md``.
 """
 
 import torch
@@ -12,9 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_k2.optimizer.newton_schulz.cost import TRITON_TILE
+from megatron_k2.optimizer.newton_schulz.cost import triton_tile
 
-INNER_TILE = 32
+INNER_TILE = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}
+"""Dtype -> columns of ``A`` that a program multiplies at once; fp32 has no tensor cores."""
+WARPS = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 4}
+STAGES = 3
 
 
 def symmetric_product(
@@ -32,7 +35,7 @@ def symmetric_product(
     Returns:
         [n, n] or [k, n, n] in the inputs' dtype.
     """
-    if A.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if A.dtype not in INNER_TILE:
         raise ValueError(
             f"dtype {A.dtype}: the Triton kernel takes fp32, bf16 or fp16; use symmetric='blocks'"
         )
@@ -40,8 +43,9 @@ def symmetric_product(
     batch, n, m = a.shape
     C = a.new_empty(batch, n, n)
     d = C if add is None else add.reshape(batch, n, n)
-    num_tiles = triton.cdiv(n, TRITON_TILE)
-    _upper_triangle_kernel[(num_tiles, num_tiles, batch)](
+    tile, inner = triton_tile(A.dtype), INNER_TILE[A.dtype]
+    num_tiles = triton.cdiv(n, tile)
+    _upper_triangle_kernel[(num_tiles * (num_tiles + 1) // 2, batch)](
         a,
         b,
         d,
@@ -55,8 +59,11 @@ def symmetric_product(
         *d.stride(),
         *C.stride(),
         HAS_ADDEND=add is not None,
-        TILE=TRITON_TILE,
-        INNER=INNER_TILE,
+        IS_EVEN=m % inner == 0,
+        TILE=tile,
+        INNER=inner,
+        num_warps=WARPS[A.dtype],
+        num_stages=STAGES,
     )
     return C[0] if A.ndim == 2 else C
 
@@ -84,29 +91,32 @@ def _upper_triangle_kernel(
     c_row: tl.tensor,
     c_col: tl.tensor,
     HAS_ADDEND: tl.constexpr,
+    IS_EVEN: tl.constexpr,
     TILE: tl.constexpr,
     INNER: tl.constexpr,
 ) -> None:
-    i, j, k = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if j < i:
-        return
+    t, k = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    # The triangle column by column: t = j (j + 1) / 2 + i with i <= j. The root is only near.
+    j = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    j = tl.where(j * (j + 1) // 2 > t, j - 1, j)
+    j = tl.where((j + 1) * (j + 2) // 2 <= t, j + 1, j)
+    i = t - j * (j + 1) // 2
     rows = (i * TILE + tl.arange(0, TILE)).to(tl.int64)
     cols = (j * TILE + tl.arange(0, TILE)).to(tl.int64)
     inner = tl.arange(0, INNER)
+    # Rows beyond the last read others' values, which are not stored: no mask in the loop.
+    a_at = a_ptr + k * a_batch + (rows % n)[:, None] * a_row + inner[None, :] * a_col
+    b_at = b_ptr + k * b_batch + inner[:, None] * b_row + (cols % n)[None, :] * b_col
     accumulator = tl.zeros((TILE, TILE), dtype=tl.float32)
     for start in range(0, m, INNER):
-        at = start + inner
-        a = tl.load(
-            a_ptr + k * a_batch + rows[:, None] * a_row + at[None, :] * a_col,
-            mask=(rows[:, None] < n) & (at[None, :] < m),
-            other=0.0,
-        )
-        b = tl.load(
-            b_ptr + k * b_batch + at[:, None] * b_row + cols[None, :] * b_col,
-            mask=(at[:, None] < m) & (cols[None, :] < n),
-            other=0.0,
-        )
+        if IS_EVEN:
+            a, b = tl.load(a_at), tl.load(b_at)
+        else:
+            a = tl.load(a_at, mask=inner[None, :] < m - start, other=0.0)
+            b = tl.load(b_at, mask=inner[:, None] < m - start, other=0.0)
         accumulator = tl.dot(a, b, accumulator, input_precision="ieee")
+        a_at += INNER * a_col
+        b_at += INNER * b_row
     accumulator *= alpha
     inside = (rows[:, None] < n) & (cols[None, :] < n)
     if HAS_ADDEND:
@@ -120,5 +130,6 @@ def _upper_triangle_kernel(
     tl.store(c_ptr + k * c_batch + rows[:, None] * c_row + cols[None, :] * c_col, tile, mask=inside)
     # The diagonal tile is whole already; writing it twice would race with itself.
     if j > i:
-        mirrored = c_ptr + k * c_batch + cols[None, :] * c_row + rows[:, None] * c_col
-        tl.store(mirrored, tile, mask=inside)
+        mirrored = c_ptr + k * c_batch + cols[:, None] * c_row + rows[None, :] * c_col
+        inside = (cols[:, None] < n) & (rows[None, :] < n)
+        tl.store(mirrored, tl.trans(tile), mask=inside)

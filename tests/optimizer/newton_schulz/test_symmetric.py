@@ -24,7 +24,7 @@ from megatron_k2.optimizer.newton_schulz.iteration import orthogonalize
 from megatron_k2.optimizer.newton_schulz.symmetric import product
 
 g = torch.Generator().manual_seed(0)
-for shape in ((100, 70), (2, 65, 90)):
+for shape in ((100, 70), (2, 65, 90), (2, 330, 64)):
     X = torch.randn(*shape, generator=g)
     A = product(X, X.mT, symmetric="triton")
     torch.testing.assert_close(A, X @ X.mT, rtol=1e-5, atol=1e-4)
@@ -53,11 +53,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from megatron_k2.optimizer.newton_schulz.triton_symmetric import (
     INNER_TILE,
-    TRITON_TILE,
     _upper_triangle_kernel,
 )
+import torch
+from megatron_k2.optimizer.newton_schulz.cost import triton_tile
 
-constants = {"HAS_ADDEND": True, "TILE": TRITON_TILE, "INNER": INNER_TILE}
+bf16 = torch.bfloat16
+constants = {"HAS_ADDEND": True, "IS_EVEN": False, "TILE": triton_tile(bf16),
+             "INNER": INNER_TILE[bf16]}
 names = _upper_triangle_kernel.arg_names
 signature = {
     n: "constexpr" if n in constants else "*bf16" if n.endswith("_ptr")
@@ -118,6 +121,7 @@ def test_blocks_save_three_eighths_where_they_pay():
     assert num_computed_elements(512, 1792, "blocks", bf16) == 512 * 512 * 5 // 8
     assert num_computed_elements(100, 100, "blocks", fp32) == 100 * 100
     assert num_computed_elements(256, 256, "triton", fp32) == 64 * 64 * 10
+    assert num_computed_elements(512, 256, "triton", bf16) == 128 * 128 * 10
 
 
 @pytest.mark.slow

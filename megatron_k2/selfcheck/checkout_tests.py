@@ -5,7 +5,9 @@ gloo. What they measured they record as properties (``difference``: the largest 
 ``bar``: what it must stay under), which pytest writes to its JUnit file.
 """
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -113,7 +115,7 @@ def checkout_tests() -> Path:
     Raises:
         UserError: if the package was installed without them.
     """
-    path = Path(__file__).resolve().parent.parent / "tests"
+    path = Path(__file__).resolve().parents[2] / "tests"
     if not path.is_dir():
         raise UserError(
             "selfcheck runs the tests of a checkout, and this package was installed without them; "
@@ -122,8 +124,12 @@ def checkout_tests() -> Path:
     return path
 
 
-def run_check(check: Check, *, on_gpu: bool) -> Outcome:
-    """Run a check's tests in a process of their own; nothing is printed."""
+def run_check(check: Check, *, on_gpu: bool, limit: float | None = None) -> Outcome | None:
+    """Run a check's tests in a process of their own; nothing is printed.
+
+    Returns:
+        What they said, or ``None`` if they were ended after ``limit`` seconds.
+    """
     tests = checkout_tests()
     with tempfile.TemporaryDirectory() as folder:
         report, log = Path(folder) / "report.xml", Path(folder) / "log"
@@ -131,17 +137,31 @@ def run_check(check: Check, *, on_gpu: bool) -> Outcome:
         command += ["-m", "gpu" if on_gpu else "not gpu and not slurm"]
         command += [str(tests / name) for name in check.tests]
         with log.open("w") as output:
-            subprocess.run(
+            process = subprocess.Popen(
                 command,
                 cwd=tests.parent,
                 env={"OMP_NUM_THREADS": "1"} | os.environ,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                check=False,
+                start_new_session=True,
             )
+        if ended_at(process, limit) is None:
+            return None
         if not report.is_file():
             return Outcome(check, failed=1, note=log.read_text().strip().splitlines()[-1])
         return read_report(check, report.read_text())
+
+
+def ended_at(process: subprocess.Popen[bytes], limit: float | None) -> int | None:
+    """The exit code, or ``None`` where it was ended at its limit with all that it had started."""
+    try:
+        return process.wait(timeout=limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with what it left behind, if anything
+        process.wait()
 
 
 def read_report(check: Check, xml: str) -> Outcome:
