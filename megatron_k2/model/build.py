@@ -162,6 +162,8 @@ def model_config_from_args(args: Namespace, num_ids: int | None = None) -> K2Mod
         # and --log-max-attention-logit would also start its own clip after each step.
         transformer.log_max_attention_logit = True
     transformer.finalize_model_grads_func = BalancedFinalize(
-        finalize_model_grads, rule=args.moe_bias_rule
+        finalize_model_grads,
+        rule=args.moe_bias_rule,
+        is_counting=args.eod_mask_loss and not args.calculate_per_token_loss,
     )
     return config

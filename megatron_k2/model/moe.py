@@ -48,15 +48,29 @@ class BalancedFinalize:
     context-parallel ranks.
 
     A batch whose every token is masked moves no bias; ``is_batch_empty`` tells the optimizer.
+
+    Args:
+        finalize: upstream's.
+        rule: of the biases.
+        is_counting: whether tokens come through ``count``: without ``--calculate-per-token-loss``
+            upstream hands none over.
     """
 
-    def __init__(self, finalize: Callable[..., None], rule: str = "sign") -> None:
+    def __init__(
+        self, finalize: Callable[..., None], rule: str = "sign", *, is_counting: bool = False
+    ) -> None:
         if rule not in BIAS_RULES:
             raise ValueError(f"bias rule {rule!r} is not one of {BIAS_RULES}")
         self._finalize = finalize
         self._rule = rule
         self.loads: list[Tensor] = []
         self._num_tokens: Tensor | None = None
+        self.is_counting = is_counting
+        self._counted: Tensor | None = None
+
+    def count(self, num_tokens: Tensor) -> None:
+        """Add a micro-batch's unmasked tokens, of the last pipeline stage."""
+        self._counted = num_tokens if self._counted is None else self._counted + num_tokens
 
     def __call__(
         self,
@@ -74,6 +88,8 @@ class BalancedFinalize:
         local_loads = [router.local_tokens_per_expert.clone() for router in here]
         before = [router.expert_bias.clone() for router in here]
         self._finalize(model, num_tokens, *args, **kwargs)
+        if self.is_counting:
+            num_tokens = self._sum_of_counts()
         self._num_tokens = num_tokens
         if num_tokens is not None:  # no host-side branch, which would wait for the device
             for router, old in zip(here, before, strict=True):
@@ -86,6 +102,22 @@ class BalancedFinalize:
     def is_batch_empty(self) -> bool:
         """Whether every token of the last global batch was masked; the same on every rank."""
         return self._num_tokens is not None and int(self._num_tokens) == 0
+
+    def _sum_of_counts(self) -> Tensor:
+        """Tokens of the global batch from the last stage's counts, as upstream sums its own."""
+        from megatron.core import parallel_state
+
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        counted, self._counted = self._counted, None
+        total = torch.zeros((), dtype=torch.int, device=device) if counted is None else counted
+        torch.distributed.broadcast(
+            total,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(total, group=group)
+        return total
 
     def _reduced(self, local_loads: list[Tensor]) -> list[Tensor]:
         if not local_loads:

@@ -1,5 +1,6 @@
 """What a person sees while it trains: one line a log interval, everything else in a file."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -34,9 +35,11 @@ def step_line(record: StepRecord, last_iteration: int, seconds_per_step: float) 
     """One line on one step; ``seconds_per_step`` is a recent mean, for the ETA."""
     remaining = (last_iteration - record.iteration) * seconds_per_step
     width = len(str(last_iteration))
+    has_loss = math.isfinite(record.loss) or not record.is_skipped
+    loss = f"{record.loss:7.4f}" if has_loss else "skipped"  # no token: its mean is no number
     return (
         f"step {record.iteration:>{width}}/{last_iteration}"
-        f" | loss {record.loss:7.4f}"
+        f" | loss {loss}"
         f" | lr {record.learning_rate:.2e}"
         f" | {record.tokens_per_second:7.0f} tok/s"
         f" | max logit {record.max_logit:7.2f} (clipped {record.num_clipped_heads})"

@@ -34,10 +34,26 @@ CHECKS = (
     Check(
         "logits, gradients = transformers",
         ("model/test_hf_parity.py",),
-        on_gpu=False,
         is_quick=True,
     ),
-    Check("attention, largest logits", ("model/test_attention.py",), on_gpu=False, is_quick=True),
+    Check("attention, largest logits", ("model/test_attention.py",), is_quick=True),
+    Check(
+        "routing, experts, recomputation",
+        (
+            *("model/test_moe.py", "model/test_experts.py", "model/test_recompute.py"),
+            *("model/test_norm.py", "model/test_linear_and_mla.py", "model/test_vocabulary.py"),
+            "model/test_stock_spec.py",
+        ),
+        is_quick=True,
+    ),
+    Check("an optimizer step by hand", ("optimizer/test_muonclip.py",), is_quick=True),
+    Check(
+        "optimizer's bytes, and on the host",
+        ("optimizer/sharded/test_memory.py", "optimizer/offload/test_optimizer.py"),
+        is_quick=True,
+    ),
+    Check("optimizer's counts", ("optimizer/sharded/test_counts.py",)),
+    Check("loss and text = transformers", ("engine/mcore/test_layouts.py",)),
     Check(
         "MuonClip against its oracles",
         ("optimizer/qk_clip/test_factors.py",),

@@ -14,6 +14,7 @@ from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
+    get_model_config,
 )
 from megatron.training import get_args, get_timers
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
@@ -140,4 +141,17 @@ def forward_step(
     forward: Any = model.build_schedule_plan if return_schedule_plan else model
     with STRAGGLERS:
         output = forward(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
-    return output, partial(loss_func, loss_mask)
+    loss = partial(loss_func, loss_mask)
+    finalize = get_model_config(model).finalize_model_grads_func
+    # An evaluation has the same config and no gradients to finalise.
+    is_counting = finalize.is_counting and torch.is_grad_enabled()
+    return output, partial(_counted, finalize.count, loss) if is_counting else loss
+
+
+def _counted(
+    count: Callable[[Tensor], None], loss: Callable[[Tensor], Any], per_token_loss: Tensor
+) -> Any:
+    """``loss``, whose number of tokens is added to the batch's."""
+    found = loss(per_token_loss)
+    count(found[1])
+    return found

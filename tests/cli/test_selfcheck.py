@@ -46,7 +46,7 @@ def test_every_check_names_tests_that_exist_and_every_gpu_test_is_in_one():
     marked = [
         path
         for path in checkout_tests().rglob("test_*.py")
-        if "BACKENDS" in path.read_text() or "pytest.mark.gpu" in path.read_text()
+        if any(name in path.read_text() for name in ("BACKENDS", "DEVICES", "pytest.mark.gpu"))
     ]
     left_out = [
         path.name for path in marked if not any(path == n or n in path.parents for n in named)
@@ -56,8 +56,8 @@ def test_every_check_names_tests_that_exist_and_every_gpu_test_is_in_one():
 
 def test_columns_differ_and_an_unknown_name_lists_the_known():
     assert {c.name for c in chosen(None, on_gpu=True, is_quick=False)} < {c.name for c in CHECKS}
-    with pytest.raises(UserError, match="no check is called 'x'; they are: logits"):
-        chosen("x", on_gpu=False, is_quick=True)
+    with pytest.raises(UserError, match="no check is called 'zz'; they are: logits"):
+        chosen("zz", on_gpu=False, is_quick=True)
 
 
 @pytest.mark.slow

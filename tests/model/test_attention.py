@@ -2,7 +2,7 @@
 
 Tolerances: fp64 compares two orders of summation of at most 64 terms, 1e-12. fp32 has 2⁻²⁴ a
 rounding and sums of some tens of terms of either sign: 1e-5 of the largest magnitude. Context
-parallelism is in ``test_layer_on_two_ranks.py``. Not exercised: CUDA.
+parallelism is in ``test_layer_on_two_ranks.py``.
 """
 
 from types import SimpleNamespace
@@ -23,9 +23,16 @@ from tests.oracles.attention import (
     forbidden_across_documents,
     forbidden_causal,
 )
+from tests.support.devices import DEVICES, here, on_device
 
 SCALE = 0.37
 HEADS = 3
+
+
+@pytest.fixture(scope="module", autouse=True, params=DEVICES)
+def _device(request):
+    with on_device(request.param):
+        yield
 
 
 class SingleRank:
@@ -179,7 +186,7 @@ def _core(**overrides):
     )
     groups = ProcessGroupCollection()
     groups.tp = groups.cp = SingleRank()
-    return MLACoreAttention(
+    core = MLACoreAttention(
         config,
         layer_number=1,
         attn_mask_type=AttnMaskType.causal,
@@ -187,6 +194,7 @@ def _core(**overrides):
         softmax_scale=SCALE,
         pg_collection=groups,
     )
+    return core.to(here())
 
 
 def _sbhd(s=13, b=2, seed=0, dtype=torch.float64):

@@ -10,20 +10,21 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe.experts import SequentialMLP
 
 from megatron_k2.model.experts import GroupedExperts, weighted_swiglu
+from tests.support.devices import DEVICES
 from tests.support.single_rank import SMALL, build, one_rank, randomise
 
 SIZES = [5, 0, 3, 1, 0, 7, 2, 6]
 """Tokens of each expert; two have none."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _rank():
-    with one_rank():
+@pytest.fixture(scope="module", autouse=True, params=DEVICES)
+def _rank(request):
+    with one_rank(request.param):
         yield
 
 
 @pytest.fixture(scope="module")
-def experts():
+def experts(_rank):
     model = build(SMALL).train()
     randomise(model)
     return next(m for m in model.modules() if isinstance(m, SequentialMLP))

@@ -12,6 +12,7 @@ import torch
 
 from megatron_k2.checkpoint.hf.config import hf_config, without_yarn
 from megatron_k2.checkpoint.names.mapping import classic_from_transformers, hf_state_to_megatron
+from tests.support.devices import DEVICES, here
 from tests.support.single_rank import SMALL, build, one_rank, randomise
 
 SHAPES = {
@@ -23,9 +24,9 @@ SHAPES = {
 SEQ, BATCH = 64, 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _rank():
-    with one_rank():
+@pytest.fixture(scope="module", autouse=True, params=DEVICES)
+def _rank(request):
+    with one_rank(request.param):
         yield
 
 
@@ -37,7 +38,7 @@ def _reference(preset, yarn):
     )
     config._attn_implementation = "eager"
     torch.manual_seed(3)
-    model = DeepseekV3ForCausalLM(config).float().eval()
+    model = DeepseekV3ForCausalLM(config).float().eval().to(here())
     randomise(model)
     return model
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from megatron_k2.model.linear import ReplicatedLinear
+from tests.support.devices import DEVICES, here
 from tests.support.single_rank import SMALL, build, one_rank
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _rank():
-    with one_rank():
+@pytest.fixture(scope="module", autouse=True, params=DEVICES)
+def _rank(request):
+    with one_rank(request.param):
         yield
 
 
@@ -23,7 +24,7 @@ def _linear(**config):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     shared = {"num_layers": 1, "hidden_size": 6, "num_attention_heads": 2}
-    return ReplicatedLinear(
+    linear = ReplicatedLinear(
         6,
         4,
         config=TransformerConfig(
@@ -31,6 +32,7 @@ def _linear(**config):
         ),
         init_method=torch.nn.init.normal_,
     )
+    return linear.to(here())
 
 
 def test_replicated_linear_multiplies_by_the_transpose():

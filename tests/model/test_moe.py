@@ -12,6 +12,7 @@ import torch
 
 from megatron_k2.model.moe import BalancedFinalize, remove_common_drift, routers
 from tests.oracles.router import next_bias, route_token, route_token_with_biased_weights
+from tests.support.devices import DEVICES
 from tests.support.single_rank import SMALL, build, one_rank, randomise
 
 EXPERTS, TOPK, SCALE = (
@@ -21,14 +22,14 @@ EXPERTS, TOPK, SCALE = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _rank():
-    with one_rank():
+@pytest.fixture(scope="module", autouse=True, params=DEVICES)
+def _rank(request):
+    with one_rank(request.param):
         yield
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(_rank):
     model = build(SMALL).train()
     randomise(model)
     return model

@@ -8,8 +8,15 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_k2.model.norm import RMSNorm
+from tests.support.devices import DEVICES, here, on_device
 
 WIDTH = 24
+
+
+@pytest.fixture(scope="module", autouse=True, params=DEVICES)
+def _device(request):
+    with on_device(request.param):
+        yield
 
 
 def _norm(dtype=torch.float64, eps=1e-6, **config):
@@ -18,7 +25,7 @@ def _norm(dtype=torch.float64, eps=1e-6, **config):
         TransformerConfig(**shared, params_dtype=dtype, use_cpu_initialization=True, **config),
         WIDTH,
         eps=eps,
-    )
+    ).to(here())
     generator = torch.Generator().manual_seed(1)
     norm.weight.data += 0.3 * torch.randn(WIDTH, generator=generator).to(dtype)
     return norm

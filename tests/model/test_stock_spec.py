@@ -11,12 +11,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 
 from megatron_k2.flags.megatron import add_k2_arguments, model_flags, platform_flags
 from megatron_k2.model import spec
+from tests.support.devices import DEVICES, here
 from tests.support.single_rank import SMALL, build, one_rank, randomise
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _rank():
-    with one_rank():
+@pytest.fixture(scope="module", autouse=True, params=DEVICES)
+def _rank(request):
+    with one_rank(request.param):
         yield
 
 
@@ -25,7 +26,9 @@ def _stock_arguments(attribute):
     from megatron.training.arguments import parse_args, validate_args
 
     ours = add_k2_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    _, stock = ours.parse_known_args([*platform_flags(cuda=False), *model_flags(SMALL, yarn=False)])
+    _, stock = ours.parse_known_args(
+        [*platform_flags(cuda=here().type == "cuda"), *model_flags(SMALL, yarn=False)]
+    )
     stock += "--micro-batch-size 1 --global-batch-size 1 --train-iters 1 --lr 1e-3".split()
     stock += "--seq-length 64 --max-position-embeddings 64 --tokenizer-type NullTokenizer".split()
     stock += f"--vocab-size {SMALL.vocab_size} --calculate-per-token-loss".split()
@@ -46,7 +49,8 @@ def _by_model_config(attribute):
     from megatron.training.models.gpt import GPTModelBuilder
 
     config = gpt_config_from_args(_stock_arguments(attribute))
-    return GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return GPTModelBuilder(config).build_model(groups).to(here())
 
 
 def _as_it_is(attribute, replaced=None):
@@ -54,7 +58,7 @@ def _as_it_is(attribute, replaced=None):
     from megatron.training.arguments import core_transformer_config_from_args
 
     args = _stock_arguments(attribute)
-    return GPTModel(
+    model = GPTModel(
         config=core_transformer_config_from_args(args),
         transformer_layer_spec=replaced or import_module(args.spec),
         vocab_size=args.padded_vocab_size,
@@ -64,6 +68,7 @@ def _as_it_is(attribute, replaced=None):
         position_embedding_type=args.position_embedding_type,
         rotary_base=args.rotary_base,
     )
+    return model.to(here())
 
 
 def _logits(model):

@@ -1,7 +1,7 @@
 """Padding of the vocabulary: no part of the loss, its gradient, or the initial weights.
 
-The right value is the same model without padding. Not exercised: GPUs, where Megatron draws each
-tensor-parallel shard from a generator of its own.
+The right value is the same model without padding. On a GPU Megatron draws each tensor-parallel
+shard from a generator of its own, padding included, so there the weights are copied.
 """
 
 import math
@@ -11,6 +11,7 @@ import torch
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
 from megatron_k2.model.vocabulary import mask_padding
+from tests.support.devices import DEVICES
 from tests.support.single_rank import SMALL, build, one_rank
 
 SEED = 7
@@ -25,6 +26,13 @@ def _built(padding: int, *flags: str):
     return build(SMALL, *flags, padded_vocab_size=SMALL.vocab_size + padding)
 
 
+def _copy_rows(source, target) -> None:
+    """The rows there are; those of padding are zero."""
+    weights = dict(source.named_parameters())
+    for name, param in target.named_parameters():
+        param.data[: weights[name].shape[0]] = weights[name].data
+
+
 def _loss(model) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(SMALL.vocab_size, (2, 17), generator=generator)
@@ -34,9 +42,12 @@ def _loss(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("flags", [[], FUSED, MTP], ids=["plain", "fused", "mtp"])
-def test_padding_changes_neither_loss_nor_gradient_nor_initial_weights(flags):
-    with one_rank():
+@pytest.mark.parametrize("device", DEVICES)
+def test_padding_changes_neither_loss_nor_gradient_nor_initial_weights(flags, device):
+    with one_rank(device):
         whole, padded = _built(0, *flags), _built(PADDING, *flags)
+        if device == "cuda":
+            _copy_rows(whole, padded)
         losses = [_loss(model) for model in (whole, padded)]
         for loss in losses:
             loss.backward()
@@ -51,10 +62,13 @@ def test_padding_changes_neither_loss_nor_gradient_nor_initial_weights(flags):
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
 
 
-def test_a_softmax_over_the_padding_is_told_apart():
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_softmax_over_the_padding_is_told_apart(device):
     """The comparison above can fail: zero rows alone cost about ln(padded / real) a token."""
-    with one_rank():
+    with one_rank(device):
         whole, padded = _built(0), _built(PADDING)
+        if device == "cuda":
+            _copy_rows(whole, padded)
         padded.output_layer._forward_hooks.clear()
         difference = (_loss(padded) - _loss(whole)).item() / 32
     ratio = (SMALL.vocab_size + PADDING) / SMALL.vocab_size

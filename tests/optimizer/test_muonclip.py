@@ -17,6 +17,7 @@ from megatron_k2.errors import UserError
 from megatron_k2.optimizer.muonclip import check_triton
 from megatron_k2.optimizer.newton_schulz.iteration import orthogonalize
 from megatron_k2.training.step_log import StepLog
+from tests.support.devices import DEVICES
 from tests.support.single_rank import SMALL, arguments, build, one_rank, randomise
 
 LR, DECAY, MU, THRESHOLD = 0.02, 0.1, 0.95, 20.0
@@ -24,13 +25,13 @@ FLAGS = f"""
     --optimizer muon --muon-momentum {MU} --muon-nesterov --muon-scale-mode spectral
     --muon-extra-scale-factor 0.2 --muon-coefficient-type simple --muon-num-ns-steps 5
     --weight-decay {DECAY} --clip-grad 0 --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8
-    --qk-clip-threshold {THRESHOLD} --muonclip
+    --qk-clip-threshold {THRESHOLD} --muonclip --muonclip-dtype fp32
 """.split()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _rank():
-    with one_rank():
+@pytest.fixture(scope="module", autouse=True, params=DEVICES)
+def _rank(request):
+    with one_rank(request.param):
         yield
 
 

@@ -19,6 +19,15 @@ def test_the_line_shows_step_loss_rate_speed_logit_load_and_eta():
     )
 
 
+def test_a_skipped_step_without_a_token_says_so_in_place_of_nan():
+    record = replace(RECORD, iteration=20, loss=float("nan"))
+    skipped = step_line(replace(record, is_skipped=True), 500, 0.5)
+    assert " | loss skipped | lr " in skipped
+    assert "nan" not in skipped
+    assert " | loss     nan | " in step_line(replace(record, is_skipped=False), 500, 0.5)
+    assert len(skipped) == len(step_line(replace(RECORD, iteration=20), 500, 0.5))
+
+
 def test_columns_stay_where_they_are_as_numbers_grow():
     lines = [
         step_line(replace(RECORD, iteration=i, loss=loss, max_logit_per_layer=(logit,)), 5000, 0.1)

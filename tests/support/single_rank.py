@@ -11,6 +11,7 @@ import torch
 from megatron_k2.flags.megatron import add_k2_arguments, model_flags, platform_flags
 from megatron_k2.host.cpu import megatron_host
 from megatron_k2.presets import K2_TINY, ModelPreset, YarnScaling
+from tests.support.devices import here, on_device
 
 SMALL = replace(
     K2_TINY,
@@ -32,12 +33,19 @@ SMALL = replace(
 
 
 @contextlib.contextmanager
-def one_rank():
-    """A world of one rank, and what Megatron keeps globally about it."""
+def one_rank(device: str | None = None):
+    """A world of one rank, and what Megatron keeps globally about it.
+
+    Args:
+        device: ``cpu`` or ``cuda``, on which the test's own tensors are made too; skips where this
+            process has none. ``None``: Megatron's on the GPU where there is one, the test's as it
+            says.
+    """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    with megatron_host() as backend, tempfile.TemporaryDirectory() as folder:
+    made = on_device(device) if device else contextlib.nullcontext()
+    with made, megatron_host() as backend, tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group(
             backend, init_method=f"file://{Path(folder) / 'rendezvous'}", rank=0, world_size=1
         )
@@ -75,7 +83,7 @@ def arguments(preset: ModelPreset, *extra: str, yarn: bool = False):
 def build(
     preset: ModelPreset, *extra: str, yarn: bool = False, padded_vocab_size: int | None = None
 ):
-    """The whole model on this rank, from flags; its vocabulary padded where asked for."""
+    """The whole model on this rank's device, from flags; its vocabulary padded where asked for."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_k2.model.build import K2ModelBuilder, model_config_from_args
@@ -84,7 +92,7 @@ def build(
     args.padded_vocab_size = padded_vocab_size or args.padded_vocab_size
     config = model_config_from_args(args)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return K2ModelBuilder(config).build_model(groups)
+    return K2ModelBuilder(config).build_model(groups).to(here())  # buffers too, as Megatron does
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:

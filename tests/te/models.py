@@ -4,6 +4,7 @@ import re
 
 import torch
 
+from tests.support.devices import is_same
 from tests.support.single_rank import SMALL, build, randomise
 
 LOCAL_FLAGS = "--muonclip --attention-backend unfused".split()
@@ -72,16 +73,7 @@ def loss_and_gradients(model: torch.nn.Module, preset=SMALL):
 
 
 def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
-    """Names of tensors that are not the same operations' result.
-
-    To the bit on a CPU; a GPU adds some sums atomically, in no order: 1e-5 of the largest number.
-    """
-
-    def is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
-        if not a.is_cuda:
-            return torch.equal(a, b)
-        return bool((a - b).abs().max() <= 1e-5 * b.abs().max())
-
+    """Names of tensors that are not the same operations' result."""
     assert set(found) == set(expected), set(found) ^ set(expected)
     return [name for name in expected if not is_same(found[name], expected[name])]
 

@@ -1,7 +1,8 @@
 """FP8 storage of activations around Transformer Engine's grouped experts.
 
 As ``tests/fp8/test_storage.py``, over the stand-ins: what TE's Python saves for backward, and what
-becomes of it. The last test is about what TE stores by itself when it computes in FP8.
+becomes of it; on a GPU over TE itself. The last test is about what TE's Python stores by itself
+when it computes in FP8, with the padding of the stand-ins' kernels.
 """
 
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from megatron_k2.fp8.tiles import stored_bytes
 from megatron_k2.presets import K2_TINY
 from tests.fp8.stored_experts import SIZES, expected, inputs, run, worst
+from tests.support.devices import here
 from tests.support.saved_tensors import saved_bytes
 from tests.support.single_rank import one_rank
 from tests.te.models import TE_FLAGS, local_name
@@ -48,9 +50,9 @@ def _weights(experts):
     ]
 
 
-def test_forward_is_bit_equal_and_backward_is_the_chain_rule_through_fp8():
+def test_forward_is_bit_equal_and_backward_is_the_chain_rule_through_fp8(host):
     plain, stored = _experts(), _experts(is_stored=True)
-    given = inputs(PRESET.hidden_size)
+    given = [t.to(here()) for t in inputs(PRESET.hidden_size)]
     found = run(stored, *given)
     assert torch.equal(found[0], run(plain, *given)[0])
     grads = [[w.grad for w in pair] for pair in _weights(stored)]
@@ -61,12 +63,12 @@ def test_forward_is_bit_equal_and_backward_is_the_chain_rule_through_fp8():
 
 def _kept(experts, dtype):
     with saved_bytes() as total:
-        run(experts, *inputs(PRESET.hidden_size, dtype))
+        run(experts, *(t.to(here()) for t in inputs(PRESET.hidden_size, dtype)))
         return total()
 
 
 @pytest.mark.parametrize(("flags", "size"), [((), 4), (("--bf16",), 2)])
-def test_only_the_two_activations_become_smaller(flags, size):
+def test_only_the_two_activations_become_smaller(host, flags, size):
     dtype = torch.bfloat16 if flags else torch.float32
     plain, stored = (_kept(_experts(*flags, is_stored=on), dtype) for on in (False, True))
     rows, widths = sum(SIZES), (PRESET.hidden_size, 2 * PRESET.moe_ffn_hidden_size)

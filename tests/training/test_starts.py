@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 
+from megatron_k2.flags.megatron import expand
 from megatron_k2.run.iterations import last_iteration
 from megatron_k2.run.metrics import METRICS_FILE, read_records
 from tests.support.distributed import run_ranks
@@ -40,6 +41,7 @@ def _write(prefix, documents):
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("starts")
     mock = [word for word in FLAGS if word != "--mock-data"]
+    mean = [word for word in expand(mock, cuda=False) if word != "--calculate-per-token-loss"]
     text = np.random.default_rng(0).integers(2, 128, (40, 65)).tolist()
     half = [doc[:20] + [EOD] * 45 for doc in text]
     _write(root / "empty", [[EOD] * 65] * 40)
@@ -65,6 +67,8 @@ def root(tmp_path_factory):
         case("lr", *from_a, "--lr", "1e-3", error="--lr .*override-opt-param-scheduler"),
         case("lr", *from_a, "--lr", "1e-3", "--override-opt-param-scheduler"),
         case("masked", *masked, base=mock),
+        case("masked mean", *masked, base=mean),
+        case("half mean", "--train-data-path", str(root / "half"), *MASKED, *_batch(4), base=mean),
         case("half", "--train-data-path", str(root / "half"), *MASKED, *_batch(4), base=mock),
     ]
     run_ranks("tests.training.one_rank_worker", 1, cases, root / "logs")
@@ -98,22 +102,24 @@ def test_a_new_rate_is_taken_where_it_is_asked_for(root):
     assert read_records(root / "lr" / METRICS_FILE)[0].learning_rate == pytest.approx(1e-3)
 
 
-def test_a_batch_without_a_token_to_learn_is_skipped_and_weights_stay(root):
+@pytest.mark.parametrize("save", ["masked", "masked mean"])
+def test_a_batch_without_a_token_to_learn_is_skipped_and_weights_stay(root, save):
     from megatron_k2.checkpoint.torch_dist.reader import MegatronSource
     from megatron_k2.run.iterations import iteration_directory
 
-    records = read_records(root / "masked" / METRICS_FILE)
+    records = read_records(root / save / METRICS_FILE)
     assert [record.is_skipped for record in records] == [True] * 6
-    first, last = (MegatronSource(iteration_directory(root / "masked", n)) for n in (1, 6))
+    first, last = (MegatronSource(iteration_directory(root / save, n)) for n in (1, 6))
     assert first.shapes
     for name in first.shapes:
         assert np.array_equal(first.read(name).bits, last.read(name).bits), name
     log = (root / "logs" / "rank0.log").read_text()
-    assert log.count("every token of the batch is masked; skipped, weights kept") == 6
+    assert log.count("every token of the batch is masked; skipped, weights kept") == 6 * 2  # runs
 
 
-def test_masked_tokens_among_others_do_not_count(root):
+@pytest.mark.parametrize("save", ["half", "half mean"])
+def test_masked_tokens_among_others_do_not_count(root, save):
     """About ln 128 a token for random weights: over all tokens of the batch it would be a third."""
-    records = read_records(root / "half" / METRICS_FILE)
+    records = read_records(root / save / METRICS_FILE)
     assert not any(record.is_skipped for record in records)
     assert records[0].loss == pytest.approx(math.log(128), rel=0.02)

@@ -1,7 +1,8 @@
 """Loss and text at every layout, against transformers on the exported checkpoint.
 
 The checkpoint is saved on one rank, with 97 ids, which TP2 pads to 98: the extra row is not in the
-checkpoint and must not enter the softmax. Not exercised: bf16, TP with EP, more than two ranks.
+checkpoint and must not enter the softmax. On GPUs the reference stays transformers on the CPU. Not
+exercised: bf16, TP with EP, more than two ranks.
 """
 
 import json
@@ -14,7 +15,8 @@ from torch.nn.functional import cross_entropy, pad
 
 from tests.engine.mcore.worker import NEW_TOKENS, SEQ_LENGTH, answers
 from tests.support.checkpoint_writer import fork_result_queue
-from tests.support.distributed import run_ranks
+from tests.support.devices import require
+from tests.support.distributed import BACKENDS, run_ranks
 from tests.support.single_rank import SMALL, arguments, build, one_rank, randomise
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -57,12 +59,24 @@ def _case(root, name: str, layout: dict) -> dict:
     }
 
 
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request):
+    require("cuda" if request.param == "nccl" else "cpu")  # one rank is this process
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("inference")
+def root(backend, tmp_path_factory):
+    root = tmp_path_factory.mktemp(f"inference_{backend}")
     _save_checkpoint(root / "run")
+    return root
+
+
+@pytest.fixture(scope="module")
+def ranks(root, backend):
+    """Where every layout's answers are."""
     cases = [_case(root, name, layout) for name, layout in LAYOUTS.items()]
-    run_ranks("tests.engine.mcore.worker", 2, cases, root / "logs")
+    run_ranks("tests.engine.mcore.worker", 2, cases, root / "logs", backend)
     return root
 
 
@@ -121,18 +135,18 @@ def test_a_column_of_padding_in_the_softmax_would_be_seen(one, hf):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_gives_one_ranks_loss_on_every_rank(root, one, name):
+def test_every_layout_gives_one_ranks_loss_on_every_rank(ranks, one, name):
     for rank in range(2):
-        found = json.loads((root / f"{name}.{rank}.json").read_text())
+        found = json.loads((ranks / f"{name}.{rank}.json").read_text())
         assert found["num_tokens"] == one["num_tokens"]
         assert found["loss"] == pytest.approx(one["loss"], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("kind", ["greedy", "drawn"])
-def test_every_layout_gives_one_ranks_tokens_on_every_rank(root, one, name, kind):
+def test_every_layout_gives_one_ranks_tokens_on_every_rank(ranks, one, name, kind):
     for rank in range(2):
-        found = json.loads((root / f"{name}.{rank}.json").read_text())
+        found = json.loads((ranks / f"{name}.{rank}.json").read_text())
         assert found[kind] == one[kind]
 
 

@@ -23,6 +23,7 @@ from megatron_k2.planning.cost.traffic import host_traffic
 from megatron_k2.planning.gpus import GPUS
 from megatron_k2.planning.request import RunRequest
 from tests.optimizer.sharded.test_memory import MODEL, built
+from tests.support.devices import DEVICES
 from tests.support.single_rank import one_rank
 
 STEPS = 3
@@ -30,9 +31,9 @@ WINDOW = 20_000
 """Bytes of a visit: a few of this model's matrices."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _rank():
-    with one_rank():
+@pytest.fixture(scope="module", autouse=True, params=DEVICES)
+def _rank(request):
+    with one_rank(request.param):
         yield
 
 
@@ -70,7 +71,7 @@ def states(part):
 
 
 @pytest.fixture(scope="module")
-def plain():
+def plain(_rank):
     with pytest.MonkeyPatch.context() as patch:
         return run(0, patch)[2]
 

@@ -1,7 +1,8 @@
 """What a MuonClip step over ZeRO-1 does, counted: collectives, host reads, matrices, state.
 
 The group calls and tensor reads are interposed inside ``optimizer.step`` only, on four ranks (EP2
-x expert-DP2) and on TP2 x DP2. Not exercised: NCCL's own synchronisation (``gpu`` bodies).
+x expert-DP2) and on TP2 x DP2. On GPUs over NCCL the same is counted; a synchronisation that no
+Python call shows is not (``torch.cuda.set_sync_debug_mode`` would tell).
 """
 
 import json
@@ -9,7 +10,7 @@ import json
 import pytest
 
 from tests.parallel.test_layouts import BATCH, EP2, MODEL, OVERLAP, TP2, ZERO
-from tests.support.distributed import run_ranks
+from tests.support.distributed import BACKENDS, run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -25,12 +26,17 @@ UPSTREAM_READS = {
 """What Megatron-Core 0.19.2 reads back inside the step; none may be added by us."""
 
 
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request):
+    return request.param
+
+
 @pytest.fixture(scope="module", params=LAYOUTS)
-def counts(request, tmp_path_factory):
+def counts(request, backend, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     steps = ["--train-samples", str(BATCH * STEPS)]
     case = {"flags": [*MODEL, *LAYOUTS[request.param], *steps], "out": str(root)}
-    run_ranks("tests.optimizer.sharded.counting_worker", 4, case, root / "logs")
+    run_ranks("tests.optimizer.sharded.counting_worker", 4, case, root / "logs", backend)
     return [json.loads((root / f"counts{rank}.json").read_text()) for rank in range(4)]
 
 

@@ -2,8 +2,8 @@
 
 bf16 parameters, fp32 gradients and masters, one rank: of D ranks each keeps 1/D of master and
 momentum (that the elements add up is counted over ranks in ``test_counts.py``). Wrong
-variant: a step that works on all buckets at once. Not exercised: CUDA's allocator, AdamW's step and
-the cast, which are the host's.
+variant: a step that works on all buckets at once. Not exercised: the rounding of CUDA's allocator,
+AdamW's step and the cast, which are the host's.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 
 from megatron_k2.optimizer.param_groups import muon_matrices
 from tests.optimizer.test_muonclip import FLAGS
+from tests.support.devices import DEVICES, here
 from tests.support.single_rank import SMALL, arguments, build, one_rank
 
 MODEL = replace(SMALL, moe_ffn_hidden_size=24)  # in bf16 rows of 16 bytes
@@ -25,9 +26,9 @@ is normalised, then itself, R, B, Q and a product of them in bf16."""
 PARAMETER, GRADIENT, MASTER, STATE = 2, 4, 4, 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _rank():
-    with one_rank():
+@pytest.fixture(scope="module", autouse=True, params=DEVICES)
+def _rank(request):
+    with one_rank(request.param):
         yield
 
 
@@ -91,7 +92,9 @@ def test_bytes_kept_a_parameter_are_14_of_muon_and_18_of_adamw(is_sharded):
 
 
 def peak_bytes(call):
-    """The most that was allocated at any time in ``call`` on top of what there was before."""
+    """The most that was asked for at any time in ``call`` on top of what there was before."""
+    if here().type == "cuda":
+        return _peak_bytes_of_cuda(call)
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -103,6 +106,15 @@ def peak_bytes(call):
         now += change
         most = max(most, now)
     return most
+
+
+def _peak_bytes_of_cuda(call):
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
 
 
 def test_a_step_takes_two_buckets_and_a_batch_on_top():
