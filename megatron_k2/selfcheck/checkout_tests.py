@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_k2.errors import UserError
+from megatron_k2.selfcheck.findings import Verdict
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Outcome:
     """Why tests were skipped, or the first failure's first line."""
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> Verdict:
         """pass, FAIL, or skip where nothing ran."""
         if self.failed:
             return "FAIL"

@@ -97,7 +97,7 @@ def _steps(*, is_sharded: bool) -> dict[str, Any]:
 
 def _masters(ddp: Any, optimizer: Any) -> dict[str, torch.Tensor]:
     """The fp32 weights behind each parameter, by its name; with one rank a shard is the whole."""
-    by_param: dict[Any, torch.Tensor] = {}
+    by_param: dict[Any, Any] = {}
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
         for models, masters in zip(
             getattr(inner, "model_float16_groups", None) or inner.float16_groups,

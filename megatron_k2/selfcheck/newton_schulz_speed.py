@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_k2.optimizer.newton_schulz.coefficients import coefficient_set
-from megatron_k2.optimizer.newton_schulz.cost import newton_schulz_flops
+from megatron_k2.optimizer.newton_schulz.cost import SymmetricMethod, newton_schulz_flops
 from megatron_k2.optimizer.newton_schulz.gram_restarts import restart_segments
 from megatron_k2.optimizer.newton_schulz.iteration import orthogonalize
 from megatron_k2.selfcheck.clock import product_rate, seconds
@@ -42,7 +42,7 @@ def _peers(G: Tensor) -> dict[str, Callable[[], Tensor]]:
     kernels = [False, True] if G.is_cuda and G.ndim == 2 else [False]
     for use_syrk in kernels:
         name = "Emerging-Optimizers" + (" with its syrk" if use_syrk else "")
-        found[name] = lambda u=use_syrk: newton_schulz(G, STEPS, "simple", use_syrk=u)
+        found[name] = partial(newton_schulz, G, STEPS, "simple", use_syrk=use_syrk)
     return found
 
 
@@ -52,7 +52,7 @@ def measure(device: str, workload: str) -> Findings:
     dtype, schedule = torch.bfloat16, coefficient_set("jordan").take(STEPS)
     segments = restart_segments(schedule, dtype)
     figures, rates = [], {}
-    methods = ("none", "triton") if device == "cuda" else ("none",)
+    methods: tuple[SymmetricMethod, ...] = ("none", "triton") if device == "cuda" else ("none",)
     for what, count, n, m in shapes() if workload == "full" else shapes()[1:2]:
         rows, cols = n // SCALE[device], m // SCALE[device]
         G = torch.randn(count, rows, cols, device=device)
