@@ -108,7 +108,7 @@ def _masters(ddp: Any, optimizer: Any) -> dict[str, torch.Tensor]:
             by_param.update(zip(models, masters, strict=True))
     named = dict(ddp.named_parameters())
     return {
-        name: by_param.get(param, param).detach().float().reshape(param.shape)
+        name: (by_param[param] if param in by_param else param).detach().float().view_as(param)
         for name, param in named.items()
     }
 

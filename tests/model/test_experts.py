@@ -160,7 +160,8 @@ def test_checkpoint_keys_are_those_of_upstreams_sequential_experts(experts):
     "flags", [("--activation-func-clamp-value", "7"), ("--glu-linear-offset", "1")]
 )
 def test_an_activation_that_is_not_k2s_is_refused(flags):
-    with pytest.raises(ValueError, match="without bias, clamp"):
+    """By us, or with the flags of a GPU by Megatron, before us."""
+    with pytest.raises(ValueError, match=r"without bias, clamp|bias_activation_fusion"):
         build(SMALL, *flags)
 
 

@@ -30,7 +30,7 @@ def _copy_rows(source, target) -> None:
     """The rows there are; those of padding are zero."""
     weights = dict(source.named_parameters())
     for name, param in target.named_parameters():
-        param.data[: weights[name].shape[0]] = weights[name].data
+        param.data.zero_()[: weights[name].shape[0]] = weights[name].data
 
 
 def _loss(model) -> torch.Tensor:

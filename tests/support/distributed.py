@@ -122,6 +122,7 @@ def start_ranks(
     log_dir.mkdir(parents=True, exist_ok=True)
     ports = [str(store.port) for store in stores] or [str(free_port())]
     ranks = []
+    search_path = [first_on_path, REPOSITORY, os.environ.get("PYTHONPATH")]
     for rank in range(world_size):
         environment = os.environ | {
             "RANK": str(rank),
@@ -131,7 +132,7 @@ def start_ranks(
             "MASTER_PORT": ports[0],
             "CASE_PORTS": ",".join(ports),
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(map(str, filter(None, [first_on_path, REPOSITORY]))),
+            "PYTHONPATH": os.pathsep.join(map(str, filter(None, search_path))),
         }
         if stores:
             environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"

@@ -54,11 +54,12 @@ def run(fraction, monkeypatch, host_tensors=HostTensors):
 
 
 def snapshot(ddp, part):
-    values = {name: param.detach().clone() for name, param in ddp.named_parameters()}
+    """Every weight and state by its name, on the CPU."""
+    values = {name: param.detach().cpu().clone() for name, param in ddp.named_parameters()}
     for name, param in ddp.named_parameters():
         main, _ = part._shard(param)
         for state, tensor in part._named_state(param, main):
-            values[f"{state} {name}"] = tensor.clone()
+            values[f"{state} {name}"] = tensor.cpu().clone()
     return values
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from megatron_k2 import selfcheck
 from megatron_k2.cli.main import main
 from megatron_k2.errors import UserError
-from megatron_k2.selfcheck import CHECKS, checkout_tests, chosen, read_report
+from megatron_k2.selfcheck import checkout_tests as checkout
+from megatron_k2.selfcheck.checkout_tests import CHECKS, checkout_tests, chosen, read_report
 
 REPORT = """<testsuites><testsuite>
 <testcase name="a" time="1.5"><properties><property name="difference" value="3e-7"/>
@@ -51,7 +51,7 @@ def test_every_check_names_tests_that_exist_and_every_gpu_test_is_in_one():
     left_out = [
         path.name for path in marked if not any(path == n or n in path.parents for n in named)
     ]
-    assert left_out == ["test_selfcheck.py"]  # it names the marker
+    assert left_out == ["test_checkout_tests.py"]  # it names the marker
 
 
 def test_columns_differ_and_an_unknown_name_lists_the_known():
@@ -62,7 +62,7 @@ def test_columns_differ_and_an_unknown_name_lists_the_known():
 
 @pytest.mark.slow
 def test_the_cpu_column_runs_the_tests_and_prints_what_they_measured(capsys):
-    argv = ["selfcheck", "--device", "cpu", "--only", "MuonClip"]
+    argv = ["selfcheck", "--tests", "--device", "cpu", "--only", "MuonClip"]
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if line.startswith("MuonClip"))
@@ -71,6 +71,6 @@ def test_the_cpu_column_runs_the_tests_and_prints_what_they_measured(capsys):
 
 
 def test_without_a_checkout_the_way_out_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(selfcheck, "__file__", str(tmp_path / "a" / "b.py"))
+    monkeypatch.setattr(checkout, "__file__", str(tmp_path / "a" / "b" / "c.py"))
     with pytest.raises(UserError, match="clone the repository"):
         checkout_tests()
