@@ -114,9 +114,9 @@ def _add_optimizer_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--muonclip-triton-symmetric",
-        action="store_true",
-        help="on GPUs, compute one triangle of Newton-Schulz's symmetric products, by a Triton "
-        "kernel (off by default: not measured on a GPU)",
+        action=argparse.BooleanOptionalAction,
+        help="on GPUs, compute one triangle of all of Newton-Schulz's symmetric products, by a "
+        "Triton kernel, or of none (default: of those that it was measured to speed up)",
     )
     group.add_argument(
         "--qk-clip-grouped-query",

@@ -45,7 +45,7 @@ class MuonClipSettings:
     offload_fraction: float = 0.0
     """Part of the optimizer's states in host memory (``offload/optimizer.py``)."""
 
-    symmetric_on_gpu: SymmetricMethod = "none"
+    symmetric_on_gpu: SymmetricMethod | None = None
     """How a GPU forms symmetric products, see ``newton_schulz.iteration.symmetric_method``."""
 
     @property
@@ -56,6 +56,14 @@ class MuonClipSettings:
 
 MEGATRON_COEFFICIENTS = {"simple": "jordan", "quintic": "quintic", "polar_express": "polar_express"}
 """Value of ``--muon-coefficient-type`` -> name of our set of coefficients."""
+
+
+SYMMETRIC_ON_GPU: dict[bool | None, SymmetricMethod | None] = {
+    None: None,
+    True: "triton",
+    False: "none",
+}
+"""Value of ``--muonclip-triton-symmetric`` -> what it asks for."""
 
 
 def settings_from(args: Any, transformer: Any) -> MuonClipSettings:
@@ -75,5 +83,5 @@ def settings_from(args: Any, transformer: Any) -> MuonClipSettings:
         clip_grad_scope=args.clip_grad_scope,
         has_statistics=args.log_muon_steps,
         offload_fraction=args.optimizer_offload_fraction if args.muonclip_cpu_offload else 0.0,
-        symmetric_on_gpu="triton" if args.muonclip_triton_symmetric else "none",
+        symmetric_on_gpu=SYMMETRIC_ON_GPU[args.muonclip_triton_symmetric],
     )

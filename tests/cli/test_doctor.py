@@ -50,17 +50,15 @@ def test_a_gpu_node_trains_on_gpus_with_fused_adam():
     assert "training on CPU" not in _on(NODE)
 
 
-def test_the_triton_kernel_of_newton_schulz_is_off_and_its_flag_is_named():
+def test_the_triton_kernel_of_newton_schulz_is_on_where_triton_and_a_gpu_are():
     without = replace(NODE, versions=NODE.versions | {"triton": None})
-    notes = {}
-    for name, machine in {"node": NODE, "without": without, "laptop": LAPTOP}.items():
-        (feature,) = [f for f in doctor.features(machine) if "symmetric" in f.name]
-        assert not feature.is_on
-        notes[name] = feature.note
-    assert "off by default, not measured on a GPU" in notes["node"]
-    assert notes["node"].startswith("needs --muonclip-triton-symmetric")
-    assert notes["without"].startswith("needs pip install triton and --muonclip-triton-symmetric")
-    assert notes["laptop"] == doctor.NEEDS_GPU
+    name = "symmetric products in Triton"
+    found = [
+        next(feature for feature in doctor.features(machine) if feature.name == name)
+        for machine in (NODE, without, LAPTOP)
+    ]
+    assert [feature.is_on for feature in found] == [True, False, False]
+    assert found[1].note == "pip install triton"
 
 
 @pytest.mark.parametrize(("version", "is_on"), [("2.20.2", True), ("2.8.0", False), (None, False)])

@@ -1,7 +1,10 @@
 """Many training runs on one rank: each in a fork of it, so that nothing of a run outlives it."""
 
+import json
 import os
+import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -15,7 +18,12 @@ def run_each(run: Callable[[dict], None], cases: Sequence[dict]) -> None:
     Megatron keeps references to a run's process groups, and gloo a thread for each that wakes a
     hundred times a second: after twenty runs in one process they took more CPU than the run. The
     ranks of a case meet in the store that ``run_ranks`` hosts for it.
+
+    With a GPU in sight each case is started anew: CUDA does not live through a fork.
     """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        _start_each(run, cases)
+        return
     preload()
     fork_result_queue()
     ports = os.environ["CASE_PORTS"].split(",")
@@ -27,6 +35,22 @@ def run_each(run: Callable[[dict], None], cases: Sequence[dict]) -> None:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code:
             sys.exit(code)
+
+
+def _start_each(run: Callable[[dict], None], cases: Sequence[dict]) -> None:
+    ports = os.environ["CASE_PORTS"].split(",")
+    if len(cases) == 1:
+        os.environ["MASTER_PORT"] = ports[0]
+        sys.exit(_exit_code(run, cases[0]))
+    module = sys.modules["__main__"].__spec__.name
+    for case, port in zip(cases, ports, strict=True):
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as payload:
+            json.dump([case], payload)
+            payload.flush()
+            command = [sys.executable, "-m", module, payload.name]
+            done = subprocess.run(command, env=os.environ | {"CASE_PORTS": port}, check=False)
+        if done.returncode:
+            sys.exit(done.returncode)
 
 
 def _exit_code(run: Callable[[dict], None], case: dict) -> int:

@@ -18,6 +18,8 @@ No process group, no state, no host synchronisation: nothing here reads a tensor
 Legend: ``n`` rows and ``m`` columns after transposing to ``n <= m``; ``k`` matrices in a batch.
 """
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -40,6 +42,21 @@ FIRST_BLOCKED_ROWS = {torch.bfloat16: 1024, torch.float16: 1024}
 """Rows from which products go by blocks, see ``symmetric_method``. At 896 rows and r = 1.1 and 2.6,
 on one thread of an AMD EPYC (busy), blocks make bf16 1.19x and 1.16x as fast for 1.32x and 1.42x
 fewer FLOPs, fp32 1.24x and 1.32x."""
+
+
+FIRST_TRITON_ROWS = 2048
+"""Rows from which a GPU computes one triangle, see ``symmetric_method``: on an H200 five bf16 steps
+of 8 experts [2048, 7168] take 6.18 ms in place of 7.38, of a [7168, 8192] 16.5 in place of 18.7; at
+1536 rows and fewer, one matrix at a time, the kernel's start costs more than half is worth."""
+MEASURED_CAPABILITY = (9, 0)
+
+
+@functools.cache
+def has_measured_kernel() -> bool:
+    """Whether the Triton kernel is there, on a GPU of the kind that ``docs/gpu.md`` measured."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability() == MEASURED_CAPABILITY
 
 
 def orthogonalize(
@@ -120,7 +137,7 @@ def symmetric_method(
     cols: int,
     dtype: torch.dtype,
     device: torch.device,
-    on_gpu: SymmetricMethod = "none",
+    on_gpu: SymmetricMethod | None = None,
 ) -> SymmetricMethod:
     """How to form symmetric products of matrices that come ``batch_size`` at once.
 
@@ -133,11 +150,16 @@ def symmetric_method(
         cols: of each matrix.
         dtype: of the iteration.
         device: that executes it.
-        on_gpu: ``triton`` or ``none``; the kernel has not been measured on one, so that ``none`` is
-            a run's default (``--muonclip-triton-symmetric``).
+        on_gpu: ``triton`` or ``none`` for all (``--muonclip-triton-symmetric``), or ``None`` for
+            the kernel where it was measured to be faster.
     """
     if device.type != "cpu":
-        return on_gpu
+        is_faster = (
+            dtype == torch.bfloat16
+            and min(rows, cols) >= FIRST_TRITON_ROWS
+            and has_measured_kernel()
+        )
+        return on_gpu or ("triton" if is_faster else "none")
     is_large = min(rows, cols) >= FIRST_BLOCKED_ROWS.get(dtype, 0)
     return "blocks" if is_large and batch_size(rows, cols, dtype, device) == 1 else "none"
 

@@ -278,9 +278,16 @@ def test_blocks_are_for_large_matrices_that_are_a_batch_of_their_own():
     assert symmetric_method(256, 896, fp32, cpu) == "none"
 
 
-def test_on_a_gpu_products_are_ordinary_unless_the_kernel_is_asked_for():
+@pytest.mark.parametrize("is_measured", [False, True])
+def test_a_gpu_computes_one_triangle_where_that_was_measured_to_pay_or_is_asked_for(
+    is_measured, monkeypatch
+):
+    monkeypatch.setattr(iteration, "has_measured_kernel", lambda: is_measured)
     gpu, bf16 = torch.device("cuda"), torch.bfloat16
-    assert symmetric_method(1024, 3584, bf16, gpu) == "none"
+    assert symmetric_method(1536, 7168, bf16, gpu) == "none"
+    assert symmetric_method(4096, 2048, bf16, gpu) == ("triton" if is_measured else "none")
+    assert symmetric_method(2048, 7168, torch.float32, gpu) == "none"
+    assert symmetric_method(2048, 7168, bf16, gpu, "none") == "none"
     assert symmetric_method(1024, 3584, bf16, gpu, "triton") == "triton"
     assert symmetric_method(64, 64, torch.float32, gpu, "triton") == "triton"
     cpu = torch.device("cpu")
