@@ -1,4 +1,4 @@
-# make demo | test | test-te | test-slurm | test-extras | check | bench | clean      (the environment is .venv/, built once)
+# make demo | test | bundle | test-bundle | test-te | test-slurm | test-extras | check | bench | clean      (the environment is .venv/, built once)
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
@@ -8,7 +8,7 @@ SHELL := bash
 TIMED = @TIMEFORMAT="make $@: %R s of wall, %U + %S s of CPU (user + system)"; time
 PYTEST := -m pytest -q --no-showlocals --durations 8 --durations-min 2
 
-.PHONY: venv demo lint fast check slow ranks test te-venv test-te launch-venv test-slurm test-extras bench \
+.PHONY: venv demo lint fast check slow ranks test te-venv test-te launch-venv test-slurm test-extras bundle test-bundle bench \
         clean
 
 venv: $(STAMP)
@@ -86,6 +86,13 @@ test-slurm: launch-venv
 	bash .ci/install_slurm.sh
 	$(LAUNCH_PY) -m pytest -q --no-showlocals tests/slurm
 
+# One archive for machines without internet, and that archive tried without one.
+bundle: venv
+	$(PY) scripts/make_bundle.py dist
+
+test-bundle: bundle
+	$(TIMED) bash .ci/check_bundle.sh
+
 # Every extra in a fresh environment, one after another; not part of CI (7 GB at a time, 20 minutes).
 test-extras: venv
 	$(PY) .ci/check_extras.py
@@ -97,4 +104,4 @@ bench: venv
 	@for name in $(BENCHMARKS); do $(PY) benchmarks/$$name.py || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(TE_VENV) $(LAUNCH_VENV) build *.egg-info runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TE_VENV) $(LAUNCH_VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache

@@ -81,8 +81,8 @@ def own_sources(folder: Path) -> None:
         subprocess.run(command, check=True)
         (wheel,) = Path(built).glob("*.whl")
         zipfile.ZipFile(wheel).extractall(folder)
-    for made in ("build", "megatron_k2.egg-info"):
-        shutil.rmtree(folder / made, ignore_errors=True)
+    for made in (folder / "build", *folder.glob("*.egg-info")):
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def make(out: Path) -> Path:
@@ -96,7 +96,7 @@ def make(out: Path) -> Path:
         inside = Path(folder) / NAME
         download(pinned(), inside / "wheels")
         own_sources(inside / "src")
-        for script in ("selfcheck.sh", "unpack.py"):
+        for script in ("selfcheck.sh", "unpack.py", "with_loopback.py"):
             shutil.copy2(ROOT / "scripts" / script, inside / script)
         partial = out / f".{NAME}.partial"
         with tarfile.open(partial, "w:gz") as archive:

@@ -32,4 +32,17 @@ export PYTHONPATH="$work/src:$work/site${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONPYCACHEPREFIX="$work/pycache" XDG_CACHE_HOME="$work/cache" TMPDIR="$work"
 export TRITON_CACHE_DIR="$work/triton" TORCHINDUCTOR_CACHE_DIR="$work/inductor"
 export HF_HOME="$work/hf" HF_HUB_OFFLINE=1
-"$python" -W ignore -m megatron_k2 selfcheck "$@"
+run=("$python" -W ignore -m megatron_k2 selfcheck "$@")
+
+# Ranks meet on 127.0.0.1. Without a network there may be no loopback: then one of our own.
+meets='import socket; s = socket.create_server(("127.0.0.1", 0)); socket.create_connection(s.getsockname(), 5)'
+if ! "$python" -c "$meets" 2>/dev/null; then
+  own=(unshare --user --map-root-user --net "$python" "$here/with_loopback.py")
+  if ! "${own[@]}" true 2>/dev/null; then
+    echo "selfcheck: the loopback interface is down and no network namespace may be made;" \
+         "turn it on first: ip link set lo up" >&2
+    exit 2
+  fi
+  run=("${own[@]}" "${run[@]}")
+fi
+"${run[@]}"

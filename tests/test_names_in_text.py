@@ -26,7 +26,7 @@ PATH = re.compile(
 FILE = re.compile(r"`([\w-]+\.(?:py|c|h))`")
 TEST = re.compile(r"`(test_\w+)`")
 ELSEWHERE = {
-    *("asyncio", "peft", "runs", "sglang", "vllm", "RUN_DIR"),
+    *("asyncio", "peft", "runs", "sglang", "vllm", "RUN_DIR", "megatron_k2-selfcheck"),
     *("configuration_deepseek.py", "gpt_builders.py", "pretrain_gpt.py", "tokenization_kimi.py"),
     *("orthogonalized_optimizer.py", "modeling_deepseek.py"),
 }

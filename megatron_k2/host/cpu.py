@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from megatron_k2.host.repairs import require_checked_megatron
+from megatron_k2.host.repairs import l2_norm, require_checked_megatron
 
 CPU = torch.device("cpu")
 
@@ -228,11 +228,6 @@ def _split_sizes_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bo
     return tensor.detach().numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def _l2_norm(_chunk: int, _overflow: Any, lists: list[list[Any]], *_flags: Any) -> tuple[Any, None]:
-    """Norm over all tensors. Upstream's fallback for a missing kernel reads each tensor's norm."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(lists[0]))).view(1), None
-
-
 def _scale(_chunk: int, _overflow: Any, lists: list[list[Any]], factor: float) -> None:
     """``destination = source * factor``. Upstream's fallback makes a copy of each tensor."""
     sources, destinations = lists
@@ -307,7 +302,7 @@ def _megatron_redirections() -> list[Redirection]:
         ),
         Redirection(
             "megatron.core.optimizer.clip_grads.l2_norm_impl",
-            _l2_norm,
+            l2_norm,
             "core/optimizer/clip_grads.py:117",
         ),
         Redirection(

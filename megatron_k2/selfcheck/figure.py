@@ -120,12 +120,11 @@ def _newton_schulz(axis: Axes, figures: list[Figure]) -> None:
     split = [_label_and_shape(f.name) for f in figures]
     rows = list(dict.fromkeys(shape for _, shape in split))
     labels = list(dict.fromkeys(label for label, _ in split))
-    height = 0.8 / len(labels)
     for (label, shape), figure in zip(split, figures, strict=True):
-        at = rows.index(shape) - 0.4 + (labels.index(label) + 0.5) * height
-        colour = COLOURS.get(label, GREY)
+        at = rows.index(shape) + 0.16 * (labels.index(label) - (len(labels) - 1) / 2)
         is_first = label not in axis.get_legend_handles_labels()[1]
-        axis.barh(at, figure.value, height, color=colour, label=label if is_first else None)
+        shown = label if is_first else None
+        axis.plot(figure.value, at, "o", markersize=7, color=COLOURS.get(label, GREY), label=shown)
     axis.set_xscale("log")
     _name_rows(axis, rows)
     axis.legend(frameon=False, fontsize=8, labelcolor=GREY, loc="lower right")

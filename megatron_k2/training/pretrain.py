@@ -82,6 +82,7 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
     )
     from megatron_k2.host.repairs import (
         keep_checkpoint_queue_through_sigterm,
+        norms_without_te,
         recompute_without_te,
         restore_distributed_optimizer_without_te,
         skip_helpers_compilation,
@@ -101,6 +102,7 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
     with megatron_host():
         skip_helpers_compilation()
         recompute_without_te()
+        norms_without_te()
         restore_distributed_optimizer_without_te()
         keep_checkpoint_queue_through_sigterm()
         if "--fine-grained-activation-offloading" in flags:

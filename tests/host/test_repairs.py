@@ -4,6 +4,7 @@ A test named ``upstream_still_...`` fails when upstream has fixed the defect; th
 the test can go.
 """
 
+import inspect
 import multiprocessing
 import os
 import signal
@@ -74,6 +75,7 @@ def test_the_installed_megatron_was_checked():
         repairs.skip_helpers_compilation,
         repairs.restore_distributed_optimizer_without_te,
         repairs.keep_checkpoint_queue_through_sigterm,
+        repairs.norms_without_te,
     ],
 )
 def test_every_repair_refuses_a_version_it_was_not_checked_against(
@@ -248,6 +250,34 @@ def test_a_repair_applied_twice_is_applied_once():
     once = SimpleNamespace(**{name: getattr(DistributedOptimizer, name) for name in REPAIRED})
     repairs.restore_distributed_optimizer_without_te()
     assert all(getattr(DistributedOptimizer, name) is getattr(once, name) for name in REPAIRED)
+
+
+def test_upstreams_gradient_norm_still_makes_a_tensor_of_a_list_of_norms():
+    """If this fails, upstream has been repaired: drop ``repairs.norms_without_te``."""
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    assert "torch.norm(torch.tensor(l2))" in inspect.getsource(local_multi_tensor_l2_norm)
+
+
+def test_the_norm_on_the_device_is_the_norm_of_everything_and_replaces_upstreams(monkeypatch):
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (3, 70, 1)]
+    monkeypatch.setattr(clip_grads, "l2_norm_impl", local_multi_tensor_l2_norm)
+    repairs.norms_without_te()
+    found, _ = clip_grads.l2_norm_impl(0, None, [tensors], False)
+    torch.testing.assert_close(found, torch.cat(tensors).norm()[None])
+    wrong = torch.stack([t.norm() for t in tensors]).sum()[None]
+    assert not torch.allclose(found, wrong)
+
+
+def test_a_norm_that_is_another_kernels_is_left_alone(monkeypatch):
+    from megatron.core.optimizer import clip_grads
+
+    monkeypatch.setattr(clip_grads, "l2_norm_impl", "a fused kernel")
+    repairs.norms_without_te()
+    assert clip_grads.l2_norm_impl == "a fused kernel"
 
 
 def _in_a_process(program):

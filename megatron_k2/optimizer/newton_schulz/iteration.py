@@ -46,8 +46,8 @@ fewer FLOPs, fp32 1.24x and 1.32x."""
 
 FIRST_TRITON_ROWS = 2048
 """Rows from which a GPU computes one triangle, see ``symmetric_method``: on an H200 five bf16 steps
-of 8 experts [2048, 7168] take 6.18 ms in place of 7.38, of a [7168, 8192] 16.5 in place of 18.7; at
-1536 rows and fewer, one matrix at a time, the kernel's start costs more than half is worth."""
+of 8 experts [2048, 7168] take 6.09 ms in place of 7.38, of a [7168, 8192] 16.3 in place of 18.7; at
+1536 rows and fewer, one matrix at a time, starting the kernel costs more than half a product."""
 MEASURED_CAPABILITY = (9, 0)
 
 
