@@ -52,8 +52,7 @@ from megatron_k2.checkpoint.stream.jobs import (
     Progress,
     Receipt,
     naming_the_file,
-    require_free,
-    require_space,
+    require_free_or_finished,
     require_workers,
     run_jobs,
 )
@@ -151,12 +150,13 @@ def export(
         progress: told after every shard.
 
     Raises:
+        FinishedError: if ``hf_dir`` is what this very export left before.
         UserError: before anything is written, for every wrong input that can be seen then.
     """
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype '{options.dtype}' is not one of: {', '.join(DTYPES)}")
     require_workers(options.num_workers)
-    require_free(hf_dir)
+    require_free_or_finished(hf_dir)
     source = MegatronSource(find_iteration(megatron_dir, options.iteration))
     source_release = find_source_release(megatron_dir, source, options.source_release)
     files = files_along(options.tokenizer, source_release)
@@ -174,10 +174,9 @@ def export(
         fp8,
         options.max_shard_bytes,
     )
-    require_space(hf_dir, sum(job.num_bytes for job in jobs))
-
     scales = source_release / SCALES_FILE if source_release and options.dtype == "fp8" else None
-    job_directory = JobDirectory(hf_dir, _conversion_record(source, options, config, scales))
+    record = _conversion_record(source, options, config, scales)
+    job_directory = JobDirectory(hf_dir, record, sum(job.num_bytes for job in jobs))
     if options.dtype == "fp8":
         block_fp8.prepare()
     inputs = ExportInputs(
