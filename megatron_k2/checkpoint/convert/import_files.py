@@ -114,9 +114,7 @@ def write_file(inputs: ImportInputs, file: OutputFile, job: Job) -> Receipt:
     for destination in job.payload:
         for name, shape, begin in destination.pair.parts():
             with naming_the_file(Path(file.name), name):
-                for top, rows in _rows(source, name, shape, destination.dtype, classes):
-                    if inputs.check_finite:
-                        _require_finite(source, name, top, rows)
+                for top, rows in _rows(inputs, source, name, shape, destination.dtype, classes):
                     chunks.append(write_chunk(file, destination, begin + top, rows))
     return {
         "chunks": [dataclasses.astuple(chunk) for chunk in chunks],
@@ -125,6 +123,7 @@ def write_file(inputs: ImportInputs, file: OutputFile, job: Job) -> Receipt:
 
 
 def _rows(
+    inputs: ImportInputs,
     source: HfSource,
     name: str,
     shape: tuple[int, ...],
@@ -132,14 +131,18 @@ def _rows(
     classes: Counter[str],
 ) -> Iterator[tuple[int, Rows]]:
     """Row chunks of a source tensor in ``dtype``, FP8 dequantised; first row and rows."""
-    is_fp8 = source.stored[name].dtype is Dtype.E4M3
+    stored = source.stored[name].dtype
+    is_computed = stored is not dtype or inputs.check_finite
     for top, end in row_chunks(shape, dtype.itemsize):
-        rows = source.read(name, slice(top, end))
-        if is_fp8:
-            scales = source.read(name + SCALE_SUFFIX, block_rows(top, end))
+        rows = source.read(name, slice(top, end), is_computed=is_computed)
+        if stored is Dtype.E4M3:
+            scales = source.read(name + SCALE_SUFFIX, block_rows(top, end), is_computed=True)
             rows, found = dequantized(rows, scales, dtype)
             classes.update(found)
-        yield top, rows.to(dtype)
+        rows = rows.to(dtype)
+        if inputs.check_finite:
+            _require_finite(source, name, top, rows)
+        yield top, rows
 
 
 def _require_finite(source: HfSource, name: str, top: int, rows: Rows) -> None:

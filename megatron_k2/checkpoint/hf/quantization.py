@@ -21,6 +21,9 @@ _VALUES: dict[str, tuple[Any, ...]] = {
 MODULE_LISTS = ("modules_to_not_convert", "ignored_layers")
 """By transformers' name and by another that it takes."""
 
+_LONGEST_PATTERN, _MOST_CHOICES, _MOST_ALTERNATIVES = 256, 3, 16
+"""Characters of an expression; repeats and groups in it; bars."""
+
 PACKED_SUFFIX = ".weight_packed"
 """Of a tensor of compressed-tensors: several integers in each int32."""
 UNPACK_FIRST = "dequantise it to bf16 first, or take a bf16 or block FP8 release"
@@ -86,12 +89,33 @@ def require_block_fp8(said: Any) -> None:
             )
 
 
+def _is_quick(entry: str) -> bool:
+    """Whether trying an expression takes a bounded time, whoever wrote it.
+
+    Python's engine tries every way to split a text between repeats and between the alternatives of
+    groups: with three of them, none around another, some ten thousand for the name of a module.
+    """
+    bare = re.sub(r"\\.|\[[^\]]*\]", "x", entry)  # escapes and classes are one character each
+    bare = bare.replace("(?:", "(")
+    has_more = "(?" in bare or re.search(r"\)[*+?{]", bare) or re.search(r"\\[1-9]", entry)
+    num_repeats, num_groups = len(re.findall(r"[*+?{]", bare)), bare.count("(")
+    num_choices = num_repeats + max(num_groups, "|" in bare)
+    is_short = len(entry) <= _LONGEST_PATTERN and bare.count("|") <= _MOST_ALTERNATIVES
+    return is_short and num_choices <= _MOST_CHOICES and not has_more
+
+
 def _require_patterns(key: str, value: Any) -> None:
     for entry in value if isinstance(value, list) else () if value is None else (value,):
         try:
             if not isinstance(value, list):
                 raise TypeError
             re.compile(entry)
+            if not _is_quick(entry):
+                raise UserError(
+                    f"config.json: quantization_config.{key} has {entry[:60]!r}..., an expression "
+                    f"that could take for ever; expected a module's name, or at most "
+                    f"{_MOST_CHOICES} repeats and groups, none around another"
+                )
         except (re.error, TypeError):
             raise UserError(
                 f"config.json: quantization_config.{key} has {entry!r}; expected a list of "

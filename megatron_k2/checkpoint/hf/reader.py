@@ -94,8 +94,14 @@ class HfSource:
         """Whether any weight is block FP8."""
         return any(tensor.dtype is Dtype.E4M3 for tensor in self.stored.values())
 
-    def read(self, name: str, rows: slice = slice(None)) -> Rows:
-        """Rows of a tensor as it is stored: a view of the mapped file; do not write to it."""
+    def read(self, name: str, rows: slice = slice(None), *, is_computed: bool = False) -> Rows:
+        """Rows of a tensor as it is stored; do not write to them.
+
+        Args:
+            name: Hugging Face's.
+            rows: which; the step must be 1.
+            is_computed: whether they are computed with: a copy, else a view of the mapped file.
+        """
         tensor = self.stored[name]
         begin, end, _ = rows.indices(tensor.shape[0])
         row = tensor.shape[1:]
@@ -105,7 +111,8 @@ class HfSource:
             raise shortened(path)
         at = tensor.offset + begin * math.prod(row) * tensor.dtype.itemsize
         bits = np.ndarray((end - begin, *row), tensor.dtype.numpy, mapped, at)
-        return Rows(bring_in(bits, path), tensor.dtype)
+        found = self._files.settled(bits, path) if is_computed else bring_in(bits, path)
+        return Rows(found, tensor.dtype)
 
     @override
     def __repr__(self) -> str:
