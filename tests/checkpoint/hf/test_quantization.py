@@ -11,7 +11,7 @@ import time
 import pytest
 
 from megatron_k2.checkpoint.block_fp8.layout import QUANTIZATION_CONFIG
-from megatron_k2.checkpoint.hf.quantization import BlockFp8, require_block_fp8
+from megatron_k2.checkpoint.hf.quantization import BlockFp8, require_known
 from megatron_k2.errors import UserError
 
 NAMES = [
@@ -47,7 +47,7 @@ def _config(entry):
 
 @pytest.mark.parametrize("entry", TAKEN)
 def test_what_is_taken_is_tried_in_no_time(entry):
-    require_block_fp8(_config(entry))
+    require_known(_config(entry))
     said = BlockFp8(_config(entry))
     for name in NAMES:
         start = time.perf_counter()
@@ -58,7 +58,7 @@ def test_what_is_taken_is_tried_in_no_time(entry):
 @pytest.mark.parametrize("entry", REFUSED)
 def test_what_could_take_for_ever_is_refused_by_its_name(entry):
     with pytest.raises(UserError, match=r"modules_to_not_convert has .* could take for ever"):
-        require_block_fp8(_config(entry))
+        require_known(_config(entry))
 
 
 def test_a_refused_one_would_not_come_back():
