@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_k2.checkpoint.block_fp8.convert import dequantized
 from megatron_k2.checkpoint.block_fp8.layout import SCALE_SUFFIX, block_rows
 from megatron_k2.checkpoint.hf.reader import HfSource
+from megatron_k2.checkpoint.hf.rotary_rows import in_pairs
 from megatron_k2.checkpoint.hf.writer import row_chunks
 from megatron_k2.checkpoint.names.mapping import Pair
 from megatron_k2.checkpoint.names.megatron_keys import TransformerImpl
@@ -98,7 +99,9 @@ def file_jobs(destinations: Iterable[Destination]) -> Iterator[Job]:
 @functools.lru_cache(maxsize=1)
 def _opened(inputs: ImportInputs) -> HfSource:
     """Once in a worker's life: K2's headers are 20 MB of JSON."""
-    return HfSource(inputs.hf_dir)
+    source = HfSource(inputs.hf_dir)
+    in_pairs(source)
+    return source
 
 
 def close_sources() -> None:

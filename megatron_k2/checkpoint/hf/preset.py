@@ -200,6 +200,8 @@ def config_like(
         config[key] = stated["torch_dtype"]
     config = _with_positions(config, preset, stated)
     config.pop("quantization_config", None)
+    if "rope_interleave" in config:
+        config["rope_interleave"] = True  # rows that lay in halves were brought into pairs
     config["model_type"] = kept_type
     if model_type == "deepseek_v3":
         config.pop("auto_map", None)

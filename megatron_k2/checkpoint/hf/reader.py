@@ -88,6 +88,8 @@ class HfSource:
         if part is not None:
             self.stored, self.left_out = part
         self._files = MappedFiles()
+        self.orders: dict[str, np.ndarray] = {}
+        """Weights of which ``read`` gives the rows in another order than they lie."""
         self.packed = self._found_packed()
         """Weights in packed int4: in ``stored`` as the wholes that ``read`` makes of them."""
         for name, weight in self.packed.items():
@@ -137,7 +139,14 @@ class HfSource:
             packed = self._read(weight.packed, rows, is_computed=True)
             scale = self._read(weight.scale, rows, is_computed=True)
             return unpacked(packed, scale, weight.group_size)
-        return self._read(self.stored[name], rows, is_computed=is_computed)
+        if (order := self.orders.get(name)) is None:
+            return self._read(self.stored[name], rows, is_computed=is_computed)
+        places = order[rows]  # of one head and its neighbours at most
+        first = int(places.min(initial=0 if not len(places) else places[0]))
+        near = self._read(
+            self.stored[name], slice(first, int(places.max(initial=first)) + 1), is_computed=True
+        )
+        return Rows(near.bits[places - first], near.dtype)
 
     def _require_shape(self, name: str, weight: PackedWeight[HfTensor]) -> None:
         """Compare what lies beside a weight: a page of its file for each, so not before."""
