@@ -37,7 +37,7 @@ from megatron_k2.checkpoint.hf.audit import (
 )
 from megatron_k2.checkpoint.hf.reader import HfSource
 from megatron_k2.checkpoint.hf.release import open_release
-from megatron_k2.checkpoint.hf.release_files import copy_files, release_files
+from megatron_k2.checkpoint.hf.release_files import copy_files, release_files, stats_of
 from megatron_k2.checkpoint.hf.writer import TensorSlot, row_chunks, write_safetensors
 from megatron_k2.checkpoint.names.mapping import expand
 from megatron_k2.checkpoint.names.megatron_keys import TransformerImpl
@@ -136,7 +136,7 @@ def import_hf(
     )
     args = _arguments(preset, source.config, destinations)
     jobs = list(file_jobs(destinations))
-    record = _conversion_record(source, options)
+    record = _conversion_record(source, options) | {"beside": stats_of(files)}
     job_directory = JobDirectory(megatron_dir, record, sum(job.num_bytes for job in jobs))
     weights = job_directory.directory / RELEASE
     weights.mkdir(exist_ok=True)
@@ -178,7 +178,7 @@ def _conversion_record(source: HfSource, options: ImportOptions) -> dict[str, An
         "config": source.config,
         "options": [options.preset, options.dtype, str(options.only), options.check_finite],
         "modules": options.modules,
-        "schema_version": 3,
+        "schema_version": 4,
     }
 
 
