@@ -272,5 +272,11 @@ _COMMANDS = {
 def main(argv: list[str]) -> int:
     """Run ``convert``; 1 from a comparison or an audit means: it ran, and found differences."""
     logging.basicConfig(format="%(message)s")
+    from megatron_k2.checkpoint.stream.jobs import FinishedError
+
     args = parser().parse_args(argv)
-    return _COMMANDS[args.command](args)
+    try:
+        return _COMMANDS[args.command](args)
+    except FinishedError as finished:
+        print(f"{finished}; nothing to do")
+        return 0

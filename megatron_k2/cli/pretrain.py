@@ -45,13 +45,18 @@ def main(argv: list[str]) -> int:
     module = "megatron_k2.training.pretrain"
     if is_rank(num_processes):
         return launch(module, argv, num_processes)
-    flags = read_flags(expand(argv, cuda=False))
+    flags = read_flags(expand(argv, cuda=_has_driver()))
     check_run(flags, num_processes)
     check_resume(flags)
     if flags.save is None:
         return launch(module, argv, num_processes)
     with hold(Path(flags.save), RUN) as held, held.handed_over():
         return launch(module, argv, num_processes)
+
+
+def _has_driver() -> bool:
+    """Whether there is NVIDIA's driver: torch would say more, and takes seconds to."""
+    return Path("/dev/nvidiactl").exists()
 
 
 def _take_nproc(argv: list[str]) -> tuple[int, list[str]]:

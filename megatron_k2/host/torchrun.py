@@ -1,11 +1,17 @@
 """Ranks on this machine: whether this process is one already, and their start through torchrun."""
 
+import json
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
+from typing import TextIO
 
 from megatron_k2.errors import UserError
 
+REFUSED = "refused"
+"""Key of a rank's error file: the sentence with which it refused an input."""
 _RENDEZVOUS = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -54,7 +60,29 @@ def launch(module: str, argv: list[str], num_processes: int) -> int:
         raise UserError(f"--nproc {num_processes}: at least 1 rank is needed")
     command = [sys.executable, "-m", module, *argv]
     if not is_rank(num_processes) and num_processes > 1:
-        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-        command = [sys.executable, "-m", *torchrun, "-m", module, *argv]
+        agent = ["megatron_k2.host.agent", "--standalone", f"--nproc-per-node={num_processes}"]
+        command = [sys.executable, "-m", *agent, "-m", module, *argv]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     return subprocess.run(command, env=environment, check=False).returncode
+
+
+def refuse(program: str, error: UserError, stream: TextIO | None = None) -> int:
+    """End of a rank whose input is refused: rank 0 says why, any other through torchrun.
+
+    torchrun reads what a failed rank leaves in its error file; ``host/agent.py`` prints it.
+
+    Args:
+        program: its name, in front of the sentence.
+        error: why.
+        stream: where rank 0 says it; ``None``: stderr.
+
+    Returns:
+        The exit code.
+    """
+    sentence = f"{program}: {error}"
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        seen = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": seen, REFUSED: sentence}))
+    if os.environ.get("RANK", "0") == "0":
+        print(sentence, file=stream or sys.stderr, flush=True)
+    return 2

@@ -6,7 +6,9 @@ not there, or is each machine's own. Who finds one judges its owner:
 - in the same place (boot and process namespace): by the process, which is gone or not;
 - elsewhere: by the lock file's time, which ``lock/keeper.py`` renews every ``BEAT_SECONDS``. After
   ``STALE_SECONDS`` without it the owner is dead. Both times are the file server's.
-- elsewhere, but the same Slurm job: the job was queued again, and the lock is its own.
+- elsewhere, by an earlier start of the same Slurm job: it was queued again, the lock is its own;
+- elsewhere, by the same start of the job: another of its steps, alive or not. Its next sign of life
+  is waited for, and who gives none is dead.
 
 A dead owner's lock is replaced by one newcomer alone: the right to is a file named after the dead.
 """
@@ -36,6 +38,8 @@ STALE_SECONDS = 50.0
 """Less than a minute, and time for a few beats to come late."""
 _TRIES = 100
 _PAUSE_SECONDS = 0.1
+_SIGN_SECONDS = 0.5
+"""Between two looks for a sign of life."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Owner:
     """Slurm's number, which stays when a job is queued again."""
     since: str
     """Local time, ISO 8601."""
+    restarts: int = 0
+    """How often the job was queued again before; Slurm says so from the first time on."""
     schema_version: int = 1
 
 
@@ -74,6 +80,7 @@ def _place() -> str:
 
 
 def _this_process(what: str) -> Owner:
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     return Owner(
         token=secrets.token_hex(16),
         what=what,
@@ -83,6 +90,7 @@ def _this_process(what: str) -> Owner:
         place=_place(),
         job=os.environ.get("SLURM_JOB_ID"),
         since=time.strftime("%Y-%m-%dT%H:%M:%S"),
+        restarts=int(restarts) if restarts.isdecimal() else 0,
     )
 
 
@@ -106,9 +114,40 @@ def _parsed(content: bytes | str) -> Owner:
 def _is_dead(owner: Owner, silent_seconds: float, me: Owner) -> bool:
     if owner.place == me.place:
         return _start_of(owner.pid) != owner.started
-    if owner.job is not None and owner.job == me.job:
+    if _is_of_job(owner, me) and owner.restarts < me.restarts:
         return True
     return silent_seconds > STALE_SECONDS
+
+
+def _is_of_job(owner: Owner, me: Owner) -> bool:
+    return owner.job is not None and owner.job == me.job and owner.place != me.place
+
+
+def _gives_a_sign(path: Path, own: Path, owner: Owner, modified: float) -> bool:
+    """Whether the owner is seen to live before its time is over; waits for it.
+
+    Args:
+        path: the lock.
+        own: a file beside it, touched to be told the server's time.
+        owner: who holds the lock.
+        modified: when it gave its last sign of life.
+    """
+    print(
+        f"{path.parent}: held by this very job on host {owner.host}, pid {owner.pid}; waiting for "
+        f"a sign of life, {STALE_SECONDS:.0f} s at most",
+        file=sys.stderr,
+        flush=True,
+    )
+    while True:
+        time.sleep(_SIGN_SECONDS)
+        found = _read(path)
+        if found is None or found[0].token != owner.token:
+            return False
+        if found[1] != modified:
+            return True
+        os.utime(own)
+        if own.stat().st_mtime - modified > STALE_SECONDS:
+            return False
 
 
 def _appear(own: Path, name: Path) -> bool:
@@ -177,6 +216,8 @@ def _take(path: Path, directory: Path, me: Owner) -> tuple[Owner, Owner | None]:
                 os.replace(own, path)
                 return me, parent
             if not _is_dead(owner, now - modified, me):
+                if _is_of_job(owner, me) and not _gives_a_sign(path, own, owner, modified):
+                    continue
                 raise _refusal(directory, owner, now - modified)
             if _replace(path, own, owner, now):
                 return me, None

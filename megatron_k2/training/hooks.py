@@ -24,6 +24,7 @@ from megatron_k2.optimizer.qk_clip.apply import refuse_silent
 from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
 from megatron_k2.optimizer.sharded.expert_layout import expert_layout
 from megatron_k2.run.console import step_line
+from megatron_k2.run.iterations import last_iteration
 from megatron_k2.run.metrics import MetricsWriter, StepRecord
 from megatron_k2.training.phase_start import load_with_optimizer, starts_here
 from megatron_k2.training.resume import end_at_train_samples
@@ -46,6 +47,8 @@ class TrainingHooks:
         self.step_log: StepLog | None = None
         self._seconds_per_step: float | None = None
         self._has_stepped = False
+        self._saved: list[int] = []
+        """Steps of this run whose checkpoints were begun."""
         self._watch: SpikeWatch | None = None
         if args.on_spike != "off":
             self._watch = SpikeWatch(Path(args.save) if args.save else None, args.spike_nats)
@@ -114,10 +117,24 @@ class TrainingHooks:
             UserError: where the checkpoint could not be written: its file, size and disk.
         """
         self.flush()
+        self._saved.append(int(positional[0]))
         try:
             return original(*positional, **kwargs)
         except (CheckpointException, OSError) as error:
-            raise unwritten(Path(self.args.save), int(positional[0]), error) from error
+            raise unwritten(Path(self.args.save), self._saved[-1], error) from error
+
+    def finish_save(self, original: Any, *positional: Any, **kwargs: Any) -> Any:
+        """Megatron's end of a save that goes on beside training (``--async-save``).
+
+        Raises:
+            UserError: where the checkpoint could not be written, as ``save`` does.
+        """
+        try:
+            return original(*positional, **kwargs)
+        except (CheckpointException, OSError) as error:
+            last = last_iteration(Path(self.args.save)) or 0
+            step = next(step for step in self._saved if step > last)  # they end in order
+            raise unwritten(Path(self.args.save), step, error) from error
 
     def nothing_to_do(self) -> str | None:
         """Why a run ended without a step, in a sentence; ``None`` if it took one or saved none."""
@@ -200,12 +217,12 @@ def training_hooks(hooks: TrainingHooks) -> Iterator[None]:
         name: getattr(training, name)
         for name in (
             *("get_megatron_optimizer", "load_checkpoint", "training_log"),
-            *("save_checkpoint_and_time", "dummy_train_step"),
+            *("save_checkpoint_and_time", "dummy_train_step", "maybe_finalize_async_save"),
         )
     }
     ours: tuple[Callable[..., Any], ...] = (
         *(hooks.get_optimizer, hooks.load, hooks.log_step),
-        *(hooks.save, hooks.skip_batch),
+        *(hooks.save, hooks.skip_batch, hooks.finish_save),
     )
     for (name, original), hook in zip(replaced.items(), ours, strict=True):
         setattr(training, name, functools.partial(hook, original))

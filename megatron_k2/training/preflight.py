@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_k2.errors import UserError
 from megatron_k2.flags.data import check_files, check_same_data, training_contents
+from megatron_k2.flags.words import last_value
 from megatron_k2.fp8.compute import check_fp8
 from megatron_k2.host.repairs import (
     installed_version,
@@ -70,6 +71,7 @@ def check_run(flags: RunFlags, world_size: int) -> None:
     if "--keep-optimizer" in flags:
         _check_phase_start(flags)
     _check_dispatcher(flags)
+    _check_checkpoint_worker(flags)
     check_files(flags)
     check_schedule(flags)
     if flags.load and not flags.finetune:
@@ -119,6 +121,24 @@ def _check_dispatcher(flags: RunFlags) -> None:
             f"--moe-flex-dispatcher-backend {backend}: package deep_ep is not installed "
             "(github.com/deepseek-ai/DeepEP, for HybridEP its branch of that name); install it on "
             "every node, or take --moe-token-dispatcher-type alltoall"
+        )
+
+
+def _check_checkpoint_worker(flags: RunFlags) -> None:
+    """Megatron's process that writes all checkpoints; where it cannot start, the run would wait."""
+    if "--use-persistent-ckpt-worker" not in flags:
+        return
+    if flags.distributed_backend == "gloo":
+        raise UserError(
+            "--use-persistent-ckpt-worker: Megatron's worker wants a GPU, and without one the run "
+            "waits for it for ever; drop the flag, --async-save does without"
+        )
+    package = "nvidia_resiliency_ext"
+    is_nvrx = (last_value(flags.words, "--async-strategy") or "nvrx") == "nvrx"
+    if is_nvrx and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"--use-persistent-ckpt-worker: package {package} is not installed; add "
+            "--async-strategy mcore, or pip install nvidia-resiliency-ext"
         )
 
 

@@ -18,7 +18,7 @@ from megatron_k2.flags.megatron import add_k2_arguments, expand
 from megatron_k2.flags.start import START_OVER, start_sentence
 from megatron_k2.flags.words import last_value
 from megatron_k2.fp8.compute import choose_offload_version, choose_scale_format
-from megatron_k2.host.torchrun import is_rank
+from megatron_k2.host.torchrun import is_rank, refuse
 from megatron_k2.lock.directory import hold
 from megatron_k2.run.console import divert_output
 from megatron_k2.run.flags import RunFlags, read_flags
@@ -63,8 +63,8 @@ def _run_logged(argv: list[str], save: str | None) -> None:
     try:
         _run(argv, terminal)
     except UserError as error:
-        if terminal is not None and os.environ["RANK"] == "0":
-            print(f"pretrain: {error}", file=terminal)
+        if terminal is not None:
+            refuse("pretrain", error, terminal)
         raise
     except BaseException as error:
         if terminal is not None and not isinstance(error, SystemExit):
@@ -162,9 +162,7 @@ def main() -> None:
     try:
         run(sys.argv[1:])
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"pretrain: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(refuse("pretrain", error))
 
 
 if __name__ == "__main__":

@@ -17,13 +17,9 @@ import torch
 
 from megatron_k2.errors import UserError
 from megatron_k2.host import repairs
-from megatron_k2.host.cpu import (
-    _megatron_redirections,
-    _tensor_redirections,
-    _torch_cuda_redirections,
-    cpu_host,
-    megatron_host,
-)
+from megatron_k2.host.cpu import cpu_host, megatron_host
+from megatron_k2.host.cpu_megatron import megatron_redirections
+from megatron_k2.host.cpu_torch import tensor_redirections, torch_cuda_redirections
 from tests.support.paths import REPOSITORY
 
 MEGATRON = Path(megatron.core.__file__).resolve().parent.parent
@@ -106,7 +102,7 @@ def _owner(target):
         return getattr(importlib.import_module(parent), attribute), name
 
 
-REDIRECTIONS = [*_torch_cuda_redirections(), *_tensor_redirections(), *_megatron_redirections()]
+REDIRECTIONS = [*torch_cuda_redirections(), *tensor_redirections(), *megatron_redirections()]
 TARGETS = [row.target for row in REDIRECTIONS]
 
 

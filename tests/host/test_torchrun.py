@@ -1,10 +1,13 @@
 """Variables of torchrun: whole, absent, or left over from another launcher."""
 
+import json
+
 import pytest
 
 from megatron_k2.cli.main import main
 from megatron_k2.errors import UserError
-from megatron_k2.host.torchrun import is_rank
+from megatron_k2.host.torchrun import REFUSED, is_rank, launch
+from tests.support.paths import REPOSITORY
 
 WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -53,3 +56,36 @@ def test_the_command_refuses_it_in_a_line(environment, capsys):
     environment({"RANK": "0"})
     assert main(["pretrain", "--preset", "k2-tiny", "--mock-data"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("rank", ["0", "1", "all"])
+def test_an_input_that_a_rank_refuses_is_one_sentence_and_code_2(environment, capfd, rank):
+    environment({"PYTHONPATH": str(REPOSITORY)})
+    assert launch("tests.host.refusing_rank", ["refuses", rank], 2) == 2
+    assert capfd.readouterr().err == "program: no such thing; take another\n"
+
+
+@pytest.mark.dist
+def test_a_rank_that_crashes_is_reported_by_torchrun(environment, capfd):
+    environment({"PYTHONPATH": str(REPOSITORY)})
+    assert launch("tests.host.refusing_rank", ["crashes", "1"], 2) == 1
+    assert "exitcode  : 7" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("codes", "said"), [({0: -15, 1: 2}, "no"), ({0: 2, 1: 2}, "no"), ({0: 1, 1: 2}, None)]
+)
+def test_a_crash_beside_a_refusal_is_a_crash(tmp_path, codes, said):
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    from megatron_k2.host.agent import refusal
+
+    failures = {}
+    for rank, code in codes.items():
+        path = tmp_path / f"{rank}.json"
+        if code == 2:
+            seen = {"message": "no", "extraInfo": {"timestamp": "1"}}
+            path.write_text(json.dumps({"message": seen, REFUSED: "no"}))
+        failures[rank] = ProcessFailure(rank, 1000 + rank, code, str(path))
+    assert refusal(failures) == said

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from dataclasses import asdict, replace
 
@@ -26,12 +27,13 @@ from megatron_k2.lock.directory import (
     hold,
 )
 
-JOB = "SLURM_JOB_ID"
+JOB, RESTARTS = "SLURM_JOB_ID", "SLURM_RESTART_COUNT"
 
 
 @pytest.fixture(autouse=True)
 def _no_job(monkeypatch):
     monkeypatch.delenv(JOB, raising=False)
+    monkeypatch.delenv(RESTARTS, raising=False)
     monkeypatch.delenv(HANDED_OVER, raising=False)
 
 
@@ -153,13 +155,34 @@ def test_a_job_queued_again_on_another_node_takes_its_own_lock_over_at_once(tmp_
     with pytest.raises(UserError, match="node-7"), hold(tmp_path, "a run"):
         pass
     _left_elsewhere(tmp_path, silent_seconds=1, job="77")
+    monkeypatch.setenv(RESTARTS, "1")
     with hold(tmp_path, "a run"):
         assert _owner(tmp_path).pid == os.getpid()
+        assert _owner(tmp_path).restarts == 1
     child = _holder(tmp_path)  # a second step of the job, here: it is alive, that is known
     with pytest.raises(UserError, match=f"pid {child}"), hold(tmp_path, "a run"):
         pass
     os.kill(child, signal.SIGKILL)
     _code(child)
+
+
+@pytest.mark.parametrize("restarts", ["0", "2"])
+def test_a_step_of_the_same_start_on_another_node_is_alive_until_it_is_silent(
+    tmp_path, monkeypatch, restarts
+):
+    """Two steps of one allocation, or a later one after the first was killed."""
+    monkeypatch.setenv(JOB, "77")
+    monkeypatch.setenv(RESTARTS, restarts)
+    monkeypatch.setattr(directory, "_SIGN_SECONDS", 0.05)
+    _left_elsewhere(tmp_path, silent_seconds=STALE_SECONDS - 30, job="77")
+    beating = threading.Timer(0.2, os.utime, [tmp_path / LOCK_FILE])
+    beating.start()
+    with pytest.raises(UserError, match=r"in use.*host node-7"), hold(tmp_path, "a run"):
+        pass
+    beating.join()
+    _left_elsewhere(tmp_path, silent_seconds=STALE_SECONDS - 0.5, job="77")
+    with hold(tmp_path, "a run"):
+        assert _owner(tmp_path).pid == os.getpid()
 
 
 @pytest.mark.parametrize("has_links", [True, False])

@@ -1,10 +1,13 @@
 """Training runs on this rank, each in a fork: ``python -m tests.training.one_rank_worker JSON``.
 
-A case is a list of flags; with ``error``, the run must end in a ``UserError`` that says so.
+A case is a list of flags; with ``error``, the run must end in a ``UserError`` that says so. With
+``limit`` no file may have more bytes, as on a disk that is full.
 """
 
 import json
 import re
+import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +18,9 @@ def run_case(case: dict) -> None:
     from megatron_k2.errors import UserError
     from megatron_k2.training.pretrain import run
 
+    if "limit" in case:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (case["limit"], resource.RLIM_INFINITY))
     said = ""
     try:
         run(case["flags"])

@@ -38,6 +38,23 @@ def test_a_fused_dispatcher_that_cannot_run_is_refused(flags, said):
         check(*flags, world_size=2)
 
 
+WORKER = ["--async-save", "--use-persistent-ckpt-worker"]
+
+
+def test_a_checkpoint_worker_that_cannot_start_is_refused(monkeypatch):
+    with pytest.raises(UserError, match="wants a GPU, and without one the run waits"):
+        check(*WORKER, "--async-strategy", "mcore")
+    find = preflight.importlib.util.find_spec
+    names = {"nvidia_resiliency_ext": None}
+    monkeypatch.setattr(
+        preflight.importlib.util, "find_spec", lambda name: names.get(name, name) and find(name)
+    )
+    with pytest.raises(UserError, match="nvidia_resiliency_ext is not installed; add --async-str"):
+        check(*WORKER, *NCCL)
+    check(*WORKER, "--async-strategy", "mcore", *NCCL)
+    check("--async-save")
+
+
 def test_only_muonclips_state_is_kept_over_a_phase():
     with pytest.raises(UserError, match="--keep-optimizer is MuonClip's"):
         check("--keep-optimizer", "--optimizer", "adam")

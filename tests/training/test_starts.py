@@ -23,6 +23,8 @@ SHORT = f"""
     --lr-decay-samples {SAMPLES} --lr-wsd-decay-samples 8 --save-interval 1 --log-interval 1
 """.split()
 EOD = 1
+LIMIT = 153_600
+"""Bytes of a file on a disk that is full, a part of a checkpoint's."""
 MASKED = ["--null-tokenizer-eod-id", str(EOD), "--eod-mask-loss", "--tokenizer-type"]
 MASKED += ["NullTokenizer"]
 
@@ -50,6 +52,8 @@ def root(tmp_path_factory):
     def case(save, *flags, base=FLAGS, **rest):
         return {"flags": [*base, *SHORT, *flags, "--save", str(root / save)], **rest}
 
+    full = _batch(4)
+    unwritten = f"of step 1 could not be written: .*__0_0.distcp stopped at {LIMIT:,} bytes: a file"
     from_a = ["--load", str(root / "a"), *_batch(4)]
     fine = ["--load", str(root / "a"), "--finetune", *_batch(4)]
     masked = ["--train-data-path", str(root / "empty"), *MASKED, *_batch(4)]
@@ -66,6 +70,9 @@ def root(tmp_path_factory):
         case("other", "--load", str(root / "a"), *_batch(3), error="made with 4.*3"),
         case("lr", *from_a, "--lr", "1e-3", error="--lr .*override-opt-param-scheduler"),
         case("lr", *from_a, "--lr", "1e-3", "--override-opt-param-scheduler"),
+        case("full", *full, limit=LIMIT, error=unwritten),
+        case("full beside", *full, "--async-save", limit=LIMIT, error=unwritten),
+        case("full beside", *full, "--async-save"),
         case("masked", *masked, base=mock),
         case("masked mean", *masked, base=mean),
         case("half mean", "--train-data-path", str(root / "half"), *MASKED, *_batch(4), base=mean),
@@ -100,6 +107,13 @@ def test_a_changed_batch_ends_at_exactly_the_samples_of_the_run(root, save, batc
 
 def test_a_new_rate_is_taken_where_it_is_asked_for(root):
     assert read_records(root / "lr" / METRICS_FILE)[0].learning_rate == pytest.approx(1e-3)
+
+
+def test_a_checkpoint_that_was_not_written_is_named_and_with_room_the_run_goes_on(root):
+    """By a save that training waits for, and by one beside it; what is said is in the cases."""
+    assert last_iteration(root / "full") == 0
+    assert last_iteration(root / "full beside") == 6
+    assert _facts(root / "full beside")[2:] == _facts(root / "whole")  # which begins at step 3
 
 
 @pytest.mark.parametrize("save", ["masked", "masked mean"])

@@ -42,7 +42,12 @@ from megatron_k2.checkpoint.hf.model_card import model_card
 from megatron_k2.checkpoint.hf.preset import config_like
 from megatron_k2.checkpoint.hf.quantization import BlockFp8, quantization_like
 from megatron_k2.checkpoint.hf.reader import INDEX, read_json
-from megatron_k2.checkpoint.hf.release_files import GENERATION_CONFIG, copy_files, files_along
+from megatron_k2.checkpoint.hf.release_files import (
+    GENERATION_CONFIG,
+    copy_files,
+    files_along,
+    stats_of,
+)
 from megatron_k2.checkpoint.names.audit import require_clean
 from megatron_k2.checkpoint.names.mapping import expand
 from megatron_k2.checkpoint.names.selection import Selection
@@ -52,8 +57,7 @@ from megatron_k2.checkpoint.stream.jobs import (
     Progress,
     Receipt,
     naming_the_file,
-    require_free,
-    require_space,
+    require_free_or_finished,
     require_workers,
     run_jobs,
 )
@@ -151,12 +155,67 @@ def export(
         progress: told after every shard.
 
     Raises:
+        FinishedError: if ``hf_dir`` is what this very export left before.
         UserError: before anything is written, for every wrong input that can be seen then.
     """
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype '{options.dtype}' is not one of: {', '.join(DTYPES)}")
     require_workers(options.num_workers)
-    require_free(hf_dir)
+    require_free_or_finished(hf_dir)
+    plan = _planned(megatron_dir, options)
+    size = sum(job.num_bytes for job in plan.jobs)
+    job_directory = JobDirectory(hf_dir, _conversion_record(plan, options), size)
+    if plan.fp8 is not None:
+        block_fp8.prepare()
+    inputs = ExportInputs(
+        plan.source.directory,
+        options.check_finite,
+        plan.scales,
+        plan.fp8 is not None and plan.fp8.has_power_of_two_scales,
+        job_directory.fingerprint,
+    )
+    work = functools.partial(write_shard, inputs)
+    try:
+        receipts = run_jobs(job_directory, plan.jobs, work, options.num_workers, progress)
+    finally:
+        close_sources()
+    with naming_the_file(hf_dir):
+        total_bytes, num_tensors = _write_index(job_directory.directory, plan.jobs, receipts)
+        _write_files(job_directory.directory, plan, options)
+        job_directory.publish()
+    blocks: Counter[str] = Counter()
+    for receipt in receipts:
+        blocks.update(receipt["blocks"])
+    return ExportResult(
+        hf_dir,
+        plan.preset,
+        num_tensors,
+        len(plan.jobs),
+        total_bytes,
+        plan.source_release,
+        dict(blocks),
+        inputs.power_of_two,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What an export writes, settled before it writes anything."""
+
+    source: MegatronSource
+    source_release: Path | None
+    files: dict[Path, Path]
+    """Beside the weights: name -> where it lies."""
+    preset: ModelPreset
+    fp8: BlockFp8 | None
+    config: dict[str, Any]
+    """Content of ``config.json``."""
+    jobs: list[Job]
+    scales: Path | None
+    """Of the source release's FP8 weights; may be absent."""
+
+
+def _planned(megatron_dir: Path, options: ExportOptions) -> _Plan:
     source = MegatronSource(find_iteration(megatron_dir, options.iteration))
     source_release = find_source_release(megatron_dir, source, options.source_release)
     files = files_along(options.tokenizer, source_release)
@@ -174,46 +233,18 @@ def export(
         fp8,
         options.max_shard_bytes,
     )
-    require_space(hf_dir, sum(job.num_bytes for job in jobs))
-
     scales = source_release / SCALES_FILE if source_release and options.dtype == "fp8" else None
-    job_directory = JobDirectory(hf_dir, _conversion_record(source, options, config, scales))
-    if options.dtype == "fp8":
-        block_fp8.prepare()
-    inputs = ExportInputs(
-        source.directory,
-        options.check_finite,
-        scales,
-        fp8 is not None and fp8.has_power_of_two_scales,
-        job_directory.fingerprint,
-    )
-    work = functools.partial(write_shard, inputs)
-    try:
-        receipts = run_jobs(job_directory, jobs, work, options.num_workers, progress)
-    finally:
-        close_sources()
-    with naming_the_file(hf_dir):
-        total_bytes, num_tensors = _write_index(job_directory.directory, jobs, receipts)
-        _write_json(job_directory.directory / "config.json", config)
-        if Path(GENERATION_CONFIG) not in files:
-            _write_json(job_directory.directory / GENERATION_CONFIG, generation_config(config))
-        card = _card(source, preset, options, config["model_type"])
-        write_atomically(job_directory.directory / "README.md", card.encode())
-        copy_files(files, job_directory.directory)
-        job_directory.publish()
-    blocks: Counter[str] = Counter()
-    for receipt in receipts:
-        blocks.update(receipt["blocks"])
-    return ExportResult(
-        hf_dir,
-        preset,
-        num_tensors,
-        len(jobs),
-        total_bytes,
-        source_release,
-        dict(blocks),
-        inputs.power_of_two,
-    )
+    return _Plan(source, source_release, files, preset, fp8, config, jobs, scales)
+
+
+def _write_files(directory: Path, plan: _Plan, options: ExportOptions) -> None:
+    """Configuration, model card, and what goes along beside the weights."""
+    _write_json(directory / "config.json", plan.config)
+    if Path(GENERATION_CONFIG) not in plan.files:
+        _write_json(directory / GENERATION_CONFIG, generation_config(plan.config))
+    card = _card(plan.source, plan.preset, options, plan.config["model_type"])
+    write_atomically(directory / "README.md", card.encode())
+    copy_files(plan.files, directory)
 
 
 def _config(
@@ -251,20 +282,19 @@ def _expert_groups(saved: Any) -> dict[str, int]:
     return {"n_group": groups, "topk_group": chosen} if groups and chosen else {}
 
 
-def _conversion_record(
-    source: MegatronSource, options: ExportOptions, config: dict[str, Any], scales: Path | None
-) -> dict[str, Any]:
+def _conversion_record(plan: _Plan, options: ExportOptions) -> dict[str, Any]:
     """What makes one export the same as another."""
-    metadata = (source.directory / ".metadata").stat()
-    kept = scales.stat() if scales is not None and scales.is_file() else None
+    metadata = (plan.source.directory / ".metadata").stat()
+    kept = plan.scales.stat() if plan.scales is not None and plan.scales.is_file() else None
     return {
-        "directory": str(source.directory.resolve()),
+        "directory": str(plan.source.directory.resolve()),
         "metadata": [metadata.st_size, metadata.st_mtime_ns],
-        "config": config,
-        "scales": None if kept is None else [str(scales), kept.st_size, kept.st_mtime_ns],
+        "config": plan.config,
+        "scales": None if kept is None else [str(plan.scales), kept.st_size, kept.st_mtime_ns],
         "options": [options.dtype, str(options.only), options.check_finite],
         "max_shard_bytes": options.max_shard_bytes,
-        "schema_version": 2,
+        "files": stats_of(plan.files),
+        "schema_version": 3,
     }
 
 

@@ -63,8 +63,14 @@ class RowSource(Protocol):
 
     directory: Path
 
-    def read(self, name: str, rows: slice) -> Rows:
-        """Rows of one tensor, by its name in ``rules``; not to be written to."""
+    def dtype(self, name: str) -> Dtype:
+        """How one tensor is stored."""
+
+    def read(self, name: str, rows: slice, *, is_computed: bool) -> Rows:
+        """Rows of one tensor, by its name in ``rules``; not to be written to.
+
+        ``is_computed``: whether they are computed with, and not only written out.
+        """
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ class _Scales:
         stored = self._stored.get(name + SCALE_SUFFIX)
         if stored is None or stored.shape != scale_shape(shape):
             return None
-        return self._source.read(name + SCALE_SUFFIX, blocks)
+        return self._source.read(name + SCALE_SUFFIX, blocks, is_computed=True)
 
 
 @functools.lru_cache(maxsize=1)
@@ -207,8 +213,10 @@ def _rows(
 ) -> Iterator[Rows]:
     """One tensor's rows as they are stored; its scales, if it is FP8, go to ``made``."""
     slot = piece.slot
+    is_computed = slot.dtype is not source.dtype(piece.megatron) or inputs.check_finite
     for top, end in row_chunks(slot.shape, 4):
-        rows = source.read(piece.megatron, slice(piece.first_row + top, piece.first_row + end))
+        of_source = slice(piece.first_row + top, piece.first_row + end)
+        rows = source.read(piece.megatron, of_source, is_computed=is_computed)
         if inputs.check_finite:
             _require_finite(source, piece, top, rows)
         if slot.dtype is Dtype.E4M3:

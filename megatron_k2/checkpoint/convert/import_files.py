@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_k2.checkpoint.block_fp8.convert import dequantized
 from megatron_k2.checkpoint.block_fp8.layout import SCALE_SUFFIX, block_rows
 from megatron_k2.checkpoint.hf.reader import HfSource
+from megatron_k2.checkpoint.hf.rotary_rows import in_pairs
 from megatron_k2.checkpoint.hf.writer import row_chunks
 from megatron_k2.checkpoint.names.mapping import Pair
 from megatron_k2.checkpoint.names.megatron_keys import TransformerImpl
@@ -98,7 +99,9 @@ def file_jobs(destinations: Iterable[Destination]) -> Iterator[Job]:
 @functools.lru_cache(maxsize=1)
 def _opened(inputs: ImportInputs) -> HfSource:
     """Once in a worker's life: K2's headers are 20 MB of JSON."""
-    return HfSource(inputs.hf_dir)
+    source = HfSource(inputs.hf_dir)
+    in_pairs(source)
+    return source
 
 
 def close_sources() -> None:
@@ -114,9 +117,7 @@ def write_file(inputs: ImportInputs, file: OutputFile, job: Job) -> Receipt:
     for destination in job.payload:
         for name, shape, begin in destination.pair.parts():
             with naming_the_file(Path(file.name), name):
-                for top, rows in _rows(source, name, shape, destination.dtype, classes):
-                    if inputs.check_finite:
-                        _require_finite(source, name, top, rows)
+                for top, rows in _rows(inputs, source, name, shape, destination.dtype, classes):
                     chunks.append(write_chunk(file, destination, begin + top, rows))
     return {
         "chunks": [dataclasses.astuple(chunk) for chunk in chunks],
@@ -125,6 +126,7 @@ def write_file(inputs: ImportInputs, file: OutputFile, job: Job) -> Receipt:
 
 
 def _rows(
+    inputs: ImportInputs,
     source: HfSource,
     name: str,
     shape: tuple[int, ...],
@@ -132,14 +134,18 @@ def _rows(
     classes: Counter[str],
 ) -> Iterator[tuple[int, Rows]]:
     """Row chunks of a source tensor in ``dtype``, FP8 dequantised; first row and rows."""
-    is_fp8 = source.stored[name].dtype is Dtype.E4M3
+    stored = source.stored[name].dtype
+    is_computed = stored is not dtype or inputs.check_finite
     for top, end in row_chunks(shape, dtype.itemsize):
-        rows = source.read(name, slice(top, end))
-        if is_fp8:
-            scales = source.read(name + SCALE_SUFFIX, block_rows(top, end))
+        rows = source.read(name, slice(top, end), is_computed=is_computed)
+        if stored is Dtype.E4M3:
+            scales = source.read(name + SCALE_SUFFIX, block_rows(top, end), is_computed=True)
             rows, found = dequantized(rows, scales, dtype)
             classes.update(found)
-        yield top, rows.to(dtype)
+        rows = rows.to(dtype)
+        if inputs.check_finite:
+            _require_finite(source, name, top, rows)
+        yield top, rows
 
 
 def _require_finite(source: HfSource, name: str, top: int, rows: Rows) -> None:

@@ -37,7 +37,7 @@ from megatron_k2.checkpoint.hf.audit import (
 )
 from megatron_k2.checkpoint.hf.reader import HfSource
 from megatron_k2.checkpoint.hf.release import open_release
-from megatron_k2.checkpoint.hf.release_files import copy_files, release_files
+from megatron_k2.checkpoint.hf.release_files import copy_files, release_files, stats_of
 from megatron_k2.checkpoint.hf.writer import TensorSlot, row_chunks, write_safetensors
 from megatron_k2.checkpoint.names.mapping import expand
 from megatron_k2.checkpoint.names.megatron_keys import TransformerImpl
@@ -48,8 +48,7 @@ from megatron_k2.checkpoint.stream.jobs import (
     Progress,
     Receipt,
     naming_the_file,
-    require_free,
-    require_space,
+    require_free_or_finished,
     require_workers,
     run_jobs,
 )
@@ -114,13 +113,14 @@ def import_hf(
         progress: told after every file.
 
     Raises:
+        FinishedError: if ``megatron_dir`` is what this very import left before.
         UserError: before anything is written, for every wrong input that can be seen then; and for
             a full disk or a NaN afterwards.
     """
     if options.dtype not in (None, *DTYPES):
         raise UserError(f"--dtype '{options.dtype}' is not one of: {', '.join(DTYPES)}")
     require_workers(options.num_workers)
-    require_free(megatron_dir)
+    require_free_or_finished(megatron_dir)
     release = open_release(hf_dir, options.preset)
     source, preset = release.source, release.preset
     audit = audit_source(source.stored, preset, options.only)
@@ -136,9 +136,8 @@ def import_hf(
     )
     args = _arguments(preset, source.config, destinations)
     jobs = list(file_jobs(destinations))
-    require_space(megatron_dir, sum(job.num_bytes for job in jobs))
-
-    job_directory = JobDirectory(megatron_dir, _conversion_record(source, options))
+    record = _conversion_record(source, options) | {"beside": stats_of(files)}
+    job_directory = JobDirectory(megatron_dir, record, sum(job.num_bytes for job in jobs))
     weights = job_directory.directory / RELEASE
     weights.mkdir(exist_ok=True)
     if source.is_fp8:
@@ -179,7 +178,7 @@ def _conversion_record(source: HfSource, options: ImportOptions) -> dict[str, An
         "config": source.config,
         "options": [options.preset, options.dtype, str(options.only), options.check_finite],
         "modules": options.modules,
-        "schema_version": 3,
+        "schema_version": 4,
     }
 
 

@@ -22,7 +22,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (False,),
     "topk_method": ("noaux_tc",),
     "model_type": ("kimi_k2", "deepseek_v3"),
-    "rope_interleave": (True,),
+    "rope_interleave": (True, False),  # rows in halves are brought into pairs
     # not of these models; where they say nothing, they are let pass
     "mlp_bias": (False, None),
     "use_qk_norm": (False, None),
@@ -35,8 +35,6 @@ _VALUES: dict[str, tuple[Any, ...]] = {
 """Values the rules and the model code stand for; an absent key means the first."""
 
 _REASONS = {
-    "rope_interleave": "the rotary rows of q_b_proj (or q_proj) and kv_a_proj_with_mqa lie in "
-    "halves then: bring them into pairs, as the release has them, and say true",
     "head_dim": "it is qk_rope_head_dim by another name; leave it out",
     "qk_head_dim": "it is qk_nope_head_dim + qk_rope_head_dim; leave it out",
 }

@@ -14,7 +14,7 @@ from megatron_k2.checkpoint.hf.config_keys import (
     with_own_names,
 )
 from megatron_k2.checkpoint.hf.positions import rotary_positions
-from megatron_k2.checkpoint.hf.quantization import require_block_fp8
+from megatron_k2.checkpoint.hf.quantization import require_known
 from megatron_k2.errors import UserError
 from megatron_k2.presets import PRESETS, ModelPreset, YarnScaling, get_preset
 
@@ -85,7 +85,7 @@ def preset_from_hf(config: dict[str, Any], base_name: str | None = None) -> Mode
     require_known_keys(config, {key: config[key] for key in _FIELDS})
     require_normalised_choice(config["num_experts_per_tok"])
     expert_groups(config)
-    require_block_fp8(config.get("quantization_config"))
+    require_known(config.get("quantization_config"))
     fields["rotary_base"], fields["yarn"] = rotary_positions(config)
     base = get_preset(base_name) if base_name else _same_shape(fields)
     return dataclasses.replace(base, **fields)
@@ -200,6 +200,8 @@ def config_like(
         config[key] = stated["torch_dtype"]
     config = _with_positions(config, preset, stated)
     config.pop("quantization_config", None)
+    if "rope_interleave" in config:
+        config["rope_interleave"] = True  # rows that lay in halves were brought into pairs
     config["model_type"] = kept_type
     if model_type == "deepseek_v3":
         config.pop("auto_map", None)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_k2.checkpoint.block_fp8.layout import QUANTIZATION_CONFIG, is_quantized
+from megatron_k2.checkpoint.hf import packed_int4
 from megatron_k2.errors import UserError
 
 _REQUIRED = {key: QUANTIZATION_CONFIG[key] for key in ("quant_method", "weight_block_size", "fmt")}
@@ -21,9 +22,8 @@ _VALUES: dict[str, tuple[Any, ...]] = {
 MODULE_LISTS = ("modules_to_not_convert", "ignored_layers")
 """By transformers' name and by another that it takes."""
 
-PACKED_SUFFIX = ".weight_packed"
-"""Of a tensor of compressed-tensors: several integers in each int32."""
-UNPACK_FIRST = "dequantise it to bf16 first, or take a bf16 or block FP8 release"
+_LONGEST_PATTERN, _MOST_CHOICES, _MOST_ALTERNATIVES = 256, 3, 16
+"""Characters of an expression; repeats and groups in it; bars."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class BlockFp8:
         )
 
 
-def require_block_fp8(said: Any) -> None:
-    """Refuse a ``quantization_config`` that is not block FP8 as the releases have it.
+def require_known(said: Any) -> None:
+    """Refuse a ``quantization_config`` that is neither block FP8 nor int4 as the releases have it.
 
     Raises:
         UserError: naming the key that is not supported.
@@ -62,11 +62,9 @@ def require_block_fp8(said: Any) -> None:
         return
     if not isinstance(said, dict):
         raise UserError(f"config.json: quantization_config={said!r}, expected an object")
-    if said.get("quant_method") == "compressed-tensors":
-        raise UserError(
-            f"config.json: quantization_config is compressed-tensors, format {said.get('format')!r}"
-            f" (K2-Thinking and K2.5 have int4 so), which is not read; {UNPACK_FIRST}"
-        )
+    if said.get("quant_method") == packed_int4.METHOD:
+        packed_int4.group_size_of(said)
+        return
     found = {"fmt": _REQUIRED["fmt"]} | said
     if any(found.get(key) != value for key, value in _REQUIRED.items()):
         listed = ", ".join(f"{key}={found.get(key)!r}" for key in _REQUIRED)
@@ -86,12 +84,33 @@ def require_block_fp8(said: Any) -> None:
             )
 
 
+def _is_quick(entry: str) -> bool:
+    """Whether trying an expression takes a bounded time, whoever wrote it.
+
+    Python's engine tries every way to split a text between repeats and between the alternatives of
+    groups: with three of them, none around another, some ten thousand for the name of a module.
+    """
+    bare = re.sub(r"\\.|\[[^\]]*\]", "x", entry)  # escapes and classes are one character each
+    bare = bare.replace("(?:", "(")
+    has_more = "(?" in bare or re.search(r"\)[*+?{]", bare) or re.search(r"\\[1-9]", entry)
+    num_repeats, num_groups = len(re.findall(r"[*+?{]", bare)), bare.count("(")
+    num_choices = num_repeats + max(num_groups, "|" in bare)
+    is_short = len(entry) <= _LONGEST_PATTERN and bare.count("|") <= _MOST_ALTERNATIVES
+    return is_short and num_choices <= _MOST_CHOICES and not has_more
+
+
 def _require_patterns(key: str, value: Any) -> None:
     for entry in value if isinstance(value, list) else () if value is None else (value,):
         try:
             if not isinstance(value, list):
                 raise TypeError
             re.compile(entry)
+            if not _is_quick(entry):
+                raise UserError(
+                    f"config.json: quantization_config.{key} has {entry[:60]!r}..., an expression "
+                    f"that could take for ever; expected a module's name, or at most "
+                    f"{_MOST_CHOICES} repeats and groups, none around another"
+                )
         except (re.error, TypeError):
             raise UserError(
                 f"config.json: quantization_config.{key} has {entry!r}; expected a list of "
@@ -102,5 +121,7 @@ def _require_patterns(key: str, value: Any) -> None:
 def quantization_like(source_config: dict[str, Any] | None) -> BlockFp8:
     """As the source was quantised if it was in block FP8, else as K2's release."""
     said = (source_config or {}).get("quantization_config")
-    require_block_fp8(said)
-    return BlockFp8(said or QUANTIZATION_CONFIG)
+    require_known(said)
+    if not said or said["quant_method"] == packed_int4.METHOD:
+        return BlockFp8(QUANTIZATION_CONFIG)
+    return BlockFp8(said)

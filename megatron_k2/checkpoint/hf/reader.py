@@ -19,6 +19,17 @@ import numpy as np
 from megatron_k2.checkpoint.block_fp8.layout import SCALE_SUFFIX
 from megatron_k2.checkpoint.hf.downloads import find_release, other_formats, require_file
 from megatron_k2.checkpoint.hf.language_model import language_config, language_tensors
+from megatron_k2.checkpoint.hf.packed_int4 import (
+    METHOD,
+    PACKED,
+    SCALE,
+    SHAPE,
+    PackedWeight,
+    find_packed,
+    group_size_of,
+    shape_of,
+    unpacked,
+)
 from megatron_k2.checkpoint.names.rules import IGNORED_HF_SUFFIXES
 from megatron_k2.checkpoint.stream.mapped_files import MappedFiles, bring_in, shortened
 from megatron_k2.checkpoint.stream.rows import BY_SAFETENSORS_NAME, Dtype, Rows
@@ -77,6 +88,25 @@ class HfSource:
         if part is not None:
             self.stored, self.left_out = part
         self._files = MappedFiles()
+        self.orders: dict[str, np.ndarray] = {}
+        """Weights of which ``read`` gives the rows in another order than they lie."""
+        self.packed = self._found_packed()
+        """Weights in packed int4: in ``stored`` as the wholes that ``read`` makes of them."""
+        for name, weight in self.packed.items():
+            whole = shape_of(name, weight.packed, weight.scale, weight.group_size)
+            for suffix in (PACKED, SCALE, SHAPE):
+                self.stored.pop(name.removesuffix(".weight") + suffix, None)
+            self.stored[name] = HfTensor(weight.packed.file, -1, whole, weight.scale.dtype)
+
+    def _found_packed(self) -> dict[str, PackedWeight[HfTensor]]:
+        """Of a release whose ``config.json`` says how they are packed."""
+        has_config = (self.directory / "config.json").exists()
+        if not has_config or not any(name.endswith(PACKED) for name in self.stored):
+            return {}
+        said = self.config.get("quantization_config")
+        if not isinstance(said, dict) or said.get("quant_method") != METHOD:
+            return {}
+        return find_packed(self.stored, group_size_of(said))
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -94,9 +124,43 @@ class HfSource:
         """Whether any weight is block FP8."""
         return any(tensor.dtype is Dtype.E4M3 for tensor in self.stored.values())
 
-    def read(self, name: str, rows: slice = slice(None)) -> Rows:
-        """Rows of a tensor as it is stored: a view of the mapped file; do not write to it."""
-        tensor = self.stored[name]
+    def read(self, name: str, rows: slice = slice(None), *, is_computed: bool = False) -> Rows:
+        """Rows of a tensor as it is stored; do not write to them.
+
+        Args:
+            name: Hugging Face's.
+            rows: which; the step must be 1.
+            is_computed: whether they are computed with: a copy, else a view of the mapped file.
+
+        Of a weight in packed int4 they are what it means.
+        """
+        if (weight := self.packed.get(name)) is not None:
+            self._require_shape(name, weight)
+            packed = self._read(weight.packed, rows, is_computed=True)
+            scale = self._read(weight.scale, rows, is_computed=True)
+            return unpacked(packed, scale, weight.group_size)
+        if (order := self.orders.get(name)) is None:
+            return self._read(self.stored[name], rows, is_computed=is_computed)
+        places = order[rows]  # of one head and its neighbours at most
+        first = int(places.min(initial=0 if not len(places) else places[0]))
+        near = self._read(
+            self.stored[name], slice(first, int(places.max(initial=first)) + 1), is_computed=True
+        )
+        return Rows(near.bits[places - first], near.dtype)
+
+    def _require_shape(self, name: str, weight: PackedWeight[HfTensor]) -> None:
+        """Compare what lies beside a weight: a page of its file for each, so not before."""
+        if weight.shape is None:
+            return
+        said = self._read(weight.shape, slice(None), is_computed=True).bits.tolist()
+        if said != list(self.stored[name].shape):
+            own = name.removesuffix(".weight") + SHAPE
+            raise UserError(
+                f"{self.directory / weight.shape.file}: '{own}' says {said}, packed integers and "
+                f"scales are of {list(self.stored[name].shape)}"
+            )
+
+    def _read(self, tensor: HfTensor, rows: slice, *, is_computed: bool) -> Rows:
         begin, end, _ = rows.indices(tensor.shape[0])
         row = tensor.shape[1:]
         path = self.directory / tensor.file
@@ -105,7 +169,8 @@ class HfSource:
             raise shortened(path)
         at = tensor.offset + begin * math.prod(row) * tensor.dtype.itemsize
         bits = np.ndarray((end - begin, *row), tensor.dtype.numpy, mapped, at)
-        return Rows(bring_in(bits, path), tensor.dtype)
+        found = self._files.settled(bits, path) if is_computed else bring_in(bits, path)
+        return Rows(found, tensor.dtype)
 
     @override
     def __repr__(self) -> str:

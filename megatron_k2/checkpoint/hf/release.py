@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_k2.checkpoint.hf.language_model import listed_parts
+from megatron_k2.checkpoint.hf.packed_int4 import PACKED, UNPACK_FIRST
 from megatron_k2.checkpoint.hf.preset import preset_from_hf
-from megatron_k2.checkpoint.hf.quantization import PACKED_SUFFIX, UNPACK_FIRST
 from megatron_k2.checkpoint.hf.reader import HfSource
+from megatron_k2.checkpoint.hf.rotary_rows import in_pairs
 from megatron_k2.errors import UserError
 from megatron_k2.presets import ModelPreset
 
@@ -39,16 +40,22 @@ def open_release(directory: Path, preset_name: str | None = None) -> Release:
     preset, notes = _without_absent_predictions(preset, source.stored)
     if source.left_out:
         notes += (f"not of the language model, left out: {listed_parts(source.left_out)}",)
+    if in_pairs(source):
+        notes += ("rope_interleave is false: rotary rows brought into pairs, an export says true",)
+    if source.packed:
+        size = next(iter(source.packed.values())).group_size
+        notes += (f"{len(source.packed):,} weights in int4, groups of {size}: dequantised",)
     return Release(source, preset, notes)
 
 
 def _refuse_packed(source: HfSource) -> None:
     """Weights of compressed-tensors where ``config.json`` does not say so."""
-    packed = [name for name in source.stored if name.endswith(PACKED_SUFFIX)]
+    packed = [name for name in source.stored if name.endswith(PACKED)]
     if packed:
         raise UserError(
             f"{source.directory}: '{packed[0]}' and {len(packed) - 1} more are packed integers of "
-            f"compressed-tensors, though config.json has no quantization_config; {UNPACK_FIRST}"
+            f"compressed-tensors, though config.json has no quantization_config that says so; put "
+            f"the release's own back, or {UNPACK_FIRST}"
         )
 
 

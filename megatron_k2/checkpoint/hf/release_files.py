@@ -7,6 +7,7 @@ licences and notices, and the code files that ``auto_map`` in ``config.json`` na
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from megatron_k2.checkpoint.hf.downloads import require_file
 from megatron_k2.errors import UserError
@@ -70,6 +71,12 @@ def files_along(tokenizer: Path | None, source_release: Path | None) -> dict[Pat
     if not own:
         raise UserError(f"--tokenizer {tokenizer} has none of: {', '.join(TOKENIZER_FILES)}")
     return own | {name: path for name, path in found.items() if not _is_tokenizers(name)}
+
+
+def stats_of(files: dict[Path, Path]) -> list[list[Any]]:
+    """Where each lies, its size and time: JSON-able, other for other files."""
+    stats = ((str(name), str(path.resolve()), path.stat()) for name, path in files.items())
+    return [[name, path, stat.st_size, stat.st_mtime_ns] for name, path, stat in stats]
 
 
 def copy_files(files: dict[Path, Path], target: Path) -> None:

@@ -5,7 +5,8 @@ Crash safety: a job's file is written under a temporary name, flushed and rename
 killed at any moment and started again redoes only what was under way. Receipts and names are not
 flushed one by one, which costs more than small files do: a power cut may lose or tear the last
 ones, and what they stood for is done again. The conversion's fingerprint (inputs and options) lies
-beside the receipts: of another conversion's leftovers nothing is taken.
+beside the receipts: of another conversion's leftovers nothing is taken. The result keeps it
+(``FINISHED``), so that a command killed after its result was whole, and started again, is done.
 
 Workers are forked, so none imports anything anew, and end with their parent. Forking is safe here:
 until then the parent has read headers and compared names, and no thread pool of torch has started;
@@ -44,6 +45,9 @@ Receipt = dict[str, Any]
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), after every job."""
 
+FINISHED = ".conversion"
+"""File of a whole result: the fingerprint of the conversion that made it."""
+
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
@@ -62,21 +66,34 @@ Work = Callable[[OutputFile, Job], Receipt]
 """Writes the job to the file given (under a temporary name) and says what it wrote."""
 
 
+class FinishedError(UserError):
+    """The target is the whole result of the very conversion that is asked for."""
+
+
 class JobDirectory:
     """The directory a conversion writes in before its result gets its final name."""
 
-    def __init__(self, target: Path, conversion: dict[str, Any]) -> None:
+    def __init__(self, target: Path, conversion: dict[str, Any], num_bytes: int = 0) -> None:
         """Prepare ``target``'s neighbour ``<target>.partial``.
 
         Args:
             target: final directory; must be absent or empty.
             conversion: inputs and options, JSON-able; leftovers of another one are removed.
+            num_bytes: that the result takes.
+
+        Raises:
+            FinishedError: if it was made before.
+            UserError: if something else is there, or the disk has not that much room.
         """
-        require_free(target)
         self.target = target
         self.directory = target.with_name(f"{target.name}.partial")
         self._receipts = _receipts_of(self.directory)
         self.fingerprint = sha256_of_json(conversion)
+        if _fingerprint_in(target) == self.fingerprint:
+            shutil.rmtree(self._receipts, ignore_errors=True)  # killed before they were dropped
+            raise FinishedError(f"{target} exists already, whole: this very conversion made it")
+        require_free(target)
+        require_space(target, num_bytes)
         record = self._receipts / "job"
         is_ours = record.is_file() and record.read_text() == self.fingerprint
         if not (is_ours and self.directory.exists()):
@@ -102,6 +119,7 @@ class JobDirectory:
 
     def publish(self) -> None:
         """Give the directory its final name, then drop the receipts."""
+        write_atomically(self.directory / FINISHED, self.fingerprint.encode())
         for folder, _, files in os.walk(self.directory):
             for name in files:
                 if name.endswith((".tmp", ".partial")):  # of a run that was killed
@@ -119,6 +137,18 @@ def _receipts_of(directory: Path) -> Path:
 
 def _receipt_path(directory: Path, job: Job) -> Path:
     return _receipts_of(directory) / f"{Path(job.file).name}.json"
+
+
+def _fingerprint_in(target: Path) -> str | None:
+    """Of the conversion whose whole result ``target`` is; ``None`` for anything else."""
+    record = target / FINISHED
+    return record.read_text(errors="replace") if record.is_file() else None
+
+
+def require_free_or_finished(target: Path) -> None:
+    """Refuse at once what no conversion left; ``JobDirectory`` knows whether it was this one."""
+    if _fingerprint_in(target) is None:
+        require_free(target)
 
 
 def require_free(target: Path) -> None:

@@ -1,8 +1,8 @@
 """Files mapped into memory, opened once each: reading costs page cache, no anonymous memory.
 
 A mapped file that someone makes shorter ends the process that reads beyond its new end (SIGBUS). So
-its length is looked at before every read, and pages are brought in by a call that can fail instead;
-what is left is a file cut in the moment that a chunk is computed with.
+its length is looked at before every read, pages are brought in by a call that can fail instead, and
+what is computed with, not only written out, is read into memory first (``settled``).
 """
 
 import ctypes
@@ -11,6 +11,7 @@ import functools
 import mmap
 import os
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class MappedFiles:
 
     def __init__(self) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
+        self._streams: dict[Path, FileIO] = {}
 
     def map(self, path: Path) -> mmap.mmap:
         """Map the whole of ``path`` for reading, or return the map made before.
@@ -34,17 +36,34 @@ class MappedFiles:
             UserError: if the file has become shorter since.
         """
         if path not in self._maps:
-            with path.open("rb") as stream:
-                if os.fstat(stream.fileno()).st_size == 0:  # cannot be mapped
-                    raise shortened(path)
-                # Private and writable only because torch warns of read-only buffers; nobody writes.
-                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            stream = path.open("rb", buffering=0)
+            if os.fstat(stream.fileno()).st_size == 0:  # cannot be mapped
+                stream.close()
+                raise shortened(path)
+            # Private and writable only because torch warns of read-only buffers; nobody writes.
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
             mapped.madvise(mmap.MADV_SEQUENTIAL)
-            self._maps[path] = mapped
+            self._maps[path], self._streams[path] = mapped, stream
         mapped = self._maps[path]
         if mapped.size() < len(mapped):
             raise shortened(path)
         return mapped
+
+    def settled(self, bits: np.ndarray, path: Path) -> np.ndarray:
+        """A contiguous view of the map of ``path``, read into memory of its own.
+
+        Raises:
+            UserError: if the file has become shorter.
+        """
+        begin = np.frombuffer(self._maps[path], np.uint8).ctypes.data
+        made = np.empty(bits.shape, bits.dtype)
+        rest, at = memoryview(made.reshape(-1).view(np.uint8)), bits.ctypes.data - begin
+        while rest:
+            num = os.preadv(self._streams[path].fileno(), [rest], at)
+            if num == 0:
+                raise shortened(path)
+            rest, at = rest[num:], at + num
+        return made
 
 
 def shortened(path: Path) -> UserError:

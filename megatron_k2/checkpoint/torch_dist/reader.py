@@ -31,7 +31,7 @@ import numpy as np
 
 from megatron_k2.checkpoint.names.megatron_keys import Location, locate
 from megatron_k2.checkpoint.stream.mapped_files import MappedFiles, bring_in, shortened
-from megatron_k2.checkpoint.stream.rows import Rows
+from megatron_k2.checkpoint.stream.rows import Dtype, Rows
 from megatron_k2.checkpoint.torch_dist import archive
 from megatron_k2.checkpoint.torch_dist.metadata import Extent, Index, StoredChunk, read_index
 from megatron_k2.checkpoint.torch_dist.pickles import Resolve
@@ -131,18 +131,23 @@ class MegatronSource:
         """Name -> shape of every model tensor, vocabulary padding included."""
         return {name: location.shape for name, location in self.locations.items()}
 
+    def dtype(self, name: str) -> Dtype:
+        """How one tensor is stored."""
+        return self.locations[name].dtype
+
     @property
     def num_other_bytes(self) -> int:
         """Bytes of the tensors that are not weights: the optimizer's."""
         tensors = self.index.tensors.items()
         return sum(stored.num_bytes for key, stored in tensors if NOT_WEIGHTS.search(key))
 
-    def read(self, name: str, rows: slice = slice(None)) -> Rows:
+    def read(self, name: str, rows: slice = slice(None), *, is_computed: bool = False) -> Rows:
         """Rows of one tensor: a view of the mapped file where one chunk holds them, else a copy.
 
         Args:
             name: as in ``GPTModel.state_dict()``.
             rows: which; the step must be 1. Leaves out vocabulary padding before it is read.
+            is_computed: whether they are computed with: a copy in any case.
 
         Returns:
             The rows, in the dtype they were saved in; do not write to them.
@@ -163,7 +168,9 @@ class MegatronSource:
             stored = self._mapped(location, chunk).bits[overlap.source]
             if stored.size == math.prod(shape) and stored.flags.c_contiguous:
                 path = self.directory / chunk.extent.file
-                return Rows(bring_in(stored.reshape(shape), path), location.dtype)
+                one = stored.reshape(shape)
+                found = self._files.settled(one, path) if is_computed else bring_in(one, path)
+                return Rows(found, location.dtype)
             if whole is None:
                 whole = np.empty(shape, location.dtype.numpy)
             whole[overlap.target] = stored

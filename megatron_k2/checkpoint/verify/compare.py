@@ -18,6 +18,7 @@ from megatron_k2.checkpoint.block_fp8.convert import dequantized
 from megatron_k2.checkpoint.block_fp8.layout import SCALE_SUFFIX, block_rows, scale_shape
 from megatron_k2.checkpoint.convert.export_hf import settle_preset
 from megatron_k2.checkpoint.hf.reader import HfSource, is_hf_directory
+from megatron_k2.checkpoint.hf.rotary_rows import in_pairs
 from megatron_k2.checkpoint.hf.writer import row_chunks
 from megatron_k2.checkpoint.names.mapping import expand
 from megatron_k2.checkpoint.names.selection import Selection
@@ -85,7 +86,10 @@ class MegatronWeights:
 def open_weights(directory: Path, preset_name: str | None = None) -> Weights:
     """A checkpoint of either kind; ``preset_name`` if a Megatron one saved no arguments."""
     if is_hf_directory(directory):
-        return HfWeights(HfSource(directory))
+        source = HfSource(directory)
+        if (source.directory / "config.json").exists():
+            in_pairs(source)
+        return HfWeights(source)
     return MegatronWeights(MegatronSource(find_iteration(directory)), preset_name)
 
 

@@ -3,12 +3,13 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_k2.checkpoint.hf.reader import HfSource, is_hf_directory
+from megatron_k2.checkpoint.hf.packed_int4 import PACKED, SCALE, SHAPE
+from megatron_k2.checkpoint.hf.reader import HfSource, HfTensor, is_hf_directory
 from megatron_k2.checkpoint.stream.rows import Dtype
 from megatron_k2.checkpoint.torch_dist.reader import MegatronSource
 from megatron_k2.run.iterations import find_iteration
@@ -76,8 +77,19 @@ def _inspect_hf(source: HfSource) -> Inspection:
         "quantization": method or "none",
         "shards": len(files),
     }
-    tensors = ((name, t.shape, t.dtype) for name, t in source.stored.items())
+    tensors = ((name, t.shape, t.dtype) for name, t in _as_they_lie(source))
     return Inspection(facts, _group(tensors))
+
+
+def _as_they_lie(source: HfSource) -> Iterator[tuple[str, HfTensor]]:
+    for name, tensor in source.stored.items():
+        if (weight := source.packed.get(name)) is None:
+            yield name, tensor
+        else:
+            parts = ((PACKED, weight.packed), (SCALE, weight.scale), (SHAPE, weight.shape))
+            yield from (
+                (name.removesuffix(".weight") + suffix, part) for suffix, part in parts if part
+            )
 
 
 def _inspect_megatron(source: MegatronSource) -> Inspection:

@@ -3,8 +3,8 @@
 ``config.json`` goes to transformers as it lies there; only ``model_type`` becomes ``deepseek_v3``,
 for transformers has no ``kimi_k2`` without the release's code, and ``quantization_config`` is left
 out. bf16 and fp32 files are read by transformers too. It cannot dequantise every block FP8 release
-(``docs/checkpoints.md``) and takes no language model out of a larger one, so of those the weights
-are read by ``verify.compare`` and named as the model in memory names them.
+(``docs/checkpoints.md``), needs a package for int4 and takes no language model out of a larger one,
+so of those the weights are read by ``verify.compare`` and named as the model in memory names them.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,12 @@ def reference_model(source: HfSource) -> "tuple[DeepseekV3ForCausalLM, dict[str,
     from transformers.utils import logging
 
     config = _untouched_config(source)
-    if source.is_fp8 or source.is_part or not _is_laid_out_for_transformers(source.directory):
+    if (
+        source.is_fp8
+        or source.packed
+        or source.is_part
+        or not _is_laid_out_for_transformers(source.directory)
+    ):
         model = DeepseekV3ForCausalLM(config)
         model.load_state_dict(dict(_fused_state(HfWeights(source), list(model.state_dict()))))
         return model.eval(), {}

@@ -22,6 +22,7 @@ from megatron_k2.engine.mcore.options import (
 )
 from megatron_k2.errors import UserError
 from megatron_k2.files import write_atomically
+from megatron_k2.host.torchrun import refuse
 from megatron_k2.parallel.layout import Layout
 from megatron_k2.quiet import quieten
 
@@ -192,9 +193,7 @@ def main(argv: list[str]) -> int:
         else:
             run_generate(generate_parser().parse_args(argv[1:]))
     except UserError as error:
-        if is_first_rank():
-            print(f"megatron-k2 {argv[0]}: {error}", file=sys.stderr)
-        return 2
+        return refuse(f"megatron-k2 {argv[0]}", error)
     return 0
 
 

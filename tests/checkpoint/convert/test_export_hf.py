@@ -167,3 +167,13 @@ def test_command_line_exports_and_is_quiet_without_a_terminal(checkpoints, tmp_p
     assert "67 tensors, 3 shards" in captured.out
     assert captured.err == ""
     assert json.loads((target / "config.json").read_text())["model_type"] == "kimi_k2"
+    # Killed after its result was whole, the command is started again; another export is not it.
+    assert main(["export", str(checkpoints / "pp2"), str(target), "--no-yarn"]) == 0
+    assert capsys.readouterr().out.strip().endswith("this very conversion made it; nothing to do")
+    with pytest.raises(UserError, match="exists already; remove it or choose another"):
+        main(["export", str(checkpoints / "pp2"), str(target), "--no-yarn", "--dtype", "fp32"])
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    tokenizer = ["--tokenizer", str(tmp_path / "tokenizer")]
+    with pytest.raises(UserError, match="exists already; remove it or choose another"):
+        main(["export", str(checkpoints / "pp2"), str(target), "--no-yarn", *tokenizer])

@@ -29,7 +29,6 @@ def modern(**keys):
 
 
 REFUSED = [
-    ({"rope_interleave": False}, "rope_interleave=False, supported is True"),
     ({"rope_interleave": None}, "rope_interleave=None"),
     ({"mlp_bias": True}, "mlp_bias=True, supported is False"),
     ({"use_qk_norm": True}, "use_qk_norm=True"),

@@ -9,6 +9,7 @@ from megatron_k2.checkpoint.convert.export_hf import ExportOptions, export
 from megatron_k2.checkpoint.convert.import_hf import ImportOptions, import_hf
 from megatron_k2.checkpoint.hf.reader import INDEX, HfSource, is_hf_directory
 from megatron_k2.checkpoint.hf.release_files import release_files
+from megatron_k2.checkpoint.stream.jobs import FINISHED
 from megatron_k2.checkpoint.verify.compare import compare, open_weights
 from megatron_k2.errors import UserError
 from tests.checkpoint.build_checkpoints import TINY
@@ -128,7 +129,8 @@ def test_files_beside_the_weights_travel_both_ways(release, tmp_path):
         for path in (tmp_path / "back").rglob("*")
         if path.is_file() and ".safetensors" not in path.name
     }
-    assert found == {*ALONG, "README.md", "config.json"}  # the card is the export's own
+    # the card and the record are the export's own
+    assert found == {*ALONG, "README.md", "config.json", FINISHED}
     for name in ALONG:
         assert (tmp_path / "back" / name).read_text() == f"<|{name}|>"
 

@@ -104,7 +104,24 @@ def test_a_result_that_was_killed_while_it_got_its_name_is_not_done_again(tmp_pa
     run(tmp_path, die_at_b)  # nothing is left to do
     job_directory.publish()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.bin", "b.bin", "c.bin"]
+    files = [room.FINISHED, "a.bin", "b.bin", "c.bin"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
+
+
+def test_a_result_that_was_whole_when_it_was_killed_is_known_for_what_it_is(tmp_path, monkeypatch):
+    run(tmp_path)
+    job_directory = JobDirectory(tmp_path / "out", {"job": 1})
+    with monkeypatch.context() as patched:
+        patched.setattr(room.shutil, "rmtree", lambda *_: None)  # killed before it
+        job_directory.publish()
+    before = (tmp_path / "out" / "a.bin").stat()
+    with pytest.raises(room.FinishedError, match="out exists already, whole: this very conversion"):
+        JobDirectory(tmp_path / "out", {"job": 1}, num_bytes=1 << 60)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "a.bin").stat() == before
+    with pytest.raises(UserError, match="exists already; remove it") as other:
+        JobDirectory(tmp_path / "out", {"job": 2})
+    assert not isinstance(other.value, room.FinishedError)
 
 
 @pytest.mark.parametrize("is_file", [True, False], ids=["a file", "read only"])

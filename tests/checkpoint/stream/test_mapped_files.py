@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 
-from megatron_k2.checkpoint.convert import import_files
+from megatron_k2.checkpoint.convert import export_shards, import_files
 from megatron_k2.checkpoint.convert.export_hf import ExportOptions, export
 from megatron_k2.checkpoint.convert.import_hf import ImportOptions, import_hf
 from megatron_k2.checkpoint.hf.reader import HfSource
@@ -81,6 +81,48 @@ def view_of_a_cut_file(path):
 def test_pages_that_are_gone_are_seen_as_they_are_brought_in(tmp_path):
     with pytest.raises(UserError, match=SHORTER):
         bring_in(view_of_a_cut_file(tmp_path / "file"), tmp_path / "file")
+
+
+@pytest.mark.parametrize("begin", [0, 100, 3 * mmap.PAGESIZE + 5])
+def test_what_is_computed_with_is_a_copy_and_a_file_cut_meanwhile_is_a_sentence(tmp_path, begin):
+    path, content = tmp_path / "file", np.random.default_rng(0).bytes(16 * mmap.PAGESIZE)
+    path.write_bytes(content)
+    files = MappedFiles()
+    bits = np.ndarray((7, 11), "<u2", files.map(path), begin)
+    found = files.settled(bits, path)
+    assert found.tobytes() == content[begin : begin + 154]
+    assert found.flags.c_contiguous
+    os.truncate(path, begin + 100)
+    assert found.sum() > 0  # its own memory
+    with pytest.raises(UserError, match=SHORTER):
+        files.settled(bits, path)
+
+
+@pytest.mark.parametrize("verb", ["import", "export"])
+def test_a_file_cut_in_the_moment_that_fp8_is_computed_leaves_the_process_alive(
+    tmp_path, verb, monkeypatch
+):
+    """With ``--workers 1`` there is no other process to tell of it."""
+    release = write_directory(tmp_path / "hf", TINY, as_fp8(random_weights(TINY)))
+    import_hf(release, tmp_path / "megatron", ImportOptions())
+    room, name = {
+        "import": (import_files, "dequantized"),
+        "export": (export_shards, "requantized"),
+    }[verb]
+    compute = getattr(room, name)
+
+    def cut_and_compute(*args, **named):
+        for path in (*release.glob("*.safetensors"), *tmp_path.glob("megatron/**/*.distcp")):
+            os.truncate(path, 0)
+        return compute(*args, **named)
+
+    monkeypatch.setattr(room, name, cut_and_compute)
+    convert = {
+        "import": lambda out: import_hf(release, out, ImportOptions()),
+        "export": lambda out: export(tmp_path / "megatron", out, ExportOptions(dtype="fp8")),
+    }
+    with pytest.raises(UserError, match=SHORTER):  # at the next rows that are read
+        convert[verb](tmp_path / "out")
 
 
 def test_without_either_look_the_process_would_end(tmp_path):

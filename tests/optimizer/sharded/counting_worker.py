@@ -36,7 +36,7 @@ def _caller() -> str:
     """
     for frame in reversed(traceback.extract_stack()):
         path = frame.filename
-        if "/torch/" not in path and path != __file__ and "host/cpu.py" not in path:
+        if "/torch/" not in path and path != __file__ and "host/cpu" not in path:
             return f"{_short(Path(path))}:{frame.lineno}"
     return "?"
 
