@@ -87,7 +87,7 @@ class Sound:
         self.release, self.tokenizer, self.text = (root / n for n in ("hf", "tok", "c.jsonl"))
         self.data, self.megatron = root / "data", root / "megatron"
         write_directory(self.release, replace(SMALL, yarn=None), random_weights(SMALL))
-        train_byte_bpe(["some words of text " * 9], 270, self.tokenizer)
+        train_byte_bpe(["some words of text " * 9], 290, self.tokenizer)
         self.text.write_text("".join(json.dumps({"text": f"words {i}"}) + "\n" for i in range(50)))
         prepare = f"data prepare --input {self.text} --tokenizer {self.tokenizer} --output"
         self.prepare = [*prepare.split(), str(self.data), "--workers", "1"]
