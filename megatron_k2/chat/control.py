@@ -15,6 +15,8 @@ SECTION_BEGIN, SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_secti
 CALL_BEGIN, CALL_END = "<|tool_call_begin|>", "<|tool_call_end|>"
 ARGUMENT_BEGIN = "<|tool_call_argument_begin|>"
 
+OPENERS = (IM_SYSTEM, IM_USER, IM_ASSISTANT)
+"""What a turn begins with."""
 CHAT_TOKENS = (
     *(IM_END, IM_USER, IM_ASSISTANT, IM_SYSTEM, IM_MIDDLE),
     *(SECTION_BEGIN, SECTION_END, CALL_BEGIN, ARGUMENT_BEGIN, CALL_END),
@@ -58,11 +60,14 @@ def control_ids(tokenizer: ChatTokenizer) -> ControlIds:
             "K2's tokenizer, or a BPE trained by megatron-k2 data prepare --train-bpe"
         )
     found = {name: names[name] for name in CHAT_TOKENS}
-    ids = set(names.values())
-    leaking = [name for name in names if not ids.isdisjoint(tokenizer.encode(name))]
-    if leaking:
+    if leaking := _leaking(tokenizer, names):
         raise UserError(
             f"this tokenizer turns the letters {leaking[0]} in a text into the control token, so "
             'that a user could end a turn; mark it "special": true in its tokenizer.json'
         )
     return ControlIds(found, {number: name for name, number in found.items()})
+
+
+def _leaking(tokenizer: ChatTokenizer, names: dict[str, int]) -> list[str]:
+    ids = set(names.values())
+    return [name for name in names if not ids.isdisjoint(tokenizer.encode(name))]

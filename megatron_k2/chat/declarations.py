@@ -6,8 +6,8 @@ templates print JSON only. Where in the turn the namespace stands is not stated 
 tokens: here directly after ``<|im_middle|>``, as the JSON.
 """
 
-import functools
 import json
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_k2.records.messages import ToolSpec
@@ -22,8 +22,7 @@ _PRIMITIVES = {
 }
 
 
-@functools.lru_cache(maxsize=4096)
-def json_declarations(tools: tuple[ToolSpec, ...], *, is_sorted: bool, is_compact: bool) -> str:
+def json_declarations(tools: Sequence[ToolSpec], *, is_sorted: bool, is_compact: bool) -> str:
     """The tools as one JSON list, letters outside ASCII as they are.
 
     Args:
@@ -36,8 +35,7 @@ def json_declarations(tools: tuple[ToolSpec, ...], *, is_sorted: bool, is_compac
     return json.dumps(values, ensure_ascii=False, sort_keys=is_sorted, separators=separators)
 
 
-@functools.lru_cache(maxsize=4096)
-def typescript_declarations(tools: tuple[ToolSpec, ...]) -> str:
+def typescript_declarations(tools: Sequence[ToolSpec]) -> str:
     """``namespace functions { … }``, a type for each tool, its description a comment above it."""
     lines = ["namespace functions {"]
     for tool in tools:
@@ -75,7 +73,7 @@ def _type(schema: Any, indent: str) -> str:
     return "object" if kind == "object" else _PRIMITIVES.get(str(kind), "any")
 
 
-def _union(choices: Any) -> str:
+def _union(choices: Iterable[str]) -> str:
     return " | ".join(dict.fromkeys(choices)) or "any"
 
 

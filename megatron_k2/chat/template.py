@@ -35,6 +35,8 @@ Declarations = Literal["json", "typescript"]
 DEFAULT_SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
 DEFAULT_SYSTEM_0711 = "You are a helpful assistant"
 RETURN_OF = "## Return of "
+DECLARE = "tool_declare"
+_TITLES = ("system", "tool", DECLARE)
 _OPENERS = {
     "user": control.IM_USER,
     "assistant": control.IM_ASSISTANT,
@@ -105,7 +107,7 @@ def opening(first: Message | None, tools: Sequence[ToolSpec], form: Format) -> l
     """What stands before the first message: tool declarations, the default system text."""
     pieces: list[Piece] = []
     if tools:
-        pieces += _turn(control.IM_SYSTEM, "tool_declare", _declared(tuple(tools), form))
+        pieces += _turn(control.IM_SYSTEM, DECLARE, _declared(tools, form))
     if first is not None and first.role != "system":
         is_first_release = form.generation == "0711"
         text = DEFAULT_SYSTEM_0711 if is_first_release else DEFAULT_SYSTEM
@@ -117,7 +119,7 @@ def opening(first: Message | None, tools: Sequence[ToolSpec], form: Format) -> l
     return pieces
 
 
-def _declared(tools: tuple[ToolSpec, ...], form: Format) -> str:
+def _declared(tools: Sequence[ToolSpec], form: Format) -> str:
     if form.declarations == "typescript":
         return typescript_declarations(tools)
     if form.generation == "0711":
@@ -183,6 +185,20 @@ def _check(message: Message, title: str, form: Format) -> None:
     if any(not call.id for call in message.tool_calls):
         raise UserError(
             "a tool call without an id; megatron_k2.chat.call_ids numbers a dialogue's calls"
+        )
+    # All three are written with one opener and told apart by title and first words only: no name
+    # from outside may make a tool's result read as a declaration, or a system text as a result.
+    is_system = message.role == "system"
+    taken = _TITLES if message.role in ("system", "tool") else ()
+    if (title in taken and title != message.role) or (
+        is_system and title != "system" and message.content.startswith(RETURN_OF)
+    ):
+        raise UserError(
+            f"a {message.role} message named {title!r} would read as one of another kind; rename it"
+        )
+    if "\n" in (message.tool_call_id or ""):
+        raise UserError(
+            f"tool_call_id {message.tool_call_id!r} has a line end; give it on one line"
         )
 
 
@@ -256,8 +272,6 @@ class Renderer:
         self.tokenizer = tokenizer
         self.form = form
         self.control = control_ids(tokenizer)
-        self._titles: dict[str, list[int]] = {}
-        self._opened: dict[tuple, list[int]] = {}
 
     def render(
         self,

@@ -33,9 +33,9 @@ class ToolCall:
         return {"id": self.id, "type": "function", "function": function}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ToolSpec:
-    """A tool that may be called.
+    """A tool that may be called; two are equal where their JSON is, whatever the order of its keys.
 
     Args:
         declaration: OpenAI's object ``{"type": "function", "function": {"name": …}}`` as JSON. Keys
@@ -43,6 +43,12 @@ class ToolSpec:
     """
 
     declaration: str
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ToolSpec) and self.value == other.value
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
     @functools.cached_property
     def value(self) -> dict[str, Any]:
@@ -72,7 +78,7 @@ class Message:
     content: str = ""
     """Text; a list of text parts is joined where it is read."""
     name: str | None = None
-    """Who speaks, where that is not the role itself."""
+    """Who speaks, where that is not the role itself: ``""`` and the role's own name become none."""
     tool_calls: tuple[ToolCall, ...] = ()
     """An assistant's."""
     tool_call_id: str | None = None
@@ -85,6 +91,8 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"role {self.role!r}: expected one of {', '.join(ROLES)}")
+        if self.name in ("", self.role):
+            object.__setattr__(self, "name", None)
         if self.role != "assistant" and (self.tool_calls or self.reasoning is not None):
             raise ValueError(f"a {self.role} message has tool_calls or reasoning_content; only an "
                              "assistant's may")  # fmt: skip
