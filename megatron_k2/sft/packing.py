@@ -1,9 +1,9 @@
 """Which samples share a sequence: bin packing of their lengths.
 
-A sample of L tokens takes L - 1 positions (it trains L - 1 pairs of input and label), rounded
-up to a multiple where a layout wants that. Best fit decreasing is the default: the longest first,
-each into the fullest sequence that still holds it. Its proven bound is 11/9 of the optimum; on mixes
-of dialogues it fills over 99 %.
+A sample of L tokens takes L - 1 positions (it trains L - 1 pairs of input and label), rounded up to
+a multiple where a layout wants that. Best fit decreasing is the default: the longest first, each
+into the fullest sequence that still holds it. Its proven bound is 11/9 of the optimum; on mixes of
+dialogues it fills over 99 %.
 
 The order of what comes out is by length, so whoever reads sequences shuffles them (``blend.py``).
 

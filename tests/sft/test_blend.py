@@ -92,8 +92,10 @@ def test_cut_documents_predict_every_token_but_the_first_once():
 def test_pretraining_text_comes_as_sequences_without_untrained_tokens(tmp_path):
     (tmp_path / "a.txt").write_text("some words of text " * 40)
     (tmp_path / "b.txt").write_text("other words")
-    options = {"train_bpe": 300, "validation_fraction": 0.0}
-    prepare(PrepareOptions(output=tmp_path / "data", inputs=(tmp_path,), suffixes=(".txt",), **options))  # fmt: skip
+    options = PrepareOptions(
+        tmp_path / "data", (tmp_path,), train_bpe=300, validation_fraction=0, suffixes=(".txt",)
+    )
+    prepare(options)
     text = PretrainText(tmp_path / "data", capacity=64, multiple=2)
     found = [text[index] for index in range(len(text))]
     from megatron_k2.data.indexed import read_sequence_lengths
