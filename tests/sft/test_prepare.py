@@ -125,7 +125,7 @@ def test_what_is_left_out_stands_with_line_and_reason(reference):
     ]
     assert found[-1] == ("b.jsonl", 901, "duplicate", "the same dialogue as a.jsonl:2")
     source = read_manifest(reference).source
-    assert source.num_read == 1803
+    assert source.num_read == 1804
     kinds = [kind for _, _, kind, _ in found]
     assert source.rejected == {kind: kinds.count(kind) for kind in sorted(set(kinds))}
     num_kept = sum(split.num_samples for split in read_manifest(reference).splits.values())
