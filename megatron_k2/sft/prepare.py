@@ -27,6 +27,7 @@ from megatron_k2.data.resumable import (
     TOKENIZER_DIRECTORY,
     check_unchanged,
     locked,
+    refuse_other_kind,
     start_or_resume,
     work_through,
 )
@@ -98,6 +99,7 @@ def prepare_chat(options: ChatOptions, console: Console | None = None) -> ChatMa
     """
     console = console or Console(stderr=True)
     plan, output = make_plan(options), options.output
+    refuse_other_kind(output, MANIFEST_FILE)
     with locked(output):
         manifest = _finished(plan, output)
         if manifest is None:

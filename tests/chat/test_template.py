@@ -7,6 +7,7 @@ count control tokens' letters.
 import functools
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import tiktoken
@@ -21,8 +22,9 @@ from megatron_k2.errors import UserError
 from megatron_k2.records.messages import ChatSample, Message, ToolCall
 from megatron_k2.records.read import message_from, tool_from
 from tests.support import dialogues
-from tests.support.paths import REPOSITORY
+from tests.support.paths import REPOSITORY, SHARED
 
+K2 = SHARED / "data" / "kimi-k2"
 GOLDEN = [
     json.loads(line)
     for line in (REPOSITORY / "tests" / "chat" / "golden_chat.jsonl").read_text().splitlines()
@@ -165,6 +167,58 @@ def test_the_exported_template_has_no_marks_and_the_same_text():
             )
             ours = render_text(sample.messages, sample.tools, add_generation_prompt=prompt)
             assert texts[0] == ours
+
+
+def test_the_release_s_own_template_gives_the_same_text():
+    """The first release's stands in its tokenizer_config.json."""
+    config = K2 / "tokenizer_config.json"
+    if not config.is_file():
+        pytest.skip(f"Kimi K2's tokenizer files are not at {K2}")
+    template = json.loads(config.read_text())["chat_template"]
+    compared = 0
+    for sample in samples(200):
+        if any(message.tool_calls or message.role == "tool" for message in sample.messages):
+            continue
+        messages, tools = objects(sample)
+        texts, _ = render_jinja_template(
+            conversations=[messages], tools=tools, chat_template=template
+        )
+        assert texts[0] == render_text(sample.messages, sample.tools, Format("0711"))
+        compared += 1
+    assert compared > 50
+
+
+def test_renderers_gives_the_same_ids(tokenizer):
+    """PyPI's independent renderer, but for two things in which it differs from the recordings.
+
+    It prints names of tools only, and encodes a result apart from the line before it, which gives
+    other ids where the result begins with white space.
+    """
+    kimi = pytest.importorskip("renderers.kimi_k2")
+    renderer = Renderer(tokenizer)
+
+    class Theirs:
+        unk_token_id = -1
+        convert_tokens_to_ids = staticmethod(tokenizer.special_ids.__getitem__)
+
+        def encode(self, text, add_special_tokens=False):
+            return tokenizer.encode(text)
+
+    peer = kimi.KimiK2Renderer(Theirs())
+    for sample in samples(200):
+        named = [
+            replace(m, content=m.content.lstrip()) if m.role == "tool" else replace(m, name=None)
+            for m in sample.messages
+        ]
+        messages, tools = objects(replace(sample, messages=tuple(named)))
+        ours, theirs = renderer.render(named, sample.tools), peer.render(messages, tools=tools)
+        assert ours.ids == theirs.token_ids
+        trained = [m.role == "assistant" and m.is_trained for m in named]
+        mask = [
+            int(at >= 0 and trained[at] and sampled)
+            for at, sampled in zip(theirs.message_indices, theirs.sampled_mask, strict=True)
+        ]
+        assert ours.loss_mask == mask
 
 
 def test_a_longer_dialogue_begins_with_the_ids_of_a_shorter_one(toy):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from rich.console import Console
 from megatron_k2.chat.call_ids import number_calls
 from megatron_k2.chat.template import Renderer
 from megatron_k2.cli.main import main
+from megatron_k2.data.prepare import PrepareOptions, prepare
 from megatron_k2.data.tokenizer import load_tokenizer
 from megatron_k2.errors import UserError
 from megatron_k2.records.messages import Message
@@ -391,6 +393,24 @@ def test_contradictory_options_are_refused(tmp_path, tokenizer_directory, capsys
     assert main(list(map(str, argv))) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "set").exists()
+
+
+def test_a_directory_holds_one_kind_of_set(tmp_path, tokenizer_directory, reference):
+    (tmp_path / "in.jsonl").write_text(line("a", "b"))
+    (tmp_path / "text.txt").write_text("some text")
+    text = PrepareOptions(
+        reference, (tmp_path / "text.txt",), tokenizer=tokenizer_directory, validation_fraction=0
+    )
+    with pytest.raises(UserError, match=r"another kind of dataset \(chat\.json\)"):
+        prepare(text)
+    prepare(replace(text, output=tmp_path / "text"))
+    with pytest.raises(UserError, match=r"another kind of dataset \(dataset\.json\)"):
+        prepare_chat(
+            ChatOptions(tmp_path / "text", (tmp_path / "in.jsonl",), tokenizer_directory, 128)
+        )
+    assert (tmp_path / "text" / "tokenizer").is_dir()
+    with pytest.raises(UserError, match="lies in --output"):
+        ChatOptions(tmp_path / "x", (tmp_path / "in.jsonl",), tmp_path / "x" / "tokenizer", 128)
 
 
 def test_inspect_prints_a_set(reference, capsys):
