@@ -146,6 +146,15 @@ def sample_from(found: dict[str, Any]) -> ChatSample:
     Raises:
         ValueError: says which message, and what is wrong with it.
     """
+    try:
+        return _sample_from(found)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except OverflowError:
+        raise ValueError("weight is too large; expected a number") from None
+
+
+def _sample_from(found: dict[str, Any]) -> ChatSample:
     version = found.get("schema_version", SCHEMA_VERSION)
     if version != SCHEMA_VERSION:
         raise ValueError(f"schema_version {version!r}, expected {SCHEMA_VERSION}")
