@@ -140,6 +140,15 @@ def tool_from(found: dict[str, Any]) -> ToolSpec:
     return ToolSpec(_encodable(json.dumps(found, ensure_ascii=False), "a tool"))
 
 
+def tools_from(value: Any) -> tuple[ToolSpec, ...]:
+    """A list of tools in OpenAI's form; null is none.
+
+    Raises:
+        ValueError: see ``tool_from``.
+    """
+    return tuple(tool_from(tool) for tool in _objects(value, "tools"))
+
+
 def sample_from(found: dict[str, Any]) -> ChatSample:
     """A sample in OpenAI's form.
 
@@ -172,7 +181,7 @@ def _sample_from(found: dict[str, Any]) -> ChatSample:
         raise ValueError(f"weight is {weight!r}; expected a number")
     return ChatSample(
         messages=tuple(messages),
-        tools=tuple(tool_from(tool) for tool in _objects(found.get("tools"), "tools")),
+        tools=tools_from(found.get("tools")),
         id=_optional(identity, "id") or "",
         weight=float(weight),
         source=_optional(found.get("source"), "source") or "",
