@@ -264,7 +264,7 @@ def bench_cores(
     tokenizer: Path, texts: list[str], folder: Path, options: argparse.Namespace
 ) -> dict[str, float]:
     """``data chat`` with one worker and two: wall seconds, in turns."""
-    number = options.dialogues * 40
+    number = options.dialogues * 100
     lines = [sample.to_line() for sample in dialogues(texts, number, f"{options.seed} cores")]
     (folder / "in.jsonl").write_text("".join(lines))
     seconds: dict[int, list[float]] = {1: [], 2: []}
