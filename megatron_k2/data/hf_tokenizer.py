@@ -33,8 +33,15 @@ END_OF_DOCUMENT_NAMES = ("<|eod|>", "<|endoftext|>", "<|end_of_text|>", "[EOS]",
 """Tried in this order where no file names an ``eos_token``."""
 
 BPE_BOS, BPE_EOD = "<|bos|>", "<|eod|>"
-MIN_BPE_VOCABULARY = 258
-"""256 bytes, BOS and EOD."""
+BPE_CONTROL_TOKENS = (
+    *(BPE_BOS, BPE_EOD, "[PAD]"),
+    *("<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>"),
+    *("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>"),
+    *("<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+    *(f"<|reserved_token_{number}|>" for number in (13, 14, 15)),
+)
+"""Ids 0 to 15 of a vocabulary trained here: K2's chat format at toy size, from pretraining on."""
+MIN_BPE_VOCABULARY = 256 + len(BPE_CONTROL_TOKENS)
 
 
 def _tokenizer_files(directory: Path) -> list[Path]:
@@ -68,6 +75,8 @@ class TokenizerJson:
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         # Ids may have holes, so the count of entries is not the number of rows needed.
         self.vocab_size: int = max(ids.values()) + 1
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids: dict[str, int] = {token.content: i for i, token in added.items()}
         bos, eos = (special_token(directory, name) for name in ("bos_token", "eos_token"))
         self.bos_id: int | None = ids.get(bos) if bos else None
         candidates = [eos] if eos else END_OF_DOCUMENT_NAMES
@@ -129,6 +138,7 @@ class TransformersTokenizer:
                 "tokenizer_config.json"
             )
         self.vocab_size: int = max(ids.values()) + 1
+        self.special_ids: dict[str, int] = dict(self._tokenizer.get_added_vocab())
         self.eod_id: int = ids[eos]
         self.bos_id: int | None = self._tokenizer.bos_token_id
         self.identity = sha256_of_files(self._files)
@@ -162,8 +172,9 @@ def _write_fast_config(directory: Path, fields: dict[str, Any]) -> None:
 def train_byte_bpe(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
     """Train a byte-level BPE and write its Hugging Face files.
 
-    All 256 bytes are in the alphabet, so any text round-trips. ``<|bos|>`` is id 0 and ``<|eod|>``
-    id 1. Training is deterministic: the same texts give the same files.
+    All 256 bytes are in the alphabet, so any text round-trips. ``<|bos|>`` is id 0, ``<|eod|>`` id
+    1, and K2's control tokens follow (``BPE_CONTROL_TOKENS``), each with a row to learn. Training
+    is deterministic: the same texts give the same files.
 
     Args:
         texts: Training documents. Only the training split: a vocabulary fitted to validation text
@@ -172,7 +183,7 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int, directory: Path) -> No
         directory: Where ``tokenizer.json`` and ``tokenizer_config.json`` go.
 
     Raises:
-        UserError: if ``vocab_size`` does not hold the bytes and the two control tokens.
+        UserError: if ``vocab_size`` does not hold the bytes and the control tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -182,7 +193,7 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int, directory: Path) -> No
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[BPE_BOS, BPE_EOD],
+        special_tokens=list(BPE_CONTROL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -193,9 +204,9 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int, directory: Path) -> No
 
 
 def check_bpe_vocab_size(vocab_size: int) -> None:
-    """Refuse a vocabulary too small for 256 bytes and two control tokens."""
+    """Refuse a vocabulary too small for the bytes and the control tokens."""
     if vocab_size < MIN_BPE_VOCABULARY:
         raise UserError(
             f"--train-bpe {vocab_size}: a byte-level vocabulary needs at least "
-            f"{MIN_BPE_VOCABULARY} entries (256 bytes, BOS, EOD)"
+            f"{MIN_BPE_VOCABULARY} entries (256 bytes, {len(BPE_CONTROL_TOKENS)} control tokens)"
         )

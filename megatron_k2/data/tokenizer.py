@@ -23,6 +23,8 @@ class Tokenizer(Protocol):
     eod_id: int
     """Closes each document of an indexed dataset."""
     bos_id: int | None
+    special_ids: dict[str, int]
+    """Name to id of the control tokens, placed by id by whoever builds a format."""
     identity: str
     """sha256 over names and contents of its files."""
 

@@ -17,7 +17,7 @@ def prepared(tmp_path_factory):
     root = tmp_path_factory.mktemp("prepared")
     for i in range(60):
         (root / f"{i}.txt").write_text(f"document number {i}\n" * 5)
-    prepare(PrepareOptions(output=root / "data", inputs=(root,), train_bpe=270))
+    prepare(PrepareOptions(output=root / "data", inputs=(root,), train_bpe=290))
     return root / "data"
 
 

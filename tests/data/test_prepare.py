@@ -221,8 +221,8 @@ def test_another_tokenizer_starts_over_and_the_same_command_again_does_nothing(
 def test_a_smaller_vocabulary_in_the_same_directory_is_really_used(corpus, tmp_path):
     """The second run must not find the first one's tokenizer in a cache keyed by path."""
     prepare(options_for(corpus, tmp_path / "data", train_bpe=300))
-    prepare(options_for(corpus, tmp_path / "data", train_bpe=260))
-    assert read_tokens(tmp_path / "data" / "train").max() < 260
+    prepare(options_for(corpus, tmp_path / "data", train_bpe=290))
+    assert read_tokens(tmp_path / "data" / "train").max() < 290
 
 
 def test_a_truncated_dataset_is_made_again(corpus, reference, tmp_path):
@@ -284,7 +284,7 @@ def test_an_empty_validation_split_is_refused_before_any_work(tmp_path, referenc
     [
         ({"inputs": ()}, "--input PATH... or --python-stdlib"),
         ({"train_bpe": None}, "--tokenizer PATH or --train-bpe"),
-        ({"train_bpe": 10}, "at least 258"),
+        ({"train_bpe": 10}, "at least 272"),
         ({"validation_fraction": 1.0}, "expected 0 <= fraction < 1"),
         ({"num_workers": 0}, "--workers 0"),
     ],
@@ -295,10 +295,10 @@ def test_contradictory_options_are_refused(tmp_path, fields, message):
 
 
 def test_two_preparations_of_one_directory_are_refused(corpus, tmp_path):
-    from megatron_k2.data.prepare import _locked
+    from megatron_k2.data.resumable import locked
 
     output = tmp_path / "data"
-    with _locked(output), pytest.raises(UserError, match="another process"):
+    with locked(output), pytest.raises(UserError, match="another process"):
         prepare(options_for(corpus, output))
 
 

@@ -115,8 +115,8 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, name, content):
 def test_a_missing_path_and_a_tiny_vocabulary_are_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load_tokenizer(tmp_path / "absent")
-    with pytest.raises(UserError, match="at least 258"):
-        train_byte_bpe(TEXTS, 257, tmp_path)
+    with pytest.raises(UserError, match="at least 272"):
+        train_byte_bpe(TEXTS, 271, tmp_path)
 
 
 EOD = "<|eod|>"

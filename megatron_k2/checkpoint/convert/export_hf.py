@@ -43,9 +43,11 @@ from megatron_k2.checkpoint.hf.preset import config_like
 from megatron_k2.checkpoint.hf.quantization import BlockFp8, quantization_like
 from megatron_k2.checkpoint.hf.reader import INDEX, read_json
 from megatron_k2.checkpoint.hf.release_files import (
+    CHAT_TEMPLATE,
     GENERATION_CONFIG,
     copy_files,
     files_along,
+    own_chat_template,
     stats_of,
 )
 from megatron_k2.checkpoint.names.audit import require_clean
@@ -206,6 +208,8 @@ class _Plan:
     source_release: Path | None
     files: dict[Path, Path]
     """Beside the weights: name -> where it lies."""
+    chat_template: str | None
+    """Ours, where the files bring none and it fits their tokenizer."""
     preset: ModelPreset
     fp8: BlockFp8 | None
     config: dict[str, Any]
@@ -234,7 +238,9 @@ def _planned(megatron_dir: Path, options: ExportOptions) -> _Plan:
         options.max_shard_bytes,
     )
     scales = source_release / SCALES_FILE if source_release and options.dtype == "fp8" else None
-    return _Plan(source, source_release, files, preset, fp8, config, jobs, scales)
+    return _Plan(
+        source, source_release, files, own_chat_template(files), preset, fp8, config, jobs, scales
+    )
 
 
 def _write_files(directory: Path, plan: _Plan, options: ExportOptions) -> None:
@@ -245,6 +251,8 @@ def _write_files(directory: Path, plan: _Plan, options: ExportOptions) -> None:
     card = _card(plan.source, plan.preset, options, plan.config["model_type"])
     write_atomically(directory / "README.md", card.encode())
     copy_files(plan.files, directory)
+    if plan.chat_template is not None:
+        write_atomically(directory / CHAT_TEMPLATE, plan.chat_template.encode())
 
 
 def _config(

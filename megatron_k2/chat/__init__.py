@@ -1,0 +1,1 @@
+"""K2's chat format: dialogues to token ids with their loss mask, and the parse back."""

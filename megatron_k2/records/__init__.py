@@ -1,0 +1,1 @@
+"""Wire records between stages: frozen, versioned, one JSON object a line."""

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: dialogues to packed sequences, and training on them."""
