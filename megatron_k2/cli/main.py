@@ -19,6 +19,7 @@ VERBS = {
     "plan": "memory, time and layout of a run on a cluster; schedule; MuonClip's plan (optimizer)",
     "data": "prepare: turn text, JSONL or directories into Megatron indexed datasets",
     "pretrain": "train a preset on Megatron's own loop (any Megatron flag may follow)",
+    "sft": "fine-tune on packed dialogues, on the same loop",
     "launch": "run a recipe: on this machine (CPU twins) or as a Slurm job",
     "convert": "checkpoints between Hugging Face and Megatron, both ways",
     "evaluate": "loss and perplexity of a Megatron checkpoint on a dataset",
