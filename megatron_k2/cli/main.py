@@ -24,7 +24,7 @@ VERBS = {
     "convert": "checkpoints between Hugging Face and Megatron, both ways",
     "evaluate": "loss and perplexity of a Megatron checkpoint on a dataset",
     "generate": "sample text from a Megatron checkpoint",
-    "chat": "render: dialogues to K2's tokens with their loss mask; parse: tool calls back",
+    "chat": "talk to a checkpoint; render and parse: dialogues to K2's tokens and back",
     "report": "draw a run's metrics.jsonl as a PNG",
 }
 
