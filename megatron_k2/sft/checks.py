@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from megatron_k2.errors import UserError
+from megatron_k2.flags.megatron import check_vocabulary
 from megatron_k2.run.flags import RunFlags
 from megatron_k2.run.record import read_run_record
+from megatron_k2.sft.sets import tokenizer_of, weighted_directories
 from megatron_k2.training.preflight import check_run
 
 
@@ -29,8 +31,23 @@ def check_sft(flags: RunFlags, world_size: int) -> None:
             f"--micro-batch-size {flags.micro_batch_size}: a pack fills its row; take 1, and a "
             "longer --seq-length for more tokens at once"
         )
+    _check_sets(flags)
     _check_balance(flags)
     _check_multi_token_prediction(flags)
+
+
+def _check_sets(flags: RunFlags) -> None:
+    """Each is there, and holds the model's ids."""
+    if not flags.sft_data:
+        raise UserError("no --data: a directory of 'megatron-k2 data chat' is expected")
+    for _, directory in weighted_directories(flags.sft_data):
+        tokenizer = tokenizer_of(directory)
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, flags.vocab_size or 0, flags.preset)
+        elif "--synthetic-data" not in flags:
+            raise UserError(
+                f"{directory} is no set of 'megatron-k2 data chat', nor of 'data prepare'"
+            )
 
 
 def _check_balance(flags: RunFlags) -> None:

@@ -44,17 +44,29 @@ def expand(argv: list[str], *, cuda: bool) -> list[str]:
     """
     words, typed = _take_data(argv)
     epochs, typed = take(typed, "--epochs")
+    flags = [*DEFAULTS, SFT_DATA, *words, *_start(typed)]
+    if not _is_settled(typed):
+        flags += _from_sets(words, typed, _positive("--epochs", epochs, EPOCHS))
+    return expand_pretraining([*flags, *typed], cuda=cuda)
+
+
+def _is_settled(typed: Sequence[str]) -> bool:
+    """Whether nothing is left to ask the sets for, as in a recipe, which they may be far from."""
+    needed = ("--null-tokenizer-eod-id", "--eval-iters", "--lr-warmup-samples", "--train-samples")
+    return all(last_value(typed, name) is not None for name in needed)
+
+
+def _from_sets(words: Sequence[str], typed: Sequence[str], epochs: float) -> list[str]:
+    """What the sets decide: ids, length of the run, whether there is something to evaluate on."""
     sets = _open(words, typed)
     preset = last_value(typed, "--preset")
     size = _number(typed, "--vocab-size") or (get_preset(preset).vocab_size if preset else 0)
     for one in sets:
-        check_vocabulary(one.tokenizer, int(size), preset)
+        check_vocabulary(one.tokenizer, size, preset)
     eod = str(sets[0].tokenizer.eod_id)
-    flags = [*DEFAULTS, SFT_DATA, *words, "--vocab-size", str(int(size))]
-    flags += ["--tokenizer-type", "NullTokenizer", "--null-tokenizer-eod-id", eod]
-    num_packs = sum(map(len, sets)) * _positive("--epochs", epochs, EPOCHS)
-    flags += [*_start(typed), *_schedule(typed, num_packs), *_evaluation(words)]
-    return expand_pretraining([*flags, *typed], cuda=cuda)
+    flags = ["--tokenizer-type", "NullTokenizer", "--null-tokenizer-eod-id", eod]
+    flags += ["--vocab-size", str(size), *_schedule(typed, sum(map(len, sets)) * epochs)]
+    return [*flags, *_evaluation(words)]
 
 
 def _take_data(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_k2.data.manifest import MANIFEST_FILE as TEXT_MANIFEST
+from megatron_k2.data.manifest import TokenizerRecord
 from megatron_k2.data.manifest import read_manifest as read_text_manifest
 from megatron_k2.errors import UserError
 from megatron_k2.sft.blend import Blend
@@ -55,6 +56,19 @@ def open_set(directory: Path, split: str, *, capacity: int, multiple: int) -> Se
     is_text = not (directory / MANIFEST_FILE).exists() and (directory / TEXT_MANIFEST).exists()
     kind = PretrainText if is_text else PackedSet
     return kind(directory, split, capacity=capacity, multiple=multiple)
+
+
+def tokenizer_of(directory: Path) -> TokenizerRecord | None:
+    """Of a set of either kind; ``None`` where there is none.
+
+    Raises:
+        UserError: for one that is not whole.
+    """
+    if (directory / MANIFEST_FILE).exists():
+        return read_manifest(directory).tokenizer
+    if (directory / TEXT_MANIFEST).exists():
+        return read_text_manifest(directory).tokenizer
+    return None
 
 
 def has_split(directory: Path, split: str) -> bool:

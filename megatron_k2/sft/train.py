@@ -4,10 +4,14 @@ Megatron's own loop, as for pretraining (``training/pretrain.py``); data, forwar
 this room's.
 """
 
+from pathlib import Path
 from typing import Any
 
+from megatron_k2.run.flags import RunFlags
 from megatron_k2.sft.checks import check_sft, notes
 from megatron_k2.sft.flags import expand
+from megatron_k2.sft.sets import weighted_directories
+from megatron_k2.sft.synthetic import write_echo_set
 from megatron_k2.training.pretrain import Program, main
 
 
@@ -20,7 +24,14 @@ def _providers() -> tuple[Any, Any]:
     return datasets_provider, forward_step
 
 
-SFT = Program("sft", expand, check_sft, _providers, notes)
+def _prepare(flags: RunFlags) -> list[str]:
+    if "--synthetic-data" in flags and flags.vocab_size is not None:
+        for _, directory in weighted_directories(flags.sft_data):
+            write_echo_set(Path(directory), flags.vocab_size, flags.null_tokenizer_eod_id or 0)
+    return notes(flags)
+
+
+SFT = Program("sft", expand, check_sft, _providers, _prepare)
 
 if __name__ == "__main__":
     main(SFT)

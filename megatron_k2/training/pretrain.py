@@ -51,8 +51,8 @@ class Program:
     """Refuses what cannot run, given the ranks; see ``training.preflight.check_run``."""
     providers: Callable[[], tuple[Any, Any]]
     """Imports and returns Megatron's datasets provider and forward step."""
-    notes: Callable[[RunFlags], list[str]]
-    """What is to be said of the run before it begins, by rank 0."""
+    prepare: Callable[[RunFlags], list[str]]
+    """What rank 0 does before all others begin; returns what is to be said of the run."""
 
 
 PRETRAIN = Program("pretrain", expand, check_run, _pretraining_providers, lambda _flags: [])
@@ -121,7 +121,7 @@ def _run(argv: list[str], terminal: TextIO | None, program: Program) -> None:
     choose_offload_version(flags)
     if os.environ["RANK"] == "0":
         check_resume(flags)
-        for line in [*_put_in_order(flags, world_size), *program.notes(flags)]:
+        for line in [*_put_in_order(flags, world_size), *program.prepare(flags)]:
             print(line, file=terminal, flush=True)
     # ft_integration.setup() parses sys.argv again, so it must hold what Megatron understands.
     sys.argv = [sys.argv[0], *flags.words]
