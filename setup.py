@@ -45,6 +45,8 @@ EXTRAS = {
     ],
     # Tokenizers, and transformers as reader of what we export.
     "data": ["tokenizers>=0.21", "tiktoken>=0.9", "transformers>=5,<6"],
+    # Dialogues from Parquet tables (Apache-2.0).
+    "parquet": ["pyarrow>=16"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.6",

@@ -87,6 +87,21 @@ EXTRAS = {
             Smoke("python -c 'import tiktoken, transformers as t; print(t.__version__)'", "5."),
         )
     ),
+    "parquet": Extra(
+        (
+            Smoke(
+                "python -c 'import pyarrow as a; from pyarrow.parquet import write_table as w; "
+                'm = [[{"role": "assistant", "content": "x"}]]; '
+                'w(a.table({"messages": m}), "t.parquet")\' '
+                "&& python -c 'from megatron_k2.data.hf_tokenizer import train_byte_bpe as t; "
+                'from pathlib import Path; t(["some text"], 300, Path("bpe"))\' '
+                "&& megatron-k2 data chat --input t.parquet --output set --tokenizer bpe "
+                "--sequence-length 64 --validation-fraction 0",
+                "sequences",
+                pip="tokenizers",
+            ),
+        )
+    ),
     "dev": Extra(
         (
             Smoke(f"cd {CHECKOUT} && python -m pytest -q tests/launch/test_slurm.py", "passed"),

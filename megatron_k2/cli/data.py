@@ -1,14 +1,15 @@
-"""``megatron-k2 data prepare | inspect | baseline``."""
+"""``megatron-k2 data prepare | chat | inspect | baseline``."""
 
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from megatron_k2.data.manifest import DataManifest
+    from megatron_k2.sft.manifest import ChatManifest
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,12 +69,55 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)"
     )
 
+    _add_chat(verbs)
     inspect = verbs.add_parser("inspect", help="print what a dataset directory holds")
     inspect.add_argument("directory", type=Path, metavar="DIR")
 
     baseline = verbs.add_parser("baseline", help="unigram and bigram loss of the validation split")
     baseline.add_argument("directory", type=Path, metavar="DIR")
     return parser
+
+
+def _add_chat(verbs: Any) -> None:
+    chat = verbs.add_parser(
+        "chat",
+        help="dialogues with tools to packed sequences for fine-tuning",
+        description="Dialogues (OpenAI's or ShareGPT's form, .jsonl, .json, .parquet) to tokens "
+        "with a loss mask, packed. What is left out stands in rejects.jsonl with line and reason. "
+        "Killed and run again, it goes on where it was.",
+    )
+    chat.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH")
+    chat.add_argument("--output", type=Path, required=True, metavar="DIR")
+    chat.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="PATH", help="with K2's control tokens"
+    )
+    chat.add_argument(
+        "--sequence-length", type=int, required=True, metavar="N", help="positions of a sequence"
+    )
+    chat.add_argument(
+        "--multiple",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pad each dialogue's positions to this, 2 x the context-parallel size (default: 1)",
+    )
+    chat.add_argument("--pack", default="best-fit", help="best-fit (default), first-fit or none")
+    chat.add_argument(
+        "--too-long", default="drop", help="drop (default), truncate or refuse what is longer"
+    )
+    chat.add_argument(
+        "--train-on", default="all", help="all of an assistant's turns (default), or the last"
+    )
+    chat.add_argument(
+        "--call-ids",
+        default="number",
+        help="number tool calls as K2's (default), or keep the ids given",
+    )
+    chat.add_argument("--template", default="0905", help="0905 (default), 0905-first or 0711")
+    chat.add_argument("--declarations", default="json", help="of tools: json (default), typescript")
+    chat.add_argument("--validation-fraction", type=float, default=0.05, metavar="F")
+    chat.add_argument("--valid-input", type=Path, nargs="+", default=[], metavar="PATH")
+    chat.add_argument("--workers", type=int, default=os.cpu_count() or 1)
 
 
 def _table(title: str, manifest: "DataManifest") -> "Table":
@@ -130,9 +174,65 @@ def _prepare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _chat(arguments: argparse.Namespace) -> int:
+    from megatron_k2.chat.template import Format
+    from megatron_k2.sft.prepare import prepare_chat
+    from megatron_k2.sft.prepare_plan import ChatOptions
+
+    options = ChatOptions(
+        output=arguments.output,
+        inputs=tuple(arguments.input),
+        tokenizer=arguments.tokenizer,
+        sequence_length=arguments.sequence_length,
+        valid_inputs=tuple(arguments.valid_input),
+        form=Format(arguments.template, arguments.declarations),
+        multiple=arguments.multiple,
+        method=arguments.pack,
+        too_long=arguments.too_long,
+        trained=arguments.train_on,
+        call_ids=arguments.call_ids,
+        validation_fraction=arguments.validation_fraction,
+        num_workers=arguments.workers,
+    )
+    _print_chat_manifest(arguments.output, prepare_chat(options))
+    return 0
+
+
+def _print_chat_manifest(directory: Path, manifest: "ChatManifest") -> None:
+    from megatron_k2.terminal import show, table
+
+    listed = table(
+        *("split", "dialogues", "tokens", "trained", "sequences", "fill"), title=str(directory)
+    )
+    for name, split in manifest.splits.items():
+        listed.add_row(
+            name,
+            f"{split.num_samples:,}",
+            f"{split.num_tokens:,}",
+            f"{split.num_trained_tokens / split.num_tokens:.1%}",
+            f"{split.num_sequences:,}",
+            f"{split.fill:.2%}",
+        )
+    source, packing = manifest.source, manifest.packing
+    left_out = ", ".join(f"{kind} {number:,}" for kind, number in source.rejected.items())
+    show(
+        listed,
+        f"packing    {packing.method}, {packing.sequence_length:,} positions, dialogues padded to "
+        f"a multiple of {packing.multiple}",
+        f"source     {source.description}: {source.num_read:,} rows read, left out: "
+        f"{left_out or 'none'}; truncated: {source.num_truncated:,}",
+        f"tokenizer  {manifest.tokenizer.kind}, sha256 {manifest.tokenizer.identity[:16]}; "
+        f"template {manifest.template['generation']}",
+    )
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     from megatron_k2.data.manifest import read_manifest
+    from megatron_k2.sft import manifest as chat
 
+    if (arguments.directory / chat.MANIFEST_FILE).is_file():
+        _print_chat_manifest(arguments.directory, chat.read_manifest(arguments.directory))
+        return 0
     _print_manifest(arguments.directory, read_manifest(arguments.directory))
     return 0
 
@@ -168,7 +268,7 @@ def _baseline(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Run one of the three; see ``megatron-k2 data --help``."""
+    """Run one of the four; see ``megatron-k2 data --help``."""
     arguments = _parser().parse_args(argv)
-    verbs = {"prepare": _prepare, "inspect": _inspect, "baseline": _baseline}
+    verbs = {"prepare": _prepare, "chat": _chat, "inspect": _inspect, "baseline": _baseline}
     return verbs[arguments.verb](arguments)

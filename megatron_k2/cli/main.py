@@ -17,7 +17,7 @@ VERBS = {
     "doctor": "what this machine has, and which features that turns on or off",
     "selfcheck": "run the tests on this machine's devices, one table of what they measured",
     "plan": "memory, time and layout of a run on a cluster; schedule; MuonClip's plan (optimizer)",
-    "data": "prepare: turn text, JSONL or directories into Megatron indexed datasets",
+    "data": "prepare: text to Megatron indexed datasets; chat: dialogues to packed sequences",
     "pretrain": "train a preset on Megatron's own loop (any Megatron flag may follow)",
     "sft": "fine-tune on packed dialogues, on the same loop",
     "launch": "run a recipe: on this machine (CPU twins) or as a Slurm job",

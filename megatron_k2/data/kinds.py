@@ -14,8 +14,9 @@ from typing import IO, Any, Literal
 
 from megatron_k2.errors import UserError
 
-type Kind = Literal["text", "lines", "array"]
-"""One document a file, a JSON object a line, or one JSON array (or a single object)."""
+type Kind = Literal["text", "lines", "array", "parquet"]
+"""One document a file, a JSON object a line, one JSON array (or a single object), or a table, which
+only dialogues are read from."""
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 JSON_SUFFIX = ".json"

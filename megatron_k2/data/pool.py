@@ -9,29 +9,23 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from megatron_k2.data.parts import Part, tokenize_part
+from megatron_k2.data.parts import Part
 from megatron_k2.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_k2.errors import UserError
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(directory: Path, identity: str) -> Tokenizer:
+def worker_tokenizer(directory: Path, identity: str) -> Tokenizer:
     """Each process reads the tokenizer once; by identity, for a path may get other contents."""
     tokenizer = load_tokenizer(directory)
     assert tokenizer.identity == identity
     return tokenizer
-
-
-def _work(
-    part: Part, tokenizer_directory: Path, identity: str, json_key: str, directory: Path
-) -> int:
-    return tokenize_part(part, _tokenizer(tokenizer_directory, identity), json_key, directory)
 
 
 def _exit_with_parent() -> None:
@@ -50,22 +44,14 @@ def _start_worker() -> None:
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def tokenize_parts(
-    parts: Sequence[Part],
-    tokenizer_directory: Path,
-    identity: str,
-    json_key: str,
-    directory: Path,
-    num_workers: int,
+def work_on_parts(
+    parts: Sequence[Part], work: Callable[[Part], int], num_workers: int
 ) -> Iterator[int]:
-    """Tokenize parts into ``directory``, in any order; one worker means this process.
+    """Do ``work`` for each part, in any order; one worker means this process.
 
     Args:
-        parts: What to tokenize.
-        tokenizer_directory: Where each worker reads the tokenizer.
-        identity: Which tokenizer must be found there.
-        json_key: Field of a JSONL line that holds the text.
-        directory: Where finished parts go.
+        parts: What to work on.
+        work: Leaves a part's file and returns its input bytes; a function that can be pickled.
         num_workers: Processes.
 
     Yields:
@@ -74,10 +60,9 @@ def tokenize_parts(
     Raises:
         UserError: a document cannot be read, or a worker died.
     """
-    arguments = (tokenizer_directory, identity, json_key, directory)
     if num_workers == 1 or len(parts) <= 1:
         for part in parts:
-            yield _work(part, *arguments)
+            yield work(part)
         return
     pool = ProcessPoolExecutor(
         min(num_workers, len(parts)),
@@ -85,7 +70,7 @@ def tokenize_parts(
         initializer=_start_worker,
     )
     try:
-        for future in as_completed([pool.submit(_work, part, *arguments) for part in parts]):
+        for future in as_completed([pool.submit(work, part) for part in parts]):
             yield future.result()
     except BrokenProcessPool:
         raise UserError(

@@ -8,22 +8,13 @@ or other options starts over and says so. Either way the result is byte for byte
 undisturbed run, whatever the number of workers.
 """
 
+import functools
 import hashlib
-import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from megatron_k2.data.hf_tokenizer import train_byte_bpe
 from megatron_k2.data.indexed import bin_path, idx_path, token_dtype, write_indexed
@@ -37,53 +28,30 @@ from megatron_k2.data.manifest import (
     write_manifest,
 )
 from megatron_k2.data.ngram import BASELINE_FILE
-from megatron_k2.data.parts import SPLITS, read_documents, read_part
-from megatron_k2.data.pool import tokenize_parts
+from megatron_k2.data.parts import SPLITS, Part, read_documents, read_part, tokenize_part
+from megatron_k2.data.pool import worker_tokenizer
 from megatron_k2.data.prepare_plan import Plan, PrepareOptions, check_counts, make_plan
+from megatron_k2.data.resumable import (
+    PARTS_DIRECTORY,
+    TOKENIZER_DIRECTORY,
+    check_unchanged,
+    locked,
+    start_or_resume,
+    work_through,
+)
 from megatron_k2.data.sources import passed_over
 from megatron_k2.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_k2.errors import UserError
-from megatron_k2.files import write_atomically
-from megatron_k2.lock.directory import hold
-
-PARTS_DIRECTORY = ".parts"
-TOKENIZER_DIRECTORY = "tokenizer"
-PLAN_FILE = "plan.json"
 
 
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """One preparation at a time in a directory; the lock goes with the process, however it ends."""
-    with hold(output, "a data preparation"):
-        yield
-
-
-def _start_or_resume(plan: Plan, output: Path, console: Console) -> None:
-    """Keep what an interrupted run of the same plan left; clear what any other left."""
-    for leftover in output.glob(".*.partial*"):
-        leftover.unlink()
-    plan_path = output / PARTS_DIRECTORY / PLAN_FILE
-    if plan_path.is_file():
-        previous = json.loads(plan_path.read_bytes())
-        changed = [key for key in plan.record if previous.get(key) != plan.record[key]]
-        if not changed:
-            done = sum(part.path(plan_path.parent).is_file() for part in plan.parts)
-            console.print(f"resuming: {done} of {len(plan.parts)} parts are done")
-            return
-        console.print(
-            f"{output}: {' and '.join(changed)} changed since the last run; starting over"
-        )
-    elif (output / MANIFEST_FILE).is_file():
-        console.print(f"{output} holds another or a damaged dataset; starting over")
-    # The manifest goes first, so that a half-cleared directory never looks complete.
-    for path in [output / MANIFEST_FILE, output / BASELINE_FILE, *_data_files(output)]:
+def _clear(output: Path) -> None:
+    """Remove what a finished run left, but for its manifest and tokenizer."""
+    for path in [output / BASELINE_FILE, *_data_files(output)]:
         path.unlink(missing_ok=True)
     # Megatron's sample indices are of no use without the tokens that they point into.
-    indices = (path for split in SPLITS for path in output.glob(f"{split}/cache/*Dataset_indices"))
-    for path in (output / PARTS_DIRECTORY, output / TOKENIZER_DIRECTORY, *indices):
-        shutil.rmtree(path, ignore_errors=True)
-    plan_path.parent.mkdir()
-    write_atomically(plan_path, json.dumps(plan.record, indent=2).encode())
+    for split in SPLITS:
+        for indices in output.glob(f"{split}/cache/*Dataset_indices"):
+            shutil.rmtree(indices, ignore_errors=True)
 
 
 def _data_files(output: Path) -> list[Path]:
@@ -114,36 +82,11 @@ def _provide_tokenizer(plan: Plan, options: PrepareOptions, console: Console) ->
     return load_tokenizer(final)
 
 
-def _tokenize(plan: Plan, options: PrepareOptions, tokenizer: Tokenizer, console: Console) -> None:
-    directory = options.output / PARTS_DIRECTORY
-    todo = [part for part in plan.parts if not part.path(directory).is_file()]
-    total = sum(part.num_bytes for part in plan.parts)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(
-        "tokenizing", *columns, console=console, disable=not console.is_terminal
-    ) as progress:
-        done = total - sum(part.num_bytes for part in todo)
-        task = progress.add_task("", total=total, completed=done)
-        for num_bytes in tokenize_parts(
-            todo,
-            options.output / TOKENIZER_DIRECTORY,
-            tokenizer.identity,
-            options.key,
-            directory,
-            options.num_workers,
-        ):
-            progress.advance(task, num_bytes)
-
-
-def _check_unchanged(plan: Plan) -> None:
-    """A file edited while it was read would leave a dataset that nobody can make again."""
-    for file, _ in plan.files:
-        status = file.path.stat() if file.path.exists() else None
-        if status is None or (status.st_size, status.st_mtime_ns) != (
-            file.num_bytes,
-            file.modified_ns,
-        ):
-            raise UserError(f"{file.path} changed while it was being read; run the command again")
+def _work(
+    part: Part, tokenizer_directory: Path, identity: str, json_key: str, directory: Path
+) -> int:
+    tokenizer = worker_tokenizer(tokenizer_directory, identity)
+    return tokenize_part(part, tokenizer, json_key, directory)
 
 
 def _merge(plan: Plan, options: PrepareOptions, tokenizer: Tokenizer) -> DataManifest:
@@ -224,13 +167,22 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> DataMani
     if others:
         listed = ", ".join(f"{number} {ending}" for ending, number in sorted(others.items()))
         console.print(f"not taken from the directories, see --suffix: {listed}")
-    with _locked(options.output):
+    with locked(options.output):
         manifest = _finished(plan, options.output)
         if manifest is None:
-            _start_or_resume(plan, options.output, console)
+            output = options.output
+            clear = functools.partial(_clear, output)
+            start_or_resume(plan.record, plan.parts, output, MANIFEST_FILE, clear, console)
             tokenizer = _provide_tokenizer(plan, options, console)
-            _tokenize(plan, options, tokenizer, console)
-            _check_unchanged(plan)
+            work = functools.partial(
+                _work,
+                tokenizer_directory=output / TOKENIZER_DIRECTORY,
+                identity=tokenizer.identity,
+                json_key=options.key,
+                directory=output / PARTS_DIRECTORY,
+            )
+            work_through(plan.parts, work, output, options.num_workers, console)
+            check_unchanged(file for file, _ in plan.files)
             manifest = _merge(plan, options, tokenizer)
             write_manifest(options.output, manifest)
         else:

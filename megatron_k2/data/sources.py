@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,9 @@ class Document:
     """Bytes it took in the source file, line end included; of an array's element, its text's."""
 
 
-def _source_file(path: Path, name: str) -> SourceFile:
+def _source_file(path: Path, name: str, kind: Callable[[Path], Kind] = kind_of) -> SourceFile:
     status = path.stat()
-    return SourceFile(path, name, status.st_size, status.st_mtime_ns, kind_of(path))
+    return SourceFile(path, name, status.st_size, status.st_mtime_ns, kind(path))
 
 
 def _ends_in(name: str, suffixes: Iterable[str]) -> bool:
@@ -95,7 +95,12 @@ def passed_over(inputs: Sequence[Path], suffixes: Sequence[str]) -> dict[str, in
     return found
 
 
-def _below(root: Path, suffixes: Sequence[str], skipped: frozenset[str]) -> list[SourceFile]:
+def _below(
+    root: Path,
+    suffixes: Sequence[str],
+    skipped: frozenset[str],
+    kind: Callable[[Path], Kind] = kind_of,
+) -> list[SourceFile]:
     """Files under ``root`` by suffix, ordered by their relative POSIX path."""
     found = []
     for directory, names, files in root.walk():
@@ -103,16 +108,19 @@ def _below(root: Path, suffixes: Sequence[str], skipped: frozenset[str]) -> list
         for file in files:
             if _ends_in(file, suffixes) and (directory / file).is_file():
                 path = directory / file
-                found.append(_source_file(path, path.relative_to(root).as_posix()))
+                found.append(_source_file(path, path.relative_to(root).as_posix(), kind))
     return sorted(found, key=lambda f: f.name)
 
 
-def find_files(inputs: Sequence[Path], suffixes: Sequence[str]) -> list[SourceFile]:
+def find_files(
+    inputs: Sequence[Path], suffixes: Sequence[str], kind: Callable[[Path], Kind] = kind_of
+) -> list[SourceFile]:
     """Expand files and directories, in the order given; a directory's files by path.
 
     Args:
         inputs: Files (taken whatever their suffix) and directories (recursive).
         suffixes: Which files of a directory to take, such as ``(".txt", ".jsonl")``.
+        kind: Tells how a file holds documents; refuses what is not read.
 
     Raises:
         UserError: an input is missing, a directory has no such file, or a file is named twice.
@@ -120,14 +128,14 @@ def find_files(inputs: Sequence[Path], suffixes: Sequence[str]) -> list[SourceFi
     found: list[SourceFile] = []
     for root in inputs:
         if root.is_dir():
-            below = _below(root, suffixes, frozenset())
+            below = _below(root, suffixes, frozenset(), kind)
             if not below:
                 raise UserError(
                     f"{root}: no file ends in {' '.join(suffixes)}; choose others with --suffix"
                 )
             found.extend(below)
         elif root.is_file():
-            found.append(_source_file(root, root.name))
+            found.append(_source_file(root, root.name, kind))
         else:
             raise UserError(f"input {root} does not exist; expected a file or a directory")
     seen: set[Path] = set()
@@ -199,11 +207,26 @@ def read_json(file: SourceFile, key: str, start: int, end: int) -> Iterator[Docu
 def read_jsonl_range(file: SourceFile, key: str, start: int, end: int) -> Iterator[Document]:
     """Documents of the lines whose first byte lies in [start, end).
 
-    Ranges that tile a file read every line exactly once, whichever lines they cut through. Blank
-    lines are skipped.
-
     Raises:
         UserError: a malformed line; names file and line number.
+    """
+    for offset, line in read_lines(file, start, end):
+        try:
+            text = _text_of_line(line if offset else line.removeprefix(BYTE_ORDER_MARK), key)
+        except ValueError as problem:
+            check_is_here(file.path)
+            number = line_number(file.path, offset)
+            raise UserError(f"{file.path}:{number}: {problem}") from None
+        yield Document(f"{file.name}@{offset}", text, len(line))
+
+
+def read_lines(
+    file: SourceFile, start: int = 0, end: int = _WHOLE_FILE
+) -> Iterator[tuple[int, bytes]]:
+    """Lines whose first byte lies in [start, end), each with the place of that byte.
+
+    Ranges that tile a file read every line exactly once, whichever lines they cut through. Blank
+    lines are skipped.
     """
     with opened(file.path) as stream:
         if start:
@@ -211,15 +234,8 @@ def read_jsonl_range(file: SourceFile, key: str, start: int, end: int) -> Iterat
             stream.seek(start - 1)
             stream.readline()
         while (offset := stream.tell()) < end and (line := stream.readline()):
-            if line.isspace():
-                continue
-            try:
-                text = _text_of_line(line if offset else line.removeprefix(BYTE_ORDER_MARK), key)
-            except ValueError as problem:
-                check_is_here(file.path)
-                number = _line_number(file.path, offset)
-                raise UserError(f"{file.path}:{number}: {problem}") from None
-            yield Document(f"{file.name}@{offset}", text, len(line))
+            if not line.isspace():
+                yield offset, line
 
 
 def _text_of_line(line: bytes, key: str) -> str:
@@ -256,7 +272,7 @@ def _text_of(record: Any, key: str) -> str:
     return text
 
 
-def _line_number(path: Path, offset: int) -> int:
+def line_number(path: Path, offset: int) -> int:
     """1-based number of the line at a byte offset; counted only when there is an error to show."""
     newlines = 0
     with opened(path) as stream:

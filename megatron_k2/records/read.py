@@ -26,7 +26,7 @@ def read_json_line(line: bytes | str) -> dict[str, Any]:
     """
     try:
         text = line.decode("utf-8") if isinstance(line, bytes) else line
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text.rstrip(), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
@@ -155,13 +155,16 @@ def sample_from(found: dict[str, Any]) -> ChatSample:
             messages.append(message_from(message))
         except ValueError as problem:
             raise ValueError(f"message {number}: {problem}") from None
+    identity = found.get("id")
+    if type(identity) is int:  # a row's number, in many public sets
+        identity = str(identity)
     weight = found.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise ValueError(f"weight is {weight!r}; expected a number")
     return ChatSample(
         messages=tuple(messages),
         tools=tuple(tool_from(tool) for tool in _objects(found.get("tools"), "tools")),
-        id=_optional(found.get("id"), "id") or "",
+        id=_optional(identity, "id") or "",
         weight=float(weight),
         source=_optional(found.get("source"), "source") or "",
     )

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from megatron_k2.run.iterations import is_whole, iteration_directories
 from megatron_k2.run.metrics import METRICS_FILE, read_records
+from tests.support import dialogues
 from tests.support.paths import REPOSITORY
 
 K2 = [sys.executable, "-W", "ignore", "-m", "megatron_k2"]
@@ -82,6 +83,11 @@ def data_phase(place: Path) -> str:
     return files_phase(place, "out/dataset.json")
 
 
+def chat_phase(place: Path) -> str:
+    """The same for dialogues."""
+    return files_phase(place, "out/chat.json")
+
+
 def metrics_differ(found: Path, expected: Path) -> str:
     """The first step of which another figure than its seconds differs."""
     sides = []
@@ -113,10 +119,15 @@ def subjects(inputs: Path) -> dict[str, Subject]:
         "convert-export": ["export", str(inputs / "megatron"), "out", "--dtype", "fp8"],
     }
     prepare = f"data prepare {CORPUS} --tokenizer {inputs / 'tokenizer'} --output out"
+    chat = (
+        f"data chat --input {inputs / 'dialogues.jsonl'} --tokenizer {inputs / 'tokenizer'} "
+        "--sequence-length 2048 --workers 2 --output out"
+    )
     return {
         "pretrain": Subject(shlex.split(TRAINING), training_phase, metrics_differ),
         "launch": Subject(shlex.split(LAUNCH), training_phase, metrics_differ),
         "data-prepare": Subject(shlex.split(prepare), data_phase, files_differ),
+        "data-chat": Subject(shlex.split(chat), chat_phase, files_differ),
         **{
             name: Subject(["convert", *words], files_phase, files_differ)
             for name, words in convert.items()
@@ -125,7 +136,7 @@ def subjects(inputs: Path) -> dict[str, Subject]:
 
 
 def make_inputs(inputs: Path) -> None:
-    """A release of block FP8, its import, and a tokenizer."""
+    """A release of block FP8, its import, a tokenizer, and dialogues."""
     inputs.mkdir()
     generate = [sys.executable, "benchmarks/generated_release.py", str(inputs / "hf")]
     run([*generate, "--preset", "k2-tiny", "--fp8"], REPOSITORY)
@@ -133,6 +144,9 @@ def make_inputs(inputs: Path) -> None:
     train = f"data prepare {CORPUS} --train-bpe 1024 --output bpe"
     run([*K2, *shlex.split(train)], inputs)
     (inputs / "bpe" / "tokenizer").rename(inputs / "tokenizer")
+    rng = random.Random(0)
+    lines = [dialogues.sample(rng).to_line() for _ in range(3000)]
+    (inputs / "dialogues.jsonl").write_text("".join(lines))
 
 
 def run(command: list[str], place: Path) -> None:

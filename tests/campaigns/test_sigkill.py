@@ -7,8 +7,10 @@ from tests.campaigns import sigkill
 
 @pytest.mark.slow
 def test_nothing_is_lost_by_a_kill(capsys):
-    assert sigkill.main("--seed 1 --kills 2 --only convert-import data-prepare".split()) == 0
-    assert capsys.readouterr().out.count("0 lost") == 3
+    assert (
+        sigkill.main("--seed 1 --kills 2 --only convert-import data-prepare data-chat".split()) == 0
+    )
+    assert capsys.readouterr().out.count("0 lost") == 4
 
 
 def test_a_lost_file_would_be_seen(tmp_path):

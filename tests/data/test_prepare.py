@@ -295,10 +295,10 @@ def test_contradictory_options_are_refused(tmp_path, fields, message):
 
 
 def test_two_preparations_of_one_directory_are_refused(corpus, tmp_path):
-    from megatron_k2.data.prepare import _locked
+    from megatron_k2.data.resumable import locked
 
     output = tmp_path / "data"
-    with _locked(output), pytest.raises(UserError, match="another process"):
+    with locked(output), pytest.raises(UserError, match="another process"):
         prepare(options_for(corpus, output))
 
 
