@@ -1,8 +1,9 @@
 """Complete run configurations, one function each. Importable as ``megatron_k2.recipes``.
 
-``kimi_k2_<phase>_<N>gpu_<hw>``, ``moonlight_16b_a3b_pretrain_<N>gpu_<hw>`` and, for each phase,
-``kimi_k2_<phase>_cpu`` and ``moonlight_16b_a3b_pretrain_cpu``. ``kimi_k2_phases_<N>gpu_<hw>`` and
-``kimi_k2_phases_cpu`` are chains of them.
+``kimi_k2_<phase>_<N>gpu_<hw>``, ``moonlight_16b_a3b_<phase>_<N>gpu_<hw>`` and, for each phase,
+``kimi_k2_<phase>_cpu`` and ``moonlight_16b_a3b_<phase>_cpu``; ``sft`` is a phase, too.
+``kimi_k2_phases_<N>gpu_<hw>`` and ``kimi_k2_phases_cpu`` are chains of them,
+``kimi_k2_phases_sft_…`` likewise with fine-tuning behind them.
 """
 
 import difflib
@@ -11,7 +12,9 @@ from collections.abc import Callable
 
 from megatron_k2.errors import UserError
 from megatron_k2.launch.blend import DataBlend
+from megatron_k2.launch.chat_blend import ChatBlend
 from megatron_k2.launch.recipe import Recipe
+from megatron_k2.launch.stage import FineTuning
 from megatron_k2.recipes import kimi_k2, moonlight
 from megatron_k2.recipes.blends import blend_of
 from megatron_k2.recipes.cpu import DATA, cpu_twin, twins
@@ -40,6 +43,10 @@ def _cpu_twins() -> dict[str, Callable[[], Recipe]]:
         name = f"{model}_{run.name}_cpu"
         twin = twins((run,))[0]
         found[name] = functools.partial(cpu_twin, name, twin, data, imported=published)
+    dialogues = ChatBlend(DATA, (1.0,), ("echo",), is_synthetic=True)
+    for model, run in (("kimi_k2", kimi_k2.SFT), ("moonlight_16b_a3b", moonlight.SFT)):
+        name, twin = f"{model}_sft_cpu", twins((run,))[0]
+        found[name] = functools.partial(cpu_twin, name, twin, dialogues, stage=FineTuning())
     return found
 
 
@@ -56,15 +63,30 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         for n in moonlight.NUM_GPUS
         for gpu in moonlight.HARDWARE
     },
+    **{
+        kimi_k2.name("sft", n, gpu): functools.partial(kimi_k2.kimi_k2_sft, n, gpu)
+        for n in kimi_k2.SFT_NUM_GPUS
+        for gpu in kimi_k2.HARDWARE
+    },
+    **{
+        moonlight.name(n, gpu, "sft"): functools.partial(moonlight.moonlight_sft, n, gpu)
+        for n in moonlight.NUM_GPUS
+        for gpu in moonlight.HARDWARE
+    },
     **_cpu_twins(),
 }
 """Name -> what builds it; building asks the planner, a few tenths of a second."""
 
-CHAINS: dict[str, tuple[str, ...]] = {
-    f"kimi_k2_phases_{where}": kimi_k2.chain(where)
-    for where in ("cpu", *(f"{n}gpu_{gpu}" for n in kimi_k2.NUM_GPUS for gpu in kimi_k2.HARDWARE))
-    if set(kimi_k2.chain(where)) <= set(RECIPES)
+_WHERE = ("cpu", *(f"{n}gpu_{gpu}" for n in kimi_k2.NUM_GPUS for gpu in kimi_k2.HARDWARE))
+_CHAINS = {
+    **{f"kimi_k2_phases_{where}": kimi_k2.chain(where) for where in _WHERE},
+    **{
+        f"kimi_k2_phases_sft_{where}": (*kimi_k2.chain(where), f"kimi_k2_sft_{where}")
+        for where in _WHERE
+    },
+    "kimi_k2_pretrain_sft_cpu": ("kimi_k2_pretrain_cpu", "kimi_k2_sft_cpu"),
 }
+CHAINS = {name: parts for name, parts in _CHAINS.items() if set(parts) <= set(RECIPES)}
 """Name -> its recipes, each of which starts from the one before it."""
 
 

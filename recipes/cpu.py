@@ -1,8 +1,10 @@
 """CPU twins: the same schedule, scaled down, on ``k2-tiny`` and one rank. Seconds each."""
 
 from megatron_k2.launch.blend import DataBlend
+from megatron_k2.launch.chat_blend import ChatBlend
 from megatron_k2.launch.policies import CheckpointPolicy, LossPolicy
 from megatron_k2.launch.recipe import Recipe
+from megatron_k2.launch.stage import FineTuning, Pretraining, Stage
 from megatron_k2.planning.gpus import Gpu
 from megatron_k2.planning.phases import Phase, scaled_down
 from megatron_k2.planning.request import RunRequest
@@ -21,11 +23,12 @@ SOURCES = (
     ("phase", f"phases.scaled_down to {STEPS} steps of {SEQ_LENGTH} x {SEQUENCES_PER_STEP} tokens"),
     ("precision", "choice: the CPU path's"),
     ("checkpoint", "choice: twice a run"),
-    ("data", "the large recipe's blend, of small corpora made on the spot"),
+    ("data", "the large recipe's blend, of small corpora or dialogues made on the spot"),
     ("keeps_optimizer", "as the large recipe"),
     ("dispatch", "gloo's all-to-all, of one rank"),
     ("profiler", "choice: off"),
     ("loss", "as the large recipe's"),
+    ("stage", "as the large recipe's"),
     ("extra_flags", "choice: a line a step"),
 )
 
@@ -44,9 +47,10 @@ def twins(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
 def cpu_twin(
     name: str,
     phase: Phase,
-    data: DataBlend,
+    data: DataBlend | ChatBlend,
     previous: str | None = None,
     imported: str | None = None,
+    stage: Stage | None = None,
 ) -> Recipe:
     """The recipe of a phase of ``twins``.
 
@@ -56,7 +60,9 @@ def cpu_twin(
         data: a synthetic blend.
         previous: the twin whose checkpoint it starts from.
         imported: the weights it continues from, in words.
+        stage: pretraining by default.
     """
+    is_packed = isinstance(stage, FineTuning)
     return Recipe(
         name=name,
         layout=RunRequest(
@@ -65,7 +71,7 @@ def cpu_twin(
             world_size=1,
             seq_length=phase.seq_length,
             sequences_per_step=phase.sequences_per_step,
-            micro_batch_size=min(8, phase.sequences_per_step),
+            micro_batch_size=1 if is_packed else min(8, phase.sequences_per_step),
             recompute=frozenset(),
             fp8_storage=False,
             has_overlap=False,
@@ -84,5 +90,6 @@ def cpu_twin(
         previous=previous,
         keeps_optimizer=previous is not None,
         imported=imported,
+        stage=stage or Pretraining(),
         extra_flags=("--log-interval", "1"),
     )

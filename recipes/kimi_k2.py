@@ -1,11 +1,13 @@
-"""Kimi K2's pretraining, the report's four phases on clusters of 256 to 2048 GPUs.
+"""Kimi K2's pretraining, the report's four phases on 256 to 2048 GPUs, and its fine-tuning.
 
 Layout PP 16 x EP 16 and ZeRO-1 are the report's (section 2.4.2), chosen there so that the same one
 serves any multiple of 32 nodes. Offload is the planner's: the least that fits.
 """
 
+from megatron_k2.launch.chat_blend import ChatBlend
 from megatron_k2.launch.policies import CheckpointPolicy, LossPolicy
 from megatron_k2.launch.recipe import Recipe
+from megatron_k2.launch.stage import FineTuning
 from megatron_k2.planning.gpus import get_gpu
 from megatron_k2.planning.memory_fit import fit_to_memory
 from megatron_k2.planning.phases import Phase, kimi_k2_phases
@@ -30,10 +32,42 @@ CONTINUE = Phase(
 )
 """More pretraining of Kimi-K2-Base on one's own data."""
 RUNS = PHASES | {"continue": CONTINUE}
+SFT_TOKENS_PER_STEP = 128 * 32768
+SFT = Phase(
+    name="sft",
+    source="choice: K2's fine-tuning has no published figure; for weights that Muon pretrained a "
+    "tenth of the pretraining's rate, falling to a hundredth",
+    tokens=1000 * SFT_TOKENS_PER_STEP,
+    seq_length=32768,
+    tokens_per_step=SFT_TOKENS_PER_STEP,
+    lr=2e-5,
+    min_lr=2e-6,
+    shape="wsd",
+    warmup_tokens=10 * SFT_TOKENS_PER_STEP,
+    decay_tokens=990 * SFT_TOKENS_PER_STEP,
+    has_yarn=True,
+)
+"""Fine-tuning on packed dialogues, 4M rows a step."""
+SFT_DOCUMENT_TOKENS = 4096
+"""What attention is planned for; dialogues with tools are longer than the thousand of chat alone.
+Ours."""
 NUM_GPUS = (256, 512, 1024, 2048)
 """Report 2.4.2: any multiple of 32 nodes of eight."""
+SFT_NUM_GPUS = (256, 512, 1024)
 HARDWARE = ("h800", "h100", "h200")
 
+SFT_SOURCES = (
+    ("layout.document_tokens", "choice: recipes/kimi_k2.py"),
+    ("phase", "recipes/kimi_k2.py: choices; Muon after Muon as Moonlight (arXiv:2502.16982)"),
+    ("checkpoint", "choice: ten a run, two of them kept"),
+    ("checkpoint.interval", "choice: ten a run"),
+    ("checkpoint.retain_interval", "choice: every 500 steps, for good"),
+    ("data", "yours: megatron-k2 data chat"),
+    ("stage.average", "choice: every target weighs the same; not stated for K2"),
+    ("keeps_optimizer", "choice: momentum of another loss is left behind"),
+    ("loss.iterations_to_skip", "none"),
+)
+"""Over ``SOURCES``, where both have a key."""
 SOURCES = (
     ("layout.world_size", "the recipe's name; report 2.4.2: any multiple of 32 nodes"),
     ("layout.tp", "report 2.4.2 names none; planner: 4 at 128k where a GPU has 80 GB"),
@@ -42,6 +76,7 @@ SOURCES = (
     ("layout.ep", "report 2.4.2: 16"),
     ("layout.cp", "not stated; planner: a node's 8 GPUs at 32k and 128k, or 4 beside TP 4"),
     ("layout.micro_batch_size", "not stated; planner: 1"),
+    ("layout.document_tokens", "0: pretraining attends over whole rows"),
     ("layout.recompute", "report 2.4.4, item 1"),
     ("layout.fp8_storage", "report 2.4.4, item 2"),
     ("layout.activation_offload", "planner; report 2.4.4, item 3: all of them"),
@@ -100,6 +135,35 @@ def kimi_k2_pretrain(num_gpus: int, gpu: str, phase: str) -> Recipe:
     )
 
 
+def kimi_k2_sft(num_gpus: int, gpu: str) -> Recipe:
+    """Fine-tuning of the released base, or of the last phase's weights.
+
+    Args:
+        num_gpus: of ``SFT_NUM_GPUS``.
+        gpu: a name of ``planning/gpus.py``.
+
+    Raises:
+        UserError: where it does not fit.
+    """
+    layout = _layout(num_gpus, gpu, SFT, SFT_DOCUMENT_TOKENS)
+    return Recipe(
+        name=name("sft", num_gpus, gpu),
+        layout=layout,
+        phase=SFT,
+        precision="bf16",
+        checkpoint=CheckpointPolicy(interval=100, retain_interval=500, asynchronous=False),
+        data=ChatBlend("data", (1.0,), ("chat",)),
+        loss=LossPolicy(stop_on_nonfinite=True),
+        stage=FineTuning(),
+        sources=(*SOURCES, *SFT_SOURCES),
+        differences=(
+            "not reported: K2's fine-tuning data, length, batch and rate; every one is a choice",
+            "published weights: megatron-k2 convert import Kimi-K2-Base DIR, then --start-from DIR",
+        ),
+        previous=name("yarn_128k", num_gpus, gpu),
+    )
+
+
 def chain(where: str) -> tuple[str, ...]:
     """Names of all phases' recipes, in order; ``where`` as ``256gpu_h800`` or ``cpu``."""
     return tuple(f"kimi_k2_{phase}_{where}" for phase in PHASES)
@@ -110,7 +174,7 @@ def name(phase: str, num_gpus: int, gpu: str) -> str:
     return f"kimi_k2_{phase}_{num_gpus}gpu_{gpu}"
 
 
-def _layout(num_gpus: int, gpu: str, phase: Phase) -> RunRequest:
+def _layout(num_gpus: int, gpu: str, phase: Phase, document_tokens: int = 0) -> RunRequest:
     """The report's layout; long sequences are split, of which it says nothing.
 
     Over the GPUs of a node; at 128k over two nodes where a GPU has 80 GB, half of it by tensor
@@ -131,6 +195,7 @@ def _layout(num_gpus: int, gpu: str, phase: Phase) -> RunRequest:
             ep=16,
             tp=tp,
             cp=cp,
+            document_tokens=document_tokens,
         )
     )
 

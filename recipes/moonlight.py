@@ -1,10 +1,12 @@
-"""Moonlight-16B-A3B's pretraining on 8 to 64 GPUs: K2's algorithm at the size of a laboratory."""
+"""Moonlight-16B-A3B on 8 to 64 GPUs, both stages: K2's algorithm at the size of a laboratory."""
 
 from dataclasses import replace
 
 from megatron_k2.launch.blend import DataBlend
+from megatron_k2.launch.chat_blend import ChatBlend
 from megatron_k2.launch.policies import CheckpointPolicy, LossPolicy
 from megatron_k2.launch.recipe import Recipe
+from megatron_k2.launch.stage import FineTuning
 from megatron_k2.planning.gpus import get_gpu
 from megatron_k2.planning.memory_fit import fit_to_memory
 from megatron_k2.planning.phases import Phase
@@ -42,6 +44,22 @@ CONTINUE = replace(
 """More pretraining of Moonlight-16B-A3B on one's own data."""
 RUNS = {"pretrain": PRETRAIN, "continue": CONTINUE}
 
+SFT = Phase(
+    name="sft",
+    source="arXiv:2502.16982, fine-tuning with Muon after Muon: 5e-5 to 0; the rest is a choice",
+    tokens=2000 * 64 * _T.seq_length,
+    seq_length=_T.seq_length,
+    tokens_per_step=64 * _T.seq_length,
+    lr=5e-5,
+    min_lr=0.0,
+    shape="wsd",
+    warmup_tokens=10 * 64 * _T.seq_length,
+    decay_tokens=1990 * 64 * _T.seq_length,
+)
+"""Fine-tuning on packed dialogues."""
+SFT_DOCUMENT_TOKENS = 1024
+"""What attention is planned for; ours."""
+
 DIFFERENCE = {
     "pretrain": (
         "schedule: one cosine over the last 5.2T of 5.7T tokens; the paper's stages (cosine from "
@@ -50,6 +68,14 @@ DIFFERENCE = {
     "continue": "schedule: not the paper's; momentum and moments start empty",
 }
 
+SFT_SOURCES = (
+    ("layout.document_tokens", "choice: recipes/moonlight.py"),
+    ("phase", "recipes/moonlight.py: arXiv:2502.16982's rates, with the choices named there"),
+    ("data", "yours: megatron-k2 data chat"),
+    ("stage", "choice: every target weighs the same; not stated"),
+    ("keeps_optimizer", "choice: momentum of another loss is left behind"),
+)
+"""Over ``SOURCES``, where both have a key."""
 SOURCES = (
     ("layout", "planner: no pipeline, EP 8 within a node; not stated for Moonlight"),
     ("phase", "recipes/moonlight.py: arXiv:2502.16982 section 3.3, with the choices named there"),
@@ -95,6 +121,43 @@ def moonlight_pretrain(num_gpus: int, gpu: str, phase: str = "pretrain") -> Reci
         sources=SOURCES,
         differences=(DIFFERENCE[phase],),
         imported="Moonlight-16B-A3B" if phase == "continue" else None,
+    )
+
+
+def moonlight_sft(num_gpus: int, gpu: str) -> Recipe:
+    """Moonlight's fine-tuning.
+
+    Args:
+        num_gpus: a multiple of 8.
+        gpu: a name of ``planning/gpus.py``.
+
+    Raises:
+        UserError: where it does not fit.
+    """
+    layout = RunRequest(
+        preset=MOONLIGHT_16B_A3B,
+        gpu=get_gpu(gpu),
+        world_size=num_gpus,
+        seq_length=SFT.seq_length,
+        sequences_per_step=SFT.sequences_per_step,
+        ep=8,
+        document_tokens=SFT_DOCUMENT_TOKENS,
+    )
+    return Recipe(
+        name=name(num_gpus, gpu, "sft"),
+        layout=fit_to_memory(layout),
+        phase=SFT,
+        precision="bf16",
+        checkpoint=CheckpointPolicy(interval=200, retain_interval=1000, asynchronous=False),
+        data=ChatBlend("data", (1.0,), ("chat",)),
+        loss=LossPolicy(stop_on_nonfinite=True),
+        stage=FineTuning(),
+        sources=(*SOURCES, *SFT_SOURCES),
+        differences=(
+            "schedule: the paper's data and batch are not written down here; length is a choice",
+            "published weights: megatron-k2 convert import Moonlight-16B-A3B DIR, --start-from DIR",
+        ),
+        previous=name(num_gpus, gpu),
     )
 
 

@@ -1,4 +1,4 @@
-"""``megatron-k2 chat render | parse``: files of dialogues to K2's tokens, and answers back."""
+"""``megatron-k2 chat``: talk to a checkpoint; ``render``, ``parse`` convert files of dialogues."""
 
 import argparse
 import json
@@ -171,8 +171,23 @@ def _write(rows: Iterable[Any], output: Path | None) -> None:
         commit_file(partial, output)
 
 
+def _talk(argv: list[str]) -> int:
+    from megatron_k2.engine.mcore.options import chat_parser, check_chat, without_nproc
+    from megatron_k2.host.torchrun import launch
+
+    args = chat_parser().parse_args(argv)
+    check_chat(args)
+    if args.nproc > 1:  # a rank's error would come wrapped in torchrun's report
+        from megatron_k2.engine.mcore.chat import chat_job
+
+        chat_job(args, args.nproc)
+    return launch("megatron_k2.engine.mcore.ranks", ["chat", *without_nproc(argv)], args.nproc)
+
+
 def main(argv: list[str]) -> int:
-    """Run one of the two; see ``megatron-k2 chat --help``."""
+    """Run one of the two, or start the ranks of a dialogue; see ``megatron-k2 chat --help``."""
+    if argv[:1] not in (["render"], ["parse"]):
+        return _talk(argv)
     from megatron_k2.data.tokenizer import load_tokenizer
 
     arguments = _parser().parse_args(argv)

@@ -19,11 +19,12 @@ VERBS = {
     "plan": "memory, time and layout of a run on a cluster; schedule; MuonClip's plan (optimizer)",
     "data": "prepare: text to Megatron indexed datasets; chat: dialogues to packed sequences",
     "pretrain": "train a preset on Megatron's own loop (any Megatron flag may follow)",
+    "sft": "fine-tune on packed dialogues, on the same loop",
     "launch": "run a recipe: on this machine (CPU twins) or as a Slurm job",
     "convert": "checkpoints between Hugging Face and Megatron, both ways",
     "evaluate": "loss and perplexity of a Megatron checkpoint on a dataset",
     "generate": "sample text from a Megatron checkpoint",
-    "chat": "render: dialogues to K2's tokens with their loss mask; parse: tool calls back",
+    "chat": "talk to a checkpoint; render and parse: dialogues to K2's tokens and back",
     "report": "draw a run's metrics.jsonl as a PNG",
 }
 

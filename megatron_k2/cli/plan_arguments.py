@@ -34,6 +34,12 @@ def parser() -> argparse.ArgumentParser:
     batch.add_argument("--seq-length", type=int, help="tokens")
     batch.add_argument("--sequences-per-step", type=int, help="global batch size")
     batch.add_argument("--micro-batch-size", type=int, default=1, help="sequences")
+    batch.add_argument(
+        "--document-tokens",
+        type=int,
+        default=0,
+        help="packed documents, as fine-tuning has them: tokens that attention reaches over",
+    )
     layout = found.add_argument_group("layout (default: the report's PP 16 x EP 16)")
     layout.add_argument("--tp", type=int, default=1)
     layout.add_argument("--pp", type=int, default=16)
@@ -119,6 +125,7 @@ def request_from(
         ep=arguments.ep,
         cp=arguments.cp,
         micro_batch_size=arguments.micro_batch_size,
+        document_tokens=arguments.document_tokens,
         recompute=frozenset() if names == ["none"] else frozenset(names),
         fp8_storage=not arguments.no_fp8_storage,
         modules=arguments.transformer_impl,

@@ -94,11 +94,11 @@ def _best_weight(p_1: np.ndarray, p_2: np.ndarray) -> float:
     return (low + high) / 2
 
 
-def held_out_tokens(document_lengths: np.ndarray) -> int:
+def held_out_tokens(document_tokenss: np.ndarray) -> int:
     """Tokens of the last 5 % of documents (at least one, never all)."""
-    num_documents = len(document_lengths)
+    num_documents = len(document_tokenss)
     num_held_out = min(max(round(HELD_OUT_FRACTION * num_documents), 1), num_documents - 1)
-    return int(document_lengths[num_documents - num_held_out :].sum())
+    return int(document_tokenss[num_documents - num_held_out :].sum())
 
 
 def interpolated_bigram(

@@ -11,12 +11,15 @@ from typing import Any
 from megatron_k2.data.content import REMOTE, content_hash
 from megatron_k2.data.indexed import check_indexed
 from megatron_k2.errors import UserError
+from megatron_k2.files import sha256_of_json
 from megatron_k2.run.flags import RunFlags
 
 SPLITS = ("train", "valid", "test")
 """Keys that Megatron reads of ``--per-split-data-args-path``, all of them."""
 ALLOW_OTHER_DATA = "--allow-other-data"
 """Go on from a checkpoint though the training data's content is not what it was."""
+SET_MANIFESTS = ("chat.json", "dataset.json")
+"""Of a directory of ``data chat``, and of one of ``data prepare``."""
 SHOWN = 16
 """Digits of a hash in a message."""
 
@@ -112,8 +115,32 @@ def data_prefixes(flags: RunFlags) -> list[str]:
 
 def training_contents(flags: RunFlags) -> dict[str, str]:
     """Prefix -> content of what is trained on, in the blend's order; what is not here left out."""
+    if flags.sft_data:
+        return _set_contents(flags)
     found = {prefix: content_hash(prefix) for prefix in prefixes_of(_blends(flags)["train"])}
     return {prefix: content for prefix, content in found.items() if content is not None}
+
+
+def _set_contents(flags: RunFlags) -> dict[str, str]:
+    """Directory -> content of fine-tuning's sets, as they are packed and blended.
+
+    Another sequence length or blend is another order, in which counted samples mean nothing.
+    """
+    manifests = {word: path for word in flags.sft_data if (path := _set_manifest(Path(word)))}
+    weights = [word for word in flags.sft_data if word not in manifests]
+    packing = [weights, flags.seq_length, flags.context_parallel_size or 1]
+    found = {}
+    for directory, path in manifests.items():
+        try:
+            content = json.loads(path.read_text())["source"]["content_sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # whoever opens the set says what is wrong with it
+        found[directory] = sha256_of_json([content, packing])
+    return found
+
+
+def _set_manifest(directory: Path) -> Path | None:
+    return next((p for name in SET_MANIFESTS if (p := directory / name).is_file()), None)
 
 
 def check_same_data(load: Path, trained_on: dict[str, str], flags: RunFlags) -> None:

@@ -9,7 +9,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from megatron_k2.data.manifest import DataManifest, read_manifest
+from megatron_k2.data.manifest import DataManifest, TokenizerRecord, read_manifest
 from megatron_k2.errors import UserError
 from megatron_k2.flags.data import ALLOW_OTHER_DATA
 from megatron_k2.flags.schedule import displaced
@@ -43,6 +43,7 @@ TE_CUDA_FLAGS = (
 FlashAttention off, and ``auto`` could then fall back to holding every logit in memory. Megatron's
 fused rotary embedding of MLA knows YaRN only; TE's cross entropy is refused by Megatron."""
 
+SFT_DATA = "--sft-data"
 OUR_OFFLOAD = "--muonclip-cpu-offload"
 
 APEX_WEIGHT_GRADIENTS = "fused_weight_gradient_mlp_cuda"
@@ -85,6 +86,19 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     _add_optimizer_arguments(group)
     _add_model_arguments(group)
     _add_spike_arguments(group)
+    group.add_argument(
+        SFT_DATA,
+        nargs="+",
+        default=None,
+        help="fine-tune on packed documents: a directory of 'megatron-k2 data chat', or weights "
+        "and directories, alternating; one of 'data prepare' is pretraining text",
+    )
+    group.add_argument(
+        "--sft-loss",
+        choices=["token", "sample"],
+        default="token",
+        help="mean over the targets of a global batch, or over its samples",
+    )
     group.add_argument(
         "--console",
         choices=["k2", "megatron"],
@@ -331,7 +345,7 @@ def expand(argv: list[str], *, cuda: bool) -> list[str]:
     _, rest = take(rest, "--vocab-size")
     if directory is not None:
         manifest = read_manifest(directory)
-        check_vocabulary(manifest, vocab, preset_name)
+        check_vocabulary(manifest.tokenizer, vocab, preset_name)
         flags += data_flags(directory, manifest)
     if "--mock-data" in rest and last_value(rest, "--tokenizer-type") is None:
         rest = ["--tokenizer-type", "NullTokenizer", *rest]
@@ -345,9 +359,9 @@ def expand(argv: list[str], *, cuda: bool) -> list[str]:
     return _muonclip(flags)
 
 
-def check_vocabulary(manifest: DataManifest, vocab_size: int, preset: str | None) -> None:
+def check_vocabulary(tokenizer: TokenizerRecord, vocab_size: int, preset: str | None) -> None:
     """Refuse data whose ids are not the model's."""
-    data_vocab = manifest.tokenizer.vocab_size
+    data_vocab = tokenizer.vocab_size
     if data_vocab != vocab_size:
         raise UserError(
             f"the data's vocabulary has {data_vocab} ids, the model's {vocab_size}"

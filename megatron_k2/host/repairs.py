@@ -161,6 +161,42 @@ def recompute_without_te() -> None:
     checkpoint._k2_without_te = True
 
 
+def roll_packed_documents(successors: Callable[[Any, Any, Any], Any]) -> None:
+    """Let multi-token prediction learn from packed documents as from each alone.
+
+    ``core/transformer/multi_token_prediction.py``: ``_roll_tensor_packed_seq`` (:238) takes the
+    padding behind a document for its next token, and ``process_mtp_loss`` (:883) scales a
+    micro-batch's loss, on each context-parallel rank by itself, by its targets before the roll over
+    those after it: what a document teaches then depends on which others share its pack. DeepSeek-V3
+    (arXiv:2412.19437, section 2.2) divides by all tokens, as it is divided here.
+
+    Args:
+        successors: (values, pack, context-parallel group) -> each row's next within its document;
+            ``model.packed.next_in_document``.
+    """
+    require_checked_megatron()
+    import megatron.core.transformer.multi_token_prediction as mtp
+
+    original = mtp.roll_tensor
+    if hasattr(original, "_k2_knows_documents"):
+        return
+
+    @functools.wraps(original)
+    def roll_tensor(
+        tensor: Any,
+        shifts: int = -1,
+        dims: int = -1,
+        cp_group: Any = None,
+        packed_seq_params: Any = None,
+    ) -> Any:
+        if tensor is None or getattr(packed_seq_params, "layout", None) is None:
+            return original(tensor, shifts, dims, cp_group, packed_seq_params)
+        return successors(tensor, packed_seq_params, cp_group), packed_seq_params.loss_weight
+
+    roll_tensor._k2_knows_documents = True  # type: ignore[attr-defined]
+    mtp.roll_tensor = roll_tensor
+
+
 def _end_with_parent() -> None:
     """Have the kernel kill this process when its parent is gone, however that ended."""
     if sys.platform == "linux":

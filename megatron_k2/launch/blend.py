@@ -86,7 +86,7 @@ class DataBlend:
         if not (path / MANIFEST_FILE).is_file():
             return f"{self.root}/{prefix}"
         manifest = read_manifest(path)
-        check_vocabulary(manifest, preset.vocab_size, preset.name)
+        check_vocabulary(manifest.tokenizer, preset.vocab_size, preset.name)
         manifests.append(manifest)
         return str(path / manifest.splits["train"].prefix)
 

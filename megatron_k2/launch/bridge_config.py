@@ -51,7 +51,7 @@ def to_bridge_config(recipe: Recipe, save: str, start_from: str | None = None) -
     Args:
         recipe: one whose modules can be used here: those of a cluster need Transformer Engine.
         save: the run's directory.
-        start_from: as in ``Recipe.pretrain_flags``, in a format that Bridge reads.
+        start_from: as in ``Recipe.program_flags``, in a format that Bridge reads.
 
     Raises:
         UserError: where Megatron-Bridge cannot be imported.

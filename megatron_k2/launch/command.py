@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 flags=(
   {flags}
 )
-exec torchrun ${{TORCHRUN:---nproc-per-node {ranks}}} examples/pretrain_k2.py "${{flags[@]}}" "$@"
+exec torchrun ${{TORCHRUN:---nproc-per-node {ranks}}} {script} "${{flags[@]}}" "$@"
 """
 
 
@@ -24,5 +24,6 @@ def render_command(recipe: Recipe, save: str, start_from: str | None = None) -> 
     return TEMPLATE.format(
         name=recipe.name,
         flags=wrapped(recipe.to_megatron_args(save, start_from)),
+        script=recipe.stage.script,
         ranks=min(8, recipe.layout.world_size),
     )

@@ -1,4 +1,4 @@
-"""A CPU twin run on this machine, by the same program as ``megatron-k2 pretrain``."""
+"""A CPU twin run on this machine, by the same program as ``megatron-k2 pretrain`` or ``sft``."""
 
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from megatron_k2.run.flags import read_flags
 from megatron_k2.run.iterations import has_tracker
 from megatron_k2.run.record import RUN, write_record
 from megatron_k2.run.rollback import read_rollbacks
-from megatron_k2.training.preflight import check_run
 
 RECIPE_RECORD = "recipe.json"
 
@@ -70,9 +69,10 @@ def run_local(recipe: Recipe, save: str, start_from: str | None, changed: list[s
     """
     check_fits_here(recipe)
     check_start(recipe, save, start_from)
-    check_run(read_flags(recipe.to_megatron_args(save, start_from)), recipe.layout.world_size)
-    flags = recipe.pretrain_flags(save, start_from)
-    module, world_size = "megatron_k2.training.pretrain", recipe.layout.world_size
+    full = read_flags(recipe.to_megatron_args(save, start_from))
+    recipe.stage.program.check(full, recipe.layout.world_size)
+    flags = recipe.program_flags(save, start_from)
+    module, world_size = recipe.stage.module, recipe.layout.world_size
     with hold(Path(save), RUN) as held, held.handed_over():
         write_recipe_record(recipe, save, start_from, changed)
         while True:

@@ -2,7 +2,8 @@
 
 A recipe decides; this module only writes down. Architecture and optimizer are the preset's
 (``flags/megatron.py``), layout and memory the planner's (``flags/layout.py``), schedule the
-phase's. The last flag of a name wins, so the order of ``pretrain_flags`` matters.
+phase's, the program the stage's (``launch/stage.py``). The last flag of a name wins, so the order
+of ``program_flags`` matters.
 """
 
 from dataclasses import dataclass, field, replace
@@ -10,9 +11,10 @@ from typing import Literal
 
 from megatron_k2.errors import UserError
 from megatron_k2.flags.layout import layout_flags, memory_flags, speed_flags
-from megatron_k2.flags.megatron import expand
 from megatron_k2.launch.blend import DataBlend
+from megatron_k2.launch.chat_blend import ChatBlend
 from megatron_k2.launch.policies import CheckpointPolicy, ExpertDispatch, LossPolicy, Profiler
+from megatron_k2.launch.stage import Pretraining, Stage
 from megatron_k2.planning.phases import Phase
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.presets import ModelPreset
@@ -28,7 +30,7 @@ class Recipe:
     phase: Phase
     precision: Literal["bf16", "fp32"]
     checkpoint: CheckpointPolicy
-    data: DataBlend
+    data: DataBlend | ChatBlend
     loss: LossPolicy
     sources: tuple[tuple[str, str], ...]
     """(key as ``--set`` spells it, or its first part; where the value is from)."""
@@ -40,6 +42,8 @@ class Recipe:
     """Take the previous run's optimizer state along with its weights."""
     imported: str | None = None
     """The published weights it continues from; ``--start-from`` says where they were imported."""
+    stage: Stage = field(default_factory=Pretraining)
+    """The kind of training, and what only it has."""
     dispatch: ExpertDispatch = field(default_factory=ExpertDispatch)
     profiler: Profiler = field(default_factory=Profiler)
     extra_flags: tuple[str, ...] = ()
@@ -73,8 +77,8 @@ class Recipe:
         """Optimizer steps as Megatron counts them: whole batches within the phase's samples."""
         return self.phase.tokens // self.phase.seq_length // self.phase.sequences_per_step
 
-    def pretrain_flags(self, save: str, start_from: str | None = None) -> list[str]:
-        """What follows ``megatron-k2 pretrain``: the preset by name, then all that is decided here.
+    def program_flags(self, save: str, start_from: str | None = None) -> list[str]:
+        """What follows ``megatron-k2 pretrain`` or ``sft``: the preset by name, then the rest.
 
         Args:
             save: the run's directory; the same command resumes from it.
@@ -94,6 +98,7 @@ class Recipe:
             *self.phase.megatron_flags(),
             *self.dispatch.flags(),
             *self.data.flags(self.preset),
+            *self.stage.flags(),
             *self.checkpoint.flags(),
             *self.loss.flags(),
             *self.profiler.flags(),
@@ -106,7 +111,8 @@ class Recipe:
 
     def to_megatron_args(self, save: str, start_from: str | None = None) -> list[str]:
         """The exact flag list: Megatron's own and those declared in ``flags/megatron.py``."""
-        return expand(self.pretrain_flags(save, start_from), cuda=not self.is_cpu)
+        words = self.program_flags(save, start_from)
+        return self.stage.program.expand(words, cuda=not self.is_cpu)
 
     def replace(self, **changes: object) -> "Recipe":
         """A copy in which the fields of ``changes`` have those values."""

@@ -111,8 +111,9 @@ def render(
         exports="\n".join(_exports(recipe, cluster)),
         save=shlex.quote(save),
         steps=recipe.steps,
+        program=recipe.stage.module,
         tracker=TRACKER,
-        flags=wrapped(recipe.pretrain_flags(save, start_from)),
+        flags=wrapped(recipe.program_flags(save, start_from)),
         srun=shlex.join(srun),
         python=shlex.quote(cluster.python),
         check=shlex.join(check_arguments(recipe)),
@@ -174,7 +175,7 @@ on_every_rank() {{
 
 on_every_rank megatron_k2.launch.node_check {check} "${{flags[@]}}" &&
   [ "$near_limit" -eq 0 ] &&
-  on_every_rank megatron_k2.training.pretrain "${{flags[@]}}"
+  on_every_rank {program} "${{flags[@]}}"
 status=$?
 
 saved=$(step_saved)

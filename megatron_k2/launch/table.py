@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from megatron_k2.launch.overrides import settable
 from megatron_k2.launch.recipe import Recipe
+from megatron_k2.launch.stage import FineTuning
 from megatron_k2.planning.estimate import Estimate, estimate
 
 NEEDS_TE = (
@@ -39,7 +40,7 @@ def rows(recipe: Recipe, changed: list[str], save: str, start_from: str | None) 
         recipe: with ``changed`` applied.
         changed: assignments of ``--set``.
         save: the run's directory.
-        start_from: as in ``Recipe.pretrain_flags``.
+        start_from: as in ``Recipe.program_flags``.
     """
     e = None if recipe.is_cpu else estimate(recipe.layout)
     found = [
@@ -58,6 +59,7 @@ def rows(recipe: Recipe, changed: list[str], save: str, start_from: str | None) 
         _start(recipe, start_from),
         Row("logs", f"{save}/logs, of Slurm {save}/slurm; tensorboard --logdir {save}"),
         Row("data", recipe.data.described(), source_of(recipe, "data.weights")),
+        *_loss(recipe),
         Row(
             "bad loss",
             recipe.loss.described(),
@@ -66,11 +68,18 @@ def rows(recipe: Recipe, changed: list[str], save: str, start_from: str | None) 
     ]
     if recipe.profiler.tool != "off":
         found.append(Row("profiler", recipe.profiler.described(), source_of(recipe, "profiler")))
-    flags = recipe.pretrain_flags(save, start_from)
+    flags = recipe.program_flags(save, start_from)
     if needed := [flag for flag in NEEDS_TE if flag in flags]:
         found.append(Row("needs TE", " ".join(needed), "no GPU run of these has been made here"))
     found += [Row("changed", text, "--set") for text in changed]
     return found + [Row("not as reported", text) for text in recipe.differences]
+
+
+def _loss(recipe: Recipe) -> list[Row]:
+    """Where it is not every token's."""
+    if not isinstance(recipe.stage, FineTuning):
+        return []
+    return [Row("loss", recipe.stage.described(), source_of(recipe, "stage.average"))]
 
 
 def _start(recipe: Recipe, start_from: str | None) -> Row:

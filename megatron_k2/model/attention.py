@@ -7,7 +7,7 @@ Megatron-Core 0.19.2's local ``DotProductAttention`` cannot be built by MLA (it 
 - rows are worked through in blocks, forward and backward, so that only
   ``b * h * block * s_k`` logits exist at a time and none are kept for the backward pass;
 - context parallelism by an all-gather of K and V over the zigzag layout;
-- packed documents (``thd`` with ``cu_seqlens``) or any boolean mask;
+- packed documents (``thd``), each of which sees itself alone, or any boolean mask;
 - S_max of each head (Kimi K2 report, section 2.1: the largest input to softmax) in training mode.
 
 Legend: ``s`` sequence, ``b`` batch, ``h`` heads on this rank, ``d`` width of a head.
@@ -17,15 +17,16 @@ Megatron hands over ``[s, b, h, d]``; the arithmetic runs on ``[b, h, s, d]``.
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any, override
+from typing import Any, NamedTuple, override
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_k2.model.packed import GatherRows, PackLayout
 
 LOGIT_BLOCK_BYTES = 64 << 20
 """Upper bound on the logits held at once; a block is never less than one query row."""
@@ -40,11 +41,28 @@ CUDA_LOGIT_BLOCK_BYTES, CUDA_MIN_BLOCKS = 256 << 20, 4
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive query rows and the position of the first of them among the keys."""
+    """Consecutive query rows, and which keys they see: those of their document up to themselves."""
 
     first_row: int
     num_rows: int
     first_position: int
+    """Of the first row, within its document."""
+    first_key: int = 0
+    """Where the document begins among the keys."""
+
+
+class Block(NamedTuple):
+    """Query rows [start, end) that are computed at once."""
+
+    start: int
+    end: int
+    position: int
+    first_key: int
+
+    @property
+    def end_key(self) -> int:
+        """One past the last key that its last row sees."""
+        return self.first_key + self.position + self.end - self.start
 
 
 def whole_sequence(num_rows: int) -> tuple[Segment, ...]:
@@ -52,22 +70,31 @@ def whole_sequence(num_rows: int) -> tuple[Segment, ...]:
     return (Segment(0, num_rows, 0),)
 
 
-def zigzag_segments(num_rows: int, cp_size: int, cp_rank: int) -> tuple[Segment, ...]:
-    """Rank r of c holds chunks r and 2c-1-r of the 2c chunks of a sequence (Megatron's layout)."""
-    half = num_rows // 2
-    return (
-        Segment(0, half, cp_rank * half),
-        Segment(half, half, (2 * cp_size - 1 - cp_rank) * half),
-    )
+def document_segments(layout: PackLayout, cp_size: int, cp_rank: int) -> tuple[Segment, ...]:
+    """A rank's rows of tokens; padding is in none.
+
+    Of each document rank r of c holds chunks r and 2c-1-r of 2c (``PackLayout.rows_of_rank``).
+    """
+    found, row = [], 0
+    num_chunks = 1 if cp_size == 1 else 2 * cp_size
+    here = (0,) if cp_size == 1 else (cp_rank, 2 * cp_size - 1 - cp_rank)
+    for start, end, length in zip(layout.bounds, layout.bounds[1:], layout.lengths, strict=False):
+        chunk = (end - start) // num_chunks
+        for number in here:
+            num_tokens = min(chunk, length - number * chunk)
+            if num_tokens > 0:
+                found.append(Segment(row, num_tokens, number * chunk, start))
+            row += chunk
+    return tuple(found)
 
 
-def _blocks(segments: tuple[Segment, ...], rows_per_block: int) -> list[tuple[int, int, int]]:
-    """(first row, last row + 1, position of the first row) of each block."""
+def _blocks(segments: tuple[Segment, ...], rows_per_block: int) -> list[Block]:
     return [
-        (
+        Block(
             segment.first_row + start,
             segment.first_row + min(start + rows_per_block, segment.num_rows),
             segment.first_position + start,
+            segment.first_key,
         )
         for segment in segments
         for start in range(0, segment.num_rows, rows_per_block)
@@ -84,25 +111,27 @@ class _BlockwiseCausalAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         scale: float,
-        blocks: list[tuple[int, int, int]],
+        blocks: list[Block],
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         b, h, s, _ = q.shape
         q = q * scale
-        out = q.new_empty(b, h, s, v.shape[-1])
+        is_whole = sum(block.end - block.start for block in blocks) == s
+        out = (q.new_empty if is_whole else q.new_zeros)(b, h, s, v.shape[-1])
         log_normaliser = q.new_empty(b, h, s)
         max_logit = q.new_full((h,), -math.inf)
-        for start, end, position in blocks:
-            logits = _block_logits(q, k, start, end, position, mask)
+        for block in blocks:
+            start, end = block.start, block.end
+            logits = _block_logits(q, k, block, mask)
             row_max = logits.amax(-1, keepdim=True)
             torch.maximum(max_logit, row_max.amax((0, 2, 3)), out=max_logit)
             probs = logits.sub_(row_max).exp_()
             normaliser = probs.sum(-1, keepdim=True)
-            block_out = torch.matmul(probs, v[:, :, : probs.shape[-1]])
+            block_out = torch.matmul(probs, v[:, :, block.first_key : block.end_key])
             out[:, :, start:end] = block_out.div_(normaliser)
             log_normaliser[:, :, start:end] = (normaliser.log_() + row_max).squeeze(-1)
         ctx.save_for_backward(q, k, v, out, log_normaliser)
-        ctx.scale, ctx.blocks, ctx.mask = scale, blocks, mask
+        ctx.scale, ctx.blocks, ctx.mask, ctx.is_whole = scale, blocks, mask, is_whole
         ctx.mark_non_differentiable(max_logit)
         return out, max_logit
 
@@ -110,20 +139,20 @@ class _BlockwiseCausalAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_out = grads[0].contiguous()
         q, k, v, out, log_normaliser = ctx.saved_tensors
-        grad_q = torch.empty_like(q)
+        grad_q = torch.empty_like(q) if ctx.is_whole else torch.zeros_like(q)
         grad_k, grad_v = k.new_zeros(k.shape), v.new_zeros(v.shape)  # contiguous, whatever k is
         # Σ_j P_ij dP_ij = dO_i · O_i: the softmax correction without the probabilities.
         correction = (grad_out * out).sum(-1, keepdim=True)
-        for start, end, position in ctx.blocks:
-            logits = _block_logits(q, k, start, end, position, ctx.mask)
+        for block in ctx.blocks:
+            start, end, keys = block.start, block.end, slice(block.first_key, block.end_key)
+            logits = _block_logits(q, k, block, ctx.mask)
             probs = logits.sub_(log_normaliser[:, :, start:end, None]).exp_()
-            num_keys = probs.shape[-1]
             block_grad = grad_out[:, :, start:end]
-            _add_product(grad_v[:, :, :num_keys], probs.transpose(-1, -2), block_grad)
-            grad_logits = torch.matmul(block_grad, v[:, :, :num_keys].transpose(-1, -2))
+            _add_product(grad_v[:, :, keys], probs.transpose(-1, -2), block_grad)
+            grad_logits = torch.matmul(block_grad, v[:, :, keys].transpose(-1, -2))
             grad_logits.sub_(correction[:, :, start:end]).mul_(probs)
-            torch.matmul(grad_logits, k[:, :, :num_keys], out=grad_q[:, :, start:end])
-            _add_product(grad_k[:, :, :num_keys], grad_logits.transpose(-1, -2), q[:, :, start:end])
+            torch.matmul(grad_logits, k[:, :, keys], out=grad_q[:, :, start:end])
+            _add_product(grad_k[:, :, keys], grad_logits.transpose(-1, -2), q[:, :, start:end])
         return grad_q.mul_(ctx.scale), grad_k, grad_v, None, None, None
 
 
@@ -135,16 +164,14 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     total.view(-1, *total.shape[2:]).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
 
 
-def _block_logits(
-    q: Tensor, k: Tensor, start: int, end: int, position: int, mask: Tensor | None
-) -> Tensor:
-    """Logits of query rows [start, end) against every key they may see, -inf where masked."""
-    num_keys = min(position + end - start, k.shape[2])
-    logits = torch.matmul(q[:, :, start:end], k[:, :, :num_keys].transpose(-1, -2))
+def _block_logits(q: Tensor, k: Tensor, block: Block, mask: Tensor | None) -> Tensor:
+    """Logits of a block's query rows against every key they may see, -inf where masked."""
+    keys = slice(block.first_key, block.end_key)
+    logits = torch.matmul(q[:, :, block.start : block.end], k[:, :, keys].transpose(-1, -2))
     if mask is not None:
-        return logits.masked_fill_(mask[:, :, start:end, :num_keys], -math.inf)
+        return logits.masked_fill_(mask[:, :, block.start : block.end, keys], -math.inf)
     # Only the last columns lie beyond some row's own position.
-    corner = logits[..., position:]
+    corner = logits[..., block.position :]
     future = torch.ones(corner.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
     corner.masked_fill_(future, -math.inf)
     return logits
@@ -158,6 +185,7 @@ def causal_attention(
     segments: tuple[Segment, ...] | None = None,
     mask: Tensor | None = None,
     block_bytes: int | None = None,
+    num_keys: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal softmax attention and each head's largest logit.
 
@@ -166,11 +194,13 @@ def causal_attention(
         k: keys [b, h, s_k, d].
         v: values [b, h, s_k, d_v].
         scale: multiplies the logits, YaRN's mscale² included.
-        segments: where the query rows stand among the keys; the whole sequence by default.
+        segments: where the query rows stand among the keys; the whole sequence by default. Rows
+            in none of them get 0 and are in no maximum.
         mask: bool [b or 1, 1, s, s_k], True where attention is forbidden; must contain the causal
             part. ``None`` means causal.
         block_bytes: logits held at once; by default at most the device's bound, and fewer where
             that saves work above the diagonal.
+        num_keys: the most that a row sees, for the size of blocks; s_k by default.
 
     Returns:
         Output [b, h, s, d_v] in ``v``'s dtype, and S_max [h] in the compute dtype, over this
@@ -181,40 +211,18 @@ def causal_attention(
     if segments is None:
         segments = whole_sequence(s)
     element = torch.finfo(compute).bits // 8
-    row_bytes = max(1, b * h * k.shape[2] * element)
+    num_keys = k.shape[2] if num_keys is None else num_keys
+    row_bytes = max(1, b * h * num_keys * element)
     largest, num_blocks = LOGIT_BLOCK_BYTES, MIN_BLOCKS
     if q.is_cuda:
         largest, num_blocks = CUDA_LOGIT_BLOCK_BYTES, CUDA_MIN_BLOCKS
     rows = max(1, (block_bytes or largest) // row_bytes)
     if block_bytes is None:
-        rows = min(rows, max(MIN_BLOCK_ROWS, k.shape[2] // num_blocks))
+        rows = min(rows, max(MIN_BLOCK_ROWS, num_keys // num_blocks))
     out, max_logit = _BlockwiseCausalAttention.apply(
         q.to(compute), k.to(compute), v.to(compute), scale, _blocks(segments, rows), mask
     )
     return out.to(v.dtype), max_logit
-
-
-class _GatherZigzag(torch.autograd.Function):
-    """All-gather along the sequence into natural order; backward sums and takes this rank's part.
-
-    Forward: [b, h, s_local, d] on each rank of the group -> [b, h, s, d] on every rank.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
-        ctx.group = group
-        parts = [torch.empty_like(x) for _ in range(group.size())]
-        dist.all_gather(parts, x.contiguous(), group=group)
-        heads, tails = zip(*(part.chunk(2, dim=2) for part in parts), strict=True)
-        return torch.cat([*heads, *reversed(tails)], dim=2)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0].contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        size, rank = ctx.group.size(), ctx.group.rank()
-        chunks = grad.chunk(2 * size, dim=2)
-        return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=2), None
 
 
 class MLACoreAttention(MegatronModule):
@@ -276,13 +284,12 @@ class MLACoreAttention(MegatronModule):
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        segments = whole_sequence(q.shape[2])
-        if self.cp_group.size() > 1:
-            if attention_mask is not None:
-                raise ValueError("an attention mask cannot be combined with context parallelism")
-            segments = zigzag_segments(q.shape[2], self.cp_group.size(), self.cp_group.rank())
-            k, v = _GatherZigzag.apply(k, self.cp_group), _GatherZigzag.apply(v, self.cp_group)
-        out = self._attend(q, k, v, segments, attention_mask)
+        cp_size = self.cp_group.size()
+        if cp_size > 1 and attention_mask is not None:
+            raise ValueError("an attention mask cannot be combined with context parallelism")
+        num_rows = q.shape[2] * cp_size
+        layout = PackLayout((num_rows,), (0, num_rows))
+        out = self._attend(q, k, v, layout, attention_mask)
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _attend(
@@ -290,13 +297,19 @@ class MLACoreAttention(MegatronModule):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        segments: tuple[Segment, ...],
+        layout: PackLayout,
         mask: Tensor | None = None,
     ) -> Tensor:
+        """This rank's rows against all of their documents. [b, h, s / CP, d] each."""
+        group = self.cp_group
+        if group.size() > 1:
+            k, v = GatherRows.apply(k, group, layout), GatherRows.apply(v, group, layout)
         if k.shape[1] != q.shape[1]:  # grouped queries: heads of a group are adjacent
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, max_logit = causal_attention(q, k, v, self.softmax_scale, segments, mask)
+        segments = document_segments(layout, group.size(), group.rank())
+        scale, longest = self.softmax_scale, layout.longest
+        out, max_logit = causal_attention(q, k, v, scale, segments, mask, num_keys=longest)
         if self.training:
             recorded = self.current_max_attn_logits
             torch.maximum(recorded, max_logit.to(recorded.dtype), out=recorded)
@@ -306,11 +319,10 @@ class MLACoreAttention(MegatronModule):
         """Documents laid end to end: each attends to itself only. [t, h, d] -> [t, h * d_v]."""
         if packed.qkv_format != "thd":
             raise ValueError(f"packed qkv_format={packed.qkv_format!r}; only 'thd' is supported")
-        if self.cp_group.size() > 1:
-            raise ValueError("packed documents cannot be combined with context parallelism here")
-        bounds = packed.cu_seqlens_q.tolist()
-        outputs = []
-        for start, end in itertools.pairwise(bounds):
-            q, k, v = (t[start:end].transpose(0, 1)[None] for t in (query, key, value))
-            outputs.append(self._attend(q, k, v, whole_sequence(end - start))[0].transpose(0, 1))
-        return torch.cat(outputs).flatten(1)
+        layout = getattr(packed, "layout", None)
+        if layout is None:  # Megatron's own description: no padding is known of
+            bounds = packed.cu_seqlens_q.tolist()
+            lengths = tuple(end - start for start, end in itertools.pairwise(bounds))
+            layout = PackLayout(lengths, tuple(bounds))
+        q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
+        return self._attend(q, k, v, layout)[0].transpose(0, 1).flatten(1)

@@ -22,6 +22,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_k2.fp8.storage import store_activations
 from megatron_k2.model.moe import BalancedFinalize
+from megatron_k2.model.padding_rows import keep_padding_out
 from megatron_k2.model.spec import decoder_block_spec, mtp_block_spec
 from megatron_k2.model.vocabulary import UnpaddedDraws, mask_output_layer
 
@@ -37,6 +38,8 @@ class K2ModelConfig(GPTModelConfig):
     """Keep two kinds of activations in FP8 for backward, see ``fp8/storage.py``."""
     num_ids: int | None = None
     """Ids of the vocabulary that exist, the others are padding; ``None``: all."""
+    packs_documents: bool = False
+    """Rows may be padding, marked by their position: see ``model/padding_rows.py``."""
 
 
 class K2ModelBuilder(GPTModelBuilder):
@@ -74,6 +77,8 @@ class K2ModelBuilder(GPTModelBuilder):
         )
         if config.fp8_activation_storage:
             store_activations(model)
+        if config.packs_documents:
+            keep_padding_out(model)
         return model
 
 
@@ -149,6 +154,7 @@ def model_config_from_args(args: Namespace, num_ids: int | None = None) -> K2Mod
     config.latent_norm_epsilon = args.latent_norm_epsilon
     config.fp8_activation_storage = args.fp8_activation_storage
     config.num_ids = args.vocab_size if num_ids is None else num_ids
+    config.packs_documents = args.sft_data is not None
     transformer = config.transformer
     if args.fp8_activation_storage:
         # SwiGLU as one operation, which saves its input and nothing else; the CPU's flags have it

@@ -54,6 +54,15 @@ class LatentAttention(MLASelfAttention):
         k_pos_emb = copy_to_tensor_model_parallel_region(k_pos_emb, group=self.pg_collection.tp)
         return q_compressed, torch.cat([latent, k_pos_emb], dim=-1)
 
+    @override
+    def _run_core_attention(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
+        """Upstream's, with the rows of padding at zero: what TE leaves there is its own affair."""
+        output = super()._run_core_attention(*args, packed_seq_params=packed_seq_params, **kwargs)
+        is_padding = getattr(packed_seq_params, "is_padding", None)
+        if is_padding is None:
+            return output
+        return output.masked_fill(is_padding.view(-1, *[1] * (output.dim() - 1)), 0)
+
 
 class K2SelfAttention(LatentAttention):
     """The local path's MLA, with replicated q and kv down-projections.
@@ -74,6 +83,11 @@ class K2SelfAttention(LatentAttention):
         self.linear_kv_down_proj = self._replicated(
             config.kv_lora_rank + config.qk_pos_emb_head_dim
         )
+
+    @override
+    def _run_core_attention(self, *args: Any, **kwargs: Any) -> Any:
+        """The core takes values of any width and leaves padding at zero: upstream would widen."""
+        return self.core_attention(*args, **kwargs)
 
     def _replicated(self, output_size: int) -> ReplicatedLinear:
         return ReplicatedLinear(

@@ -61,7 +61,7 @@ def train_recipe(
     from megatron_k2.training.pretrain import run, single_process_environment
 
     chosen = apply(get_recipe(recipe), overrides or [], force=force)
-    flags = chosen.pretrain_flags(save, start_from)
+    flags = chosen.program_flags(save, start_from)
     _take_slurms_ranks()
     single_process_environment()
     with _first_rank_holds(save):
@@ -69,7 +69,7 @@ def train_recipe(
         if os.environ["RANK"] == "0":
             write_recipe_record(chosen, save, start_from, overrides or [])
         try:
-            run(flags)
+            run(flags, chosen.stage.program)
         except SystemExit as end:  # Megatron's way out after a signal and a save
             if end.code:
                 raise

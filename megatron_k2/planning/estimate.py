@@ -135,7 +135,9 @@ def layer_cost(r: RunRequest, a: Assumptions, *, is_moe: bool = True) -> ChunkCo
     p, tokens = r.preset, r.tokens_per_microbatch
     split = traffic.tensor_parallel(r)
     context = traffic.network_seconds(r, traffic.context_parallel(r), r.tp * r.cp, a.links)
-    attention, mlp = attention_forward(p, r.seq_length), mlp_forward(p, is_moe=is_moe)
+    is_widened = r.document_tokens > 0 and r.modules == "transformer_engine"
+    attention = attention_forward(p, r.attended_length, is_packed=is_widened)
+    mlp = mlp_forward(p, is_moe=is_moe)
     again = Flops(up_projections(p) if "mla_up" in r.recompute else 0.0)
     per_byte = tokens / (r.gpu.hbm_gb_per_s * 1e9 * a.hbm)
     attention_again, mlp_again = (
@@ -261,7 +263,7 @@ def estimate(r: RunRequest, a: Assumptions | None = None) -> Estimate:
     optimizer = _optimizer(r, memory, a)
     step = pipeline + optimizer.total
     moved = [traffic.host_traffic(r, rank, m.parameters) for rank, m in enumerate(memory)]
-    useful = model_flops_per_token(r.preset, r.seq_length) * r.tokens_per_step
+    useful = model_flops_per_token(r.preset, r.attended_length) * r.tokens_per_step
     return Estimate(
         request=r,
         memory=memory,

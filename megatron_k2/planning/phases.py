@@ -193,16 +193,19 @@ def scaled_down(
     def whole_steps(tokens: int, at_least: int) -> int:
         return step * max(at_least, round(tokens / first.tokens_per_step * factor))
 
-    return tuple(
-        replace(
+    def small(phase: Phase) -> Phase:
+        tokens = whole_steps(phase.tokens, 4)
+        warmup = whole_steps(phase.warmup_tokens, 1) if phase.warmup_tokens else 0
+        decay = whole_steps(phase.decay_tokens, 1) if phase.decay_tokens else 0
+        return replace(
             phase,
-            tokens=whole_steps(phase.tokens, 4),
+            tokens=tokens,
             seq_length=phase.seq_length * seq_length // first.seq_length,
             tokens_per_step=step,
             lr=phase.lr * lr / first.lr,
             min_lr=phase.min_lr * lr / first.lr,
-            warmup_tokens=whole_steps(phase.warmup_tokens, 1) if phase.warmup_tokens else 0,
-            decay_tokens=whole_steps(phase.decay_tokens, 1) if phase.decay_tokens else 0,
+            warmup_tokens=warmup,
+            decay_tokens=min(decay, tokens - warmup),
         )
-        for phase in phases
-    )
+
+    return tuple(map(small, phases))

@@ -36,6 +36,9 @@ class RunRequest(Layout):
     """Tokens of one sequence."""
     sequences_per_step: int
     """Sequences of one step, Megatron's global batch size."""
+    document_tokens: int = 0
+    """Of packed documents: tokens that attention reaches over, the mean of their squares over the
+    mean of their lengths; 0 for one document of the whole sequence."""
     micro_batch_size: int = 1
     """Sequences that pass through a rank at once."""
     recompute: frozenset[Recompute] = REPORT_RECOMPUTE
@@ -59,6 +62,11 @@ class RunRequest(Layout):
         for name in ("activation_offload", "optimizer_offload"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}={getattr(self, name)}: a fraction from 0 to 1 is expected")
+        if self.document_tokens < 0 or (self.document_tokens and self.micro_batch_size > 1):
+            raise UserError(
+                f"document_tokens={self.document_tokens}, micro_batch_size="
+                f"{self.micro_batch_size}: a length from 0, and one pack at a time, are expected"
+            )
         unknown = self.recompute - set(get_args(Recompute))
         if unknown:
             known = ", ".join(get_args(Recompute))
@@ -107,6 +115,11 @@ class RunRequest(Layout):
     def num_microbatches(self) -> int:
         """Micro-batches that pass through one pipeline in a step."""
         return self.sequences_per_step // (self.data_parallel * self.micro_batch_size)
+
+    @property
+    def attended_length(self) -> int:
+        """Tokens of the causal square that attention works on."""
+        return min(self.document_tokens or self.seq_length, self.seq_length)
 
     @property
     def tokens_per_step(self) -> int:

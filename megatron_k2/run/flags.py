@@ -88,6 +88,9 @@ class RunFlags:
     fp8_format: str | None = None
     fp8_recipe: str | None = None
     moe_router_dtype: str | None = None
+    moe_router_load_balancing_type: tuple[str, ...] = ()
+    moe_aux_loss_coeff: float = 0.0
+    mtp_num_layers: int | None = None
     moe_token_dispatcher_type: str | None = None
     moe_flex_dispatcher_backend: str = "deepep"
     recompute_modules: tuple[str, ...] = ()
@@ -111,6 +114,8 @@ class RunFlags:
     test_data_path: tuple[str, ...] = ()
     per_split_data_args_path: str | None = None
     null_tokenizer_eod_id: int | None = None
+    sft_data: tuple[str, ...] = ()
+    sft_loss: str = "token"
 
     def __contains__(self, flag: object) -> bool:
         return flag in self.words

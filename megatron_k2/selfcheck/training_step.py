@@ -4,7 +4,6 @@ On a CPU it is ``k2-tiny`` in fp32, which no plan was made for: tokens a second 
 """
 
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -49,9 +48,6 @@ def _train(
     """(loss, seconds) of each step."""
     from megatron_k2.training.pretrain import run
 
-    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(defaults | {"MASTER_PORT": "0", "LOCAL_WORLD_SIZE": "1"})
-    os.environ["MASTER_PORT"] = str(_free_port())
     gpu = (
         f"--bf16 --use-distributed-optimizer --micro-batch-size {MICRO_BATCH} "
         f"--global-batch-size {SEQUENCES}"
@@ -66,14 +62,6 @@ def _train(
     lines = (folder / METRICS_FILE).read_text().splitlines()
     records = [json.loads(line) for line in lines]
     return [r["loss"] for r in records], [r["seconds"] for r in records]
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _plan(gpu: Gpu) -> Estimate:

@@ -71,10 +71,10 @@ class TrainingHooks:
 
         The mean over no tokens is no number, and what gradient there is, of the balance loss,
         belongs to no token. To Megatron it is a step that was not successful. Only
-        ``--eod-mask-loss`` masks all of a training batch; other runs are spared the question,
-        which makes the host wait for the device.
+        ``--eod-mask-loss`` and fine-tuning mask all of a training batch; other runs are spared the
+        question, which makes the host wait for the device.
         """
-        if not self.args.eod_mask_loss:
+        if not self.args.eod_mask_loss and self.args.sft_data is None:
             return optimizer
         from megatron.core.utils import get_model_config
 

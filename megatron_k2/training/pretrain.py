@@ -9,8 +9,10 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from megatron_k2.errors import UserError
 from megatron_k2.flags.data import data_prefixes, make_synthetic
@@ -31,6 +33,31 @@ from megatron_k2.training.resume import check_resume
 PROGRAM_START = time.time()
 
 
+def _pretraining_providers() -> tuple[Any, Any]:
+    from megatron_k2.training.providers import datasets_provider, forward_step
+
+    return datasets_provider, forward_step
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a kind of training brings to Megatron's loop; the rest of a run is the same for all."""
+
+    name: str
+    """What its messages begin with."""
+    expand: Callable[..., list[str]]
+    """What was typed -> Megatron's flags, see ``flags.megatron.expand``."""
+    check: Callable[[RunFlags, int], None]
+    """Refuses what cannot run, given the ranks; see ``training.preflight.check_run``."""
+    providers: Callable[[], tuple[Any, Any]]
+    """Imports and returns Megatron's datasets provider and forward step."""
+    prepare: Callable[[RunFlags], list[str]]
+    """What rank 0 does before all others begin; returns what is to be said of the run."""
+
+
+PRETRAIN = Program("pretrain", expand, check_run, _pretraining_providers, lambda _flags: [])
+
+
 def single_process_environment() -> None:
     """What torchrun would have set, for one process started by hand."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,27 +71,27 @@ def single_process_environment() -> None:
     )
 
 
-def run(argv: list[str]) -> None:
+def run(argv: list[str], program: Program = PRETRAIN) -> None:
     """Train with the flags in ``argv`` (``--preset`` and ``--data`` allowed) until done."""
     is_rank()  # refuses what another launcher left over
     single_process_environment()
     save = last_value(argv, "--save")
     if save is None or os.environ["RANK"] != "0":
-        _run_logged(argv, save)
+        _run_logged(argv, save, program)
         return
     with hold(Path(save), RUN):
-        _run_logged(argv, save)
+        _run_logged(argv, save, program)
 
 
-def _run_logged(argv: list[str], save: str | None) -> None:
+def _run_logged(argv: list[str], save: str | None, program: Program) -> None:
     terminal = None
     if save is not None and last_value(argv, "--console") != "megatron":
         terminal = divert_output(Path(save) / "logs" / f"rank{os.environ['RANK']}.log")
     try:
-        _run(argv, terminal)
+        _run(argv, terminal, program)
     except UserError as error:
         if terminal is not None:
-            refuse("pretrain", error, terminal)
+            refuse(program.name, error, terminal)
         raise
     except BaseException as error:
         if terminal is not None and not isinstance(error, SystemExit):
@@ -72,7 +99,7 @@ def _run_logged(argv: list[str], save: str | None) -> None:
         raise
 
 
-def _run(argv: list[str], terminal: TextIO | None) -> None:
+def _run(argv: list[str], terminal: TextIO | None, program: Program) -> None:
     import torch
 
     from megatron_k2.host.cpu import megatron_host
@@ -88,14 +115,14 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
         skip_helpers_compilation,
     )
 
-    flags = read_flags(expand(argv, cuda=torch.cuda.is_available()))
+    flags = read_flags(program.expand(argv, cuda=torch.cuda.is_available()))
     world_size = int(os.environ["WORLD_SIZE"])
-    check_run(flags, world_size)
+    program.check(flags, world_size)
     choose_scale_format(flags.fp8_recipe)
     choose_offload_version(flags)
     if os.environ["RANK"] == "0":
         check_resume(flags)
-        for line in _put_in_order(flags, world_size):
+        for line in [*_put_in_order(flags, world_size), *program.prepare(flags)]:
             print(line, file=terminal, flush=True)
     # ft_integration.setup() parses sys.argv again, so it must hold what Megatron understands.
     sys.argv = [sys.argv[0], *flags.words]
@@ -108,7 +135,7 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
         if "--fine-grained-activation-offloading" in flags:
             end_offload_chunk_with_its_groups()
             reload_after_offload()
-        _pretrain(terminal)
+        _pretrain(terminal, program)
 
 
 def _put_in_order(flags: RunFlags, world_size: int) -> list[str]:
@@ -128,7 +155,7 @@ def _put_in_order(flags: RunFlags, world_size: int) -> list[str]:
     return said
 
 
-def _pretrain(terminal: TextIO | None) -> None:
+def _pretrain(terminal: TextIO | None, program: Program) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import get_tokenizer, pretrain, set_startup_timestamps
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -138,8 +165,8 @@ def _pretrain(terminal: TextIO | None) -> None:
     from megatron_k2.run.metrics import MetricsWriter
     from megatron_k2.run.report.summary import finish
     from megatron_k2.training.hooks import TrainingHooks, training_hooks
-    from megatron_k2.training.providers import datasets_provider, forward_step
 
+    datasets_provider, forward_step = program.providers()
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
     args = parse_and_validate_args(extra_args_provider=add_k2_arguments)
     if args.muonclip and not args.use_distributed_optimizer:
@@ -157,12 +184,12 @@ def _pretrain(terminal: TextIO | None) -> None:
             print(f"\n{finish(Path(args.save))}", file=terminal)
 
 
-def main() -> None:
+def main(program: Program = PRETRAIN) -> None:
     """Entry point of each rank."""
     try:
-        run(sys.argv[1:])
+        run(sys.argv[1:], program)
     except UserError as error:
-        sys.exit(refuse("pretrain", error))
+        sys.exit(refuse(program.name, error))
 
 
 if __name__ == "__main__":

@@ -373,3 +373,41 @@ def test_the_queue_ends_with_a_rank_that_is_killed():
         time.sleep(0.1)
     os.kill(left_over, signal.SIGKILL)
     raise AssertionError("the queue's process outlived its rank")
+
+
+def _padded_pack():
+    """Documents of 3 and 2 tokens in rows of 4, and their targets."""
+    from megatron_k2.model.packed import describe, lay_out
+
+    layout = lay_out([3, 2], 8, 4)
+    packed = describe(layout, layout.rows_of_rank(1, 0), "cpu")
+    tokens = torch.tensor([[11, 12, 13, -1, 21, 22, -1, -1]])
+    return packed, tokens, torch.tensor([[0.0, 1, 1, 0, 1, 1, 0, 0]])
+
+
+def test_upstream_still_takes_padding_for_a_documents_next_token_and_weighs_by_the_pack():
+    from megatron.core.transformer.multi_token_prediction import roll_tensor
+
+    packed, tokens, targets = _padded_pack()
+    rolled, _ = roll_tensor(tokens, packed_seq_params=packed)
+    assert rolled[0, [2, 5]].tolist() == [-1, -1]
+    _, divisor = roll_tensor(targets, packed_seq_params=packed)
+    assert divisor == 3, "targets left after the roll, of 4 before it"
+
+
+def test_repaired_rolls_end_with_a_documents_tokens_and_divide_by_all_targets(monkeypatch):
+    import megatron.core.transformer.multi_token_prediction as mtp
+
+    from megatron_k2.host.repairs import roll_packed_documents
+    from megatron_k2.model.packed import next_in_document
+
+    monkeypatch.setattr(mtp, "roll_tensor", original := mtp.roll_tensor)
+    roll_packed_documents(next_in_document)
+    packed, tokens, targets = _padded_pack()
+    packed.loss_weight = targets.sum()
+    assert mtp.roll_tensor(tokens, packed_seq_params=packed)[0][0, [2, 5]].tolist() == [0, 0]
+    for _ in range(2):
+        targets, divisor = mtp.roll_tensor(targets, packed_seq_params=packed)
+        assert divisor == 4
+    for found, expected in zip(mtp.roll_tensor(tokens), original(tokens), strict=True):
+        assert torch.equal(found, expected), "without a pack it is upstream's"

@@ -49,16 +49,19 @@ def test_bash_reads_it(script):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_example_is_the_recipes_own_flags(monkeypatch):
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_the_example_is_the_recipes_own_flags(stage, monkeypatch):
     monkeypatch.setattr(flags, "APEX_WEIGHT_GRADIENTS", "not_installed")  # it was written without
-    recipe = get_recipe("kimi_k2_pretrain_256gpu_h800")
-    text = (REPOSITORY / "examples" / "pretrain_k2.sh").read_text()
-    assert text == render_command(recipe, f"runs/{recipe.name}")
+    recipe = get_recipe(f"kimi_k2_{stage}_256gpu_h800")
+    save = f"runs/{recipe.name}"
+    start_from = f"runs/{recipe.previous}" if recipe.previous else None
+    text = (REPOSITORY / "examples" / f"{stage}_k2.sh").read_text()
+    assert text == render_command(recipe, save, start_from)
     array = text[text.index("flags=(") : text.index("exec ")]
     done = subprocess.run(
         ["bash", "-c", array + 'printf "%s\\n" "${flags[@]}"'], text=True, capture_output=True
     )
-    assert done.stdout.splitlines() == recipe.to_megatron_args(f"runs/{recipe.name}")
+    assert done.stdout.splitlines() == recipe.to_megatron_args(save, start_from)
 
 
 STUBS = {

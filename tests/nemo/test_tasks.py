@@ -38,7 +38,7 @@ def started(monkeypatch):
     code: dict[str, int] = {}
     monkeypatch.setattr(tasks.subprocess, "run", check)
     monkeypatch.setattr(os, "environ", dict(os.environ) | SRUNS)
-    monkeypatch.setattr(pretrain, "run", lambda flags: seen.append(flags))
+    monkeypatch.setattr(pretrain, "run", lambda flags, program: seen.append((flags, program)))
     return seen, code
 
 
@@ -51,8 +51,9 @@ def test_every_start_checks_the_nodes_as_the_plain_script_does(started, tmp_path
     seen, _ = started
     _saved(tmp_path / "run", TWIN.steps)
     train_recipe(TWIN.name, str(tmp_path / "run"))
-    (check, port), flags = seen
-    assert flags == TWIN.pretrain_flags(str(tmp_path / "run"))
+    (check, port), (flags, program) = seen
+    assert program is pretrain.PRETRAIN
+    assert flags == TWIN.program_flags(str(tmp_path / "run"))
     assert check == ["megatron_k2.launch.node_check", *check_arguments(TWIN), *flags]
     script = render(TWIN, "runs/x", None, Cluster())
     assert f"megatron_k2.launch.node_check {' '.join(check_arguments(TWIN))} " in script
@@ -80,7 +81,7 @@ def test_a_bad_node_ends_the_task_before_the_training(started, tmp_path):
 def test_a_task_that_was_interrupted_ends_with_an_error_so_that_it_is_started_again(
     started, tmp_path, monkeypatch
 ):
-    def interrupted(flags):
+    def interrupted(flags, program):
         raise SystemExit(0)  # as Megatron ends after a signal and a save
 
     monkeypatch.setattr(pretrain, "run", interrupted)

@@ -102,7 +102,7 @@ def _without_te(recipe):
     """Flags but for those that Megatron refuses without Transformer Engine: no parameter's."""
     layout = recipe.layout.replace(recompute=frozenset(), fp8_storage=False, activation_offload=0.0)
     # the dry run brings mock data of its own
-    flags = recipe.replace(layout=layout, data=DataBlend("data")).pretrain_flags("runs/x")
+    flags = recipe.replace(layout=layout, data=DataBlend("data")).program_flags("runs/x")
     return [*(flag for flag in flags if flag not in NEEDS_TE), "--transformer-impl", "local"]
 
 
@@ -156,7 +156,7 @@ def test_a_layout_that_does_not_fit_is_refused_unless_forced():
     assert (forced.layout.vpp, forced.layout.activation_offload) == (1, 0)
     long = get_recipe("kimi_k2_yarn_128k_256gpu_h800")
     assert 0 < long.layout.optimizer_offload < 1
-    assert "--optimizer-cpu-offload" in long.pretrain_flags("runs/x")
+    assert "--optimizer-cpu-offload" in long.program_flags("runs/x")
 
 
 def test_assignments_reach_the_flags_and_the_plan_follows():

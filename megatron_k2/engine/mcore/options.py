@@ -89,13 +89,58 @@ def generate_parser() -> argparse.ArgumentParser:
     source.add_argument("--tokenizer", type=Path, help="directory of the model's tokenizer")
     source.add_argument("--data", type=Path, help="dataset directory, whose tokenizer is taken")
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    _add_sampling_options(parser, max_new_tokens=64)
+    return parser
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
     parser.add_argument(
         "--temperature", type=float, default=0.6, help="0: greedy; default: 0.6, as K2's README"
     )
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus; default: 1, all tokens")
     parser.add_argument("--seed", type=int, default=0)
+
+
+def chat_parser() -> argparse.ArgumentParser:
+    """The parser of ``megatron-k2 chat --load``, which every rank uses too."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-k2 chat",
+        allow_abbrev=False,
+        description="Talk to a Megatron checkpoint in K2's chat format: one turn with --prompt or "
+        "--messages, else line by line. Calls of tools are shown and asked for, never executed.",
+        epilog="'megatron-k2 chat render' and 'chat parse' convert files of dialogues.",
+    )
+    add_model_options(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--tokenizer", type=Path, help="directory of the model's tokenizer")
+    source.add_argument("--data", type=Path, help="directory of 'data chat' or 'data prepare'")
+    parser.add_argument("--system", help="text of a system turn; default: the template's")
+    parser.add_argument("--tools", type=Path, metavar="FILE.json", help="a list of OpenAI's tools")
+    parser.add_argument("--prompt", help="one user turn, and its answer")
+    parser.add_argument(
+        "--messages", type=Path, metavar="FILE.json", help="a list of OpenAI's messages before it"
+    )
+    parser.add_argument("--json", action="store_true", help="the answer as one OpenAI message")
+    _add_sampling_options(parser, max_new_tokens=256)
     return parser
+
+
+def check_chat(args: argparse.Namespace) -> None:
+    """Everything about ``chat``'s options that needs no model.
+
+    Raises:
+        UserError: a number out of range, or several ranks without a turn to answer.
+    """
+    _check_sampling(args)
+    is_one_turn = args.prompt is not None or args.messages is not None
+    if args.nproc > 1 and not is_one_turn:
+        raise UserError(
+            f"--nproc {args.nproc} without --prompt or --messages: ranks of torchrun have no "
+            "terminal; give a turn, or one rank"
+        )
+    if args.json and not is_one_turn:
+        raise UserError("--json is one answer; give --prompt or --messages")
 
 
 def check_evaluate(args: argparse.Namespace) -> DataManifest:
@@ -127,6 +172,13 @@ def check_generate(args: argparse.Namespace) -> Path:
     Raises:
         UserError: a number out of range, or no such dataset.
     """
+    _check_sampling(args)
+    if args.data is None:
+        return Path(args.tokenizer)
+    return Path(args.data) / read_manifest(args.data).tokenizer.path
+
+
+def _check_sampling(args: argparse.Namespace) -> None:
     for name in ("nproc", "max_new_tokens"):
         if getattr(args, name) < 1:
             value = getattr(args, name)
@@ -135,6 +187,3 @@ def check_generate(args: argparse.Namespace) -> Path:
         raise UserError(f"--temperature {args.temperature}: 0 (greedy) or above is needed")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top-p {args.top_p}: above 0 and at most 1 is needed")
-    if args.data is None:
-        return Path(args.tokenizer)
-    return Path(args.data) / read_manifest(args.data).tokenizer.path

@@ -1,4 +1,4 @@
-"""Each rank of ``evaluate`` and ``generate``: ``python -m megatron_k2.engine.mcore.ranks``.
+"""Each rank of ``evaluate``, ``generate``, ``chat``: ``python -m megatron_k2.engine.mcore.ranks``.
 
 The process group, the model, the work, the output of rank 0.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_k2.engine.mcore.options import (
+    chat_parser,
     evaluate_parser,
     generate_parser,
 )
@@ -179,17 +180,38 @@ def run_generate(args: argparse.Namespace) -> None:
         _print("\n")
 
 
+def run_chat(args: argparse.Namespace) -> None:
+    """``chat``: one answer, or a dialogue line by line, on rank 0's stdout."""
+    from megatron_k2.engine.mcore.chat import Talk, chat_job, read_line, shown
+
+    job = chat_job(args, world_size())
+    with process_group() as device, opened_model(job.directory, job.saved, job.layout) as model:
+        talk = Talk(model, job, args, device, lambda e: None if args.json else _print(shown(e)))
+        if args.prompt is None and args.messages is None:
+            talk.converse(read_line)
+            return
+        completion = talk.answer()
+        if args.json:
+            _print(json.dumps(completion.to_message().to_object(), ensure_ascii=False) + "\n")
+        elif not completion.is_finished:
+            _print("\n")
+        for finding in completion.findings if is_first_rank() else ():
+            print(f"{finding.kind}: {finding.detail}", file=sys.stderr)
+
+
 def _print(text: str) -> None:
     if is_first_rank():
         print(text, end="", flush=sys.stdout.isatty())
 
 
 def main(argv: list[str]) -> int:
-    """``evaluate …`` or ``generate …``; 2 for a wrong input."""
+    """``evaluate …``, ``generate …`` or ``chat …``; 2 for a wrong input."""
     quieten()
     try:
         if argv[0] == "evaluate":
             run_evaluate(evaluate_parser().parse_args(argv[1:]))
+        elif argv[0] == "chat":
+            run_chat(chat_parser().parse_args(argv[1:]))
         else:
             run_generate(generate_parser().parse_args(argv[1:]))
     except UserError as error:

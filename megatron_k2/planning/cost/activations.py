@@ -42,6 +42,18 @@ def attention_rows(p: ModelPreset, tp: int) -> Iterator[Kept]:
     yield Kept("softmax statistics", 4.0 * heads)
 
 
+def packed_attention_bytes(p: ModelPreset, tp: int, recompute: frozenset[Recompute]) -> float:
+    """Bytes a token that packed documents keep beyond ``attention_rows``.
+
+    Values and output are widened to the queries' width for the attention, which keeps that output
+    beside the one that goes on.
+    """
+    heads = p.num_attention_heads // tp
+    qk = p.qk_head_dim + p.qk_pos_emb_head_dim
+    wider = 0 if "mla_up" in recompute else qk - p.v_head_dim
+    return float(BF16 * heads * (qk + wider))
+
+
 def _norm_rows(
     name: str, width: float, recompute: Recompute, offload: OffloadModule | None = None
 ) -> Iterator[Kept]:

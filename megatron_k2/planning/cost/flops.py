@@ -43,15 +43,19 @@ def up_projections(p: ModelPreset) -> float:
     return 2.0 * (query + heads * (p.qk_head_dim + p.v_head_dim) * p.kv_lora_rank)
 
 
-def attention_forward(p: ModelPreset, seq_length: int) -> Flops:
-    """One token through MLA; causal attention over half of ``seq_length`` on average."""
+def attention_forward(p: ModelPreset, seq_length: int, *, is_packed: bool = False) -> Flops:
+    """One token through MLA; causal attention over half of ``seq_length`` on average.
+
+    Of packed documents Megatron widens values to the width of queries for Transformer Engine.
+    """
     heads = p.num_attention_heads
     qk = p.qk_head_dim + p.qk_pos_emb_head_dim
+    value = qk if is_packed else p.v_head_dim
     down = p.hidden_size * (heads * qk if p.q_lora_rank is None else p.q_lora_rank)
     down += p.hidden_size * (p.kv_lora_rank + p.qk_pos_emb_head_dim)
     return Flops(
         gemm=2.0 * (down + heads * p.v_head_dim * p.hidden_size) + up_projections(p),
-        attention=2.0 * heads * (qk + p.v_head_dim) * (seq_length + 1) / 2,
+        attention=2.0 * heads * (qk + value) * (seq_length + 1) / 2,
     )
 
 

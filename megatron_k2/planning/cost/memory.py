@@ -12,7 +12,11 @@ from dataclasses import dataclass
 
 from megatron_k2.optimizer.offload.choice import AHEAD, WINDOW_BYTES
 from megatron_k2.optimizer.sharded.bucket_size import default_bucket_size
-from megatron_k2.planning.cost.activations import head_bytes, layer_bytes
+from megatron_k2.planning.cost.activations import (
+    head_bytes,
+    layer_bytes,
+    packed_attention_bytes,
+)
 from megatron_k2.planning.cost.offload import movable
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.planning.schedule.chunks import Chunk
@@ -168,11 +172,14 @@ def layer_activations(r: RunRequest, *, is_moe: bool) -> Activations:
         fp8_storage=r.fp8_storage,
         modules=r.modules,
     )
+    packed = 0.0
+    if r.document_tokens and r.modules == "transformer_engine":
+        packed = r.tokens_per_microbatch * packed_attention_bytes(r.preset, r.tp, r.recompute)
     if not r.activation_offload:
-        return Activations(kept, 0.0)
+        return Activations(kept + packed, 0.0)
     can = movable(r, is_moe=is_moe)
     moved = kept * min(r.activation_offload, can.part)
-    return Activations(kept - moved, moved * can.copies)
+    return Activations(kept + packed - moved, moved * can.copies)
 
 
 def chunk_activations(r: RunRequest, chunk: Chunk) -> Activations:
