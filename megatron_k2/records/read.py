@@ -14,7 +14,12 @@ from megatron_k2.errors import UserError
 from megatron_k2.records.messages import SCHEMA_VERSION, ChatSample, Message, ToolCall, ToolSpec
 
 
-def _no_constant(name: str) -> Any:
+def no_constant(name: str) -> Any:
+    """For ``json.loads(parse_constant=…)``: what Python reads beyond JSON is refused.
+
+    Raises:
+        ValueError: always.
+    """
     raise ValueError(f"{name} is not JSON; leave it out or write null")
 
 
@@ -26,7 +31,7 @@ def read_json_line(line: bytes | str) -> dict[str, Any]:
     """
     try:
         text = line.decode("utf-8") if isinstance(line, bytes) else line
-        value = json.loads(text.rstrip(), parse_constant=_no_constant)
+        value = json.loads(text.rstrip(), parse_constant=no_constant)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:

@@ -21,6 +21,7 @@ from megatron_k2.data.tiktoken_tokenizer import TiktokenTokenizer
 from megatron_k2.errors import UserError
 from megatron_k2.records.messages import ChatSample, Message, ToolCall
 from megatron_k2.records.read import message_from, tool_from
+from tests.campaigns.hostile_chat import case
 from tests.support import dialogues
 from tests.support.paths import REPOSITORY, SHARED
 
@@ -156,7 +157,9 @@ def test_ids_and_mask_equal_those_from_character_offsets_on_a_thousand(tokenizer
 
 
 def test_the_exported_template_has_no_marks_and_the_same_text():
-    for sample in samples(20):
+    rng = random.Random(4)
+    hostile = [case(rng)[1:] for _ in range(50)]
+    for sample in (*samples(20), *(ChatSample(tuple(m), tuple(t)) for m, t in hostile)):
         messages, tools = objects(sample)
         for prompt in (False, True):
             texts, _ = render_jinja_template(
