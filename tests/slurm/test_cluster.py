@@ -166,7 +166,8 @@ def test_fine_tuning_follows_pretraining_and_goes_on_after_it_was_preempted(prof
     _preempt(tmp_path)
     assert _state(tuned, ("COMPLETED", "FAILED", "CANCELLED")) == "COMPLETED", _log(tuned)
     assert last_iteration(pretrained) == last_iteration(tuned) == 20
-    assert "queued again" in _log(tuned)
+    (job,) = jobs_of(str(tuned))
+    assert "queued again" in (tuned / "slurm" / f"{job.number}.log").read_text()
     losses = _losses(tuned)
     assert [step for step, _ in losses] == list(range(1, 21))
     alone = tmp_path / "alone"
