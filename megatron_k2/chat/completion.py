@@ -19,6 +19,7 @@ from megatron_k2.chat.call_ids import exact_name, guessed_name, strict_name
 from megatron_k2.chat.lexer import VARIANTS, Lexer
 from megatron_k2.chat.template import Piece
 from megatron_k2.records.messages import Message, ToolCall, ToolSpec
+from megatron_k2.records.read import no_constant
 
 Degree = Literal["exact", "strict", "tolerant"]
 
@@ -84,7 +85,8 @@ class CompletionParser:
         self._state = _At.CONTENT
         self._content: list[str] = []
         self._calls: list[ToolCall] = []
-        self._id = self._arguments = ""
+        self._id = ""
+        self._arguments: list[str] = []
         self._findings: list[Finding] = []
 
     @property
@@ -121,7 +123,7 @@ class CompletionParser:
             case _At.ID:
                 self._id += text
             case _At.ARGUMENTS:
-                self._arguments += text
+                self._arguments.append(text)
                 events.append(Event("arguments", text, len(self._calls)))
             case _:
                 self._wrong("text_between_calls" if text.strip() else "space", repr(text[:40]))
@@ -149,7 +151,7 @@ class CompletionParser:
                 self._unexpected(name, events)
 
     def _begin_call(self) -> None:
-        self._state, self._id, self._arguments = _At.ID, "", ""
+        self._state, self._id, self._arguments = _At.ID, "", []
 
     def _begin_arguments(self, events: list[Event]) -> None:
         self._state = _At.ARGUMENTS
@@ -200,11 +202,11 @@ class CompletionParser:
             events.append(Event("call_end", self._calls[-1].id, len(self._calls) - 1))
 
     def _add_call(self, *, is_whole: bool) -> None:
-        identity, arguments = self._id, self._arguments
+        identity, arguments = self._id, "".join(self._arguments)
         if self._degree == "tolerant":
+            if identity.strip() != identity or arguments.strip() != arguments:
+                self._wrong("space", f"around {identity.strip() or arguments[:40]!r}")
             identity, arguments = identity.strip(), arguments.strip()
-            if (identity, arguments) != (self._id, self._arguments):
-                self._wrong("space", f"around {identity or arguments[:40]!r}")
         self._calls.append(ToolCall(identity, self._name(identity), arguments))
         if not is_whole:
             self._wrong("truncated_arguments", arguments[-40:])
@@ -221,7 +223,7 @@ class CompletionParser:
 
     def _check_arguments(self, arguments: str) -> None:
         try:
-            value = json.loads(arguments)
+            value = json.loads(arguments, parse_constant=no_constant)
         except (ValueError, RecursionError) as error:
             at_end = isinstance(error, json.JSONDecodeError) and error.pos >= len(
                 arguments.rstrip()

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from megatron_k2.errors import UserError
 from megatron_k2.records.messages import ToolSpec
 
 INDENT = "  "
@@ -36,13 +37,22 @@ def json_declarations(tools: Sequence[ToolSpec], *, is_sorted: bool, is_compact:
 
 
 def typescript_declarations(tools: Sequence[ToolSpec]) -> str:
-    """``namespace functions { … }``, a type for each tool, its description a comment above it."""
+    """``namespace functions { … }``, a type for each tool, its description a comment above it.
+
+    Raises:
+        UserError: a schema is nested too deeply.
+    """
     lines = ["namespace functions {"]
     for tool in tools:
         lines += _comment(tool.function.get("description"), "")
         parameters = tool.function.get("parameters")
         has_fields = isinstance(parameters, dict) and parameters.get("properties")
-        argument = f"_: {_type(parameters, '')}" if has_fields else ""
+        try:
+            argument = f"_: {_type(parameters, '')}" if has_fields else ""
+        except RecursionError:
+            raise UserError(
+                f"the parameters of tool {tool.name} are nested too deeply; declare it as JSON"
+            ) from None
         lines.append(f"type {tool.name} = ({argument}) => any;")
     return "\n".join([*lines, "}"])
 

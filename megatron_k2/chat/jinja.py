@@ -1,7 +1,8 @@
 """The canonical (0905) template as Jinja, for exports: what ``transformers`` and servers render.
 
 Written here; its output equals ``template.render_text`` byte for byte (``tests/chat``). It sorts
-the keys of declarations itself, which the release leaves to its tokenizer's code.
+the keys of declarations itself, which the release leaves to its tokenizer's code. An engine whose
+``tojson`` knows no ``separators`` (llama.cpp's) prints declarations with spaces.
 
 A server tokenizes the rendered text, so there a control token's name in a user's text becomes the
 token; a server that cares must take ids from ``template.Renderer``.

@@ -1,7 +1,8 @@
 """A whole dialogue read back from its canonical (0905) rendering: messages and tools.
 
-``parse(render(x)) == x`` for dialogues whose calls have K2's ids. Not in the rendering, so not read
-back: thoughts, weights, the order of keys in a declaration, the empty list against no list.
+``parse(render(x)) == x`` for dialogues whose calls have K2's ids and tools declared as JSON. Not in
+the rendering, so not read back: thoughts, weights, the order of keys in a declaration, the empty
+list against no list.
 """
 
 import json

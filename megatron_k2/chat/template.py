@@ -18,6 +18,7 @@ Trained are an assistant's content, its tool calls, and the ``<|im_end|>`` that 
 header before them is the prompt's.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
@@ -26,7 +27,7 @@ from megatron_k2.chat import control
 from megatron_k2.chat.control import ChatTokenizer, control_ids
 from megatron_k2.chat.declarations import json_declarations, typescript_declarations
 from megatron_k2.errors import UserError
-from megatron_k2.records.messages import Message, ToolSpec
+from megatron_k2.records.messages import Message, ToolCall, ToolSpec
 
 Generation = Literal["0905", "0905-first", "0711", "thinking"]
 GENERATIONS: tuple[str, ...] = get_args(Generation)
@@ -35,6 +36,8 @@ Declarations = Literal["json", "typescript"]
 DEFAULT_SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
 DEFAULT_SYSTEM_0711 = "You are a helpful assistant"
 RETURN_OF = "## Return of "
+_NUM_COMMON, _COMMON_CHARS = 4096, 1 << 16
+"""How many texts' ids a renderer keeps, and the longest of them."""
 DECLARE = "tool_declare"
 _TITLES = ("system", "tool", DECLARE)
 _OPENERS = {
@@ -51,6 +54,8 @@ class Piece(NamedTuple):
     text: str
     is_control: bool = False
     is_trained: bool = False
+    is_common: bool = False
+    """Whether many dialogues hold the same text, so that its ids are worth keeping."""
 
 
 @dataclass(frozen=True)
@@ -88,32 +93,33 @@ class Format:
 CANONICAL = Format()
 
 
-def _control(name: str, *, is_trained: bool = False) -> Piece:
-    return Piece(name, is_control=True, is_trained=is_trained)
+_CONTEXT = {name: Piece(name, is_control=True) for name in control.CHAT_TOKENS}
+_TARGET = {name: Piece(name, is_control=True, is_trained=True) for name in control.CHAT_TOKENS}
+"""Control tokens, by whether they are trained; made once, for a dialogue has dozens."""
 
 
-def _turn(opener: str, title: str, body: str) -> list[Piece]:
+@functools.lru_cache(maxsize=_NUM_COMMON)
+def _header(opener: str, title: str) -> tuple[Piece, ...]:
+    return _CONTEXT[opener], Piece(title, is_common=True), _CONTEXT[control.IM_MIDDLE]
+
+
+def _turn(opener: str, title: str, body: str, *, is_common: bool = False) -> list[Piece]:
     """A turn that nobody is trained on."""
-    return [
-        _control(opener),
-        Piece(title),
-        _control(control.IM_MIDDLE),
-        Piece(body),
-        _control(control.IM_END),
-    ]
+    text = Piece(body, is_common=is_common)
+    return [*_header(opener, title), text, _CONTEXT[control.IM_END]]
 
 
 def opening(first: Message | None, tools: Sequence[ToolSpec], form: Format) -> list[Piece]:
     """What stands before the first message: tool declarations, the default system text."""
     pieces: list[Piece] = []
     if tools:
-        pieces += _turn(control.IM_SYSTEM, DECLARE, _declared(tools, form))
+        pieces += _turn(control.IM_SYSTEM, DECLARE, _declared(tools, form), is_common=True)
     if first is not None and first.role != "system":
         is_first_release = form.generation == "0711"
         text = DEFAULT_SYSTEM_0711 if is_first_release else DEFAULT_SYSTEM
         if form.default_system is not None:
             text = form.default_system
-        pieces += _turn(control.IM_SYSTEM, "system", text)
+        pieces += _turn(control.IM_SYSTEM, "system", text, is_common=True)
         if form.generation == "0905":
             pieces.append(Piece("\n"))
     return pieces
@@ -143,14 +149,15 @@ def turn(message: Message, form: Format, *, is_past: bool = True) -> list[Piece]
     """
     has_names = form.generation != "0711"
     title = (message.name or message.role) if has_names else message.role
-    _check(message, title, form)
     if message.role == "assistant":
         return _assistant(message, title, form, is_past)
+    if message.role != "user":
+        _check_kind(message, title)
     body = message.content
     if message.role == "tool" and has_names:
         indent = "    " if form.generation == "0905-first" else ""
         body = f"{RETURN_OF}{message.tool_call_id}\n{indent}{body}"
-    return _turn(_OPENERS[message.role], title, body)
+    return _turn(_OPENERS[message.role], title, body, is_common=message.role == "system")
 
 
 def _assistant(message: Message, title: str, form: Format, is_past: bool) -> list[Piece]:
@@ -159,56 +166,57 @@ def _assistant(message: Message, title: str, form: Format, is_past: bool) -> lis
     if form.generation == "thinking":
         thoughts = "" if is_past else message.reasoning or ""
         content = f"<think>{thoughts}</think>{content}"
-    pieces = [_control(control.IM_ASSISTANT), Piece(title), _control(control.IM_MIDDLE)]
-    pieces.append(Piece(content, is_trained=trained))
+    token = _TARGET if trained else _CONTEXT
+    pieces = [*_header(control.IM_ASSISTANT, title), Piece(content, is_trained=trained)]
     if message.tool_calls:
-        pieces.append(_control(control.SECTION_BEGIN, is_trained=trained))
+        _check_calls(message.tool_calls, form)
+        pieces.append(token[control.SECTION_BEGIN])
         for call in message.tool_calls:
             pieces += [
-                _control(control.CALL_BEGIN, is_trained=trained),
-                Piece(call.id, is_trained=trained),
-                _control(control.ARGUMENT_BEGIN, is_trained=trained),
+                token[control.CALL_BEGIN],
+                Piece(call.id, is_trained=trained, is_common=True),
+                token[control.ARGUMENT_BEGIN],
                 Piece(call.arguments, is_trained=trained),
-                _control(control.CALL_END, is_trained=trained),
+                token[control.CALL_END],
             ]
-        pieces.append(_control(control.SECTION_END, is_trained=trained))
-    pieces.append(_control(control.IM_END, is_trained=trained))
+        pieces.append(token[control.SECTION_END])
+    pieces.append(token[control.IM_END])
     return pieces
 
 
-def _check(message: Message, title: str, form: Format) -> None:
-    if form.generation == "0711" and message.tool_calls:
+def _check_calls(calls: Sequence[ToolCall], form: Format) -> None:
+    if form.generation == "0711":
         raise UserError(
-            f"the template of 2025-07-11 drops an assistant's tool calls "
-            f"({message.tool_calls[0].name}), so a model would learn to be silent; choose 0905"
+            f"the template of 2025-07-11 drops an assistant's tool calls ({calls[0].name}), so a "
+            "model would learn to be silent; choose 0905"
         )
-    if any(not call.id for call in message.tool_calls):
+    if not all(call.id for call in calls):
         raise UserError(
             "a tool call without an id; megatron_k2.chat.call_ids numbers a dialogue's calls"
         )
-    # All three are written with one opener and told apart by title and first words only: no name
-    # from outside may make a tool's result read as a declaration, or a system text as a result.
-    is_system = message.role == "system"
-    taken = _TITLES if message.role in ("system", "tool") else ()
-    if (title in taken and title != message.role) or (
-        is_system and title != "system" and message.content.startswith(RETURN_OF)
-    ):
+
+
+def _check_kind(message: Message, title: str) -> None:
+    """System texts, results and declarations have one opener, and are told apart by what follows.
+
+    No name from outside may make a tool's result read as a declaration, or a system text as a
+    result.
+    """
+    is_taken = title in _TITLES and title != message.role
+    reads_as_result = message.role == "system" != title and message.content.startswith(RETURN_OF)
+    if is_taken or reads_as_result:
         raise UserError(
             f"a {message.role} message named {title!r} would read as one of another kind; rename it"
         )
     if "\n" in (message.tool_call_id or ""):
         raise UserError(
-            f"tool_call_id {message.tool_call_id!r} has a line end; give it on one line"
+            f"tool_call_id {message.tool_call_id!r} has a line end; write it on one line"
         )
 
 
 def generation_prompt() -> list[Piece]:
     """What an assistant's answer follows; the same in every generation."""
-    return [
-        _control(control.IM_ASSISTANT),
-        Piece("assistant"),
-        _control(control.IM_MIDDLE),
-    ]
+    return list(_header(control.IM_ASSISTANT, "assistant"))
 
 
 def pieces_of(
@@ -272,6 +280,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.form = form
         self.control = control_ids(tokenizer)
+        self._ids_of_common = functools.lru_cache(maxsize=_NUM_COMMON)(tokenizer.encode)
 
     def render(
         self,
@@ -294,11 +303,13 @@ class Renderer:
     def extend(self, found: Rendered, pieces: Iterator[Piece] | list[Piece]) -> None:
         """Append what ``pieces`` encode to."""
         ids, mask, names = found.ids, found.loss_mask, self.control.by_name
-        for piece in pieces:
-            if piece.is_control:
-                ids.append(names[piece.text])
-                mask.append(int(piece.is_trained))
-            elif piece.text:
-                new = self.tokenizer.encode(piece.text)
+        encode, encode_common = self.tokenizer.encode, self._ids_of_common
+        for text, is_control, is_trained, is_common in pieces:
+            if is_control:
+                ids.append(names[text])
+                mask.append(1 if is_trained else 0)
+            elif text:
+                is_kept = is_common and len(text) <= _COMMON_CHARS
+                new = encode_common(text) if is_kept else encode(text)
                 ids += new
-                mask += [int(piece.is_trained)] * len(new)
+                mask += [1 if is_trained else 0] * len(new)

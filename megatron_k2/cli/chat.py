@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from megatron_k2.chat.completion import Completion, Degree
     from megatron_k2.chat.parse import ParsedDialogue
     from megatron_k2.data.tokenizer import Tokenizer
+    from megatron_k2.records.messages import ToolSpec
+
+    type Tools = tuple[ToolSpec, ...]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -26,7 +29,8 @@ def _parser() -> argparse.ArgumentParser:
         "parse",
         help="ids or text to messages and tool calls",
         description="One {ids} or {text} a line in: a whole dialogue where it begins with a turn's "
-        "token, else what a model answered. Calls and what was wrong with them come out.",
+        "token, else what a model answered; {tools} help to name a call that only counts. Calls "
+        "and what was wrong with them come out.",
     )
     for verb in (render, parse):
         verb.add_argument("--jsonl", type=Path, required=True, metavar="FILE")
@@ -86,25 +90,29 @@ def _rendered(arguments: argparse.Namespace, tokenizer: "Tokenizer | None") -> I
 def _parsed(arguments: argparse.Namespace, tokenizer: "Tokenizer | None") -> Iterator[Any]:
     from megatron_k2.chat.completion import FormatError
     from megatron_k2.errors import UserError
+    from megatron_k2.records.read import tools_from
 
     degree: Degree = "strict" if arguments.strict else "tolerant"
     for number, found in _lines(arguments.jsonl):
         where, ids, text = f"{arguments.jsonl}:{number}", found.get("ids"), found.get("text")
         try:
+            tools = tools_from(found.get("tools"))
             if isinstance(ids, list) and all(type(each) is int for each in ids):
-                row = _read_ids(ids, tokenizer, degree)
+                row = _read_ids(ids, tokenizer, degree, tools)
             elif ids is None and isinstance(text, str):
-                row = _read_text(text, degree)
+                row = _read_text(text, degree, tools)
             else:
                 raise UserError("expected 'ids', a list of integers, or 'text', a string")
         except FormatError as problem:
             row = {"error": str(problem)}
-        except UserError as problem:
+        except ValueError as problem:
             raise UserError(f"{where}: {problem}") from None
         yield {"line": number, **row}
 
 
-def _read_ids(ids: list[int], tokenizer: "Tokenizer | None", degree: "Degree") -> dict[str, Any]:
+def _read_ids(
+    ids: list[int], tokenizer: "Tokenizer | None", degree: "Degree", tools: "Tools"
+) -> dict[str, Any]:
     from megatron_k2.chat.completion import parse_completion
     from megatron_k2.chat.control import OPENERS, control_ids
     from megatron_k2.chat.lexer import IdLexer
@@ -118,10 +126,10 @@ def _read_ids(ids: list[int], tokenizer: "Tokenizer | None", degree: "Degree") -
     openers = [control_ids(tokenizer).by_name[name] for name in OPENERS]
     if ids[:1] and ids[0] in openers:
         return _dialogue(parse_ids(ids, tokenizer))
-    return _completion(parse_completion(IdLexer(tokenizer), ids, degree))
+    return _completion(parse_completion(IdLexer(tokenizer), ids, degree, tools))
 
 
-def _read_text(text: str, degree: "Degree") -> dict[str, Any]:
+def _read_text(text: str, degree: "Degree", tools: "Tools") -> dict[str, Any]:
     from megatron_k2.chat.completion import parse_completion
     from megatron_k2.chat.control import OPENERS
     from megatron_k2.chat.lexer import TextLexer
@@ -130,7 +138,7 @@ def _read_text(text: str, degree: "Degree") -> dict[str, Any]:
     if text.startswith(OPENERS):
         return _dialogue(parse_text(text))
     lexer = TextLexer(allows_variants=degree == "tolerant")
-    return _completion(parse_completion(lexer, text, degree))
+    return _completion(parse_completion(lexer, text, degree, tools))
 
 
 def _dialogue(found: "ParsedDialogue") -> dict[str, Any]:

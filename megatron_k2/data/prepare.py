@@ -36,6 +36,7 @@ from megatron_k2.data.resumable import (
     TOKENIZER_DIRECTORY,
     check_unchanged,
     locked,
+    refuse_other_kind,
     start_or_resume,
     work_through,
 )
@@ -167,6 +168,7 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> DataMani
     if others:
         listed = ", ".join(f"{number} {ending}" for ending, number in sorted(others.items()))
         console.print(f"not taken from the directories, see --suffix: {listed}")
+    refuse_other_kind(options.output, MANIFEST_FILE)
     with locked(options.output):
         manifest = _finished(plan, options.output)
         if manifest is None:

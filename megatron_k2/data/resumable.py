@@ -30,6 +30,8 @@ from megatron_k2.lock.directory import hold
 PARTS_DIRECTORY = ".parts"
 TOKENIZER_DIRECTORY = "tokenizer"
 PLAN_FILE = "plan.json"
+MANIFEST_FILES = ("dataset.json", "chat.json")
+"""Of a directory of text and of one of dialogues."""
 
 
 @contextmanager
@@ -37,6 +39,17 @@ def locked(output: Path) -> Iterator[None]:
     """One preparation at a time in a directory; the lock goes with the process, however it ends."""
     with hold(output, "a data preparation"):
         yield
+
+
+def refuse_other_kind(output: Path, manifest_file: str) -> None:
+    """Two kinds of dataset share names of files: one directory holds one kind.
+
+    Raises:
+        UserError: the directory holds the other.
+    """
+    for other in MANIFEST_FILES:
+        if other != manifest_file and (output / other).is_file():
+            raise UserError(f"{output} holds another kind of dataset ({other}); choose another")
 
 
 def start_or_resume(

@@ -183,6 +183,8 @@ class TiktokenTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` as plain text: a literal control token's name stays letters."""
+        if len(text) <= MAX_RUN_CHARS:  # most texts, and none of them is cut
+            return self._encoding.encode_ordinary(text)
         ids: list[int] = []
         for piece in split_long_text(text):
             ids.extend(self._encoding.encode_ordinary(piece))

@@ -14,7 +14,12 @@ from megatron_k2.errors import UserError
 from megatron_k2.records.messages import SCHEMA_VERSION, ChatSample, Message, ToolCall, ToolSpec
 
 
-def _no_constant(name: str) -> Any:
+def no_constant(name: str) -> Any:
+    """For ``json.loads(parse_constant=…)``: what Python reads beyond JSON is refused.
+
+    Raises:
+        ValueError: always.
+    """
     raise ValueError(f"{name} is not JSON; leave it out or write null")
 
 
@@ -26,7 +31,7 @@ def read_json_line(line: bytes | str) -> dict[str, Any]:
     """
     try:
         text = line.decode("utf-8") if isinstance(line, bytes) else line
-        value = json.loads(text.rstrip(), parse_constant=_no_constant)
+        value = json.loads(text.rstrip(), parse_constant=no_constant)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
@@ -140,12 +145,30 @@ def tool_from(found: dict[str, Any]) -> ToolSpec:
     return ToolSpec(_encodable(json.dumps(found, ensure_ascii=False), "a tool"))
 
 
+def tools_from(value: Any) -> tuple[ToolSpec, ...]:
+    """A list of tools in OpenAI's form; null is none.
+
+    Raises:
+        ValueError: see ``tool_from``.
+    """
+    return tuple(tool_from(tool) for tool in _objects(value, "tools"))
+
+
 def sample_from(found: dict[str, Any]) -> ChatSample:
     """A sample in OpenAI's form.
 
     Raises:
         ValueError: says which message, and what is wrong with it.
     """
+    try:
+        return _sample_from(found)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except OverflowError:
+        raise ValueError("weight is too large; expected a number") from None
+
+
+def _sample_from(found: dict[str, Any]) -> ChatSample:
     version = found.get("schema_version", SCHEMA_VERSION)
     if version != SCHEMA_VERSION:
         raise ValueError(f"schema_version {version!r}, expected {SCHEMA_VERSION}")
@@ -163,7 +186,7 @@ def sample_from(found: dict[str, Any]) -> ChatSample:
         raise ValueError(f"weight is {weight!r}; expected a number")
     return ChatSample(
         messages=tuple(messages),
-        tools=tuple(tool_from(tool) for tool in _objects(found.get("tools"), "tools")),
+        tools=tools_from(found.get("tools")),
         id=_optional(identity, "id") or "",
         weight=float(weight),
         source=_optional(found.get("source"), "source") or "",

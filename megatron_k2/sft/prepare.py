@@ -10,11 +10,10 @@ of an undisturbed run, whatever the number of workers.
 import functools
 import hashlib
 import io
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +26,14 @@ from megatron_k2.data.resumable import (
     TOKENIZER_DIRECTORY,
     check_unchanged,
     locked,
+    refuse_other_kind,
     start_or_resume,
     work_through,
 )
-from megatron_k2.data.sources import SourceFile, is_validation
 from megatron_k2.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_k2.errors import UserError
 from megatron_k2.files import commit_file, write_atomically
+from megatron_k2.sft.choose import Chosen, choose, write_rejects
 from megatron_k2.sft.manifest import (
     MANIFEST_FILE,
     ChatManifest,
@@ -46,40 +46,9 @@ from megatron_k2.sft.manifest import (
 )
 from megatron_k2.sft.packing import Packs, fill_of, pack
 from megatron_k2.sft.prepare_plan import ChatOptions, ChatPlan, make_plan
-from megatron_k2.sft.rows import line_numbers
-from megatron_k2.sft.tokenize import PartSamples, read_part, tokenize_part
+from megatron_k2.sft.tokenize import PartSamples, tokenize_part
 
 REJECTS_FILE = "rejects.jsonl"
-
-
-@dataclass(frozen=True)
-class _At:
-    """Where a row stands."""
-
-    file: SourceFile
-    place: int
-
-
-@dataclass(frozen=True)
-class _LeftOut:
-    """A row that is not in the set."""
-
-    at: _At
-    kind: str
-    reason: str
-    same_as: _At | None = None
-    """Of a duplicate, the row that is kept."""
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """Which samples of every part go where."""
-
-    parts: list[PartSamples]
-    kept: list[dict[str, np.ndarray]]
-    """Of each part, split -> numbers of its samples."""
-    rejects: list[_LeftOut]
-    """In input order."""
 
 
 def prepare_chat(options: ChatOptions, console: Console | None = None) -> ChatManifest:
@@ -98,6 +67,7 @@ def prepare_chat(options: ChatOptions, console: Console | None = None) -> ChatMa
     """
     console = console or Console(stderr=True)
     plan, output = make_plan(options), options.output
+    refuse_other_kind(output, MANIFEST_FILE)
     with locked(output):
         manifest = _finished(plan, output)
         if manifest is None:
@@ -152,9 +122,9 @@ def _provide_tokenizer(options: ChatOptions) -> Tokenizer:
 def _merge(plan: ChatPlan, options: ChatOptions, tokenizer: Tokenizer) -> ChatManifest:
     """Choose samples, write each split and its sequences, and describe the result."""
     directory, output = options.output / PARTS_DIRECTORY, options.output
-    chosen = _choose(plan, directory)
+    chosen = choose(plan.parts, directory)
     rejected = Counter(each.kind for each in chosen.rejects)
-    _write_rejects(chosen, output / REJECTS_FILE)
+    write_rejects(chosen, output / REJECTS_FILE)
     _check_counts(chosen, options, rejected)
     digest = hashlib.sha256()
     for part in chosen.parts:
@@ -194,54 +164,7 @@ def _merge(plan: ChatPlan, options: ChatOptions, tokenizer: Tokenizer) -> ChatMa
     )
 
 
-def _choose(plan: ChatPlan, directory: Path) -> _Chosen:
-    """The first of each content in input order, by split; what is left out, and why."""
-    first_of: dict[bytes, _At] = {}
-    chosen = _Chosen([], [], [])
-    for part in plan.parts:
-        found = read_part(part, directory)
-        kept: dict[str, list[int]] = {split: [] for split in SPLITS}
-        left_out = []
-        for bad in found.rejects:
-            at = _At(part.spans[bad.span].file, bad.place)
-            left_out.append((bad.span, _LeftOut(at, bad.kind, bad.reason)))
-        for index, (content, place) in enumerate(zip(found.hashes, found.places, strict=True)):
-            key, span = content.tobytes(), part.spans[int(place[0])]
-            at = _At(span.file, int(place[1]))
-            if key in first_of:
-                twice = _LeftOut(at, "duplicate", "the same dialogue", first_of[key])
-                left_out.append((int(place[0]), twice))
-                continue
-            first_of[key] = at
-            kept[SPLITS[is_validation(key.hex(), span.validation_fraction)]].append(index)
-        left_out.sort(key=lambda pair: (pair[0], pair[1].at.place))
-        chosen.parts.append(found)
-        chosen.kept.append({split: np.array(n, dtype=np.int64) for split, n in kept.items()})
-        chosen.rejects.extend(each for _, each in left_out)
-    return chosen
-
-
-def _write_rejects(chosen: _Chosen, path: Path) -> None:
-    """A line for each row that is left out: file, line, kind, reason."""
-    places: dict[SourceFile, list[int]] = {}
-    for each in chosen.rejects:
-        for at in (each.at, each.same_as):
-            if at is not None:
-                places.setdefault(at.file, []).append(at.place)
-    numbers = {file: line_numbers(file, wanted) for file, wanted in places.items()}
-    lines = []
-    for each in chosen.rejects:
-        line = numbers[each.at.file][each.at.place]
-        reason = each.reason
-        if each.same_as is not None:
-            first = numbers[each.same_as.file][each.same_as.place]
-            reason += f" as {each.same_as.file.name}:{first}"
-        row = {"file": each.at.file.name, "line": line, "kind": each.kind, "reason": reason}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_atomically(path, "".join(lines).encode("utf-8", "backslashreplace"))
-
-
-def _check_counts(chosen: _Chosen, options: ChatOptions, rejected: Counter[str]) -> None:
+def _check_counts(chosen: Chosen, options: ChatOptions, rejected: Counter[str]) -> None:
     counts = {split: sum(len(kept[split]) for kept in chosen.kept) for split in SPLITS}
     if counts["train"] and (counts["valid"] or not options.wants_validation):
         return
@@ -254,7 +177,7 @@ def _check_counts(chosen: _Chosen, options: ChatOptions, rejected: Counter[str])
 
 
 def _write_split(
-    split: str, chosen: _Chosen, options: ChatOptions, tokenizer: Tokenizer
+    split: str, chosen: Chosen, options: ChatOptions, tokenizer: Tokenizer
 ) -> SplitRecord:
     pairs = list(zip(chosen.parts, (kept[split] for kept in chosen.kept), strict=True))
     lengths = np.concatenate([part.lengths[kept] for part, kept in pairs])

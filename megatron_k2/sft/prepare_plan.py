@@ -61,6 +61,11 @@ class ChatOptions:
             )
         if self.num_workers < 1:
             raise UserError(f"--workers {self.num_workers}: expected at least 1")
+        if self.tokenizer.resolve().is_relative_to(self.output.resolve()):
+            raise UserError(
+                f"--tokenizer {self.tokenizer} lies in --output, which starting over clears; name "
+                "the one it was copied from"
+            )
 
     @property
     def rules(self) -> Rules:

@@ -207,6 +207,46 @@ def _jsonl(rng: random.Random, sound: Sound, place: Path) -> Input:
     return _prepared("JSONL", f"{path.name}: {damage}", argv, place)
 
 
+def _dialogues(rng: random.Random, sound: Sound, place: Path) -> Input:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    bad = {
+        "another form": rng.choice(['{"instruction": "a"}', '{"text": "a"}', '{"x": 1}', "{}"]),
+        "no messages": '{"messages": []}',
+        "no list": rng.choice(['{"messages": 3}', '{"messages": "a"}', '{"conversations": {}}']),
+        "no role": json.dumps({"messages": [turns[0] | {"role": rng.choice(["x", 3, None])}]}),
+        "nothing to train": json.dumps({"messages": turns[:1]}),
+        "no text": json.dumps({"messages": [*turns, turns[0] | {"content": [{"type": "image"}]}]}),
+        "a call without a name": json.dumps({"messages": [turns[1] | {"tool_calls": [{}]}]}),
+        "a bare tool": json.dumps({"messages": turns, "tools": [{"name": "a"}]}),
+        "another version": json.dumps({"messages": turns, "schema_version": 99}),
+        "torn": json.dumps({"messages": turns})[:-3],
+        "a table by name": "PAR1",
+    }
+    damage = rng.choice([*sorted(bad), "a cut gzip", "a text by name", "UTF-16"])
+    path = place / ("c.parquet" if damage == "a table by name" else "c.jsonl")
+    content = bad.get(damage, json.dumps({"messages": turns})).encode()
+    if damage == "a cut gzip":
+        path, content = place / "c.jsonl.gz", gzip.compress(content)[:-9]
+    elif damage == "a text by name":
+        path = place / "c.txt"
+    elif damage == "UTF-16":
+        content = content.decode().encode("utf-16")
+    path.write_bytes(content)
+    output = place / "out"
+    argv = [
+        "data",
+        "chat",
+        "--input",
+        str(path),
+        "--output",
+        str(output),
+        "--sequence-length",
+        "64",
+    ]
+    argv += ["--tokenizer", str(sound.tokenizer), "--validation-fraction", "0", "--workers", "1"]
+    return Input("data chat", "dialogues", f"{path.name}: {damage}", argv, output / "chat.json")
+
+
 def _datasets(rng: random.Random, sound: Sound, place: Path) -> Input:
     data = Path(shutil.copytree(sound.data, place / "data"))
     flag = rng.choice(["--data", "--data", "--train-data-path", "--data-path"])
@@ -216,7 +256,7 @@ def _datasets(rng: random.Random, sound: Sound, place: Path) -> Input:
         damage = spoiled(rng, path, SIZES)
     else:
         damage = spoiled(rng, path)
-    argv = ["pretrain", "--preset", "k2-tiny", "--vocab-size", "270", "--save", str(place / "run")]
+    argv = ["pretrain", "--preset", "k2-tiny", "--vocab-size", "290", "--save", str(place / "run")]
     argv += [flag, str(data if flag == "--data" else data / "train")]
     argv += ["--tokenizer-type", "NullTokenizer"] if flag != "--data" else []
     return Input("pretrain", "datasets", f"{flag} {damage}", argv, place / "run")
@@ -241,7 +281,7 @@ def _records(rng: random.Random, sound: Sound, place: Path) -> Input:
         record = {"shape": {"hidden_size": 1}, "preset": "k2-tiny", "data": {}}
         path.write_text(json.dumps(record | {key: value}))
         damage = f"{key}: {value!r}" if rng.random() < 0.6 else replaced(rng, path)
-    argv = ["pretrain", "--preset", "k2-tiny", "--vocab-size", "270", "--data", str(data)]
+    argv = ["pretrain", "--preset", "k2-tiny", "--vocab-size", "290", "--data", str(data)]
     argv += ["--save", str(place / "run")]
     return Input("pretrain", "records", f"{path.name} {damage}", argv)
 
@@ -351,7 +391,7 @@ def _checkpoints(rng: random.Random, sound: Sound, place: Path) -> Input:
 NEEDED = (".metadata", "common.pt")
 
 CLASSES: tuple[Callable[[random.Random, Sound, Path], Input], ...] = (
-    *(_config, _index, _shards, _tokenizers, _jsonl, _datasets, _records),
+    *(_config, _index, _shards, _tokenizers, _jsonl, _dialogues, _datasets, _records),
     *(_flags, _recipes, _overrides, _profiles, _checkpoints),
 )
 

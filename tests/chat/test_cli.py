@@ -46,14 +46,20 @@ def test_a_file_is_rendered_and_parsed_back(toy_directory, tmp_path):
 
 def test_answers_come_back_with_calls_and_reasons(tmp_path, capsys):
     bad = "Look.<|tool_call_begin|>tide:0<|tool_call_argument_begin|>{<|tool_call_end|>"
-    (tmp_path / "answers.jsonl").write_text(json.dumps({"text": bad}) + "\n")
+    counted = bad.replace("tide:0", "call_0")
+    rows = [{"text": bad}, {"text": counted, "tools": DIALOGUE["tools"]}]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["chat", "parse", "--jsonl", str(tmp_path / "answers.jsonl")]) == 0
-    row = json.loads(capsys.readouterr().out)
+    row, other = map(json.loads, capsys.readouterr().out.splitlines())
+    assert other["tool_calls"][0]["function"]["name"] == "tide"
     assert row["tool_calls"][0]["function"]["name"] == "tide"
     kinds = {finding["kind"] for finding in row["findings"]}
     assert kinds == {"unexpected_token", "no_prefix", "truncated_arguments", "unfinished"}
     assert main(["chat", "parse", "--strict", "--jsonl", str(tmp_path / "answers.jsonl")]) == 0
-    assert "unexpected token in content" in json.loads(capsys.readouterr().out)["error"]
+    assert (
+        "unexpected token in content"
+        in json.loads(capsys.readouterr().out.splitlines()[0])["error"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,6 +69,7 @@ def test_answers_come_back_with_calls_and_reasons(tmp_path, capsys):
         ("render", "{", "in.jsonl:2: not JSON"),
         ("parse", '{"ids": [1, "x"]}', "in.jsonl:2: expected 'ids'"),
         ("parse", '{"ids": [1]}', "in.jsonl:2: 'ids' mean nothing"),
+        ("parse", '{"text": "x", "tools": [1]}', "in.jsonl:2: tools is not a list of objects"),
     ],
 )
 def test_a_bad_line_is_named_and_nothing_is_half_written(tmp_path, capsys, verb, line, said):

@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+
 from megatron_k2.chat.declarations import json_declarations, typescript_declarations
 from megatron_k2.chat.template import Format, render_text
+from megatron_k2.errors import UserError
 from megatron_k2.records.messages import Message, ToolSpec
 
 WEATHER = {
@@ -65,6 +68,14 @@ def test_schemas_of_other_kinds():
         "}) => any;\n"
         "}"
     )
+
+
+def test_a_schema_without_end_is_refused_by_the_tool_s_name():
+    deep: dict = {}
+    for _ in range(600):
+        deep = {"properties": {"a": deep}}
+    with pytest.raises(UserError, match="the parameters of tool odd are nested too deeply"):
+        typescript_declarations([spec({"name": "odd", "parameters": deep})])
 
 
 def test_typescript_stands_where_json_stands():

@@ -99,6 +99,7 @@ FOUND = [
     (f'{BEGIN}{CALL}functions.get_tide:0{ARGS}{{"a"', "get_tide", "truncated_arguments"),
     (f"{BEGIN}{one(arguments='{a: 1}')}{END}", "get_tide", "arguments_not_json"),
     (f"{BEGIN}{one(arguments='[1]')}{END}", "get_tide", "arguments_not_object"),
+    (f"{BEGIN}{one(arguments='{"a": NaN}')}{END}", "get_tide", "arguments_not_json"),
     (f"{BEGIN} {one()}\n{END}", "get_tide", "space"),
     (f"{BEGIN}{one(' functions.get_tide:0 ')}{END}", "get_tide", "space"),
     (f"{BEGIN}so: {one()}{END}", "get_tide", "text_between_calls"),

@@ -7,6 +7,7 @@ count control tokens' letters.
 import functools
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import tiktoken
@@ -20,9 +21,11 @@ from megatron_k2.data.tiktoken_tokenizer import TiktokenTokenizer
 from megatron_k2.errors import UserError
 from megatron_k2.records.messages import ChatSample, Message, ToolCall
 from megatron_k2.records.read import message_from, tool_from
+from tests.campaigns.hostile_chat import case
 from tests.support import dialogues
-from tests.support.paths import REPOSITORY
+from tests.support.paths import REPOSITORY, SHARED
 
+K2 = SHARED / "data" / "kimi-k2"
 GOLDEN = [
     json.loads(line)
     for line in (REPOSITORY / "tests" / "chat" / "golden_chat.jsonl").read_text().splitlines()
@@ -37,7 +40,8 @@ def recorded(generation):
     # K2-Thinking's own file writes declarations compact; ``text`` is a port that cannot.
     is_other = generation in ("0905-first", "thinking")
     for row in GOLDEN:
-        if row["template"] == template and (is_other, row["id"]) != (True, PRINTS_A_PYTHON_LIST):
+        is_left_out = (generation, row["id"]) == ("0905-first", PRINTS_A_PYTHON_LIST)
+        if row["template"] == template and not is_left_out:
             text, ids = (
                 row.get(f"alt_{k}", row.get(k)) if is_other else row.get(k) for k in ("text", "ids")
             )
@@ -47,7 +51,7 @@ def recorded(generation):
 
 
 @pytest.mark.parametrize(
-    ("generation", "number"), [("0905", 45), ("0905-first", 44), ("0711", 30), ("thinking", 44)]
+    ("generation", "number"), [("0905", 45), ("0905-first", 44), ("0711", 30), ("thinking", 45)]
 )
 def test_text_equals_the_recorded_renderings(generation, number):
     same = 0
@@ -153,7 +157,9 @@ def test_ids_and_mask_equal_those_from_character_offsets_on_a_thousand(tokenizer
 
 
 def test_the_exported_template_has_no_marks_and_the_same_text():
-    for sample in samples(20):
+    rng = random.Random(4)
+    hostile = [case(rng)[1:] for _ in range(50)]
+    for sample in (*samples(20), *(ChatSample(tuple(m), tuple(t)) for m, t in hostile)):
         messages, tools = objects(sample)
         for prompt in (False, True):
             texts, _ = render_jinja_template(
@@ -164,6 +170,58 @@ def test_the_exported_template_has_no_marks_and_the_same_text():
             )
             ours = render_text(sample.messages, sample.tools, add_generation_prompt=prompt)
             assert texts[0] == ours
+
+
+def test_the_release_s_own_template_gives_the_same_text():
+    """The first release's stands in its tokenizer_config.json."""
+    config = K2 / "tokenizer_config.json"
+    if not config.is_file():
+        pytest.skip(f"Kimi K2's tokenizer files are not at {K2}")
+    template = json.loads(config.read_text())["chat_template"]
+    compared = 0
+    for sample in samples(200):
+        if any(message.tool_calls or message.role == "tool" for message in sample.messages):
+            continue
+        messages, tools = objects(sample)
+        texts, _ = render_jinja_template(
+            conversations=[messages], tools=tools, chat_template=template
+        )
+        assert texts[0] == render_text(sample.messages, sample.tools, Format("0711"))
+        compared += 1
+    assert compared > 50
+
+
+def test_renderers_gives_the_same_ids(tokenizer):
+    """PyPI's independent renderer, but for two things in which it differs from the recordings.
+
+    It prints names of tools only, and encodes a result apart from the line before it, which gives
+    other ids where the result begins with white space.
+    """
+    kimi = pytest.importorskip("renderers.kimi_k2")
+    renderer = Renderer(tokenizer)
+
+    class Theirs:
+        unk_token_id = -1
+        convert_tokens_to_ids = staticmethod(tokenizer.special_ids.__getitem__)
+
+        def encode(self, text, add_special_tokens=False):
+            return tokenizer.encode(text)
+
+    peer = kimi.KimiK2Renderer(Theirs())
+    for sample in samples(200):
+        named = [
+            replace(m, content=m.content.lstrip()) if m.role == "tool" else replace(m, name=None)
+            for m in sample.messages
+        ]
+        messages, tools = objects(replace(sample, messages=tuple(named)))
+        ours, theirs = renderer.render(named, sample.tools), peer.render(messages, tools=tools)
+        assert ours.ids == theirs.token_ids
+        trained = [m.role == "assistant" and m.is_trained for m in named]
+        mask = [
+            int(at >= 0 and trained[at] and sampled)
+            for at, sampled in zip(theirs.message_indices, theirs.sampled_mask, strict=True)
+        ]
+        assert ours.loss_mask == mask
 
 
 def test_a_longer_dialogue_begins_with_the_ids_of_a_shorter_one(toy):

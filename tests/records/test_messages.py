@@ -91,6 +91,7 @@ USER = {"role": "user", "content": "x"}
         ({"messages": [{"role": "assistant", "weight": 0.5}]}, "weight is 0.5"),
         ({"messages": [USER], "weight": -1}, "weight -1.0"),
         ({"messages": [USER], "weight": True}, "weight is True"),
+        ({"messages": [USER], "weight": 10**400}, "weight is too large"),
         ({"messages": [USER], "tools": [{"name": "f"}]}, "a tool without a name"),
         ({"messages": [USER], "schema_version": 9}, "schema_version 9, expected 1"),
     ],

@@ -4,7 +4,6 @@ Not exercised: inputs of more than a few parts, and a power cut.
 """
 
 import filecmp
-import gzip
 import json
 import random
 import shutil
@@ -12,9 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 from rich.console import Console
@@ -22,6 +21,7 @@ from rich.console import Console
 from megatron_k2.chat.call_ids import number_calls
 from megatron_k2.chat.template import Renderer
 from megatron_k2.cli.main import main
+from megatron_k2.data.prepare import PrepareOptions, prepare
 from megatron_k2.data.tokenizer import load_tokenizer
 from megatron_k2.errors import UserError
 from megatron_k2.records.messages import Message
@@ -32,14 +32,9 @@ from megatron_k2.sft.packed_set import PackedSet
 from megatron_k2.sft.prepare import prepare_chat
 from megatron_k2.sft.prepare_plan import ChatOptions
 from tests.support import dialogues
+from tests.support.chat_sets import documents, line, load_tokenizer_of, rejects
 
 LENGTH = 2048
-
-
-def line(*texts, **fields):
-    roles = ["user", "assistant"] * len(texts)
-    messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
-    return json.dumps({"messages": messages} | fields) + "\n"
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +64,6 @@ def reference(corpus, tokenizer_directory, tmp_path_factory):
     return output
 
 
-def rejects(output):
-    return [json.loads(line) for line in (output / "rejects.jsonl").read_text().splitlines()]
-
-
 def one_by_one(corpus, tokenizer_directory):
     """Ids and masks of every sample to keep, in input order, by the slow and obvious way."""
     renderer = Renderer(load_tokenizer(tokenizer_directory))
@@ -87,18 +78,6 @@ def one_by_one(corpus, tokenizer_directory):
                 found.append((rendered.ids, rendered.loss_mask))
                 seen.add(sample.content_hash)
     (corpus / "sound").unlink()
-    return found
-
-
-def documents(packed: PackedSet):
-    """Ids and masks of every document of every sequence."""
-    found = []
-    for index in range(len(packed)):
-        sequence = packed[index]
-        ends = np.cumsum(sequence.lengths)
-        for begin, end in zip(ends - sequence.lengths, ends, strict=True):
-            span = slice(begin, end)
-            found.append((sequence.tokens[span].tolist(), sequence.loss_mask[span].tolist()))
     return found
 
 
@@ -125,7 +104,7 @@ def test_what_is_left_out_stands_with_line_and_reason(reference):
     ]
     assert found[-1] == ("b.jsonl", 901, "duplicate", "the same dialogue as a.jsonl:2")
     source = read_manifest(reference).source
-    assert source.num_read == 1803
+    assert source.num_read == 1804
     kinds = [kind for _, _, kind, _ in found]
     assert source.rejected == {kind: kinds.count(kind) for kind in sorted(set(kinds))}
     num_kept = sum(split.num_samples for split in read_manifest(reference).splits.values())
@@ -215,21 +194,6 @@ def test_another_sequence_length_packs_the_same_tokens(reference):
         PackedSet(reference, capacity=64)
 
 
-@pytest.fixture
-def small(tmp_path, tokenizer_directory):
-    """Prepare lines as one file, with a sequence of 128."""
-
-    def prepare(lines, name="in.jsonl", **fields):
-        path = tmp_path / name
-        path.write_text("".join(lines)) if isinstance(lines, list) else path.write_bytes(lines)
-        options = {"validation_fraction": 0.0} | fields
-        prepare_chat(ChatOptions(tmp_path / "set", (path,), tokenizer_directory, 128, **options))
-        packed = PackedSet(tmp_path / "set", capacity=128, method=options.get("method", "best-fit"))
-        return packed, rejects(tmp_path / "set")
-
-    return prepare
-
-
 LONG = line("x", "tide " * 120)
 
 
@@ -257,95 +221,9 @@ def test_only_the_last_turn_is_trained_where_asked(small):
     assert ids == renderer.render(messages).ids
 
 
-def load_tokenizer_of(packed):
-    return load_tokenizer(Path(packed._tokens.filename).parent / "tokenizer")
-
-
 def test_weights_come_with_their_documents(small):
     packed, _ = small([line("a", "b", weight=2.5), line("c", "d")], method="none")
     assert [packed[index].weights.tolist() for index in range(2)] == [[2.5], [1.0]]
-
-
-CALL = {"id": "call_9", "type": "function", "function": {"name": "tide", "arguments": "{}"}}
-WITH_TOOLS = {
-    "messages": [
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
-        {"role": "tool", "content": "4", "tool_call_id": "call_9"},
-        {"role": "assistant", "content": "a"},
-    ],
-    "tools": [{"type": "function", "function": {"name": "tide"}}],
-}
-SHAREGPT = {
-    "conversations": [
-        {"from": "human", "value": "q"},
-        {"from": "function_call", "value": '{"name": "tide", "arguments": {}}'},
-        {"from": "observation", "value": "4"},
-        {"from": "gpt", "value": "a"},
-    ],
-    "tools": '[{"name": "tide"}]',
-}
-
-
-def test_both_forms_and_every_file_give_the_same_tokens(small, tmp_path):
-    expected = documents(small([json.dumps(WITH_TOOLS)])[0])
-    text = load_tokenizer_of(small([json.dumps(WITH_TOOLS)])[0]).decode(expected[0][0])
-    assert "functions.tide:0" in text
-    assert "call_9" not in text
-    assert documents(small([json.dumps(SHAREGPT)])[0]) == expected
-    assert documents(small([json.dumps([WITH_TOOLS, SHAREGPT])], "in.json")[0]) == expected
-    packed = gzip.compress(json.dumps(WITH_TOOLS).encode())
-    assert documents(small(packed, "in.jsonl.gz")[0]) == expected
-    kept, _ = small([json.dumps(WITH_TOOLS)], call_ids="keep")
-    assert "call_9" in load_tokenizer_of(kept).decode(documents(kept)[0][0])
-
-
-def test_parquet_gives_the_same_tokens(small, tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow.parquet import write_table
-
-    expected = documents(small([json.dumps(WITH_TOOLS)])[0])
-    row = WITH_TOOLS | {"tools": json.dumps(WITH_TOOLS["tools"])}
-    write_table(pyarrow.Table.from_pylist([row]), tmp_path / "table.parquet")
-    packed, _ = small((tmp_path / "table.parquet").read_bytes(), "in.parquet")
-    assert documents(packed) == expected
-    with pytest.raises(UserError, match="not a whole Parquet file"):
-        small((tmp_path / "table.parquet").read_bytes()[:-9], "in.parquet")
-
-
-def test_parquet_without_its_reader_says_what_to_install(small, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r'pip install "megatron-k2\[parquet\]"'):
-        small(b"PAR1", "in.parquet")
-
-
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        ({"instruction": "x", "output": "y"}, "the form is Alpaca's instruction and output"),
-        ({"chosen": [], "rejected": []}, "the form is pairs of preference"),
-        ({"question": "x", "answer": "y"}, "the keys are question, answer"),
-    ],
-)
-def test_another_form_is_refused_by_name_before_any_work(small, tmp_path, row, said):
-    with pytest.raises(UserError, match=said):
-        small([json.dumps(row)])
-    assert not (tmp_path / "set").exists()
-
-
-@pytest.mark.parametrize(
-    ("turn", "said"),
-    [
-        ({"from": "alien", "value": "x"}, "turn 1: from 'alien'; expected one of system, human"),
-        ({"from": "observation", "value": "x"}, "answers no function_call"),
-        ({"from": "function_call", "value": "{"}, "a function_call that is not JSON"),
-        ({"from": "function_call", "value": "[1]"}, "a function_call without a name"),
-        ({"from": "gpt", "value": 7}, "content is int"),
-    ],
-)
-def test_a_damaged_sharegpt_row_is_rejected_with_its_turn(small, turn, said):
-    _, left_out = small([line("a", "b"), json.dumps({"conversations": [turn]})])
-    assert said in left_out[0]["reason"]
 
 
 def test_a_dialogue_of_the_validation_set_is_not_in_training_too(tmp_path, tokenizer_directory):
@@ -391,6 +269,24 @@ def test_contradictory_options_are_refused(tmp_path, tokenizer_directory, capsys
     assert main(list(map(str, argv))) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "set").exists()
+
+
+def test_a_directory_holds_one_kind_of_set(tmp_path, tokenizer_directory, reference):
+    (tmp_path / "in.jsonl").write_text(line("a", "b"))
+    (tmp_path / "text.txt").write_text("some text")
+    text = PrepareOptions(
+        reference, (tmp_path / "text.txt",), tokenizer=tokenizer_directory, validation_fraction=0
+    )
+    with pytest.raises(UserError, match=r"another kind of dataset \(chat\.json\)"):
+        prepare(text)
+    prepare(replace(text, output=tmp_path / "text"))
+    with pytest.raises(UserError, match=r"another kind of dataset \(dataset\.json\)"):
+        prepare_chat(
+            ChatOptions(tmp_path / "text", (tmp_path / "in.jsonl",), tokenizer_directory, 128)
+        )
+    assert (tmp_path / "text" / "tokenizer").is_dir()
+    with pytest.raises(UserError, match="lies in --output"):
+        ChatOptions(tmp_path / "x", (tmp_path / "in.jsonl",), tmp_path / "x" / "tokenizer", 128)
 
 
 def test_inspect_prints_a_set(reference, capsys):

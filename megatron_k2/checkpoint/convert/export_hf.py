@@ -42,7 +42,13 @@ from megatron_k2.checkpoint.hf.model_card import model_card
 from megatron_k2.checkpoint.hf.preset import config_like
 from megatron_k2.checkpoint.hf.quantization import BlockFp8, quantization_like
 from megatron_k2.checkpoint.hf.reader import INDEX, read_json
-from megatron_k2.checkpoint.hf.release_files import GENERATION_CONFIG, copy_files, files_along
+from megatron_k2.checkpoint.hf.release_files import (
+    CHAT_TEMPLATE,
+    GENERATION_CONFIG,
+    copy_files,
+    files_along,
+    own_chat_template,
+)
 from megatron_k2.checkpoint.names.audit import require_clean
 from megatron_k2.checkpoint.names.mapping import expand
 from megatron_k2.checkpoint.names.selection import Selection
@@ -160,6 +166,7 @@ def export(
     source = MegatronSource(find_iteration(megatron_dir, options.iteration))
     source_release = find_source_release(megatron_dir, source, options.source_release)
     files = files_along(options.tokenizer, source_release)
+    chat_template = own_chat_template(files)
     preset = settle_preset(source.args, options.preset, options.use_yarn)
     template = None
     if source_release is not None:
@@ -200,6 +207,8 @@ def export(
         card = _card(source, preset, options, config["model_type"])
         write_atomically(job_directory.directory / "README.md", card.encode())
         copy_files(files, job_directory.directory)
+        if chat_template is not None:
+            write_atomically(job_directory.directory / CHAT_TEMPLATE, chat_template.encode())
         job_directory.publish()
     blocks: Counter[str] = Counter()
     for receipt in receipts:

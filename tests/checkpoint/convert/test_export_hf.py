@@ -117,6 +117,25 @@ def test_tokenizer_files_come_along(checkpoints, tmp_path):
         export(checkpoints / "replicated", tmp_path / "other", options)
 
 
+def test_a_tokenizer_with_k2s_chat_tokens_gets_our_template(checkpoints, tmp_path):
+    from transformers import AutoTokenizer
+
+    from megatron_k2.chat.template import render_text
+    from megatron_k2.data.hf_tokenizer import train_byte_bpe
+    from megatron_k2.records.messages import Message
+
+    train_byte_bpe(["some text"], 300, tmp_path / "tokenizer")
+    options = ExportOptions(tokenizer=tmp_path / "tokenizer")
+    export(checkpoints / "replicated", tmp_path / "hf", options)
+    messages = [Message("user", "Tide?"), Message("assistant", "4.2 m")]
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = theirs.apply_chat_template([m.to_object() for m in messages], tokenize=False)
+    assert text == render_text(messages)
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text("its own")
+    export(checkpoints / "replicated", tmp_path / "again", options)
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == "its own"
+
+
 def export_until_killed(source, target):
     def kill_after_the_first_shard(done, total):
         if done:
