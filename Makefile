@@ -1,4 +1,4 @@
-# make demo | test | bundle | test-bundle | test-te | test-slurm | test-extras | check | bench | clean      (the environment is .venv/, built once)
+# make demo | demo-sft | test | bundle | test-bundle | test-te | test-slurm | test-extras | check | bench | clean      (the environment is .venv/, built once)
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
@@ -8,7 +8,7 @@ SHELL := bash
 TIMED = @TIMEFORMAT="make $@: %R s of wall, %U + %S s of CPU (user + system)"; time
 PYTEST := -m pytest -q --no-showlocals --durations 8 --durations-min 2
 
-.PHONY: venv demo lint fast check slow ranks test te-venv test-te launch-venv test-slurm test-extras bundle test-bundle bench \
+.PHONY: venv demo demo-sft lint fast check slow ranks test te-venv test-te launch-venv test-slurm test-extras bundle test-bundle bench \
         clean
 
 venv: $(STAMP)
@@ -20,6 +20,11 @@ $(STAMP): setup.py
 
 demo: venv
 	bash examples/demo/run.sh
+
+# From what `make demo` left, which is made first where it is absent.
+demo-sft: venv
+	@test -f runs/demo/run/latest_checkpointed_iteration.txt || bash examples/demo/run.sh
+	bash examples/demo_sft/run.sh
 
 # Tests of one process share the cores by file; what starts ranks runs alone.
 FAST := -m "not slow and not dist and not gpu and not slurm" --numprocesses 2 --dist loadfile
@@ -98,7 +103,7 @@ test-extras: venv
 	$(PY) .ci/check_extras.py
 
 # convert_slice.py is left out: it writes 20 GB.
-BENCHMARKS := train_step newton_schulz optimizer_step activation_fp8 convert torch_dist sft_data
+BENCHMARKS := train_step sft_step newton_schulz optimizer_step activation_fp8 convert torch_dist sft_data
 
 bench: venv
 	@for name in $(BENCHMARKS); do $(PY) benchmarks/$$name.py || exit 1; done

@@ -50,7 +50,9 @@ SLOW = 2.0
 class Ours:
     """The model in Megatron's wrapper, and the optimizer that training would use."""
 
-    def __init__(self, preset: ModelPreset, batch: int, seq: int, peer: Peer) -> None:
+    def __init__(
+        self, preset: ModelPreset, batch: int, seq: int, peer: Peer, flags: tuple[str, ...] = ()
+    ) -> None:
         from megatron.core.distributed import DistributedDataParallel
         from megatron.core.optimizer import get_megatron_optimizer
         from megatron.core.process_groups_config import ProcessGroupCollection
@@ -59,7 +61,7 @@ class Ours:
         from megatron_k2.model.build import K2ModelBuilder, model_config_from_args
         from megatron_k2.training.hooks import TrainingHooks
 
-        args = _megatron_arguments(preset, batch, seq)
+        args = _megatron_arguments(preset, batch, seq, flags)
         self.shape = (batch, seq)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         model = K2ModelBuilder(model_config_from_args(args)).build_model(groups).train()
@@ -80,8 +82,6 @@ class Ours:
         self.mask = torch.ones(batch, seq)
 
     def forward_backward(self, tokens: Tensor, labels: Tensor) -> float:
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
         from megatron_k2.training.providers import loss_func
 
         def forward_step(iterator: Iterator[tuple[Tensor, Tensor]], model: torch.nn.Module):  # noqa: ANN202
@@ -89,27 +89,36 @@ class Ours:
             output = model(inputs, self.positions, None, labels=targets, loss_mask=self.mask)
             return output, partial(loss_func, self.mask)
 
-        batch, seq = self.shape
+        return self.run(forward_step, [(tokens, labels)], *self.shape)
+
+    def run(
+        self, forward_step: Callable[..., object], batches: list, batch: int, seq: int
+    ) -> float:
+        """Megatron's schedule over micro-batches of a shape; the loss of all of them."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter([(tokens, labels)]),
+            data_iterator=iter(batches),
             model=[self.ddp],
-            num_microbatches=1,
+            num_microbatches=len(batches),
             seq_length=seq,
             micro_batch_size=batch,
             decoder_seq_length=seq,
             forward_only=False,
         )
-        total, count = reports[0]["lm loss"].tolist()
+        total, count = torch.stack([report["lm loss"] for report in reports]).sum(0).tolist()
         return total / count
 
     def optimizer_step(self) -> None:
         self.optimizer.step()
 
 
-def _megatron_arguments(preset: ModelPreset, batch: int, seq: int) -> argparse.Namespace:
+def _megatron_arguments(
+    preset: ModelPreset, batch: int, seq: int, more: tuple[str, ...]
+) -> argparse.Namespace:
     from megatron.training.arguments import parse_args, validate_args
 
     flags = expand(
@@ -117,6 +126,7 @@ def _megatron_arguments(preset: ModelPreset, batch: int, seq: int) -> argparse.N
         f"--global-batch-size {batch} --seq-length {seq} --max-position-embeddings {seq}".split(),
         cuda=torch.cuda.is_available(),
     )
+    flags += more
     before, sys.argv = sys.argv, [sys.argv[0], *flags]
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # five hundred lines of arguments

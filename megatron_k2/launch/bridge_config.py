@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 from megatron_k2.errors import UserError
 from megatron_k2.launch.recipe import Recipe
+from megatron_k2.launch.stage import FineTuning
 
 PARTS = {
     "train": "TrainingConfig",
@@ -54,8 +55,14 @@ def to_bridge_config(recipe: Recipe, save: str, start_from: str | None = None) -
         start_from: as in ``Recipe.program_flags``, in a format that Bridge reads.
 
     Raises:
-        UserError: where Megatron-Bridge cannot be imported.
+        UserError: for fine-tuning, since Bridge packs its own way; where Megatron-Bridge cannot be
+            imported.
     """
+    if isinstance(recipe.stage, FineTuning):
+        raise UserError(
+            f"{recipe.name}: Megatron-Bridge packs documents its own way, and reads no set of "
+            "'megatron-k2 data chat'; launch it without Bridge"
+        )
     bridge = _bridge()
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 

@@ -2,10 +2,10 @@
 
     nemo k2 train --factory kimi_k2_pretrain_cpu save=runs/x
 
-Every recipe is a factory of ``train``, and ``pretrain_recipe`` has the signature of nemo-toolkit
-2.7's recipes (``nemo.collections.llm.recipes``): directory, name, nodes, GPUs a node. Neither
-imports nemo-toolkit; nor does MuonClip fit its optimizer modules, so the function behind the
-partial is this package's, not ``llm.pretrain``.
+Every recipe is a factory of ``train``; ``pretrain_recipe`` and ``finetune_recipe`` are called as
+nemo-toolkit 2.7's recipes (``nemo.collections.llm.recipes``): directory, name, nodes, GPUs a node.
+Neither imports nemo-toolkit; nor does MuonClip fit its optimizer modules, so the function behind
+the partial is this package's, not ``llm.pretrain``.
 """
 
 from typing import Any
@@ -56,3 +56,28 @@ def pretrain_recipe(
     """
     recipe = get_recipe(kimi_k2.name(phase, num_nodes * num_gpus_per_node, hardware))
     return task(recipe.name, f"{dir or 'runs'}/{name}", None)
+
+
+def finetune_recipe(
+    dir: str | None = None,
+    resume_path: str | None = None,
+    name: str = "default",
+    num_nodes: int = 32,
+    num_gpus_per_node: int = GPUS_PER_NODE,
+    hardware: str = "h800",
+) -> "run.Partial[Any]":
+    """Kimi K2's fine-tuning as nemo-toolkit 2.7's recipes are called.
+
+    Args:
+        dir: where the run's directory goes (default: ``runs``).
+        resume_path: the weights to start from, imported or another run's (default: the recipe's).
+        name: of the run's directory.
+        num_nodes: nodes of eight GPUs.
+        num_gpus_per_node: as there; eight.
+        hardware: of ``recipes.kimi_k2.HARDWARE``.
+
+    Raises:
+        UserError: for a size that no recipe has; the message names the nearest.
+    """
+    recipe = get_recipe(kimi_k2.name("sft", num_nodes * num_gpus_per_node, hardware))
+    return task(recipe.name, f"{dir or 'runs'}/{name}", resume_path or f"runs/{recipe.previous}")

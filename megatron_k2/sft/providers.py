@@ -13,6 +13,10 @@ from megatron_k2.sft.dataset import PackedDataset, PackShape
 from megatron_k2.sft.sets import open_packs, row_multiple
 from megatron_k2.training.providers import STRAGGLERS
 
+SPARE = 1
+"""Packs beyond what is drawn: Megatron's sampler refuses to begin at the end, as a run does that is
+done and started again."""
+
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """Training and validation packs of ``--sft-data``, on every rank; there is no test split.
@@ -27,7 +31,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     shape = PackShape(args.seq_length, multiple, args.sft_loss)
     packing = {"capacity": args.seq_length, "multiple": multiple}
     found = [
-        None if number == 0 else open_packs(args.sft_data, split, number, args.seed, **packing)
+        open_packs(args.sft_data, split, number + SPARE, args.seed, **packing) if number else None
         for split, number in zip(("train", "valid"), num_samples, strict=False)
     ]
     train, valid = (None if packs is None else PackedDataset(packs, shape) for packs in found)

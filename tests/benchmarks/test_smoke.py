@@ -13,6 +13,7 @@ SMALL = {
     "newton_schulz": "--shapes 64x128 --rounds 1 --threads 1",
     "optimizer_step": "--divisor 64 --rounds 1 --ranks 1 --precisions bf16",
     "sft_data": "--dialogues 20 --rounds 1 --samples 1000",
+    "sft_step": "--samples 8 --rows 256 --rounds 1",
     "train_step": "--batch 1 --seq 32 --rounds 1",
 }
 
@@ -20,7 +21,7 @@ SMALL = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_a_benchmark_ends_in_its_result_line(name):
-    if name in ("sft_data", "train_step"):
+    if name in ("sft_data", "sft_step", "train_step"):
         pytest.importorskip("transformers")
     done = subprocess.run(
         [sys.executable, f"benchmarks/{name}.py", *SMALL[name].split()],

@@ -149,3 +149,8 @@ def test_without_bridge_the_way_out_is_named():
     with pytest.raises(UserError, match=r"docs/compatibility\.md"):
         to_bridge_config(get_recipe("kimi_k2_pretrain_cpu"), "runs/x")
     assert "megatron.bridge" not in sys.modules
+
+
+def test_fine_tuning_is_refused_with_the_reason():
+    with pytest.raises(UserError, match="packs documents its own way"):
+        to_bridge_config(get_recipe("kimi_k2_sft_cpu"), "runs/x")

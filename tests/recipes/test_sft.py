@@ -1,4 +1,4 @@
-"""Fine-tuning's recipes: what differs from pretraining, the planner on packs, refusals."""
+"""Fine-tuning's recipes: what differs from pretraining, what the planner makes of packs."""
 
 import re
 

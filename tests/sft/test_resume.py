@@ -47,11 +47,14 @@ def test_a_killed_run_repeats_the_losses_of_one_that_was_not(tmp_path, monkeypat
     assert len(set(losses)) == STEPS, "each step its own packs"
 
 
-def test_other_data_than_it_counted_its_samples_in_is_refused(tmp_path):
+def test_a_run_that_is_done_stays_done_and_other_data_is_refused(tmp_path):
     chat_set = write_set(tmp_path / "set", num_samples=24)
     run = [*SIZE, *FLAGS, "--data", str(chat_set), "--save", str(tmp_path / "run")]
+    run += ["--train-samples", "8", "--lr-decay-samples", "8"]
     logs = tmp_path / "t"
-    wait_for(start_ranks(MODULE, 1, [*run, "--exit-interval", "3"], logs), logs)
+    for _ in range(2):
+        wait_for(start_ranks(MODULE, 1, run, logs), logs)
+    assert "nothing to do" in (logs / "rank0.log").read_text()
     write_set(chat_set, num_samples=24, seed=1)
     processes = start_ranks(MODULE, 1, run, logs)
     assert processes[0].wait() == 2

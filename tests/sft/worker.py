@@ -221,7 +221,7 @@ def run_case(case: dict) -> None:
     flags, kind = case["flags"], case["kind"]
     all_packs = packs(case["documents"])
     with contextlib.ExitStack() as stack:
-        _put(stack, providers, "open_packs", lambda *_: all_packs)
+        _put(stack, providers, "open_packs", lambda *_, **__: all_packs)
         found = (providers.datasets_provider, providers.forward_step)
         if kind == "alone":
             found = _alone(all_packs, last_value(flags, "--sft-loss") or "token")

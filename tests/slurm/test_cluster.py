@@ -158,6 +158,24 @@ def test_a_chain_of_phases_runs_in_order(profile, tmp_path, capsys):
     assert capsys.readouterr().out.count("COMPLETED") == 4
 
 
+def test_fine_tuning_follows_pretraining_and_goes_on_after_it_was_preempted(profile, tmp_path):
+    name = "kimi_k2_pretrain_sft_cpu"
+    _launch(profile, tmp_path, name)
+    pretrained, tuned = (tmp_path / part for part in CHAINS[name])
+    _reach(tuned, 10)
+    _preempt(tmp_path)
+    assert _state(tuned, ("COMPLETED", "FAILED", "CANCELLED")) == "COMPLETED", _log(tuned)
+    assert last_iteration(pretrained) == last_iteration(tuned) == 20
+    (job,) = jobs_of(str(tuned))
+    assert "queued again" in (tuned / "slurm" / f"{job.number}.log").read_text()
+    losses = _losses(tuned)
+    assert [step for step, _ in losses] == list(range(1, 21))
+    alone = tmp_path / "alone"
+    _launch(profile, alone, "kimi_k2_sft_cpu", "--start-from", str(pretrained))
+    assert _state(alone, ("COMPLETED", "FAILED")) == "COMPLETED", _log(alone)
+    assert _losses(alone) == losses
+
+
 def test_logs_are_followed_to_the_end_and_a_job_is_cancelled(profile, tmp_path):
     save = tmp_path / "run"
     _launch(profile, save)

@@ -17,7 +17,7 @@ import nemo_run as run
 
 from megatron_k2.errors import UserError
 from megatron_k2.launch.cluster import Cluster
-from megatron_k2.nemo.factories import pretrain_recipe
+from megatron_k2.nemo.factories import finetune_recipe, pretrain_recipe
 from megatron_k2.nemo.tasks import slurm_executor, task, train_recipe
 from megatron_k2.recipes import RECIPES, get_recipe
 from megatron_k2.run.iterations import last_iteration
@@ -64,6 +64,14 @@ def test_the_older_style_finds_the_recipe_of_its_size(tmp_path):
     assert partial.save == str(tmp_path / "x")
     with pytest.raises(UserError, match="did you mean"):
         pretrain_recipe(num_nodes=65)
+
+
+def test_fine_tuning_is_called_as_nemos_recipes_are(tmp_path):
+    partial = finetune_recipe(dir=str(tmp_path), resume_path="/imported", name="x", num_nodes=64)
+    assert partial.recipe == "kimi_k2_sft_512gpu_h800"
+    assert (partial.save, partial.start_from) == (f"{tmp_path}/x", "/imported")
+    found = finetune_recipe(hardware="h100").start_from
+    assert found.endswith("runs/kimi_k2_yarn_128k_256gpu_h100")
 
 
 def _start(save, *more):

@@ -3,7 +3,8 @@
 Megatron's combined 1F1B over PP2 x VPP2 x EP2 on four ranks, weight gradients delayed, MuonClip
 over ZeRO-1 with overlapped collectives; then the report's recompute, FP8 storage and offload too,
 which are the flags a plan writes. The same operations in another order of micro-batches and layers:
-losses, gradient norm and S_max equal to the last digit. Wrong variant: a step of another batch. Not
+losses, gradient norm, S_max and loads equal to the last digit; packed documents likewise, whose
+padding the schedule is not told of. Wrong variant: a step of another batch. Not
 exercised: streams, so nothing is hidden under anything here.
 """
 
@@ -30,11 +31,17 @@ OFFLOAD = [
     *"--activation-offload-fraction 0.6 --offload-modules".split(),
     *offload_modules(frozenset({"norm", "swiglu", "mla_up"})),
 ]
+PACKED = (
+    "--sft-data memory --moe-router-load-balancing-type none --moe-aux-loss-coeff 0 "
+    "--qk-clip-threshold 0.05"
+).split()
 CASES = {
     "plain": [],
     "overlapped": OVERLAP,
     "memory": MEMORY,
     "memory, overlapped": [*MEMORY, *OVERLAP, *OFFLOAD],
+    "packed, overlapped": [*PACKED, *MEMORY, *OVERLAP],
+    "packed, memory": [*PACKED, *MEMORY],
     "another batch": [*OVERLAP, "--seed", "27"],
 }
 
@@ -44,6 +51,7 @@ def records(request, _transformer_engine, tmp_path_factory):
     root = tmp_path_factory.mktemp("overlapped")
     cases = [
         {"flags": [*MODEL, *TE, *RUN, *flags, "--save", str(root / name)], "record": None}
+        | ({"documents": 5} if "packed" in name else {})
         for name, flags in CASES.items()
     ]
     with pytest.MonkeyPatch.context() as patch:
@@ -53,11 +61,22 @@ def records(request, _transformer_engine, tmp_path_factory):
 
 
 def numbers(records):
-    return [(r.loss, r.grad_norm, r.max_logit_per_layer, r.num_clipped_heads) for r in records]
+    return [
+        (
+            *(r.loss, r.grad_norm, r.max_logit_per_layer, r.num_clipped_heads),
+            r.load_max_over_mean_per_layer,
+        )
+        for r in records
+    ]
 
 
 @pytest.mark.parametrize(
-    ("expected", "found"), [("plain", "overlapped"), ("memory", "memory, overlapped")]
+    ("expected", "found"),
+    [
+        ("plain", "overlapped"),
+        ("memory", "memory, overlapped"),
+        ("packed, memory", "packed, overlapped"),
+    ],
 )
 def test_overlapped_steps_are_the_others_to_the_last_digit(records, expected, found):
     assert len(records[expected]) == 2

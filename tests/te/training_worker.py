@@ -1,13 +1,15 @@
 """Training runs over the stand-ins, one after another: ``python -m tests.te.training_worker``.
 
-The argument is a JSON file: a list of ``{"flags": [...], "record": path or null}``. With ``record``
-the master weights around QK-Clip, and masters and FP8 weights after the last step, are saved there.
-Where activations are offloaded a CPU's are handed over as a GPU's would be.
+The argument is a JSON file: a list of ``{"flags": [...], "record": path or null}``, with
+``documents`` where packs of that seed are fine-tuned on. With ``record`` the master weights around
+QK-Clip, and masters and FP8 weights after the last step, are saved there. Where activations are
+offloaded a CPU's are handed over as a GPU's would be.
 """
 
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,6 +51,20 @@ def _let_a_cpu_offload() -> None:
         ChunkOffloadHandler._can_manage_tensor_for_offload = staticmethod(manages)
 
 
+def _program(case: dict):
+    """Pretraining, or fine-tuning on in-memory packs where a case has ``documents``."""
+    from megatron_k2.training.pretrain import PRETRAIN
+
+    if "documents" not in case:
+        return PRETRAIN
+    from megatron_k2.sft import providers
+    from tests.sft.worker import packs
+
+    providers.open_packs = lambda *_, **__: packs(case["documents"]) * 2
+    ours = (providers.datasets_provider, providers.forward_step)
+    return replace(PRETRAIN, name="sft", providers=lambda: ours)
+
+
 def run_case(case: dict) -> None:
     import megatron_k2.flags.megatron as flags_module
     import megatron_k2.optimizer.sharded.optimizer as distributed
@@ -85,7 +101,7 @@ def run_case(case: dict) -> None:
         distributed.DistributedMuonClip._qk_clip = recorded_clip
         distributed.DistributedMuonClip._copy_main_params_to_model_params = recorded_copy
     try:
-        run([*case["flags"], "--console", "megatron"])
+        run([*case["flags"], "--console", "megatron"], _program(case))
     finally:  # Megatron stops at --exit-interval by an exit
         if case["record"]:
             torch.save(_on_cpu(record), case["record"])

@@ -4,7 +4,7 @@ Recomputing costs O(s) forward tokens for each new one; it needs no cache and is
 as training. For serving, export to Hugging Face and use vLLM or SGLang.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -66,6 +66,46 @@ def generate(
         yield token
         if token == eod_id:
             return
+
+
+def greedy(
+    model: InferenceModel,
+    prompts: Sequence[list[int]],
+    *,
+    layout: Layout,
+    max_new_tokens: int,
+    device: torch.device,
+    eod_id: int,
+) -> list[list[int]]:
+    """The most likely tokens after each prompt, all prompts in one batch.
+
+    Args:
+        model: at any layout.
+        prompts: of any lengths.
+        layout: of the model.
+        max_new_tokens: for each.
+        device: of this rank.
+        eod_id: ends a row, itself included.
+
+    Returns:
+        New tokens of each prompt, the same on every rank.
+    """
+    check_length(max(map(len, prompts)), max_new_tokens, model.max_length)
+    rows = [list(prompt) for prompt in prompts]
+    going = list(range(len(rows)))
+    for _ in range(max_new_tokens):
+        longest = max(len(rows[i]) for i in going)
+        first = min(len(rows[i]) for i in going) - 1
+        tokens = torch.zeros(len(going), round_up(longest, layout), dtype=torch.long)
+        for place, i in enumerate(going):
+            tokens[place, : len(rows[i])] = torch.tensor(rows[i])
+        logits = model.whole_logits(tokens.to(device), slice(first, longest))
+        for place, i in enumerate(going):
+            rows[i].append(int(logits[place, len(rows[i]) - 1 - first].argmax()))
+        going = [i for i in going if rows[i][-1] != eod_id]
+        if not going:
+            break
+    return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
 
 def text_pieces(tokenizer: Tokenizer, prompt: list[int], tokens: Iterator[int]) -> Iterator[str]:

@@ -25,6 +25,8 @@ class Run:
     preset: str | None
     data: str | None
     """The data directory it was trained on."""
+    is_fine_tuned: bool = False
+    """Whether it was fine-tuned on dialogues."""
 
 
 def read_run(directory: Path, threshold: float | None = None) -> Run:
@@ -45,11 +47,12 @@ def read_run(directory: Path, threshold: float | None = None) -> Run:
             f"{path} {what}; give the directory that 'megatron-k2 pretrain --save' wrote to"
         )
     recorded = read_run_record(directory)
-    tau = recorded.get("qk_clip_threshold")
+    tau, flags = recorded.get("qk_clip_threshold"), read_flags(recorded.get("flags", []))
     return Run(
         directory=directory,
         records=records,
         threshold=threshold if tau is None else float(tau),
         preset=recorded.get("preset"),
-        data=read_flags(recorded.get("flags", [])).data,
+        data=flags.data,
+        is_fine_tuned=bool(flags.sft_data),
     )

@@ -63,6 +63,12 @@ def next_commands(run: Run) -> list[str]:
     """What one does with a trained model, ready to paste."""
     directory = shlex.quote(str(run.directory))
     exported = shlex.quote(f"{run.directory}-hf")
+    if run.is_fine_tuned:
+        return [
+            f"megatron-k2 chat --load {directory} --prompt 'Hello.'",
+            f"megatron-k2 convert export {directory} {exported}",
+            f"megatron-k2 report {directory}",
+        ]
     data = "DATA_DIR" if run.data is None else shlex.quote(run.data)
     return [
         f"megatron-k2 evaluate --load {directory} --data {data}",

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_k2.engine.mcore.generate import choose, text_pieces
+from megatron_k2.engine.mcore.generate import choose, generate, greedy, text_pieces
 from megatron_k2.engine.mcore.jobs import check_length, round_up
 from megatron_k2.engine.mcore.options import evaluate_parser, without_nproc
 from megatron_k2.errors import UserError
@@ -71,3 +71,23 @@ def test_ranks_are_not_told_nproc_and_abbreviations_are_refused(capsys):
     with pytest.raises(SystemExit):
         evaluate_parser().parse_args(["--load", "a", "--data", "b", "--npro", "2"])
     assert "--npro" in capsys.readouterr().err
+
+
+class Sums:
+    """A causal model of 11 ids: what follows is the sum of all before, and 0 ends a row."""
+
+    max_length = 64
+
+    def whole_logits(self, tokens, positions):
+        following = tokens.cumsum(-1)[:, positions] % 11
+        return torch.nn.functional.one_hot(following, 11).float()
+
+
+def test_a_batch_of_prompts_gives_each_its_own_greedy_tokens():
+    prompts, device = [[3], [1, 2, 4, 4, 9], [5, 5], [10, 1]], torch.device("cpu")
+    common = {"layout": Layout(1), "max_new_tokens": 9, "device": device, "eod_id": 0}
+    found = greedy(Sums(), prompts, **common)
+    assert found == [list(generate(Sums(), one, temperature=0, **common)) for one in prompts]
+    assert found[-1] == [0], "its first token ends it"
+    assert {len(row) for row in found} != {9}
+    assert max(map(len, found)) > 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_k2.cli import main as cli
-from megatron_k2.engine.mcore.options import evaluate_parser, generate_parser
+from megatron_k2.engine.mcore.options import chat_parser, evaluate_parser, generate_parser
 from megatron_k2.errors import UserError
 from megatron_k2.run.metrics import METRICS_FILE, MetricsWriter, StepRecord
 from megatron_k2.run.report.figure import smoothed
@@ -119,6 +119,14 @@ def test_the_next_commands_are_ones_the_verbs_understand(run_dir):
     evaluate, generate, *_ = (shlex.split(c)[2:] for c in next_commands(read_run(run_dir)))
     assert evaluate_parser().parse_args(evaluate).load == run_dir
     assert generate_parser().parse_args(generate).prompt == "def main("
+
+
+def test_of_a_fine_tuned_run_one_talks_to_the_model(tmp_path):
+    _write(tmp_path, [_record(1)], {"flags": ["--preset", "k2-tiny", "--sft-data", "set"]})
+    chat, export, report = next_commands(read_run(tmp_path))
+    assert chat_parser().parse_args(shlex.split(chat)[2:]).load == tmp_path
+    assert export.startswith("megatron-k2 convert export ")
+    assert report == f"megatron-k2 report {tmp_path}"
 
 
 @pytest.mark.parametrize(

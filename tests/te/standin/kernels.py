@@ -1,10 +1,11 @@
-"""Products, norms, softmax and padding in plain torch, accumulating in fp32.
+"""Products, norms, softmax, padding and packs in plain torch, accumulating in fp32.
 
 TE hands operands to cuBLAS, which is column-major: with row-major tensors a call computes
 ``op(B) @ op(A)``. Layout TN is ``x Wᵀ`` with A = W and B = x, NN the data gradient, NT the weight
 gradient.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -182,6 +183,26 @@ def _softmax_backward(output_grads: Tensor, probabilities: Tensor, scale: float)
     return (scale * p * (grad - (grad * p).sum(-1, keepdim=True))).to(output_grads.dtype)
 
 
+def convert_thd_to_bshd(
+    packed: Tensor, cu_seqlens: Tensor, batch_size: int, max_seqlen: int
+) -> Tensor:
+    """Sequences laid end to end [t, h, d] -> [b, longest, h, d], zeros behind each."""
+    bounds = cu_seqlens.tolist()
+    found = packed.new_zeros(batch_size, max_seqlen, *packed.shape[1:])
+    for row, (start, end) in enumerate(itertools.pairwise(bounds)):
+        found[row, : end - start] = packed[start:end]
+    return found
+
+
+def convert_bshd_to_thd(padded: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """The way back: [b, longest, h, d] -> [t, h, d]."""
+    bounds = cu_seqlens.tolist()
+    found = padded.new_zeros(num_tokens, *padded.shape[2:])
+    for row, (start, end) in enumerate(itertools.pairwise(bounds)):
+        found[start:end] = padded[row, : end - start]
+    return found
+
+
 def fused_multi_row_padding(
     inp: Tensor, out: Tensor, rows: list[int], padded_rows: list[int]
 ) -> None:
@@ -211,6 +232,8 @@ KERNELS = {
     "scaled_upper_triang_masked_softmax_backward": _softmax_backward,
     "scaled_aligned_causal_masked_softmax_forward": _causal_softmax,
     "scaled_aligned_causal_masked_softmax_backward": _softmax_backward,
+    "convert_thd_to_bshd": convert_thd_to_bshd,
+    "convert_bshd_to_thd": convert_bshd_to_thd,
     "fused_multi_row_padding": fused_multi_row_padding,
     "fused_multi_row_unpadding": fused_multi_row_unpadding,
 }
