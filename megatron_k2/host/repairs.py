@@ -10,8 +10,12 @@ import functools
 import importlib.metadata
 import logging
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
@@ -176,6 +180,50 @@ def keep_checkpoint_queue_through_sigterm() -> None:
 
     get_write_results_queue._k2_survives_sigterm = True  # type: ignore[attr-defined]
     filesystem_async.get_write_results_queue = get_write_results_queue
+
+
+def end_with_checkpoint_worker() -> None:
+    """End a rank whose persistent checkpoint worker has died; it would wait for it for ever.
+
+    Under ``--use-persistent-ckpt-worker`` the rank joins a queue that only the worker empties, and
+    polls another (``core/dist_checkpointing/strategies/async_utils.py:421`` and ``:461``); neither
+    looks at the process. One that the kernel ended for its memory left the whole job waiting until
+    its time limit. An end with an error is seen by whoever starts ranks: the last whole checkpoint
+    is there to go on from.
+    """
+    require_checked_megatron()
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    caller: Any = PersistentAsyncCaller
+    original = caller._get_process
+    if hasattr(original, "_k2_is_watched"):
+        return
+
+    def get_process(*args: Any, **kwargs: Any) -> Any:
+        is_new = caller._persistent_process is None
+        process = original(*args, **kwargs)
+        if is_new:
+            threading.Thread(target=_end_with, args=(caller, process), daemon=True).start()
+        return process
+
+    get_process._k2_is_watched = True  # type: ignore[attr-defined]
+    caller._get_process = staticmethod(get_process)
+
+
+def _end_with(caller: Any, worker: Any) -> None:
+    multiprocessing.connection.wait([worker.sentinel])
+    time.sleep(1.0)  # until a ``close`` that ended it has forgotten it
+    is_closed = caller._persistent_process is not worker or worker.exitcode == 0
+    if is_closed or not threading.main_thread().is_alive():
+        return
+    print(
+        f"the checkpoint worker, pid {worker.pid}, has died (exit code {worker.exitcode}; "
+        f"{-signal.SIGKILL} is the kernel's, for memory): this rank ends, the last whole "
+        "checkpoint is there to go on from",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def restore_distributed_optimizer_without_te() -> None:

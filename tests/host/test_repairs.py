@@ -74,6 +74,7 @@ def test_the_installed_megatron_was_checked():
         repairs.skip_helpers_compilation,
         repairs.restore_distributed_optimizer_without_te,
         repairs.keep_checkpoint_queue_through_sigterm,
+        repairs.end_with_checkpoint_worker,
     ],
 )
 def test_every_repair_refuses_a_version_it_was_not_checked_against(
@@ -343,3 +344,56 @@ def test_the_queue_ends_with_a_rank_that_is_killed():
         time.sleep(0.1)
     os.kill(left_over, signal.SIGKILL)
     raise AssertionError("the queue's process outlived its rank")
+
+
+def _waits_for_a_worker(signal_number, *, is_repaired, is_closed=False):
+    """As a rank does whose worker ended so; run in a fork."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    def worker(rank, queue, *_):
+        if signal_number is not None:
+            os.kill(os.getpid(), signal_number)
+        queue.get()
+        queue.task_done()
+
+    PersistentAsyncCaller.async_loop = staticmethod(worker)
+    original = PersistentAsyncCaller._get_process
+    if is_repaired:
+        repairs.end_with_checkpoint_worker()
+    else:
+        PersistentAsyncCaller._get_process = getattr(original, "__wrapped__", original)
+    caller = PersistentAsyncCaller()
+    caller.process = PersistentAsyncCaller._get_process(0, "fork")
+    if is_closed:
+        caller.close()
+        time.sleep(1.5)
+        os._exit(0)
+    PersistentAsyncCaller._persistent_preload_q.put(1)
+    PersistentAsyncCaller._persistent_preload_q.join()
+
+
+def _exit_code_of(seconds, *args, **kwargs):
+    """``None`` if it is still there after so many seconds."""
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_waits_for_a_worker, args=args, kwargs=kwargs)
+    process.start()
+    process.join(seconds)
+    code = process.exitcode
+    process.kill()
+    process.join()
+    return code
+
+
+def test_a_rank_still_waits_for_ever_for_a_checkpoint_worker_that_has_died():
+    """If this fails, upstream looks at its worker: ``end_with_checkpoint_worker`` can go."""
+    import megatron.core.dist_checkpointing.strategies.async_utils  # noqa: F401
+
+    assert _exit_code_of(3, signal.SIGKILL, is_repaired=False) is None
+
+
+def test_a_rank_ends_with_its_checkpoint_worker_but_not_where_it_was_closed(capfd):
+    import megatron.core.dist_checkpointing.strategies.async_utils  # noqa: F401
+
+    assert _exit_code_of(20, signal.SIGKILL, is_repaired=True) == 1
+    assert "has died (exit code -9; -9 is the kernel's" in capfd.readouterr().err
+    assert _exit_code_of(20, None, is_repaired=True, is_closed=True) == 0
