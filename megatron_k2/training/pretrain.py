@@ -81,7 +81,7 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
         reload_after_offload,
     )
     from megatron_k2.host.repairs import (
-        end_with_checkpoint_worker,
+        guard_checkpoint_worker,
         keep_checkpoint_queue_through_sigterm,
         recompute_without_te,
         restore_distributed_optimizer_without_te,
@@ -104,7 +104,7 @@ def _run(argv: list[str], terminal: TextIO | None) -> None:
         recompute_without_te()
         restore_distributed_optimizer_without_te()
         keep_checkpoint_queue_through_sigterm()
-        end_with_checkpoint_worker()
+        guard_checkpoint_worker()
         if "--fine-grained-activation-offloading" in flags:
             end_offload_chunk_with_its_groups()
             reload_after_offload()

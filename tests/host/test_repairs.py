@@ -74,7 +74,7 @@ def test_the_installed_megatron_was_checked():
         repairs.skip_helpers_compilation,
         repairs.restore_distributed_optimizer_without_te,
         repairs.keep_checkpoint_queue_through_sigterm,
-        repairs.end_with_checkpoint_worker,
+        repairs.guard_checkpoint_worker,
     ],
 )
 def test_every_repair_refuses_a_version_it_was_not_checked_against(
@@ -346,30 +346,34 @@ def test_the_queue_ends_with_a_rank_that_is_killed():
     raise AssertionError("the queue's process outlived its rank")
 
 
-def _waits_for_a_worker(signal_number, *, is_repaired, is_closed=False):
-    """As a rank does whose worker ended so; run in a fork."""
+def _waits_for_a_worker(signal_number, then, *, is_repaired):
+    """As a rank does whose worker gets a signal; run in a fork.
+
+    Args:
+        signal_number: what the worker gets, 0 for nothing.
+        then: ``wait`` for it, ``close`` it, or ``end`` by an error.
+        is_repaired: whether the worker is guarded.
+    """
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-    def worker(rank, queue, *_):
-        if signal_number is not None:
-            os.kill(os.getpid(), signal_number)
+    def worker(rank, queue, preload_q, *_):
+        os.kill(os.getpid(), signal_number)
+        preload_q.get()
+        preload_q.task_done()
         queue.get()
         queue.task_done()
 
     PersistentAsyncCaller.async_loop = staticmethod(worker)
-    original = PersistentAsyncCaller._get_process
     if is_repaired:
-        repairs.end_with_checkpoint_worker()
-    else:
-        PersistentAsyncCaller._get_process = getattr(original, "__wrapped__", original)
+        repairs.guard_checkpoint_worker()
     caller = PersistentAsyncCaller()
     caller.process = PersistentAsyncCaller._get_process(0, "fork")
-    if is_closed:
-        caller.close()
-        time.sleep(1.5)
-        os._exit(0)
+    if then == "end":
+        raise KeyError("as any error of a rank")
     PersistentAsyncCaller._persistent_preload_q.put(1)
     PersistentAsyncCaller._persistent_preload_q.join()
+    caller.close()
+    time.sleep(1.5)
 
 
 def _exit_code_of(seconds, *args, **kwargs):
@@ -384,16 +388,22 @@ def _exit_code_of(seconds, *args, **kwargs):
     return code
 
 
-def test_a_rank_still_waits_for_ever_for_a_checkpoint_worker_that_has_died():
-    """If this fails, upstream looks at its worker: ``end_with_checkpoint_worker`` can go."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_rank_still_waits_for_ever_for_a_checkpoint_worker_that_a_signal_ended(number):
+    """If this fails, upstream looks after its worker: ``guard_checkpoint_worker`` can go."""
+    import megatron.core.dist_checkpointing.strategies.async_utils as async_utils
+
+    assert not hasattr(async_utils.PersistentAsyncCaller._get_process, "_k2_is_guarded")
+    assert _exit_code_of(3, number, "wait", is_repaired=False) is None
+
+
+def test_a_guarded_worker_outlives_a_sigterm_and_a_rank_ends_with_one_that_is_killed(capfd):
     import megatron.core.dist_checkpointing.strategies.async_utils  # noqa: F401
 
-    assert _exit_code_of(3, signal.SIGKILL, is_repaired=False) is None
-
-
-def test_a_rank_ends_with_its_checkpoint_worker_but_not_where_it_was_closed(capfd):
-    import megatron.core.dist_checkpointing.strategies.async_utils  # noqa: F401
-
-    assert _exit_code_of(20, signal.SIGKILL, is_repaired=True) == 1
+    assert _exit_code_of(20, signal.SIGKILL, "wait", is_repaired=True) == 1
     assert "has died (exit code -9; -9 is the kernel's" in capfd.readouterr().err
-    assert _exit_code_of(20, None, is_repaired=True, is_closed=True) == 0
+    for number in (0, signal.SIGTERM):
+        assert _exit_code_of(20, number, "wait", is_repaired=True) == 0
+    assert capfd.readouterr().err == ""
+    assert _exit_code_of(20, 0, "end", is_repaired=True) == 1
+    assert "has died" not in capfd.readouterr().err
