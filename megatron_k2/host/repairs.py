@@ -10,10 +10,14 @@ import functools
 import importlib.metadata
 import logging
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, util
 from multiprocessing.managers import SyncManager
 from typing import Any
 
@@ -234,6 +238,65 @@ def keep_checkpoint_queue_through_sigterm() -> None:
 
     get_write_results_queue._k2_survives_sigterm = True  # type: ignore[attr-defined]
     filesystem_async.get_write_results_queue = get_write_results_queue
+
+
+def guard_checkpoint_worker() -> None:
+    """Let a persistent checkpoint worker outlive a SIGTERM, and a rank not outwait a dead worker.
+
+    Under ``--use-persistent-ckpt-worker`` a process of its own writes. A preemption's SIGTERM,
+    which ``--exit-signal-handler`` answers with a save, reaches it too and ended it: it starts with
+    the signal blocked, and is killed where its rank ends without closing it. The rank joins a queue
+    that only the worker empties, and polls another (``core/dist_checkpointing/strategies/
+    async_utils.py:421`` and ``:461``); neither looks at the process, and of one that the kernel
+    ended for its memory the whole job waited until its time limit. The rank ends with an error
+    instead, which whoever starts ranks sees: the last whole checkpoint is there to go on from.
+    """
+    require_checked_megatron()
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    caller: Any = PersistentAsyncCaller
+    original = caller._get_process
+    if hasattr(original, "_k2_is_guarded"):
+        return
+
+    def get_process(*args: Any, **kwargs: Any) -> Any:
+        if caller._persistent_process is not None:
+            return original(*args, **kwargs)
+        resource_tracker.ensure_running()  # its start unblocks the signal again
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            process = original(*args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # Before multiprocessing asks it to end by the blocked signal, and waits for it.
+        util.Finalize(None, _kill_at_exit, args=(caller, process), exitpriority=100)
+        threading.Thread(target=_end_with, args=(caller, process), daemon=True).start()
+        return process
+
+    get_process._k2_is_guarded = True  # type: ignore[attr-defined]
+    caller._get_process = staticmethod(get_process)
+
+
+def _kill_at_exit(caller: Any, worker: Any) -> None:
+    caller.close = lambda *_args, **_kwargs: None  # it would wait for the dead
+    caller._persistent_process = None
+    worker.kill()
+
+
+def _end_with(caller: Any, worker: Any) -> None:
+    multiprocessing.connection.wait([worker.sentinel])
+    time.sleep(1.0)  # until a ``close`` that ended it has forgotten it
+    is_closed = caller._persistent_process is not worker or worker.exitcode == 0
+    if is_closed or not threading.main_thread().is_alive():
+        return
+    print(
+        f"the checkpoint worker, pid {worker.pid}, has died (exit code {worker.exitcode}; "
+        f"{-signal.SIGKILL} is the kernel's, for memory): this rank ends, the last whole "
+        "checkpoint is there to go on from",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def restore_distributed_optimizer_without_te() -> None:

@@ -108,6 +108,7 @@ def _run(argv: list[str], terminal: TextIO | None, program: Program) -> None:
         reload_after_offload,
     )
     from megatron_k2.host.repairs import (
+        guard_checkpoint_worker,
         keep_checkpoint_queue_through_sigterm,
         norms_without_te,
         recompute_without_te,
@@ -132,6 +133,7 @@ def _run(argv: list[str], terminal: TextIO | None, program: Program) -> None:
         norms_without_te()
         restore_distributed_optimizer_without_te()
         keep_checkpoint_queue_through_sigterm()
+        guard_checkpoint_worker()
         if "--fine-grained-activation-offloading" in flags:
             end_offload_chunk_with_its_groups()
             reload_after_offload()

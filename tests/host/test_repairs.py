@@ -76,6 +76,7 @@ def test_the_installed_megatron_was_checked():
         repairs.restore_distributed_optimizer_without_te,
         repairs.keep_checkpoint_queue_through_sigterm,
         repairs.norms_without_te,
+        repairs.guard_checkpoint_worker,
     ],
 )
 def test_every_repair_refuses_a_version_it_was_not_checked_against(
@@ -411,3 +412,66 @@ def test_repaired_rolls_end_with_a_documents_tokens_and_divide_by_all_targets(mo
         assert divisor == 4
     for found, expected in zip(mtp.roll_tensor(tokens), original(tokens), strict=True):
         assert torch.equal(found, expected), "without a pack it is upstream's"
+
+
+def _waits_for_a_worker(signal_number, then, *, is_repaired):
+    """As a rank does whose worker gets a signal; run in a fork.
+
+    Args:
+        signal_number: what the worker gets, 0 for nothing.
+        then: ``wait`` for it, ``close`` it, or ``end`` by an error.
+        is_repaired: whether the worker is guarded.
+    """
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    def worker(rank, queue, preload_q, *_):
+        os.kill(os.getpid(), signal_number)
+        preload_q.get()
+        preload_q.task_done()
+        queue.get()
+        queue.task_done()
+
+    PersistentAsyncCaller.async_loop = staticmethod(worker)
+    if is_repaired:
+        repairs.guard_checkpoint_worker()
+    caller = PersistentAsyncCaller()
+    caller.process = PersistentAsyncCaller._get_process(0, "fork")
+    if then == "end":
+        raise KeyError("as any error of a rank")
+    PersistentAsyncCaller._persistent_preload_q.put(1)
+    PersistentAsyncCaller._persistent_preload_q.join()
+    caller.close()
+    time.sleep(1.5)
+
+
+def _exit_code_of(seconds, *args, **kwargs):
+    """``None`` if it is still there after so many seconds."""
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_waits_for_a_worker, args=args, kwargs=kwargs)
+    process.start()
+    process.join(seconds)
+    code = process.exitcode
+    process.kill()
+    process.join()
+    return code
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_rank_still_waits_for_ever_for_a_checkpoint_worker_that_a_signal_ended(number):
+    """If this fails, upstream looks after its worker: ``guard_checkpoint_worker`` can go."""
+    import megatron.core.dist_checkpointing.strategies.async_utils as async_utils
+
+    assert not hasattr(async_utils.PersistentAsyncCaller._get_process, "_k2_is_guarded")
+    assert _exit_code_of(3, number, "wait", is_repaired=False) is None
+
+
+def test_a_guarded_worker_outlives_a_sigterm_and_a_rank_ends_with_one_that_is_killed(capfd):
+    import megatron.core.dist_checkpointing.strategies.async_utils  # noqa: F401
+
+    assert _exit_code_of(20, signal.SIGKILL, "wait", is_repaired=True) == 1
+    assert "has died (exit code -9; -9 is the kernel's" in capfd.readouterr().err
+    for number in (0, signal.SIGTERM):
+        assert _exit_code_of(20, number, "wait", is_repaired=True) == 0
+    assert capfd.readouterr().err == ""
+    assert _exit_code_of(20, 0, "end", is_repaired=True) == 1
+    assert "has died" not in capfd.readouterr().err
