@@ -16,8 +16,7 @@ Megatron hands over ``[s, b, h, d]``; the arithmetic runs on ``[b, h, s, d]``.
 
 import itertools
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple, override
+from typing import Any, override
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -27,6 +26,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_k2.model.packed import GatherRows, PackLayout
+from megatron_k2.model.segments import (
+    Block,
+    Segment,
+    blocks_of,
+    document_segments,
+    whole_sequence,
+)
 
 LOGIT_BLOCK_BYTES = 64 << 20
 """Upper bound on the logits held at once; a block is never less than one query row."""
@@ -37,68 +43,6 @@ a CPU, forward and backward: one block 371 ms, 128 rows 161, 64 rows 138, 32 row
 CUDA_LOGIT_BLOCK_BYTES, CUDA_MIN_BLOCKS = 256 << 20, 4
 """The same for a GPU, which starts a kernel for each operation on a block: on an H200 a step of
 ``k2-mini`` was 32,000 starts and 1.2 s, of which the GPU worked 0.22."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive query rows, and which keys they see: those of their document up to themselves."""
-
-    first_row: int
-    num_rows: int
-    first_position: int
-    """Of the first row, within its document."""
-    first_key: int = 0
-    """Where the document begins among the keys."""
-
-
-class Block(NamedTuple):
-    """Query rows [start, end) that are computed at once."""
-
-    start: int
-    end: int
-    position: int
-    first_key: int
-
-    @property
-    def end_key(self) -> int:
-        """One past the last key that its last row sees."""
-        return self.first_key + self.position + self.end - self.start
-
-
-def whole_sequence(num_rows: int) -> tuple[Segment, ...]:
-    """Queries and keys are the same tokens."""
-    return (Segment(0, num_rows, 0),)
-
-
-def document_segments(layout: PackLayout, cp_size: int, cp_rank: int) -> tuple[Segment, ...]:
-    """A rank's rows of tokens; padding is in none.
-
-    Of each document rank r of c holds chunks r and 2c-1-r of 2c (``PackLayout.rows_of_rank``).
-    """
-    found, row = [], 0
-    num_chunks = 1 if cp_size == 1 else 2 * cp_size
-    here = (0,) if cp_size == 1 else (cp_rank, 2 * cp_size - 1 - cp_rank)
-    for start, end, length in zip(layout.bounds, layout.bounds[1:], layout.lengths, strict=False):
-        chunk = (end - start) // num_chunks
-        for number in here:
-            num_tokens = min(chunk, length - number * chunk)
-            if num_tokens > 0:
-                found.append(Segment(row, num_tokens, number * chunk, start))
-            row += chunk
-    return tuple(found)
-
-
-def _blocks(segments: tuple[Segment, ...], rows_per_block: int) -> list[Block]:
-    return [
-        Block(
-            segment.first_row + start,
-            segment.first_row + min(start + rows_per_block, segment.num_rows),
-            segment.first_position + start,
-            segment.first_key,
-        )
-        for segment in segments
-        for start in range(0, segment.num_rows, rows_per_block)
-    ]
 
 
 class _BlockwiseCausalAttention(torch.autograd.Function):
@@ -220,7 +164,7 @@ def causal_attention(
     if block_bytes is None:
         rows = min(rows, max(MIN_BLOCK_ROWS, num_keys // num_blocks))
     out, max_logit = _BlockwiseCausalAttention.apply(
-        q.to(compute), k.to(compute), v.to(compute), scale, _blocks(segments, rows), mask
+        q.to(compute), k.to(compute), v.to(compute), scale, blocks_of(segments, rows), mask
     )
     return out.to(v.dtype), max_logit
 

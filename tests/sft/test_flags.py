@@ -1,5 +1,6 @@
 """The command line of fine-tuning: what it expands to, and what it refuses in a sentence."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from megatron_k2.run.record import RUN_RECORD, write_record
 from megatron_k2.sft.checks import check_sft, notes
 from megatron_k2.sft.flags import expand
 from megatron_k2.sft.sets import open_packs, open_set, row_multiple
+from megatron_k2.sft.train import SFT
+from megatron_k2.training import pretrain
 from tests.sft.build_set import write_set
+from tests.support.paths import REPOSITORY
 
 SMALL = "--preset k2-tiny --vocab-size 128 --seq-length 64 --max-position-embeddings 64".split()
 
@@ -108,3 +112,10 @@ def test_print_args_prints_one_flag_a_line(chat_set, capsys):
     found = capsys.readouterr().out.splitlines()
     assert [word for line in found for word in line.split()] == expanded("--data", chat_set)
     assert f"--sft-data {chat_set}" in found
+
+
+def test_the_example_is_the_verbs_program(monkeypatch):
+    seen = []
+    monkeypatch.setattr(pretrain, "main", seen.append)
+    runpy.run_path(str(REPOSITORY / "examples" / "sft_k2.py"), run_name="__main__")
+    assert seen == [SFT]

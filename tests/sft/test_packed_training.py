@@ -4,11 +4,11 @@ The oracle (``worker.py``, ``alone``) runs each document by itself, unpacked, th
 model on one rank. After one step over eight packs the optimizer's momentum is the gradient times a
 constant, by global name whatever the layout, and the router's biases say how tokens were counted.
 
-Bound: 1e-6 of each tensor's largest magnitude, in fp64 (``worker.py``), where 1e-15 is met: in fp32
-two orders of the same sums differ by up to 2e-6 in a query's gradient, which is small beside its
-terms. Positions that go on over documents cannot be seen here, since rotary attention knows
-differences only: ``test_dataset.py`` looks at them. Not exercised: bf16, Transformer Engine
-(``tests/te``).
+Bound: 1e-7 of each tensor's largest magnitude, in fp64 (``worker.py``): there 2e-15 is met, and
+3e-8 where weights are fp32 numbers, per sample and in MTP's oracle. In fp32 two orders of the same
+sums differ by up to 2e-6 in a query's gradient, which is small beside its terms. Positions that go
+on over documents cannot be seen here, since rotary attention knows differences only:
+``test_dataset.py`` looks at them. Not exercised: bf16, Transformer Engine (``tests/te``).
 """
 
 import json
@@ -27,7 +27,7 @@ from tests.support.distributed import BACKENDS, run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-BOUND = 1e-6
+BOUND = 1e-7
 NUM_PACKS = 8
 SFT = f"""
     --sft-data memory --moe-router-load-balancing-type none --moe-aux-loss-coeff 0 --clip-grad 0
