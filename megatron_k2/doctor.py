@@ -40,6 +40,7 @@ DISTRIBUTIONS = {
     "transformers": "transformers",
     "tokenizers": "tokenizers",
     "tiktoken": "tiktoken",
+    "pyarrow": "pyarrow",
 }
 """Name shown -> distribution asked for; torch is looked at by itself."""
 
@@ -257,6 +258,7 @@ COMPANIONS = (
         "pip install -e '.[data]'",
     ),
     ("K2's own tokenizer", "tiktoken", "tiktoken", "pip install -e '.[data]'"),
+    ("dialogues from Parquet tables", "pyarrow", "pyarrow", "pip install -e '.[parquet]'"),
     (
         "loading exports in transformers",
         "transformers",

@@ -36,8 +36,8 @@ Declarations = Literal["json", "typescript"]
 DEFAULT_SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
 DEFAULT_SYSTEM_0711 = "You are a helpful assistant"
 RETURN_OF = "## Return of "
-_NUM_COMMON, _COMMON_CHARS = 4096, 1 << 16
-"""How many texts' ids a renderer keeps, and the longest of them."""
+_NUM_COMMON, _COMMON_CHARS = 512, 1 << 14
+"""How many texts' ids a renderer keeps, and the longest of them: at most about 80 MB."""
 DECLARE = "tool_declare"
 _TITLES = ("system", "tool", DECLARE)
 _OPENERS = {

@@ -74,6 +74,7 @@ def test_transformer_engine_counts_from_the_version_that_returns_maximum_logits(
     [
         ("tokenizers", "Hugging Face tokenizers and --train-bpe"),
         ("tiktoken", "K2's own tokenizer"),
+        ("pyarrow", "dialogues from Parquet tables"),
         ("transformers", "loading exports in transformers"),
         ("NeMo-Run", "launching through NeMo-Run"),
         ("Megatron-Bridge", "Megatron-Bridge configs"),
