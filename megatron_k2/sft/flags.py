@@ -17,7 +17,7 @@ from megatron_k2.sft.packed_set import Sequences
 from megatron_k2.sft.sets import has_split, open_set, row_multiple, weighted_directories
 
 EPOCHS = 2.0
-"""Moonlight's (arXiv:2502.16982, section 3.5.2, of Tulu 3's mixture); K2's are not published."""
+"""As Moonlight (arXiv:2502.16982) fine-tuned; K2's are not published."""
 GLOBAL_BATCH_SIZE = 64
 """Packs a step; a choice, K2's is not published."""
 WARMUP_STEPS = 10

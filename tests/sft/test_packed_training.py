@@ -56,6 +56,7 @@ LAYOUTS = {
     4: {"PP4": PP4, "TP2xCP2": [*TP2, *CP2]},
 }
 ALL = [name for layouts in LAYOUTS.values() for name in layouts]
+MIDDLE = "middle stages without bounds"
 WRONG = ("labels across documents", "mask one off", "attention over the pack", "padding counts")
 
 
@@ -92,6 +93,7 @@ def runs(request, tmp_path_factory) -> Path:
             for name, flags in layouts.items()
         ]
         cases = [*alone, *cases] if world_size == 1 else cases
+        cases += [_case(root, MIDDLE, MIDDLE, PP4, start)] if world_size == 4 else []
         logs = root / f"logs{world_size}"
         run_ranks("tests.sft.worker", world_size, cases, logs, request.param)
     return root
@@ -162,7 +164,7 @@ def test_loss_maxima_and_router_biases_equal_each_document_alone(runs, layout):
     assert loads[0] == loads[1]
 
 
-@pytest.mark.parametrize("wrong", [name for name in WRONG if name != "padding counts"])
+@pytest.mark.parametrize("wrong", [MIDDLE, *(name for name in WRONG if name != "padding counts")])
 def test_a_wrong_packing_is_far_off(runs, wrong):
     assert max(_differences(runs, wrong, "alone ").values()) > 1e-2
 

@@ -9,7 +9,6 @@ undone.
 import contextlib
 import itertools
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -161,7 +160,24 @@ def _padding_counts(stack):
     _put(stack, build, "keep_padding_out", lambda model: None)
 
 
+def _no_bounds_on_middle_stages(stack):
+    """What Megatron-Bridge #2952 reports: only the first and the last stage know the documents."""
+    from megatron.core import mpu
+
+    from megatron_k2.sft import providers
+
+    original = providers.next_batch
+
+    def next_batch(*args):
+        batch = original(*args)
+        is_end = mpu.is_pipeline_first_stage() or mpu.is_pipeline_last_stage()
+        return batch if is_end else replace(batch, packed=None)
+
+    _put(stack, providers, "next_batch", next_batch)
+
+
 WRONG = {
+    "middle stages without bounds": _no_bounds_on_middle_stages,
     "labels across documents": _labels_of_the_whole_row,
     "mask one off": _mask_one_off,
     "attention over the pack": _attention_over_the_pack,
@@ -235,10 +251,6 @@ def run_case(case: dict) -> None:
 
 
 def main() -> None:
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        import torch
-
-        torch.set_num_threads(1)
     run_each(run_case, json.loads(Path(sys.argv[1]).read_text()))
 
 
