@@ -20,6 +20,7 @@ _KINDS: dict[Any, dict[str, Any]] = {
     float: {"type": float},
     float | None: {"type": float},
     tuple[str, ...]: {"nargs": "*"},
+    tuple[float, ...]: {"nargs": "*", "type": float},
 }
 """A field's type -> how argparse reads its flag; anything else is one word of text."""
 
@@ -89,7 +90,7 @@ class RunFlags:
     fp8_recipe: str | None = None
     moe_router_dtype: str | None = None
     moe_router_load_balancing_type: tuple[str, ...] = ()
-    moe_aux_loss_coeff: float = 0.0
+    moe_aux_loss_coeff: tuple[float, ...] = ()
     mtp_num_layers: int | None = None
     moe_token_dispatcher_type: str | None = None
     moe_flex_dispatcher_backend: str = "deepep"

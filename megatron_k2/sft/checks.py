@@ -53,7 +53,7 @@ def _check_sets(flags: RunFlags) -> None:
 def _check_balance(flags: RunFlags) -> None:
     """Megatron's balance losses are means over a row, whatever documents share it."""
     kinds = [kind for kind in flags.moe_router_load_balancing_type if kind != "none"]
-    if kinds and flags.moe_aux_loss_coeff:
+    if kinds and any(flags.moe_aux_loss_coeff):
         raise UserError(
             f"--moe-router-load-balancing-type {' '.join(kinds)} with packed documents is a mean "
             "over whoever shares a row; take none (the router's bias goes on balancing)"
