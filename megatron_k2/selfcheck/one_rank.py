@@ -69,7 +69,7 @@ def build(
     config = model_config_from_args(args)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = K2ModelBuilder(config).build_model(groups)
-    return model.cuda() if torch.cuda.is_available() else model
+    return model.cuda() if torch.cuda.is_available() else model  # buffers too, as Megatron does
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
