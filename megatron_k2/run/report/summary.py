@@ -4,6 +4,7 @@
 print. Validation losses are not here; Megatron writes them to its log and to TensorBoard only.
 """
 
+import importlib.util
 import math
 import shlex
 import statistics
@@ -104,9 +105,15 @@ def write_heads(run: Run) -> Path | None:
 def finish(run_dir: Path) -> str:
     """Draw both pictures in ``run_dir``; the summary, their paths and what to do next."""
     run = read_run(run_dir)
-    path = run_dir / REPORT_FILE
+    following = "\n".join(f"  {command}" for command in next_commands(run))
+    return f"{summarise(run)}\nreport     {_pictures(run)}\n\nnext:\n{following}"
+
+
+def _pictures(run: Run) -> str:
+    """Their paths, or why there are none: a run that is done is not lost for a picture."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "not drawn, for which matplotlib is needed: pip install matplotlib, then report"
+    path = run.directory / REPORT_FILE
     write_report(run, path)
     heads = write_heads(run)
-    also = f", {heads}" if heads else ""
-    following = "\n".join(f"  {command}" for command in next_commands(run))
-    return f"{summarise(run)}\nreport     {path}{also}\n\nnext:\n{following}"
+    return f"{path}, {heads}" if heads else str(path)

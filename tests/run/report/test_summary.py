@@ -1,5 +1,6 @@
 """The report of a run written by hand, whose every figure can be worked out on paper."""
 
+import importlib.util
 import json
 import math
 import shlex
@@ -98,6 +99,17 @@ def test_the_option_serves_where_no_threshold_is_recorded(tmp_path):
     _write(tmp_path, [_record(1)], {"qk_clip_threshold": None})
     assert read_run(tmp_path, threshold=7.0).threshold == 7.0
     assert read_run(tmp_path).threshold is None
+
+
+def test_without_matplotlib_a_run_ends_with_its_summary_and_says_what_draws_it(
+    run_dir, monkeypatch
+):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name)
+    )
+    assert "not drawn, for which matplotlib is needed" in finish(run_dir)
+    assert not (run_dir / "report.png").exists()
 
 
 def test_finish_draws_the_picture_and_names_the_next_commands(tmp_path):
