@@ -17,7 +17,7 @@ from megatron_k2.planning.cost.activations import (
     mlp_rows,
 )
 from megatron_k2.presets import get_preset
-from tests.support import single_rank
+from megatron_k2.selfcheck import one_rank as one_rank_of_megatron
 from tests.support.saved_tensors import saved_bytes
 from tests.support.single_rank import build, one_rank
 from tests.te.models import TE_FLAGS, batch, token_losses
@@ -40,8 +40,8 @@ def fused_swiglu(monkeypatch):
     def flags(*, cuda):
         return [flag for flag in platform_flags(cuda=cuda) if flag != "--no-bias-swiglu-fusion"]
 
-    platform_flags = single_rank.platform_flags
-    monkeypatch.setattr(single_rank, "platform_flags", flags)
+    platform_flags = one_rank_of_megatron.platform_flags
+    monkeypatch.setattr(one_rank_of_megatron, "platform_flags", flags)
     with torch._dynamo.config.patch(disable=True):
         yield
     destroy_moe_metrics_tracker()  # it has as many rows as the first model had layers
