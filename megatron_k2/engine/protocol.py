@@ -1,0 +1,189 @@
+"""What everything above sees of a model: token ids in, tokens with log-probabilities out.
+
+An engine may be ``engine/local`` in this process, ``engine/scripted`` in a test, or a server
+elsewhere; evaluation, the gym's judges, synthesis and RL name none of them. An engine knows token
+ids only. Chat, tools and stop strings belong to what stands above it.
+"""
+
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+from megatron_k2.errors import UserError
+
+FinishReason = Literal["stop", "length", "abort"]
+PauseMode = Literal["abort", "wait", "keep"]
+"""What happens to requests in flight: ended at once, finished first, or frozen where they are."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is drawn; vLLM's names.
+
+    Log-probabilities are those of the model's own distribution at ``temperature`` 1, before any
+    filter or penalty, which is what a trainer can compute again.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    """0 takes the largest logit, the lowest id of equals."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all."""
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest are left out."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits, multiplies negative ones, of tokens in the prompt or the answer."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Each ends the answer and is its last token."""
+    seed: int | None = None
+    """Of this request alone; ``None`` draws one."""
+    logprobs: int = 0
+    """How many of the likeliest tokens come with each sampled one."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens, each given those before it; ``None``: none."""
+    returns_routed_experts: bool = False
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("max_tokens", self.max_tokens >= 0, "0 or more"),
+            ("temperature", 0 <= self.temperature <= 100, "0 to 100"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
+            ("top_k", self.top_k >= 0, "0 (all) or more"),
+            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "more than 0, at most 100"),
+            ("logprobs", self.logprobs >= 0, "0 or more"),
+            ("prompt_logprobs", (self.prompt_logprobs or 0) >= 0, "0 or more"),
+        )
+        for name, is_right, expected in checks:
+            if not is_right:
+                raise UserError(f"{name} {getattr(self, name)}: expected {expected}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to continue."""
+
+    id: str
+    """Unique among those in flight; what ``abort`` names."""
+    prompt: tuple[int, ...]
+    params: SamplingParams = SamplingParams()
+
+
+class Candidate(NamedTuple):
+    """A token that might stand at a place."""
+
+    id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of an answer or, where asked for, of a prompt."""
+
+    id: int
+    logprob: float | None
+    """Natural logarithm; ``None`` for a prompt's first token."""
+    top: tuple[Candidate, ...] = ()
+    """The likeliest at this place, best first."""
+    weight_version: str = ""
+    """Of the weights that computed ``logprob``."""
+    routed_experts: tuple[tuple[int, ...], ...] | None = None
+    """[MoE layers][top-k]: where the router sent this token *as input*; ``None`` if not asked for,
+    or for an answer's last token, which was never an input."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """A step of one answer."""
+
+    tokens: tuple[Token, ...] = ()
+    """New since the output before."""
+    prompt_tokens: tuple[Token, ...] = ()
+    """Once, with the first output, where ``prompt_logprobs`` or routed experts were asked for."""
+    finish_reason: FinishReason | None = None
+    """Of the last output."""
+    stop_id: int | None = None
+    """Which of ``stop_token_ids`` ended it."""
+
+
+class Limits(NamedTuple):
+    """What fits into an engine."""
+
+    vocab_size: int
+    max_length: int
+    """Prompt and answer together."""
+    num_slots: int
+    """Sequences decoded at once; more wait."""
+
+
+class Health(NamedTuple):
+    """How an engine is."""
+
+    is_ready: bool
+    """False: it answers nothing until this is mended; ``detail`` says why."""
+    detail: str
+    is_paused: bool
+    weight_version: str
+    num_running: int
+    num_waiting: int
+
+
+class EngineError(RuntimeError):
+    """The engine cannot answer, for a reason that is not the request's: dead, or weights half in."""
+
+
+class Engine(Protocol):
+    """Every engine. All of it is called from one event loop."""
+
+    @property
+    def limits(self) -> Limits:
+        """Fixed for the engine's life."""
+        ...
+
+    def generate(self, request: Request) -> AsyncIterator[Output]:
+        """The answer, as it grows. Leaving the iterator early ends the request.
+
+        Raises:
+            UserError: the request cannot fit, or names tokens that do not exist; at the first step.
+            EngineError: the engine died, or its weights are not whole.
+        """
+        ...
+
+    async def abort(self, ids: Iterable[str] | None = None) -> None:
+        """End these requests, or all, with ``abort``; unknown ones are passed over."""
+        ...
+
+    async def pause(self, mode: PauseMode = "abort") -> None:
+        """Decode nothing more; returns when nothing runs. New requests wait."""
+        ...
+
+    async def resume(self) -> None:
+        """Go on."""
+        ...
+
+    async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: str) -> None:
+        """Replace every weight; tokens computed from here on carry ``version``.
+
+        Args:
+            weights: Hugging Face names and tensors, all of them, in any order.
+            version: Whatever the trainer calls them.
+
+        Raises:
+            EngineError: something was missing, unknown, or of another shape. The engine is then not
+                ready until an update succeeds, and answers nothing meanwhile.
+        """
+        ...
+
+    def health(self) -> Health:
+        """Now, without waiting."""
+        ...
+
+    async def close(self) -> None:
+        """End everything; the engine is of no use afterwards."""
+        ...
