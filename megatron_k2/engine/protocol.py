@@ -135,7 +135,7 @@ class Health(NamedTuple):
 
 
 class EngineError(RuntimeError):
-    """The engine cannot answer, for a reason that is not the request's: dead, or weights half in."""
+    """The engine cannot answer, for a reason that is not the request's: dead, or half updated."""
 
 
 class Engine(Protocol):
