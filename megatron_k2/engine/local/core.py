@@ -1,0 +1,257 @@
+"""The embedded engine without its thread: requests in, a step at a time, outputs out."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from megatron_k2.engine.local.model import LatentModel, Step
+from megatron_k2.engine.local.sampling import choose, scored
+from megatron_k2.engine.local.scheduler import Scheduler, Sequence
+from megatron_k2.engine.local.weights import Weights
+from megatron_k2.engine.protocol import FinishReason, Output, Request, Token
+from megatron_k2.errors import UserError
+
+STEP_TOKENS = 1024
+"""Rows of a step, unless there are more slots: enough for large products, and a reader of a long
+prompt makes others wait for no more than so many tokens."""
+_GIB = 2**30
+
+
+class Core:
+    """Weights, slots, and the sequences in them.
+
+    Args:
+        weights: loaded.
+        num_slots: sequences decoded at once.
+        max_length: tokens of each, prompt and answer.
+        version: of the weights.
+        step_tokens: most rows of a step.
+        memory_bytes: that weights and slots may take together.
+
+    Raises:
+        UserError: they do not fit.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        num_slots: int,
+        max_length: int,
+        version: str = "0",
+        step_tokens: int = STEP_TOKENS,
+        memory_bytes: int | None = None,
+    ) -> None:
+        require_room(weights, num_slots, max_length, memory_bytes)
+        self.weights, self.version, self.max_length = weights, version, max_length
+        self._model = LatentModel(weights, num_slots, max_length)
+        self.scheduler = Scheduler(num_slots, max(step_tokens, num_slots))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.scheduler.waiting or self.scheduler.going)
+
+    def check(self, request: Request) -> None:
+        """Refuse what can never be answered.
+
+        Raises:
+            UserError: with the number that is too large.
+        """
+        vocab, params, length = self.weights.preset.vocab_size, request.params, len(request.prompt)
+        if not request.prompt:
+            raise UserError("an empty prompt; give at least one token")
+        for token in (min(request.prompt), max(request.prompt), *params.stop_token_ids):
+            if not 0 <= token < vocab:
+                raise UserError(f"token {token}: this model has 0 to {vocab - 1}")
+        if length + params.max_tokens > self.max_length:
+            raise UserError(
+                f"{length} tokens of prompt and up to {params.max_tokens} new ones are more than "
+                f"the {self.max_length} of a slot; ask for fewer, or start with longer slots"
+            )
+        for name, wanted in (
+            ("logprobs", params.logprobs),
+            ("prompt_logprobs", params.prompt_logprobs),
+        ):
+            if (wanted or 0) > vocab:
+                raise UserError(f"{name} {wanted}: this model has {vocab} tokens")
+
+    def add(self, request: Request) -> None:
+        """Queue a request that ``check`` has passed."""
+        generator = torch.Generator()
+        if request.params.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(request.params.seed)
+        self.scheduler.waiting.append(Sequence(request, generator))
+
+    def abort(self, ids: Iterable[str] | None) -> list[tuple[str, Output]]:
+        """End requests; what was held of their answers comes with the end."""
+        gone = self.scheduler.remove(ids)
+        return [(s.request.id, Output(tuple(s.held), finish_reason="abort")) for s in gone]
+
+    def update(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        """Replace every weight; sequences in flight are read again by the new ones.
+
+        Raises:
+            UserError: see ``Weights.load``; the weights are then a mixture.
+        """
+        self.weights.load(tensors)
+        self.version = version
+        self.scheduler.forget()
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[str, Output]]:
+        """Admit, compute one step, sample; outputs of the requests that got something."""
+        for source, target, count in self.scheduler.admit():
+            self._model.copy_prefix(source, target, count)
+        step, members, ids = self.scheduler.plan()
+        if not members:
+            return []
+        routes: list[Tensor] | None = None
+        if any(s.request.params.returns_routed_experts for s in members):
+            routes = []
+        tokens = torch.tensor(ids, device=self.weights.device)
+        hidden = self._model.forward(tokens, step, routes=routes)
+        return self._settle(step, members, hidden, routes)
+
+    def _settle(
+        self, step: Step, members: list[Sequence], hidden: Tensor, routes: list[Tensor] | None
+    ) -> list[tuple[str, Output]]:
+        """Book a step's rows, and sample where a sequence is read to its end."""
+        counts = [1] * len(step.slots) + [chunk.count for chunk in step.chunks]
+        chosen = torch.stack(routes, 1).cpu().numpy() if routes else None
+        begin, sampled, last_rows = 0, [], []
+        for sequence, count in zip(members, counts, strict=True):
+            rows = slice(begin, begin + count)
+            if sequence.request.params.prompt_logprobs is not None:
+                self._score_prompt(sequence, hidden[rows])
+            self.scheduler.cached(sequence, count)
+            if chosen is not None and sequence.request.params.returns_routed_experts:
+                sequence.routes.extend(chosen[rows])
+            begin += count
+            if not sequence.num_open:
+                sampled.append(sequence)
+                last_rows.append(begin - 1)
+        if not sampled:
+            return []
+        if not all(s.request.params.max_tokens for s in sampled):
+            return self._sample_some(sampled, hidden[last_rows])
+        return self._sample(sampled, hidden[last_rows])
+
+    def _score_prompt(self, sequence: Sequence, hidden: Tensor) -> None:
+        """Log-probabilities of the prompt's tokens that follow these rows."""
+        ids, first = sequence.request.prompt, sequence.num_cached
+        if first >= len(ids) or len(sequence.prompt_tokens) >= len(ids):
+            return  # decoding, or read again after an update
+        if not first:
+            sequence.prompt_tokens = [Token(ids[0], None, (), self.version)]
+        following = ids[first + 1 : first + 1 + len(hidden)]
+        if following:
+            num_top = sequence.request.params.prompt_logprobs or 0
+            logits = self._model.logits(hidden[: len(following)])
+            tops = [num_top] * len(following)
+            sequence.prompt_tokens += scored(logits, torch.tensor(following), tops, self.version)
+
+    def _sample_some(self, sampled: list[Sequence], hidden: Tensor) -> list[tuple[str, Output]]:
+        """Where some wanted their prompt scored and no token."""
+        wanting = [i for i, s in enumerate(sampled) if s.request.params.max_tokens]
+        outputs = []
+        for sequence in (s for s in sampled if not s.request.params.max_tokens):
+            self.scheduler.release(sequence)
+            outputs.append((sequence.request.id, self._output(sequence, [], "length", None)))
+        if wanting:
+            outputs += self._sample([sampled[i] for i in wanting], hidden[wanting])
+        return outputs
+
+    def _sample(self, sampled: list[Sequence], hidden: Tensor) -> list[tuple[str, Output]]:
+        logits = self._model.logits(hidden)
+        ids = choose(logits, [sequence.row() for sequence in sampled])
+        wanted = [sequence.request.params.logprobs for sequence in sampled]
+        outputs = []
+        for sequence, token in zip(sampled, scored(logits, ids, wanted, self.version), strict=True):
+            reason, stop = self._take(sequence, token)
+            output = self._output(sequence, [token], reason, stop)
+            if output.tokens or output.prompt_tokens or output.finish_reason:
+                outputs.append((sequence.request.id, output))
+        return outputs
+
+    def _take(self, sequence: Sequence, token: Token) -> tuple[FinishReason | None, int | None]:
+        """Append a sampled token; whether and by what it ends the answer."""
+        params = sequence.request.params
+        sequence.ids.append(token.id)
+        if token.id in params.stop_token_ids:
+            self.scheduler.release(sequence)
+            return "stop", token.id
+        if sequence.num_new == params.max_tokens:
+            self.scheduler.release(sequence)
+            return "length", None
+        return None, None
+
+    def _output(
+        self,
+        sequence: Sequence,
+        tokens: list[Token],
+        reason: FinishReason | None,
+        stop: int | None,
+    ) -> Output:
+        """What may be given out now: routed tokens once they have been an input."""
+        if not sequence.request.params.returns_routed_experts:
+            given = tuple(sequence.prompt_tokens) if not sequence.has_given_prompt else ()
+            sequence.has_given_prompt = True
+            return Output(tuple(tokens), given, reason, stop)
+        return _routed_output(sequence, tokens, reason, stop, self.version)
+
+
+def _routed_output(
+    sequence: Sequence,
+    tokens: list[Token],
+    reason: FinishReason | None,
+    stop: int | None,
+    version: str,
+) -> Output:
+    """The same with each token's experts; a token waits here until it has been an input."""
+    prompt: list[Token] = []
+    if not sequence.has_given_prompt:
+        sequence.has_given_prompt = True
+        ids = sequence.request.prompt
+        prompt = sequence.prompt_tokens or [Token(i, None, (), version) for i in ids]
+        prompt = [_with_routes(token, sequence, place) for place, token in enumerate(prompt)]
+    first = len(sequence.ids) - len(tokens) - len(sequence.held)
+    ready = [_with_routes(t, sequence, first + i) for i, t in enumerate(sequence.held)]
+    sequence.held = list(tokens)
+    if reason:
+        ready += sequence.held
+        sequence.held = []
+    return Output(tuple(ready), tuple(prompt), reason, stop)
+
+
+def _with_routes(token: Token, sequence: Sequence, place: int) -> Token:
+    experts = tuple(map(tuple, sequence.routes[place].tolist()))
+    return Token(token.id, token.logprob, token.top, token.weight_version, experts)
+
+
+def require_room(
+    weights: Weights, num_slots: int, max_length: int, memory_bytes: int | None
+) -> None:
+    """Refuse slots that cannot be held.
+
+    Raises:
+        UserError: with the arithmetic.
+    """
+    if num_slots < 1 or max_length < 2:
+        raise UserError(
+            f"{num_slots} slots of {max_length} tokens: expected 1 or more, of 2 or more"
+        )
+    p = weights.preset
+    size = torch.empty((), dtype=weights.dtype).element_size()
+    a_token = p.num_layers * (p.kv_lora_rank + p.qk_pos_emb_head_dim) * size
+    cache = num_slots * max_length * a_token
+    if memory_bytes is not None and weights.num_bytes + cache > memory_bytes:
+        held, slots, allowed = (n / _GIB for n in (weights.num_bytes, cache, memory_bytes))
+        raise UserError(
+            f"weights {held:.3g} GiB and {num_slots} slots x {max_length} tokens x {a_token:,} "
+            f"bytes = {slots:.3g} GiB are more than the {allowed:.3g} GiB allowed; take fewer "
+            "or shorter slots"
+        )
