@@ -47,7 +47,11 @@ EXTRAS = {
     "data": ["tokenizers>=0.21", "tiktoken>=0.9", "transformers>=5,<6"],
     # Dialogues from Parquet tables (Apache-2.0).
     "parquet": ["pyarrow>=16"],
+    # The server: FastAPI (MIT) reads and describes routes, uvicorn (BSD) speaks HTTP,
+    # prometheus-client (Apache-2.0) counts.
+    "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "prometheus-client>=0.20,<1"],
     "dev": [
+        "openai>=2",  # Apache-2.0: the server's tests call it as users do
         "pytest>=8",
         "pytest-xdist>=3.6",
         "hypothesis>=6",
@@ -70,7 +74,10 @@ setup(
         "megatron_k2.recipes",
     ],
     package_dir={"megatron_k2.recipes": "recipes"},
-    package_data={"megatron_k2.fp8": ["*.c", "*.h"]},
+    package_data={
+        "megatron_k2.fp8": ["*.c", "*.h"],
+        "megatron_k2.engine.server": ["*.html"],
+    },
     install_requires=[
         "torch>=2.9,<3",
         "megatron-core>=0.19.2,<0.20",

@@ -25,6 +25,7 @@ VERBS = {
     "evaluate": "loss and perplexity of a Megatron checkpoint on a dataset",
     "generate": "sample text from a Megatron checkpoint",
     "chat": "talk to a checkpoint; render and parse: dialogues to K2's tokens and back",
+    "serve": "an OpenAI-compatible server over the embedded engine",
     "report": "draw a run's metrics.jsonl as a PNG",
 }
 

@@ -5,7 +5,7 @@ elsewhere; evaluation, the gym's judges, synthesis and RL name none of them. An 
 ids only. Chat, tools and stop strings belong to what stands above it.
 """
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -146,8 +146,8 @@ class Engine(Protocol):
         """Fixed for the engine's life."""
         ...
 
-    def generate(self, request: Request) -> AsyncIterator[Output]:
-        """The answer, as it grows. Leaving the iterator early ends the request.
+    def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        """The answer, as it grows. Closing it early ends the request.
 
         Raises:
             UserError: the request cannot fit, or names tokens that do not exist; at the first step.

@@ -28,6 +28,7 @@ class Core:
         version: of the weights.
         step_tokens: most rows of a step.
         memory_bytes: that weights and slots may take together.
+        shares_prefixes: whether prompts take over rows that others have computed.
 
     Raises:
         UserError: they do not fit.
@@ -42,11 +43,14 @@ class Core:
         version: str = "0",
         step_tokens: int = STEP_TOKENS,
         memory_bytes: int | None = None,
+        shares_prefixes: bool = True,
     ) -> None:
         require_room(weights, num_slots, max_length, memory_bytes)
         self.weights, self.version, self.max_length = weights, version, max_length
         self._model = LatentModel(weights, num_slots, max_length)
-        self.scheduler = Scheduler(num_slots, max(step_tokens, num_slots))
+        self.scheduler = Scheduler(
+            num_slots, max(step_tokens, num_slots), shares_prefixes=shares_prefixes
+        )
 
     @property
     def has_work(self) -> bool:

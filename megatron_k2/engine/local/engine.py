@@ -7,7 +7,7 @@ the event loop that asked, one call a step.
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ class LocalEngine:
         core = self._core
         return Limits(core.weights.preset.vocab_size, core.max_length, len(core.scheduler.running))
 
-    async def generate(self, request: Request) -> AsyncIterator[Output]:
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """See the protocol."""
         self._core.check(request)
         if request.id in self._streams:

@@ -78,10 +78,11 @@ class Scheduler:
     Args:
         num_slots: sequences at once.
         step_tokens: most rows of a step; a prompt beyond that goes through in chunks.
+        shares_prefixes: whether rows that are there are taken instead of computed again.
     """
 
-    def __init__(self, num_slots: int, step_tokens: int) -> None:
-        self._step_tokens = step_tokens
+    def __init__(self, num_slots: int, step_tokens: int, *, shares_prefixes: bool = True) -> None:
+        self._step_tokens, self._shares_prefixes = step_tokens, shares_prefixes
         self.running: list[Sequence | None] = [None] * num_slots
         self.resident: list[list[int]] = [[] for _ in range(num_slots)]
         """Tokens whose rows lie in each slot, running or not."""
@@ -122,9 +123,12 @@ class Scheduler:
             self._place(sequence, target, shared)
         return copies
 
+    def _may_share(self, sequence: Sequence) -> bool:
+        return self._shares_prefixes and not sequence.needs_whole_prompt
+
     def _best_prefix(self, sequence: Sequence) -> tuple[int, int]:
         """The slot that holds most of a prompt's beginning, and how much; (-1, 0): none does."""
-        if sequence.needs_whole_prompt:
+        if not self._may_share(sequence):
             return -1, 0
         best = (-1, 0)
         for slot, held in enumerate(self.resident):
@@ -135,7 +139,7 @@ class Scheduler:
 
     def _is_coming(self, sequence: Sequence, shared: int) -> bool:
         """Whether a prompt that is being read will soon hold more of this one's beginning."""
-        if sequence.needs_whole_prompt:
+        if not self._may_share(sequence):
             return False
         least = max(shared + 1, MIN_SHARED)
         return any(

@@ -1,0 +1,140 @@
+"""``megatron-k2 serve``: an OpenAI-compatible server over the embedded engine."""
+
+import argparse
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_k2.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_k2.engine.server.service import ServerLimits
+
+NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-k2 serve", description=__doc__.partition(": ")[2]
+    )
+    add = parser.add_argument
+    add("--load", type=Path, required=True, metavar="DIR", help="Hugging Face directory, or a run")
+    add("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
+    add("--port", type=int, default=8000, help="0: any free one (default: %(default)s)")
+    add("--name", help="of the model (default: the directory's)")
+    add("--num-slots", type=int, default=16, help="sequences at once (default: %(default)s)")
+    add("--max-length", type=int, help="tokens of each (default: the model's, at most 4096)")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--memory-gb", type=float, help="most that weights and slots may take")
+    add("--api-key-env", metavar="NAME", help="environment variable that holds the key")
+    add("--admin", action="store_true", help="also /pause, /resume, /abort_requests")
+    add("--max-requests", type=int, default=2048, help="in flight (default: %(default)s)")
+    add("--max-body-mb", type=float, default=8, help="(default: %(default)s)")
+    add("--deadline", type=float, default=600, help="seconds of a request (default: %(default)s)")
+    return parser
+
+
+def _require_packages() -> None:
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise UserError(f"{', '.join(missing)} is not installed; pip install 'megatron-k2[serve]'")
+
+
+def _api_key(arguments: argparse.Namespace) -> str | None:
+    if arguments.api_key_env is None:
+        if arguments.host not in _LOOPBACK:
+            raise UserError(
+                f"--host {arguments.host} can be reached from other machines: give --api-key-env, "
+                "or leave --host out"
+            )
+        return None
+    key = os.environ.get(arguments.api_key_env, "")
+    if not key:
+        raise UserError(f"--api-key-env {arguments.api_key_env}: this variable is not set")
+    return key
+
+
+def _limits(arguments: argparse.Namespace) -> "ServerLimits":
+    from megatron_k2.engine.server.service import ServerLimits
+
+    if arguments.max_requests < 1 or arguments.max_body_mb <= 0 or arguments.deadline <= 0:
+        raise UserError("--max-requests, --max-body-mb and --deadline: expected more than 0")
+    body_bytes = int(arguments.max_body_mb * (1 << 20))
+    return ServerLimits(body_bytes, arguments.max_requests, arguments.deadline)
+
+
+def _exported(load: Path, scratch: str) -> Path:
+    """``load`` itself, or a run of Megatron's exported into a folder that ends with the server."""
+    from megatron_k2.checkpoint.hf.reader import is_hf_directory
+    from megatron_k2.cli import convert
+
+    if not load.is_dir():
+        raise UserError(f"--load {load}: no such directory; expected a Hugging Face one, or a run")
+    if is_hf_directory(load):
+        return load
+    target = Path(scratch) / "hf"
+    print(f"megatron-k2 serve: exporting {load}", file=sys.stderr, flush=True)
+    dtype = ["--dtype", "fp32", "--model-type", "deepseek_v3"]
+    if convert.main(["export", str(load), str(target), *dtype]):
+        raise UserError(f"--load {load} could not be exported; the reason stands above")
+    return target
+
+
+def _run(arguments: argparse.Namespace, folder: Path, api_key: str | None) -> int:
+    import asyncio
+
+    import torch
+    import uvicorn
+
+    from megatron_k2.checkpoint.hf.release import open_release
+    from megatron_k2.data.tokenizer import load_tokenizer
+    from megatron_k2.engine.local.engine import LocalEngine
+    from megatron_k2.engine.server.app import make_app
+    from megatron_k2.engine.server.service import Service
+
+    limits, memory = _limits(arguments), arguments.memory_gb
+    longest = open_release(folder).preset.max_position_embeddings
+    tokenizer = load_tokenizer(folder)
+    engine = LocalEngine.from_export(
+        folder,
+        num_slots=arguments.num_slots,
+        max_length=arguments.max_length or min(longest, 4096),
+        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype],
+        device=arguments.device,
+        memory_bytes=None if memory is None else int(memory * 2**30),
+    )
+    name = arguments.name or arguments.load.resolve().name
+    service = Service(engine, tokenizer, name, limits)
+    app = make_app(service, api_key=api_key, has_admin=arguments.admin)
+    config = uvicorn.Config(app, arguments.host, arguments.port, log_level="warning")
+    asyncio.run(_serve(config, name))
+    return 0
+
+
+async def _serve(config: Any, name: str) -> None:
+    """Run uvicorn, and say where it listens once it does."""
+    import asyncio
+
+    import uvicorn
+
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server.serve())
+    while not server.started and not task.done():
+        await asyncio.sleep(0.02)
+    if server.started:
+        host, port = server.servers[0].sockets[0].getsockname()[:2]
+        print(f"serving '{name}' at http://{host}:{port}", flush=True)
+    await task
+
+
+def main(argv: list[str]) -> int:
+    """Check, load, serve until interrupted."""
+    arguments = _parser().parse_args(argv)
+    _require_packages()
+    api_key = _api_key(arguments)
+    with tempfile.TemporaryDirectory(prefix="megatron-k2-serve-") as scratch:
+        return _run(arguments, _exported(arguments.load, scratch), api_key)
