@@ -186,8 +186,8 @@ def of_sharing(core: Core, options: argparse.Namespace) -> tuple[float, float]:
         options.seed,
     )
     shared, apart, prefill = (timings[n].cpu_seconds for n in ("shared", "apart", "prefill"))
-    decode = apart - options.samples * prefill
-    ceiling = apart / (prefill + decode)
+    decode = shared - prefill
+    ceiling = (options.samples * prefill + decode) / shared
     print(
         f"K={options.samples}, prompt {length}, {new} new: {apart / shared:.2f}x of no sharing, "
         f"ceiling {ceiling:.2f}x (prefill {prefill:.2f} s each, decode {decode:.2f} s)",

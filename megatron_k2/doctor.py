@@ -41,6 +41,7 @@ DISTRIBUTIONS = {
     "tokenizers": "tokenizers",
     "tiktoken": "tiktoken",
     "pyarrow": "pyarrow",
+    "fastapi": "fastapi",
 }
 """Name shown -> distribution asked for; torch is looked at by itself."""
 
@@ -254,6 +255,7 @@ COMPANIONS = (
         "pip install -e '.[data]'",
     ),
     ("K2's own tokenizer", "tiktoken", "tiktoken", "pip install -e '.[data]'"),
+    ("the server", "fastapi", "fastapi", "pip install -e '.[serve]'"),
     ("dialogues from Parquet tables", "pyarrow", "pyarrow", "pip install -e '.[parquet]'"),
     (
         "loading exports in transformers",

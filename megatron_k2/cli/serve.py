@@ -23,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--load", type=Path, required=True, metavar="DIR", help="Hugging Face directory, or a run")
+    add("--tokenizer", type=Path, metavar="PATH", help="default: DIR's, or what the run was fed")
     add("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
     add("--port", type=int, default=8000, help="0: any free one (default: %(default)s)")
     add("--name", help="of the model (default: the directory's)")
@@ -67,10 +68,11 @@ def _limits(arguments: argparse.Namespace) -> "ServerLimits":
     return ServerLimits(body_bytes, arguments.max_requests, arguments.deadline)
 
 
-def _exported(load: Path, scratch: str) -> Path:
+def _exported(load: Path, tokenizer: Path | None, scratch: str) -> Path:
     """``load`` itself, or a run of Megatron's exported into a folder that ends with the server."""
     from megatron_k2.checkpoint.hf.reader import is_hf_directory
     from megatron_k2.cli import convert
+    from megatron_k2.engine.mcore.saved_args import read_saved_args, tokenizer_path
 
     if not load.is_dir():
         raise UserError(f"--load {load}: no such directory; expected a Hugging Face one, or a run")
@@ -78,8 +80,9 @@ def _exported(load: Path, scratch: str) -> Path:
         return load
     target = Path(scratch) / "hf"
     print(f"megatron-k2 serve: exporting {load}", file=sys.stderr, flush=True)
-    dtype = ["--dtype", "fp32", "--model-type", "deepseek_v3"]
-    if convert.main(["export", str(load), str(target), *dtype]):
+    path = tokenizer_path(read_saved_args(load, None)[1], tokenizer)
+    flags = ["--dtype", "fp32", "--model-type", "deepseek_v3", "--tokenizer", str(path)]
+    if convert.main(["export", str(load), str(target), *flags]):
         raise UserError(f"--load {load} could not be exported; the reason stands above")
     return target
 
@@ -98,7 +101,7 @@ def _run(arguments: argparse.Namespace, folder: Path, api_key: str | None) -> in
 
     limits, memory = _limits(arguments), arguments.memory_gb
     longest = open_release(folder).preset.max_position_embeddings
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(arguments.tokenizer or folder)
     engine = LocalEngine.from_export(
         folder,
         num_slots=arguments.num_slots,
@@ -137,4 +140,4 @@ def main(argv: list[str]) -> int:
     _require_packages()
     api_key = _api_key(arguments)
     with tempfile.TemporaryDirectory(prefix="megatron-k2-serve-") as scratch:
-        return _run(arguments, _exported(arguments.load, scratch), api_key)
+        return _run(arguments, _exported(arguments.load, arguments.tokenizer, scratch), api_key)

@@ -231,10 +231,28 @@ class MLACoreAttention(MegatronModule):
         cp_size = self.cp_group.size()
         if cp_size > 1 and attention_mask is not None:
             raise ValueError("an attention mask cannot be combined with context parallelism")
-        num_rows = q.shape[2] * cp_size
-        layout = PackLayout((num_rows,), (0, num_rows))
-        out = self._attend(q, k, v, layout, attention_mask)
+        if k.shape[2] != q.shape[2]:
+            out = self._continued(q, k, v, attention_mask)
+        else:
+            num_rows = q.shape[2] * cp_size
+            layout = PackLayout((num_rows,), (0, num_rows))
+            out = self._attend(q, k, v, layout, attention_mask)
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _continued(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Rows at the end of cached keys, as Megatron's static inference context hands them over.
+
+        [b, h, s, d] and [b, h, s_k, d]; every row of the batch is as far as the others.
+        """
+        s, s_k = q.shape[2], k.shape[2]
+        if self.cp_group.size() > 1 or s_k < s or k.shape[1] != q.shape[1]:
+            raise ValueError(
+                f"{s} query rows over {s_k} keys: expected the rows to be the last of the keys', "
+                "as many heads of each, and no context parallelism"
+            )
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        segments = (Segment(0, s, s_k - s),)
+        return causal_attention(q, k, v, self.softmax_scale, segments, mask)[0]
 
     def _attend(
         self,

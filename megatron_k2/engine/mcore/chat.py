@@ -23,7 +23,7 @@ from megatron_k2.engine.mcore.generate import generate
 from megatron_k2.engine.mcore.jobs import check_length, round_up
 from megatron_k2.engine.mcore.model import InferenceModel
 from megatron_k2.engine.mcore.options import check_chat, layout_of
-from megatron_k2.engine.mcore.saved_args import check_model, read_saved_args
+from megatron_k2.engine.mcore.saved_args import check_model, read_saved_args, tokenizer_path
 from megatron_k2.errors import UserError
 from megatron_k2.parallel.layout import Layout
 from megatron_k2.records.messages import Message, ToolSpec
@@ -31,7 +31,6 @@ from megatron_k2.records.read import message_from, tool_from
 
 Ask = Callable[[str], str | None]
 """Shows a prompt and reads a line; ``None`` at the end."""
-MANIFESTS = ("chat.json", "dataset.json")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def chat_job(args: Namespace, world_size: int) -> ChatJob:
     check_chat(args)
     layout = layout_of(args, world_size)
     directory, saved = read_saved_args(args.load, args.iteration)
-    tokenizer = load_tokenizer(_tokenizer_path(args, saved))
+    tokenizer = load_tokenizer(tokenizer_path(saved, args.tokenizer, args.data))
     tools = tuple(_records(args.tools, tool_from)) if args.tools else ()
     messages = list(_records(args.messages, message_from)) if args.messages else []
     if args.system is not None:
@@ -81,20 +80,6 @@ def opened(job: ChatJob) -> Dialogue:
     for message in job.messages:
         dialogue.append(message)
     return dialogue
-
-
-def _tokenizer_path(args: Namespace, saved: Namespace) -> Path:
-    """Of ``--tokenizer``, of ``--data``, or of what the checkpoint's run was trained on."""
-    if args.tokenizer is not None:
-        return Path(args.tokenizer)
-    trained_on = [*(getattr(saved, "sft_data", None) or []), getattr(saved, "data", None)]
-    candidates = [args.data] if args.data is not None else [each for each in trained_on if each]
-    for directory in map(Path, candidates):
-        for manifest in MANIFESTS:
-            if (path := directory / manifest).is_file():
-                return directory / json.loads(path.read_text())["tokenizer"]["path"]
-    looked = ", ".join(map(str, candidates)) or "the checkpoint names no data"
-    raise UserError(f"no tokenizer found ({looked}); give --tokenizer or --data")
 
 
 def _records[R](path: Path, record_from: Callable[[dict], R]) -> Iterator[R]:

@@ -1,7 +1,7 @@
 """Text from a model at any layout, one whole forward pass a token.
 
 Recomputing costs O(s) forward tokens for each new one; it needs no cache and is the same arithmetic
-as training. For serving, export to Hugging Face and use vLLM or SGLang.
+as training. ``engine/local`` decodes over a cache and serves; this is its oracle.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,10 +12,8 @@ from torch import Tensor
 from megatron_k2.data.tokenizer import Tokenizer
 from megatron_k2.engine.mcore.jobs import check_length, round_up
 from megatron_k2.engine.mcore.model import InferenceModel
+from megatron_k2.engine.text import INCOMPLETE
 from megatron_k2.parallel.layout import Layout
-
-INCOMPLETE = "�"
-"""What ``decode`` ends with while a character's bytes are not all there."""
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

@@ -6,6 +6,7 @@ they say about layout and machine is taken from a fresh parse of Megatron's flag
 
 import argparse
 import copy
+import json
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,8 @@ from megatron_k2.flags.megatron import add_k2_arguments, platform_flags
 from megatron_k2.parallel.layout import Layout, Workload, check_layout
 from megatron_k2.run.iterations import find_iteration
 
+MANIFESTS = ("chat.json", "dataset.json")
+"""Of a prepared dataset; each names the tokenizer beside it."""
 _LAYOUT = (
     "pipeline_model_parallel_layout",
     "decoder_first_pipeline_num_layers",
@@ -143,3 +146,28 @@ def model_args(saved: Namespace, layout: Layout, *, cuda: bool) -> Namespace:
     multiple = args.make_vocab_size_divisible_by * layout.tp
     args.padded_vocab_size = -(-args.vocab_size // multiple) * multiple
     return args
+
+
+def tokenizer_path(
+    saved: Namespace, tokenizer: str | Path | None = None, data: str | Path | None = None
+) -> Path:
+    """Where a run's tokenizer lies.
+
+    Args:
+        saved: the checkpoint's arguments; what it was trained on says where.
+        tokenizer: taken instead, where given.
+        data: a dataset whose tokenizer is taken instead.
+
+    Raises:
+        UserError: nothing names one.
+    """
+    if tokenizer is not None:
+        return Path(tokenizer)
+    trained_on = [*(getattr(saved, "sft_data", None) or []), getattr(saved, "data", None)]
+    candidates = [data] if data is not None else [each for each in trained_on if each]
+    for directory in map(Path, candidates):
+        for manifest in MANIFESTS:
+            if (path := directory / manifest).is_file():
+                return directory / json.loads(path.read_text())["tokenizer"]["path"]
+    looked = ", ".join(map(str, candidates)) or "the checkpoint names no data"
+    raise UserError(f"no tokenizer found ({looked}); give --tokenizer or --data")
