@@ -233,11 +233,13 @@ class LocalEngine:
                 command, done = self._commands.get(block=not is_busy)
             except queue.Empty:
                 return
+            is_busy = True
+            if not done.set_running_or_notify_cancel():
+                continue  # whoever asked has gone
             try:
                 done.set_result(command())
             except Exception as error:
                 done.set_exception(error)
-            is_busy = True
 
     def _add(self, request: Request) -> None:
         self._require_ready()

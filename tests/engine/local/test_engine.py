@@ -67,6 +67,19 @@ def test_leaving_early_frees_the_slot(model):
     assert scenario(model, body, num_slots=1).num_running == 0
 
 
+def test_leaving_before_the_engine_has_looked_takes_nobody_with_it(model):
+    async def body(engine):
+        crowd = [asyncio.create_task(answer(engine, str(i), tokens(5))) for i in range(50)]
+        await asyncio.sleep(0)
+        for task in crowd:
+            task.cancel()
+        await asyncio.gather(*crowd, return_exceptions=True)
+        return await answer(engine, "after", tokens(5), SamplingParams(max_tokens=3))
+
+    ids, reason = scenario(model, body)
+    assert (len(ids), reason) == (3, "length")
+
+
 def test_abort_ends_an_answer_by_name(model):
     async def body(engine):
         task = asyncio.create_task(answer(engine, "a", tokens(5)))
