@@ -43,7 +43,7 @@ CHECKS = (
         (
             *("model/test_moe.py", "model/test_experts.py", "model/test_recompute.py"),
             *("model/test_norm.py", "model/test_linear_and_mla.py", "model/test_vocabulary.py"),
-            "model/test_stock_spec.py",
+            *("model/test_stock_spec.py", "model/test_static_context.py"),
         ),
         is_quick=True,
     ),
@@ -55,6 +55,11 @@ CHECKS = (
     ),
     Check("optimizer's counts", ("optimizer/sharded/test_counts.py",)),
     Check("loss and text = transformers", ("engine/mcore/test_layouts.py",)),
+    Check(
+        "the engine = transformers",
+        ("engine/local/test_model.py", "engine/local/test_core.py"),
+        is_quick=True,
+    ),
     Check(
         "MuonClip against its oracles",
         ("optimizer/qk_clip/test_factors.py",),
