@@ -91,12 +91,11 @@ def _run(arguments: argparse.Namespace, folder: Path, api_key: str | None) -> in
     import asyncio
 
     import torch
-    import uvicorn
 
     from megatron_k2.checkpoint.hf.release import open_release
     from megatron_k2.data.tokenizer import load_tokenizer
     from megatron_k2.engine.local.engine import LocalEngine
-    from megatron_k2.engine.server.app import make_app
+    from megatron_k2.engine.server.app import listening, make_app
     from megatron_k2.engine.server.service import Service
 
     limits, memory = _limits(arguments), arguments.memory_gb
@@ -113,7 +112,7 @@ def _run(arguments: argparse.Namespace, folder: Path, api_key: str | None) -> in
     name = arguments.name or arguments.load.resolve().name
     service = Service(engine, tokenizer, name, limits)
     app = make_app(service, api_key=api_key, has_admin=arguments.admin)
-    config = uvicorn.Config(app, arguments.host, arguments.port, log_level="warning")
+    config = listening(app, arguments.host, arguments.port)
     asyncio.run(_serve(config, name))
     return 0
 

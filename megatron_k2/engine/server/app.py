@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.responses import StreamingResponse as Streaming
@@ -36,6 +37,11 @@ from megatron_k2.errors import UserError
 
 CLIENT_GONE = 499
 """nginx's; nobody reads it, the metrics count it."""
+
+
+KEEP_ALIVE_SECONDS = 75
+"""nginx's. uvicorn's 5 close connections that a waiting client is about to use again, which it sees
+as a request lost."""
 
 
 class Failure(Exception):  # noqa: N818  # not an error of the server: an answer
@@ -145,6 +151,13 @@ async def events(
         told = {"error": {"message": str(found), "code": found.status}}
         yield f"data: {json.dumps(told)}\n\n"
     yield "data: [DONE]\n\n"
+
+
+def listening(app: FastAPI, host: str, port: int) -> uvicorn.Config:
+    """How the application is served."""
+    return uvicorn.Config(
+        app, host, port, log_level="warning", timeout_keep_alive=KEEP_ALIVE_SECONDS
+    )
 
 
 def make_app(service: Service, *, api_key: str | None = None, has_admin: bool = False) -> FastAPI:

@@ -9,7 +9,7 @@ import uvicorn
 
 from megatron_k2.data.hf_tokenizer import train_byte_bpe
 from megatron_k2.data.tokenizer import load_tokenizer
-from megatron_k2.engine.server.app import make_app
+from megatron_k2.engine.server.app import listening, make_app
 from megatron_k2.engine.server.service import Service
 
 
@@ -26,7 +26,7 @@ def served(make_engine, tokenizer, limits=None, **options):
 
     async def run():
         service = Service(make_engine(), tokenizer, "tiny", limits)
-        config = uvicorn.Config(make_app(service, **options), "127.0.0.1", 0, log_level="error")
+        config = listening(make_app(service, **options), "127.0.0.1", 0)
         server = uvicorn.Server(config)
         task = asyncio.create_task(server.serve())
         while not server.started:

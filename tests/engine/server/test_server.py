@@ -284,11 +284,11 @@ def test_a_key_is_asked_for(tokenizer):
 
 def test_too_many_and_too_slow(tokenizer):
     slow = lambda: ScriptedEngine(VOCAB, faults=Faults(token_seconds=0.05))  # noqa: E731
-    limits = ServerLimits(requests=2, seconds=0.3)
-    with served(slow, tokenizer, limits) as (url, service):
-        body = {"prompt": [1], "max_tokens": 100}
+    body = {"prompt": [1], "max_tokens": 100}
+    with served(slow, tokenizer, ServerLimits(requests=2)) as (url, service):
         assert httpx.post(f"{url}/v1/completions", json=body | {"n": 3}).status_code == 429
         assert settled(service)
+    with served(slow, tokenizer, ServerLimits(seconds=0.3)) as (url, service):
         assert httpx.post(f"{url}/v1/completions", json=body).status_code == 504
         assert settled(service)
 
