@@ -1,0 +1,91 @@
+"""``megatron-k2 serve``: what it refuses, and a real start over a small export."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from megatron_k2.cli import serve
+from megatron_k2.cli.main import main
+
+needs_extra = pytest.mark.skipif(
+    importlib.util.find_spec("fastapi") is None, reason="needs the extra serve"
+)
+
+
+def refused(capsys, *argv):
+    assert main(["serve", *argv]) == 2
+    return capsys.readouterr().err
+
+
+def test_without_the_extra_it_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr(serve, "NEEDED", ("a_package_that_is_nowhere",))
+    said = refused(capsys, "--load", "x")
+    assert "a_package_that_is_nowhere is not installed; pip install 'megatron-k2[serve]'" in said
+
+
+@needs_extra
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--host", "0.0.0.0"], "can be reached from other machines: give --api-key-env"),
+        (["--api-key-env", "K2_NO_SUCH_VARIABLE"], "this variable is not set"),
+        ([], "no such directory; expected a Hugging Face one, or a run"),
+    ],
+)
+def test_refusals(capsys, flags, said):
+    assert said in refused(capsys, "--load", "nowhere", *flags)
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """A small Hugging Face directory, its tokenizer beside it."""
+    pytest.importorskip("fastapi", reason="needs the extra serve")
+    from safetensors.torch import save_file
+
+    from megatron_k2.checkpoint.hf.config import hf_config
+    from megatron_k2.checkpoint.names.mapping import classic_from_transformers
+    from tests.engine.local.models import TINY, reference
+    from tests.engine.server.served import tokenizer_in
+
+    folder = tmp_path_factory.mktemp("export")
+    named = classic_from_transformers(reference(TINY).state_dict())
+    save_file({k: v.contiguous() for k, v in named.items()}, folder / "model.safetensors")
+    config = hf_config(TINY, model_type="deepseek_v3")
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer_in(folder)
+    return folder
+
+
+@needs_extra
+def test_slots_that_do_not_fit_are_refused(capsys, export):
+    said = refused(capsys, "--load", str(export), "--memory-gb", "0.0001")
+    assert "16 slots x" in said
+
+
+@needs_extra
+def test_it_starts_answers_and_ends(export):
+    command = [sys.executable, "-m", "megatron_k2", "serve", "--load", str(export), "--port", "0"]
+    environment = os.environ | {"K2_KEY": "sesame"}
+    process = subprocess.Popen(
+        [*command, "--api-key-env", "K2_KEY"], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        line = process.stdout.readline()
+        url = line.rsplit(" ", 1)[-1].strip()
+        body = json.dumps({"prompt": [5, 6, 7], "max_tokens": 3, "return_token_ids": True})
+        headers = {"authorization": "Bearer sesame"}
+        asked = urllib.request.Request(f"{url}/v1/completions", body.encode(), headers)
+        with urllib.request.urlopen(asked, timeout=30) as answer:
+            found = json.load(answer)
+    finally:
+        process.send_signal(signal.SIGINT)
+        code = process.wait(30)
+    assert line.startswith(f"serving '{export.name}' at http://127.0.0.1:")
+    assert len(found["choices"][0]["token_ids"]) <= 3
+    assert code in (0, 130)
