@@ -158,6 +158,7 @@ class LocalEngine:
                 self._core.update(weights, version)
             except Exception as error:
                 self._fault = f"the update to weights {version!r} failed: {error}"
+                self._core.abort(None)
                 self._fail(EngineError(self._fault))
                 raise EngineError(self._fault) from error
             self._fault = ""
