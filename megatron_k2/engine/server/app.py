@@ -5,23 +5,31 @@ cancelled when the client goes away or the deadline passes; a cancelled answer e
 Admin verbs exist only where they were asked for.
 """
 
-import asyncio
 import hmac
-import json
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from fastapi.responses import StreamingResponse as Streaming
+from fastapi.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel
 
-from megatron_k2.engine.protocol import EngineError
 from megatron_k2.engine.server import chat, completions, tokens
+from megatron_k2.engine.server.attending import (
+    Failure,
+    attended,
+    content_of,
+    events,
+    failure_of,
+)
 from megatron_k2.engine.server.bodies import (
     AbortBody,
     ChatBody,
@@ -32,48 +40,15 @@ from megatron_k2.engine.server.bodies import (
     read_body,
 )
 from megatron_k2.engine.server.page import PAGE
-from megatron_k2.engine.server.service import BusyError, Service
+from megatron_k2.engine.server.service import Service
 from megatron_k2.errors import UserError
 
-CLIENT_GONE = 499
-"""nginx's; nobody reads it, the metrics count it."""
-
+type Answer = Callable[[Any, Request], Awaitable[Any]]
+type Post = Callable[[str, type[BaseModel], Answer], None]
 
 KEEP_ALIVE_SECONDS = 75
 """nginx's. uvicorn's 5 close connections that a waiting client is about to use again, which it sees
 as a request lost."""
-
-
-class Failure(Exception):  # noqa: N818  # not an error of the server: an answer
-    """An answer that is an error."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-    def response(self) -> Response:
-        """OpenAI's form."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": str(self), "type": kind, "code": self.status}
-        return JSONResponse({"error": error}, self.status)
-
-
-def failure_of(error: BaseException) -> Failure:
-    """What a client is told of an error."""
-    if isinstance(error, BaseExceptionGroup):
-        return failure_of(error.exceptions[0])
-    match error:
-        case Failure():
-            return error
-        case UserError():
-            return Failure(400, str(error))
-        case BusyError():
-            return Failure(429, str(error))
-        case EngineError():
-            return Failure(503, str(error))
-        case TimeoutError():
-            return Failure(504, "the deadline passed before the answer was whole")
-    return Failure(500, f"{type(error).__name__} in the server; its log says where")
 
 
 class Metrics:
@@ -93,66 +68,6 @@ class Metrics:
         waiting.set_function(lambda: service.engine.health().num_waiting)
 
 
-async def content_of(request: Request, most: int) -> bytes:
-    """The body.
-
-    Raises:
-        Failure: it is longer than ``most`` bytes; no more than that is read.
-    """
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise Failure(413, f"the body is longer than {most:,} bytes, the most that is read")
-        parts.append(part)
-    return b"".join(parts)
-
-
-async def until_gone(request: Request) -> None:
-    """Returns when the client has closed the connection."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def attended[Result](
-    work: Coroutine[Any, Any, Result], request: Request, seconds: float
-) -> Result:
-    """Work for as long as somebody waits for it.
-
-    Raises:
-        TimeoutError: the deadline passed.
-        Failure: the client has gone.
-    """
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(until_gone(request))
-    try:
-        async with asyncio.timeout(seconds):
-            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Failure(CLIENT_GONE, "the client has gone")
-        return task.result()
-    finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def events(
-    answer: AsyncGenerator[Any, None], first: Any, seconds: float
-) -> AsyncIterator[str]:
-    """Server-sent events; an error on the way is the last of them."""
-    try:
-        async with asyncio.timeout(seconds), aclosing(answer):
-            yield f"data: {json.dumps(first, ensure_ascii=False)}\n\n"
-            async for piece in answer:
-                yield f"data: {json.dumps(piece, ensure_ascii=False)}\n\n"
-    except Exception as error:
-        found = failure_of(error)
-        told = {"error": {"message": str(found), "code": found.status}}
-        yield f"data: {json.dumps(told)}\n\n"
-    yield "data: [DONE]\n\n"
-
-
 def listening(app: FastAPI, host: str, port: int) -> uvicorn.Config:
     """How the application is served."""
     return uvicorn.Config(
@@ -170,25 +85,43 @@ def make_app(service: Service, *, api_key: str | None = None, has_admin: bool = 
     """
     app = FastAPI(title="megatron_k2", docs_url=None, redoc_url=None)
     metrics = Metrics(service)
-    open_paths = {"/", "/health", "/metrics"}
+    post = _poster(app, service)
+    post("/v1/chat/completions", ChatBody, _served(service, chat, "chatcmpl"))
+    post("/v1/completions", CompletionBody, _served(service, completions, "cmpl"))
+    _add_token_routes(service, post)
+    _add_looks(app, service, metrics)
+    if has_admin:
+        _add_admin(app, service, post)
+    _guard(app, metrics, api_key)
+    return app
+
+
+def _guard(app: FastAPI, metrics: Metrics, api_key: str | None) -> None:
+    """Before every route: the key; around it: the metrics."""
+    known = {getattr(route, "path", "") for route in app.routes}
 
     @app.middleware("http")
     async def guarded(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        route = request.url.path if request.url.path in known else "other"
+        path = request.url.path
+        route = path if path in known else "other"
         with metrics.seconds.labels(route).time():
-            if api_key is not None and request.url.path not in open_paths:
-                sent = request.headers.get("authorization", "").removeprefix("Bearer ")
-                if not hmac.compare_digest(sent.encode(), api_key.encode()):
-                    response = Failure(401, "the API key is missing or wrong").response()
-                    metrics.requests.labels(route, 401).inc()
-                    return response
-            response = await call(request)
+            if api_key is None or path in _OPEN_PATHS or _has_key(request, api_key):
+                response = await call(request)
+            else:
+                response = Failure(401, "the API key is missing or wrong").response()
         metrics.requests.labels(route, response.status_code).inc()
         return response
 
-    def post[Body: BaseModel](
-        path: str, kind: type[Body], answer: Callable[[Body, Request], Awaitable[Any]]
-    ) -> None:
+
+def _has_key(request: Request, api_key: str) -> bool:
+    sent = request.headers.get("authorization", "").removeprefix("Bearer ")
+    return hmac.compare_digest(sent.encode(), api_key.encode())
+
+
+def _poster(app: FastAPI, service: Service) -> Post:
+    """Adds a route that reads a body, and describes it."""
+
+    def post(path: str, kind: type[BaseModel], answer: Answer) -> None:
         async def handler(request: Request) -> Response:
             try:
                 content = await content_of(request, service.limits.body_bytes)
@@ -201,19 +134,25 @@ def make_app(service: Service, *, api_key: str | None = None, has_admin: bool = 
         body = {"required": True, "content": {"application/json": schema}}
         app.post(path, openapi_extra={"requestBody": body}, responses=_ERRORS)(handler)
 
-    def served(module: Any) -> Callable[[Any, Request], Awaitable[Any]]:
-        async def answer(body: Any, request: Request) -> Any:
-            service.require_model(body.model)
-            name = f"{'chatcmpl' if module is chat else 'cmpl'}-{uuid.uuid4().hex}"
-            seconds = service.limits.seconds
-            if not body.stream:
-                return await attended(module.complete(service, body, name), request, seconds)
-            pieces = module.stream(service, body, name)
-            first = await attended(anext(pieces), request, seconds)
-            return Streaming(events(pieces, first, seconds), media_type="text/event-stream")
+    return post
 
-        return answer
 
+def _served(service: Service, module: Any, prefix: str) -> Answer:
+    """``complete`` or ``stream`` of a module, as the body says."""
+
+    async def answer(body: Any, request: Request) -> Any:
+        service.require_model(body.model)
+        name, seconds = f"{prefix}-{uuid.uuid4().hex}", service.limits.seconds
+        if not body.stream:
+            return await attended(module.complete(service, body, name), request, seconds)
+        pieces = module.stream(service, body, name)
+        first = await attended(anext(pieces), request, seconds)
+        return StreamingResponse(events(pieces, first, seconds), media_type="text/event-stream")
+
+    return answer
+
+
+def _add_token_routes(service: Service, post: Post) -> None:
     async def generate(body: GenerateBody, request: Request) -> Any:
         name = body.request_id or f"gen-{uuid.uuid4().hex}"
         work = tokens.generate(service, body, name)
@@ -225,13 +164,13 @@ def make_app(service: Service, *, api_key: str | None = None, has_admin: bool = 
     async def detokenize(body: DetokenizeBody, _request: Request) -> Any:
         return tokens.detokenize(service, body)
 
-    post("/v1/chat/completions", ChatBody, served(chat))
-    post("/v1/completions", CompletionBody, served(completions))
     post("/inference/v1/generate", GenerateBody, generate)
     post("/tokenize", TokenizeBody, tokenize)
     post("/detokenize", DetokenizeBody, detokenize)
-    if has_admin:
-        _add_admin(app, service, post)
+
+
+def _add_looks(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    """What changes nothing: model, health, metrics, the page."""
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -252,9 +191,6 @@ def make_app(service: Service, *, api_key: str | None = None, has_admin: bool = 
     async def page() -> Response:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=_PAGE_HEADERS)
 
-    known = {getattr(route, "path", "") for route in app.routes}
-    return app
-
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": said}
@@ -267,13 +203,14 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         504: "The deadline passed.",
     }.items()
 }
+_OPEN_PATHS = {"/", "/health", "/metrics"}
 _PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'unsafe-inline'; "
     "style-src 'unsafe-inline'; connect-src 'self'"
 }
 
 
-def _add_admin(app: FastAPI, service: Service, post: Callable[..., None]) -> None:
+def _add_admin(app: FastAPI, service: Service, post: Post) -> None:
     """Verbs for whoever trains, by vLLM's names."""
 
     async def pause(request: Request) -> Response:
