@@ -130,10 +130,9 @@ class ScriptedEngine:
         """See the protocol."""
         if mode == "abort":
             await self.abort()
-        while mode == "wait" and self._running:
+        while mode != "keep" and self._running:
             await asyncio.sleep(0.001)
-        if mode == "keep" or not self._running:
-            self._goes.clear()
+        self._goes.clear()
 
     async def resume(self) -> None:
         """See the protocol."""
