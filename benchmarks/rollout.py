@@ -69,7 +69,7 @@ def engine_rollout(
 def peer_rollout(
     model: torch.nn.Module, prompts: list[tuple[int, ...]], new: int
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """The same by transformers."""
+    """Answers and their log-probabilities, of ``transformers.generate``."""
     ids = torch.tensor(prompts)
     out = model.generate(
         ids,

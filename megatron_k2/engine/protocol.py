@@ -122,6 +122,28 @@ class Limits(NamedTuple):
     """Sequences decoded at once; more wait."""
 
 
+def check_request(request: Request, limits: Limits) -> None:
+    """Refuse what an engine of these limits can never answer.
+
+    Raises:
+        UserError: with the number that is wrong.
+    """
+    params, length = request.params, len(request.prompt)
+    if not request.prompt:
+        raise UserError("an empty prompt; give at least one token")
+    for token in (min(request.prompt), max(request.prompt), *params.stop_token_ids):
+        if not 0 <= token < limits.vocab_size:
+            raise UserError(f"token {token}: this model has 0 to {limits.vocab_size - 1}")
+    if length + params.max_tokens > limits.max_length:
+        raise UserError(
+            f"{length} tokens of prompt and up to {params.max_tokens} new ones are more than the "
+            f"{limits.max_length} of a slot; ask for fewer, or start with longer slots"
+        )
+    for name in ("logprobs", "prompt_logprobs"):
+        if ((wanted := getattr(params, name)) or 0) > limits.vocab_size:
+            raise UserError(f"{name} {wanted}: this model has {limits.vocab_size} tokens")
+
+
 class Health(NamedTuple):
     """How an engine is."""
 

@@ -21,8 +21,8 @@ from megatron_k2.engine.protocol import (
     Request,
     SamplingParams,
     Token,
+    check_request,
 )
-from megatron_k2.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,7 @@ class ScriptedEngine:
 
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """See the protocol."""
-        length = len(request.prompt) + request.params.max_tokens
-        if not request.prompt or length > self.limits.max_length:
-            raise UserError(
-                f"{len(request.prompt)} tokens of prompt and {request.params.max_tokens} new ones: "
-                f"expected 1 or more, together up to {self.limits.max_length}"
-            )
+        check_request(request, self.limits)
         fails = _drawn("fault", request.id) / 2**64 < self._faults.error_rate
         stops, tokens = request.params.stop_token_ids, self._answer(request)
         prompt = self._prompt_tokens(request)

@@ -54,7 +54,7 @@ def test_faults_have_their_share():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(UserError, match="together up to 4"):
+    with pytest.raises(UserError, match="more than the 4"):
         asyncio.run(answer(ScriptedEngine(max_length=4)))
 
 

@@ -1,32 +1,13 @@
 """Megatron in the test's own process: one rank, on the CPU host, the model built from flags."""
 
 import contextlib
-from dataclasses import replace
 
-from megatron_k2.presets import K2_TINY, YarnScaling
 from megatron_k2.selfcheck.one_rank import arguments, build, randomise
 from megatron_k2.selfcheck.one_rank import one_rank as one_rank_of_megatron
 from tests.support.devices import on_device
+from tests.support.shapes import SMALL
 
 __all__ = ["SMALL", "arguments", "build", "one_rank", "randomise"]
-
-SMALL = replace(
-    K2_TINY,
-    num_layers=3,
-    hidden_size=48,
-    ffn_hidden_size=80,
-    num_attention_heads=4,
-    q_lora_rank=32,
-    kv_lora_rank=24,
-    qk_head_dim=16,
-    qk_pos_emb_head_dim=8,
-    v_head_dim=12,
-    num_moe_experts=8,
-    moe_router_topk=3,
-    moe_ffn_hidden_size=20,
-    vocab_size=96,
-    yarn=YarnScaling(8.0, 32, 1.0, 1.0, 1.0, 1.0),
-)
 
 
 @contextlib.contextmanager

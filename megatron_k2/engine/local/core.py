@@ -57,32 +57,8 @@ class Core:
         """Whether a step would do anything."""
         return bool(self.scheduler.waiting or self.scheduler.going)
 
-    def check(self, request: Request) -> None:
-        """Refuse what can never be answered.
-
-        Raises:
-            UserError: with the number that is too large.
-        """
-        vocab, params, length = self.weights.preset.vocab_size, request.params, len(request.prompt)
-        if not request.prompt:
-            raise UserError("an empty prompt; give at least one token")
-        for token in (min(request.prompt), max(request.prompt), *params.stop_token_ids):
-            if not 0 <= token < vocab:
-                raise UserError(f"token {token}: this model has 0 to {vocab - 1}")
-        if length + params.max_tokens > self.max_length:
-            raise UserError(
-                f"{length} tokens of prompt and up to {params.max_tokens} new ones are more than "
-                f"the {self.max_length} of a slot; ask for fewer, or start with longer slots"
-            )
-        for name, wanted in (
-            ("logprobs", params.logprobs),
-            ("prompt_logprobs", params.prompt_logprobs),
-        ):
-            if (wanted or 0) > vocab:
-                raise UserError(f"{name} {wanted}: this model has {vocab} tokens")
-
     def add(self, request: Request) -> None:
-        """Queue a request that ``check`` has passed."""
+        """Queue a request that ``protocol.check_request`` has passed."""
         generator = torch.Generator()
         if request.params.seed is None:
             generator.seed()

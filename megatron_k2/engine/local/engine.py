@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_k2.checkpoint.hf.config_keys import expert_groups
 from megatron_k2.checkpoint.hf.release import open_release
 from megatron_k2.engine.local.core import STEP_TOKENS, Core
 from megatron_k2.engine.local.weights import Weights, tensors_of
@@ -25,6 +26,7 @@ from megatron_k2.engine.protocol import (
     Output,
     PauseMode,
     Request,
+    check_request,
 )
 from megatron_k2.errors import UserError
 
@@ -80,7 +82,8 @@ class LocalEngine:
                 f"slots of {max_length} tokens: this model reads up to "
                 f"{release.preset.max_position_embeddings}"
             )
-        weights = Weights(release.preset, dtype, torch.device(device))
+        groups = expert_groups(release.source.config)
+        weights = Weights(release.preset, dtype, torch.device(device), groups)
         weights.load(tensors_of(release.source))
         return cls(
             Core(
@@ -101,7 +104,7 @@ class LocalEngine:
 
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """See the protocol."""
-        self._core.check(request)
+        check_request(request, self.limits)
         if request.id in self._streams:
             raise UserError(f"request id {request.id!r} is in flight already")
         self._require_ready()

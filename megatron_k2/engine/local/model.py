@@ -211,10 +211,29 @@ class LatentModel:
         """Chosen experts [N, k] and their weights [N, k] fp32."""
         p = self._preset
         scores = F.linear(x.float(), experts.router).sigmoid()
-        chosen = (scores + experts.bias).topk(p.moe_router_topk, -1, sorted=False).indices
+        ranked = within_groups(scores + experts.bias, *self.weights.expert_groups)
+        chosen = ranked.topk(p.moe_router_topk, -1, sorted=False).indices
         shares = scores.gather(1, chosen)
         shares = shares / (shares.sum(-1, keepdim=True) + 1e-20)
         return chosen, shares * p.moe_router_topk_scaling_factor
+
+
+def within_groups(scores: Tensor, num_groups: int, num_chosen: int) -> Tensor:
+    """Scores of experts outside a row's best groups are -inf; DeepSeek-V3's limit on nodes.
+
+    A group is as good as the sum of its two best.
+
+    Args:
+        scores: [N, E] fp32, bias included.
+        num_groups: equal runs of experts.
+        num_chosen: groups that a row may use.
+    """
+    if num_chosen == num_groups:
+        return scores
+    groups = scores.view(len(scores), num_groups, -1)
+    best = groups.topk(2, -1).values.sum(-1).topk(num_chosen, -1).indices
+    is_open = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
+    return groups.masked_fill(~is_open[..., None], -torch.inf).flatten(1)
 
 
 def routed_sum(experts: Experts, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
@@ -230,7 +249,7 @@ def routed_sum(experts: Experts, x: Tensor, chosen: Tensor, shares: Tensor) -> T
     counts = torch.bincount(chosen.flatten(), minlength=len(experts.up))
     token = order // chosen.shape[1]
     rows, share = x[token], shares.flatten()[order, None].to(x.dtype)
-    if x.is_cuda or experts.up[0].numel() <= MAX_GROUPED_ELEMENTS:
+    if _may_group(experts, x):
         ends = counts.cumsum(0).to(torch.int32)
         gate, up = F.grouped_mm(rows, experts.up.transpose(1, 2), offs=ends).chunk(2, -1)
         out = F.grouped_mm(F.silu(gate) * up, experts.down.transpose(1, 2), offs=ends)
@@ -242,6 +261,13 @@ def routed_sum(experts: Experts, x: Tensor, chosen: Tensor, shares: Tensor) -> T
                 parts.append(F.linear(F.silu(gate) * up, experts.down[expert]))
         out = torch.cat(parts)
     return torch.zeros_like(x).index_add_(0, token, out * share)
+
+
+def _may_group(experts: Experts, x: Tensor) -> bool:
+    """Whether ``grouped_mm`` takes these rows, of 16 bytes or a multiple, and is worth it."""
+    widths = (x.shape[1], experts.down.shape[2])
+    is_aligned = all(width * x.element_size() % 16 == 0 for width in widths)
+    return is_aligned and (x.is_cuda or experts.up[0].numel() <= MAX_GROUPED_ELEMENTS)
 
 
 class _Rows:

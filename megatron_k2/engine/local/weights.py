@@ -71,10 +71,19 @@ class Weights:
         preset: the model's shape; prediction layers are left out.
         dtype: of every matrix and norm; routers and their biases are fp32.
         device: where they lie.
+        expert_groups: into how many groups experts are parted, and how many of them a token may
+            use; K2 has none.
     """
 
-    def __init__(self, preset: ModelPreset, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        preset: ModelPreset,
+        dtype: torch.dtype,
+        device: torch.device,
+        expert_groups: tuple[int, int] = (1, 1),
+    ) -> None:
         self.preset, self.dtype, self.device = preset, dtype, device
+        self.expert_groups = expert_groups
         self._places: dict[str, Tensor] = {}
         p = preset
         self.embedding = self._new("model.embed_tokens.weight", p.vocab_size, p.hidden_size)

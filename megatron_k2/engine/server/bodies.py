@@ -114,6 +114,15 @@ class ChatBody(Sampling):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
 
 
+class TokenSampling(Sampling):
+    """``sampling_params`` of ``/inference/v1/generate``."""
+
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
+    n: int | None = Field(None, ge=1, le=1, description="one answer a request")
+    stream: Literal[False] | None = None
+    stop: None = Field(None, description="strings are for the routes that speak text")
+
+
 class GenerateBody(BaseModel):
     """``/inference/v1/generate``: tokens in, tokens out; vLLM's."""
 
@@ -160,20 +169,30 @@ def read_body[Body: BaseModel](kind: type[Body], content: bytes) -> Body:
     try:
         value = read_json_line(content)
         json.dumps(value, ensure_ascii=False).encode()
-        return kind.model_validate(value)
     except UnicodeEncodeError:
         raise UserError("a string holds a lone surrogate, which UTF-8 does not have") from None
-    except ValidationError as error:
-        raise UserError(_sentence(error)) from None
     except RecursionError:
         raise UserError("nested too deeply") from None
     except ValueError as error:
         raise UserError(str(error)) from None
+    return validated(kind, value)
 
 
-def _sentence(error: ValidationError) -> str:
-    """The first complaint, by field."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "body"
+def validated[Fields: BaseModel](kind: type[Fields], value: Any, *above: str) -> Fields:
+    """Fields of some kind.
+
+    Args:
+        kind: which.
+        value: parsed JSON.
+        above: names of the fields that ``value`` stands in.
+
+    Raises:
+        UserError: the first complaint, by field.
+    """
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(map(str, (*above, *first["loc"]))) or "body"
     found = repr(first.get("input"))
-    return f"{where}: {first['msg']} (found {found[:80]})"
+    raise UserError(f"{where}: {first['msg']} (found {found[:80]})")

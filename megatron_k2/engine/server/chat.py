@@ -4,7 +4,6 @@ A client's text is encoded as letters, whatever control tokens it names. The mod
 by the tolerant parser; its calls are handed on and never executed.
 """
 
-import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +16,14 @@ from megatron_k2.engine.protocol import SamplingParams, Token
 from megatron_k2.engine.server.bodies import ChatBody
 from megatron_k2.engine.server.completions import usage
 from megatron_k2.engine.server.routes import encoded_routes
-from megatron_k2.engine.server.service import Piece, Service, Whole, gathered, merged
+from megatron_k2.engine.server.service import (
+    Piece,
+    Service,
+    Whole,
+    gathered,
+    merged,
+    params_of_choices,
+)
 from megatron_k2.engine.text import StopStrings
 from megatron_k2.errors import UserError
 from megatron_k2.records.messages import ToolSpec
@@ -173,16 +179,7 @@ async def _answer(service: Service, one: Asked, name: str) -> Answer:
 
 
 def _choices(one: Asked) -> list[Asked]:
-    seed = one.params.seed or 0
-    return [
-        replace(one, params=replace(one.params, seed=(seed + number) % (1 << 63)))
-        for number in range(one.num_choices)
-    ]
-
-
-def _envelope(service: Service, name: str, kind: str) -> dict[str, Any]:
-    created = int(time.time())
-    return {"id": name, "object": kind, "created": created, "model": service.name}
+    return [replace(one, params=p) for p in params_of_choices(one.params, one.num_choices)]
 
 
 async def complete(service: Service, body: ChatBody, name: str) -> dict[str, Any]:
@@ -191,7 +188,7 @@ async def complete(service: Service, body: ChatBody, name: str) -> dict[str, Any
     answers: list[Answer] = await gathered(
         [_answer(service, each, f"{name}-{i}") for i, each in enumerate(_choices(one))]
     )
-    found = _envelope(service, name, "chat.completion") | {
+    found = service.envelope(name, "chat.completion") | {
         "choices": [_choice(service, body, i, answer) for i, answer in enumerate(answers)],
         "usage": usage([len(one.prompt)], [answer.whole for answer in answers]),
     }
@@ -240,7 +237,7 @@ async def stream(service: Service, body: ChatBody, name: str) -> AsyncGenerator[
 
     for number in range(one.num_choices):
         first = {"index": number, "delta": {"role": "assistant", "content": ""}}
-        yield _envelope(service, name, kind) | {"choices": [first | {"finish_reason": None}]}
+        yield service.envelope(name, kind) | {"choices": [first | {"finish_reason": None}]}
     streams = [answered(service, each, f"{name}-{i}") for i, each in enumerate(_choices(one))]
     async for number, (delta, piece) in merged(streams):
         answers[number].tokens += piece.tokens
@@ -254,7 +251,7 @@ async def stream(service: Service, body: ChatBody, name: str) -> AsyncGenerator[
         if body.return_token_ids:
             choice["token_ids"] = [token.id for token in piece.tokens]
         if delta or piece.tokens or completion is not None:
-            yield _envelope(service, name, kind) | {"choices": [choice]}
+            yield service.envelope(name, kind) | {"choices": [choice]}
     if body.includes_usage:
         counts = usage([len(one.prompt)], answers)
-        yield _envelope(service, name, kind) | {"choices": [], "usage": counts}
+        yield service.envelope(name, kind) | {"choices": [], "usage": counts}

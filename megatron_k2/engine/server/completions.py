@@ -1,6 +1,5 @@
 """``/v1/completions``: prompts as text or token ids, several at once, echoed and scored."""
 
-import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,8 +7,10 @@ from typing import Any
 from megatron_k2.engine.protocol import SamplingParams, Token
 from megatron_k2.engine.server.bodies import DEFAULT_TOKENS, CompletionBody
 from megatron_k2.engine.server.routes import encoded_routes
-from megatron_k2.engine.server.service import Service, Whole, gathered, merged
+from megatron_k2.engine.server.service import Service, Whole, gathered, merged, params_of_choices
 from megatron_k2.errors import UserError
+
+KIND = "text_completion"
 
 type Choice = tuple[tuple[int, ...], SamplingParams]
 
@@ -39,12 +40,8 @@ def choices_of(service: Service, body: CompletionBody) -> list[Choice]:
     params = body.params(max_tokens, service.end_ids, body.logprobs or 0)
     if body.echo and body.logprobs is not None:
         params = replace(params, prompt_logprobs=body.logprobs)
-    seed = params.seed or 0
-    return [
-        (prompt, replace(params, seed=(seed + number) % (1 << 63)))
-        for prompt in prompts_of(service, body)
-        for number in range(body.n or 1)
-    ]
+    each = params_of_choices(params, body.n or 1)
+    return [(prompt, own) for prompt in prompts_of(service, body) for own in each]
 
 
 async def complete(service: Service, body: CompletionBody, name: str) -> dict[str, Any]:
@@ -60,7 +57,7 @@ async def complete(service: Service, body: CompletionBody, name: str) -> dict[st
         _choice(service, body, place, prompt, answer)
         for place, ((prompt, _), answer) in enumerate(zip(choices, answers, strict=True))
     ]
-    return _envelope(service, name) | {
+    return service.envelope(name, KIND) | {
         "choices": found,
         "usage": usage([len(p) for p, _ in choices[:: body.n or 1]], answers),
     }
@@ -70,15 +67,6 @@ def usage(prompts: Sequence[int], answers: Sequence[Whole]) -> dict[str, int]:
     """Token counts of prompts and answers."""
     asked, made = sum(prompts), sum(len(answer.tokens) for answer in answers)
     return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
-
-
-def _envelope(service: Service, name: str) -> dict[str, Any]:
-    return {
-        "id": name,
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": service.name,
-    }
 
 
 def _choice(
@@ -158,7 +146,7 @@ async def stream(service: Service, body: CompletionBody, name: str) -> AsyncGene
         }
         if body.return_token_ids:
             found["token_ids"] = [token.id for token in piece.tokens]
-        yield _envelope(service, name) | {"choices": [found]}
+        yield service.envelope(name, KIND) | {"choices": [found]}
     if body.includes_usage:
         counts = usage([len(p) for p, _ in choices[:: body.n or 1]], answers)
-        yield _envelope(service, name) | {"choices": [], "usage": counts}
+        yield service.envelope(name, KIND) | {"choices": [], "usage": counts}

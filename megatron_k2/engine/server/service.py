@@ -1,9 +1,10 @@
 """What the routes share: engine, tokenizer, chat format, limits, an answer's text and tokens."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_k2.chat.control import IM_END
@@ -103,6 +104,10 @@ class Service:
         if asked is not None and asked != self.name:
             raise UserError(f"model {asked!r} is not served here; '{self.name}' is")
 
+    def envelope(self, name: str, kind: str) -> dict[str, Any]:
+        """What stands around every answer of OpenAI's routes."""
+        return {"id": name, "object": kind, "created": int(time.time()), "model": self.name}
+
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of plain text; control tokens' names stay letters."""
         return tuple(self.tokenizer.encode(text))
@@ -183,6 +188,12 @@ class Service:
             async for piece in pieces:
                 found.add(piece)
         return found
+
+
+def params_of_choices(params: SamplingParams, count: int) -> list[SamplingParams]:
+    """The parameters of each choice of one body: choice i draws with ``seed`` + i."""
+    seed = params.seed or 0
+    return [replace(params, seed=(seed + number) % (1 << 63)) for number in range(count)]
 
 
 async def gathered[Result](tasks: Sequence[Any]) -> list[Result]:

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-from pydantic import ValidationError
-
 from megatron_k2.engine.server.bodies import (
     DEFAULT_TOKENS,
     DetokenizeBody,
     GenerateBody,
-    Sampling,
     TokenizeBody,
+    TokenSampling,
+    validated,
 )
 from megatron_k2.engine.server.routes import encoded_routes
 from megatron_k2.engine.server.service import Service
@@ -18,20 +17,9 @@ from megatron_k2.errors import UserError
 
 async def generate(service: Service, body: GenerateBody, name: str) -> dict[str, Any]:
     """Token ids in, token ids with log-probabilities and weight versions out."""
-    given = dict(body.sampling_params)
-    num_top = given.pop("logprobs", 0) or 0
-    try:
-        fields = Sampling.model_validate(given)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"sampling_params.{where}: {first['msg']}") from None
-    if type(num_top) is not int:
-        raise UserError(f"sampling_params.logprobs: {num_top!r} is not a number of candidates")
-    if fields.stream or fields.n not in (None, 1) or fields.stop:
-        raise UserError("sampling_params: stream, n and stop strings are not for this route")
+    fields = validated(TokenSampling, body.sampling_params, "sampling_params")
     max_tokens = DEFAULT_TOKENS if fields.max_tokens is None else fields.max_tokens
-    params = fields.params(max_tokens, service.end_ids, num_top)
+    params = fields.params(max_tokens, service.end_ids, fields.logprobs or 0)
     answer = await service.whole(name, tuple(body.token_ids), params)
     found: dict[str, Any] = {
         "request_id": name,

@@ -7,38 +7,26 @@ import torch
 from megatron_k2.checkpoint.hf.config import hf_config, without_yarn
 from megatron_k2.checkpoint.names.mapping import classic_from_transformers
 from megatron_k2.engine.local.weights import Weights
-from megatron_k2.presets import K2_TINY, YarnScaling
+from megatron_k2.presets import YarnScaling
+from tests.support.shapes import SMALL
 
-TINY = replace(
-    K2_TINY,
-    num_layers=3,
-    hidden_size=48,
-    ffn_hidden_size=80,
-    num_attention_heads=4,
-    q_lora_rank=32,
-    kv_lora_rank=24,
-    qk_head_dim=16,
-    qk_pos_emb_head_dim=8,
-    v_head_dim=12,
-    num_moe_experts=8,
-    moe_router_topk=3,
-    moe_ffn_hidden_size=24,
-    vocab_size=96,
-    yarn=YarnScaling(8.0, 32, 1.0, 1.0, 1.0, 0.5),
-)
+TINY = replace(SMALL, moe_ffn_hidden_size=24, yarn=YarnScaling(8.0, 32, 1.0, 1.0, 1.0, 0.5))
+"""Experts as wide as ``grouped_mm`` takes in bf16; the two factors of YaRN apart."""
 SHAPES = {
     "k2": TINY,
     "no query latent": replace(TINY, q_lora_rank=None, num_shared_experts=2),
+    "odd experts": SMALL,
     "no YaRN": without_yarn(TINY),
     "prediction layer announced": replace(TINY, num_mtp_layers=1),
 }
 
 
-def reference(preset, seed=0):
+def reference(preset, seed=0, groups=(1, 1)):
     """transformers' model with weights far from their initial values, fp32."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     config = DeepseekV3Config(**hf_config(preset, model_type="deepseek_v3"))
+    config.n_group, config.topk_group = groups
     config._attn_implementation = "eager"
     model = DeepseekV3ForCausalLM(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
@@ -52,9 +40,9 @@ def reference(preset, seed=0):
     return model
 
 
-def weights_of(model, preset, dtype=torch.float32, device="cpu"):
+def weights_of(model, preset, dtype=torch.float32, device="cpu", groups=(1, 1)):
     """The engine's, read from transformers' model."""
-    found = Weights(preset, dtype, torch.device(device))
+    found = Weights(preset, dtype, torch.device(device), groups)
     found.load(classic_from_transformers(model.state_dict()).items())
     return found
 

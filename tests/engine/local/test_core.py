@@ -9,7 +9,7 @@ import torch
 
 from megatron_k2.engine.local.core import Core
 from megatron_k2.engine.local.scheduler import num_common
-from megatron_k2.engine.protocol import Request, SamplingParams
+from megatron_k2.engine.protocol import Limits, Request, SamplingParams, check_request
 from megatron_k2.errors import UserError
 from tests.engine.local.models import TINY, reference, tokens, weights_of
 from tests.support.devices import DEVICES, on_device
@@ -30,7 +30,6 @@ def core_of(model, num_slots=4, **options):
 def run(core, requests):
     """Answers by id, every request added before the first step."""
     for request in requests:
-        core.check(request)
         core.add(request)
     return drain(core)
 
@@ -172,7 +171,7 @@ def test_new_weights_are_used_from_the_next_token_on(model):
 
 
 def test_what_cannot_fit_is_refused_with_its_numbers(model):
-    core = core_of(model)
+    limits = Limits(TINY.vocab_size, 96, 4)
     for request, said in [
         (Request("a", ()), "an empty prompt"),
         (Request("a", (3, 96)), "token 96: this model has 0 to 95"),
@@ -181,7 +180,7 @@ def test_what_cannot_fit_is_refused_with_its_numbers(model):
         (Request("a", (3,), SamplingParams(logprobs=97)), "logprobs 97"),
     ]:
         with pytest.raises(UserError, match=said):
-            core.check(request)
+            check_request(request, limits)
     with pytest.raises(UserError, match=r"4 slots x 96 tokens x 384 bytes"):
         core_of(model, memory_bytes=1000)
 

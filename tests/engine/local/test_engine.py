@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -180,3 +181,16 @@ def test_an_export_is_served(model, tmp_path):
     assert served == direct
     with pytest.raises(UserError, match="this model reads up to"):
         LocalEngine.from_export(tmp_path, num_slots=2, max_length=1 << 20)
+
+
+def test_an_exports_groups_of_experts_are_read(tmp_path):
+    from safetensors.torch import save_file
+
+    preset = replace(TINY, moe_router_topk=4)
+    named = classic_from_transformers(reference(preset, groups=(4, 2)).state_dict())
+    save_file({k: v.contiguous() for k, v in named.items()}, tmp_path / "model.safetensors")
+    config = hf_config(preset, model_type="deepseek_v3") | {"n_group": 4, "topk_group": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    engine = LocalEngine.from_export(tmp_path, num_slots=1, max_length=96)
+    assert engine._core.weights.expert_groups == (4, 2)
+    asyncio.run(engine.close())

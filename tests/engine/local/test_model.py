@@ -80,6 +80,17 @@ def test_both_forms_of_attention_agree(is_absorbed, device, monkeypatch):
     assert largest_difference(found, expected_logits(model.cpu(), sequences)) < 1e-5
 
 
+@pytest.mark.parametrize(("given", "is_same"), [((4, 2), True), ((1, 1), False)])
+def test_groups_of_experts_bound_the_choice(given, is_same):
+    preset = replace(TINY, moe_router_topk=4)
+    model = reference(preset, groups=(4, 2))
+    sequences = [tokens(n, seed) for seed, n in enumerate(LENGTHS)]
+    engine = LatentModel(weights_of(model, preset, groups=given), len(sequences), 64)
+    found = through_the_cache(engine, sequences)
+    difference = largest_difference(found, expected_logits(model, sequences))
+    assert difference < 1e-5 if is_same else difference > 1e-3
+
+
 def test_experts_in_a_loop_and_grouped_agree(monkeypatch):
     model = reference(TINY)
     sequences = [tokens(n, seed) for seed, n in enumerate(LENGTHS)]
@@ -168,7 +179,9 @@ def test_weights_of_prediction_layers_are_passed_over():
 
     named = classic_from_transformers(model.state_dict())
     named["model.layers.3.eh_proj.weight"] = torch.zeros(48, 96)
-    Weights(TINY, torch.float32, torch.device("cpu")).load(named.items())
+    weights = Weights(TINY, torch.float32, torch.device("cpu"))
+    weights.load(named.items())
+    assert torch.equal(weights.head, named["lm_head.weight"])
 
 
 def test_a_release_in_block_fp8_is_dequantised(tmp_path):
