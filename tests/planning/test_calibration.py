@@ -204,6 +204,22 @@ def test_a_cpu_is_planned_for_by_its_own_record(tmp_path, capsys):
     assert gpu.memory_gb == 8
 
 
+def test_a_cpu_that_is_faster_in_bf16_orthogonalises_so(tmp_path, capsys):
+    """Its sheet is fp32; a rate that not even its bf16 products have is refused still."""
+    fast = replace(CPU.rates, matmul_bf16_flops=4e11, newton_schulz_flops={"64x128": 3e11})
+    argv = "plan --preset k2-tiny --gpu cpu --world-size 1 --pp 1 --ep 1 --transformer-impl local"
+    path = tmp_path / "selfcheck.json"
+    argv = [*argv.split(), "--no-fp8-storage", "--json", "--calibrate", str(path)]
+    write_record(path, replace(CPU, rates=fast))
+    assert main(argv) == 0
+    found = json.loads(capsys.readouterr().out)
+    flops = orthogonalisation(get_preset("k2-tiny"))
+    assert found["newton_schulz_seconds"] == pytest.approx(flops / 3e11, rel=1e-12)
+    write_record(path, replace(CPU, rates=replace(fast, newton_schulz_flops={"64x128": 7e11})))
+    assert main(argv) == 2
+    assert "Newton-Schulz: 7e+11 a second were measured" in capsys.readouterr().err
+
+
 def test_a_cpu_without_its_rates_is_refused(capsys):
     assert main(["plan", "--preset", "k2-tiny", "--gpu", "cpu", "--world-size", "1"]) == 2
     assert "--calibrate selfcheck.json" in capsys.readouterr().err
