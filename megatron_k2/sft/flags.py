@@ -66,7 +66,7 @@ def _from_sets(words: Sequence[str], typed: Sequence[str], epochs: float) -> lis
     eod = str(sets[0].tokenizer.eod_id)
     flags = ["--tokenizer-type", "NullTokenizer", "--null-tokenizer-eod-id", eod]
     flags += ["--vocab-size", str(size), *_schedule(typed, sum(map(len, sets)) * epochs)]
-    return [*flags, *_evaluation(words)]
+    return [*flags, *_evaluation(words, typed)]
 
 
 def _take_data(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -134,10 +134,18 @@ def _schedule(typed: Sequence[str], num_packs: float) -> list[str]:
     return [*flags, "--lr-warmup-samples", str(warmup * batch)]
 
 
-def _evaluation(words: Sequence[str]) -> list[str]:
-    """No evaluation where no set has a ``valid`` split."""
+def _evaluation(words: Sequence[str], typed: Sequence[str]) -> list[str]:
+    """No evaluation where no set has a ``valid`` split; one asked for nevertheless is refused."""
     sets = [directory for _, directory in weighted_directories(words)]
-    return [] if any(has_split(one, "valid") for one in sets) else ["--eval-iters", "0"]
+    if any(has_split(one, "valid") for one in sets):
+        return []
+    if (asked := _number(typed, "--eval-iters")) is not None and asked > 0:
+        raise UserError(
+            f"--eval-iters {asked}: no set of --data has a 'valid' split to evaluate on "
+            f"({', '.join(map(str, sets))}); prepare one with 'megatron-k2 data chat "
+            "--validation-fraction F', or give --eval-iters 0"
+        )
+    return ["--eval-iters", "0"]
 
 
 def _number(typed: Sequence[str], name: str) -> int | None:

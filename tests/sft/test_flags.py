@@ -76,6 +76,10 @@ def test_weights_and_directories_alternate(chat_set):
             "--moe-aux-loss-coeff 1e-3".split(),
             "seq_aux_loss with packed documents is a mean",
         ),
+        (
+            ["--data", "{set}", "--eval-iters", "5"],
+            "--eval-iters 5: no set of --data has a 'valid'",
+        ),
         (["--data", "{set}", "--seq-length", "8"], "longer than a sequence|positions"),
         (
             ["--data", "{set}", "--mtp-num-layers", "1", "--sft-loss", "sample"],
