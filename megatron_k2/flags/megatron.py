@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_k2.data.manifest import DataManifest, TokenizerRecord, read_manifest
 from megatron_k2.errors import UserError
 from megatron_k2.flags.data import ALLOW_OTHER_DATA
+from megatron_k2.flags.lora import add_lora_arguments, over_base
 from megatron_k2.flags.schedule import displaced
 from megatron_k2.flags.start import RESUMED_WITHOUT, START_OVER, choose_checkpoint
 from megatron_k2.flags.words import last_value, take
@@ -86,6 +87,7 @@ def add_k2_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     _add_optimizer_arguments(group)
     _add_model_arguments(group)
     _add_spike_arguments(group)
+    add_lora_arguments(group)
     group.add_argument(
         SFT_DATA,
         nargs="+",
@@ -352,6 +354,7 @@ def expand(argv: list[str], *, cuda: bool) -> list[str]:
     flags += rest
     if vocab:
         flags += ["--vocab-size", str(vocab)]
+    flags = over_base(flags, rest)
     flags = choose_checkpoint(flags)  # the same command, run again, goes on
     save = last_value(flags, "--save")
     if save is not None and last_value(flags, "--tensorboard-dir") is None:

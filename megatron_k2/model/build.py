@@ -21,6 +21,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_k2.fp8.storage import store_activations
+from megatron_k2.model.lora.model import AdapterGPTModel
+from megatron_k2.model.lora.settings import LoraSettings, settings_of
 from megatron_k2.model.moe import BalancedFinalize
 from megatron_k2.model.padding_rows import keep_padding_out
 from megatron_k2.model.spec import decoder_block_spec, mtp_block_spec
@@ -38,6 +40,8 @@ class K2ModelConfig(GPTModelConfig):
     """Keep two kinds of activations in FP8 for backward, see ``fp8/storage.py``."""
     num_ids: int | None = None
     """Ids of the vocabulary that exist, the others are padding; ``None``: all."""
+    lora: LoraSettings | None = None
+    """Adapters over frozen weights; ``None``: all of the model trains."""
     packs_documents: bool = False
     """Rows may be padding, marked by their position: see ``model/padding_rows.py``."""
 
@@ -70,11 +74,14 @@ class K2ModelBuilder(GPTModelBuilder):
             max_sequence_length=config.seq_length,
             rotary_base=config.rotary_base,
             latent_norm_epsilon=config.latent_norm_epsilon,
+            lora=config.lora,
             pg_collection=pg_collection,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
         )
+        if isinstance(model, AdapterGPTModel) and config.lora and config.lora.base:
+            model.load_base(config.lora.base)
         if config.fp8_activation_storage:
             store_activations(model)
         if config.packs_documents:
@@ -90,6 +97,7 @@ def build_gpt_model(
     max_sequence_length: int,
     rotary_base: float,
     latent_norm_epsilon: float = 1e-6,
+    lora: LoraSettings | None = None,
     pg_collection: ProcessGroupCollection | None = None,
     pre_process: bool = True,
     post_process: bool = True,
@@ -104,6 +112,7 @@ def build_gpt_model(
         max_sequence_length: tokens.
         rotary_base: of the rotary embedding.
         latent_norm_epsilon: of the norms on q's and kv's latents.
+        lora: adapters over weights that are frozen then; ``None``: all trains.
         pg_collection: the groups; ``None``: Megatron's global ones.
         pre_process: whether the stage holds the embedding.
         post_process: whether it holds the output layer.
@@ -114,14 +123,12 @@ def build_gpt_model(
     if num_ids < vocab_size and config.use_cpu_initialization and config.perform_initialization:
         draws = UnpaddedDraws(config, num_ids, vocab_size)
     with contextlib.nullcontext() if draws is None else draws.while_building():
-        model = GPTModel(
+        kind = GPTModel if lora is None else AdapterGPTModel
+        parts: dict[str, Any] = {"latent_norm_epsilon": latent_norm_epsilon, "lora": lora}
+        model = kind(
             config=config,
-            transformer_layer_spec=decoder_block_spec(
-                config, vp_stage=vp_stage, latent_norm_epsilon=latent_norm_epsilon
-            ),
-            mtp_block_spec=mtp_block_spec(
-                config, vp_stage=vp_stage, latent_norm_epsilon=latent_norm_epsilon
-            ),
+            transformer_layer_spec=decoder_block_spec(config, vp_stage=vp_stage, **parts),
+            mtp_block_spec=mtp_block_spec(config, vp_stage=vp_stage, **parts),
             vocab_size=vocab_size,
             max_sequence_length=max_sequence_length,
             parallel_output=True,
@@ -155,6 +162,15 @@ def model_config_from_args(args: Namespace, num_ids: int | None = None) -> K2Mod
     config.fp8_activation_storage = args.fp8_activation_storage
     config.num_ids = args.vocab_size if num_ids is None else num_ids
     config.packs_documents = args.sft_data is not None
+    if args.lora_rank is not None:
+        config.lora = settings_of(
+            args.lora_rank,
+            args.lora_alpha,
+            args.lora_targets,
+            args.lora_dropout,
+            seed=args.seed,
+            base=args.lora_base,
+        )
     transformer = config.transformer
     if args.fp8_activation_storage:
         # SwiGLU as one operation, which saves its input and nothing else; the CPU's flags have it

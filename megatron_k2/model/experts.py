@@ -26,17 +26,22 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(x, ends, *weights)
+        # Of frozen weights the input is not kept: nothing is computed from it.
+        kept = x if any(ctx.needs_input_grad[2:]) else None
+        ctx.save_for_backward(kept, ends, *weights)
         return F.grouped_mm(x, torch.stack(weights).mT, offs=ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, ends, *weights = ctx.saved_tensors
         grad = grads[0].contiguous()
-        # Stacked again rather than kept: a copy of a layer's experts is too much to hold.
-        grad_x = F.grouped_mm(grad, torch.stack(weights), offs=ends)
-        grad_weights = F.grouped_mm(grad.mT, x, offs=ends)
-        return grad_x, None, *grad_weights.unbind()
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            # Stacked again rather than kept: a copy of a layer's experts is too much to hold.
+            grad_x = F.grouped_mm(grad, torch.stack(weights), offs=ends)
+        if x is None:
+            return grad_x, None, *[None] * len(weights)
+        return grad_x, None, *F.grouped_mm(grad.mT, x, offs=ends).unbind()
 
 
 def grouped_linear(x: Tensor, tokens_per_expert: Tensor, weights: list[Tensor]) -> Tensor:
@@ -122,8 +127,7 @@ class GroupedExperts(SequentialMLP):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        weights = MLPSubmodules(linear_fc1=ColumnParallelWeight, linear_fc2=RowParallelWeight)
-        super().__init__(*args, submodules=weights, **kwargs)
+        super().__init__(*args, submodules=self.weight_modules(), **kwargs)
         config = self.config
         is_swiglu = config.gated_linear_unit and config.activation_func is F.silu
         is_plain = config.activation_func_clamp_value is None and not config.glu_linear_offset
@@ -164,14 +168,25 @@ class GroupedExperts(SequentialMLP):
             ([tokens, hidden], no bias); under expert tensor parallelism a partial sum, which the
             dispatcher reduces.
         """
-        up = [expert.linear_fc1() for expert in self.local_experts]
-        down = [expert.linear_fc2() for expert in self.local_experts]
-        gate_up = grouped_linear(permuted_local_hidden_states, tokens_per_expert, up)
+        up: list[Any] = [expert.linear_fc1 for expert in self.local_experts]
+        down: list[Any] = [expert.linear_fc2 for expert in self.local_experts]
+        gate_up = self.product(permuted_local_hidden_states, tokens_per_expert, up)
         if not self._is_activation_recomputed:
             activated = weighted_swiglu(gate_up, permuted_probs)
-            return grouped_linear(activated, tokens_per_expert, down), None
+            return self.product(activated, tokens_per_expert, down), None
         checkpoint = CheckpointWithoutOutput(fp8=None)
         activated = checkpoint.checkpoint(weighted_swiglu, gate_up, permuted_probs)
-        output = grouped_linear(activated, tokens_per_expert, down)
+        output = self.product(activated, tokens_per_expert, down)
         checkpoint.discard_output_and_register_recompute(output)
         return output, None
+
+    def weight_modules(self) -> MLPSubmodules:
+        """Classes of one expert's two projections; called before the module is built."""
+        return MLPSubmodules(linear_fc1=ColumnParallelWeight, linear_fc2=RowParallelWeight)
+
+    def product(self, x: Tensor, tokens_per_expert: Tensor, linears: list[Any]) -> Tensor:
+        """[tokens, in], sorted by expert -> [tokens, out], by each expert's own one of ``linears``.
+
+        They are called for their weights, see ``ColumnParallelWeight``.
+        """
+        return grouped_linear(x, tokens_per_expert, [linear() for linear in linears])

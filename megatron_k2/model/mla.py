@@ -1,5 +1,6 @@
 """Multi-head latent attention: the modules as the spec names them, whole down-projections."""
 
+import functools
 from typing import Any, override
 
 import torch
@@ -12,6 +13,8 @@ from megatron.core.transformer.multi_latent_attention import (
 from torch import Tensor
 
 from megatron_k2.model.linear import ReplicatedLinear
+from megatron_k2.model.lora.linears import AdaptedReplicatedLinear
+from megatron_k2.model.lora.settings import LoraSettings
 
 
 class LatentAttention(MLASelfAttention):
@@ -75,24 +78,30 @@ class K2SelfAttention(LatentAttention):
     as Transformer Engine's "duplicated" mode does.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, lora: LoraSettings | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = self.config
+        rows = {"linear_kv_down_proj": config.kv_lora_rank + config.qk_pos_emb_head_dim}
         if config.q_lora_rank is not None:
-            self.linear_q_down_proj = self._replicated(config.q_lora_rank)
-        self.linear_kv_down_proj = self._replicated(
-            config.kv_lora_rank + config.qk_pos_emb_head_dim
-        )
+            rows["linear_q_down_proj"] = config.q_lora_rank
+        for name in sorted(rows, reverse=True):  # the query's first, in the order of the model
+            setattr(self, name, self._replicated(name, rows[name], lora))
 
     @override
     def _run_core_attention(self, *args: Any, **kwargs: Any) -> Any:
         """The core takes values of any width and leaves padding at zero: upstream would widen."""
         return self.core_attention(*args, **kwargs)
 
-    def _replicated(self, output_size: int) -> ReplicatedLinear:
-        return ReplicatedLinear(
+    def _replicated(
+        self, name: str, output_size: int, lora: LoraSettings | None
+    ) -> ReplicatedLinear:
+        kind: Any = ReplicatedLinear
+        if lora is not None and name in lora.targets:
+            kind = functools.partial(AdaptedReplicatedLinear, lora=lora)
+        linear: ReplicatedLinear = kind(
             self.config.hidden_size,
             output_size,
             config=self.config,
             init_method=self.config.init_method,
         )
+        return linear

@@ -28,6 +28,8 @@ from megatron_k2.errors import UserError
 from megatron_k2.host.repairs import require_transformer_engine
 from megatron_k2.model.attention import MLACoreAttention
 from megatron_k2.model.experts import GroupedExperts
+from megatron_k2.model.lora.settings import LoraSettings
+from megatron_k2.model.lora.spec import with_adapters
 from megatron_k2.model.mla import K2SelfAttention, LatentAttention
 from megatron_k2.model.norm import RMSNorm
 
@@ -114,7 +116,11 @@ def _backend(config: MLATransformerConfig) -> Any:
 
 
 def layer_spec(
-    config: MLATransformerConfig, *, is_moe: bool, latent_norm_epsilon: float
+    config: MLATransformerConfig,
+    *,
+    is_moe: bool,
+    latent_norm_epsilon: float,
+    lora: LoraSettings | None = None,
 ) -> ModuleSpec:
     """One decoder layer: MLA, then a SwiGLU or the experts (report section 2.3)."""
     backend = _backend(config)
@@ -136,7 +142,7 @@ def layer_spec(
             kv_layernorm=backend.latent_norm(),
         ),
     )
-    return ModuleSpec(
+    spec = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=backend.layer_norm(rms_norm=True, has_residual=True),
@@ -153,6 +159,7 @@ def layer_spec(
             sharded_state_dict_keys_map=backend.checkpoint_names(is_moe=is_moe),
         ),
     )
+    return spec if lora is None else with_adapters(spec, lora)
 
 
 def moe_layer_pattern(config: MLATransformerConfig) -> list[bool]:
@@ -174,10 +181,11 @@ def decoder_block_spec(
     vp_stage: int | None = None,
     pp_rank: int | None = None,
     latent_norm_epsilon: float = DEFAULT_LATENT_NORM_EPSILON,
+    lora: LoraSettings | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers that this pipeline (and virtual pipeline) stage holds."""
     layers = [
-        layer_spec(config, is_moe=is_moe, latent_norm_epsilon=latent_norm_epsilon)
+        layer_spec(config, is_moe=is_moe, latent_norm_epsilon=latent_norm_epsilon, lora=lora)
         for is_moe in moe_layer_pattern(config)
     ]
     layout = config.pipeline_model_parallel_layout
@@ -198,6 +206,7 @@ def mtp_block_spec(
     config: MLATransformerConfig,
     vp_stage: int | None = None,
     latent_norm_epsilon: float = DEFAULT_LATENT_NORM_EPSILON,
+    lora: LoraSettings | None = None,
 ) -> MultiTokenPredictionBlockSubmodules | None:
     """Multi-token prediction layers (K2 has none; DeepSeek-V3 style when ``mtp_num_layers``)."""
     if not config.mtp_num_layers:
@@ -206,6 +215,7 @@ def mtp_block_spec(
         config,
         is_moe=moe_layer_pattern(config)[-1],
         latent_norm_epsilon=latent_norm_epsilon,
+        lora=lora,
     )
     return get_gpt_mtp_block_spec_for_backend(config, last, _backend(config), vp_stage=vp_stage)
 

@@ -13,7 +13,7 @@ HEADER = ("optimizer", "role", "module", "parameters", "shape", "matrices", "of 
 def classification_table(
     model_chunks: list[torch.nn.Module], options: MatrixOptions = K2_OPTIONS
 ) -> str:
-    """Every parameter of this rank, one line a kind: same role, module class, shape and optimizer.
+    """What this rank trains, one line a kind: same role, module class, shape and optimizer.
 
     A role is the module's path without the numbers of layers and experts. Shapes are those of this
     rank's tensor-parallel shard.
@@ -27,6 +27,8 @@ def classification_table(
     for chunk in model_chunks:
         for name, module in chunk.named_modules():
             for own_name, param in module.named_parameters(recurse=False):
+                if not param.requires_grad:
+                    continue
                 spec = specs.get(param)
                 kind = _kind(f"{name}.{own_name}", module, param, spec)
                 kinds[kind] += 1
@@ -37,7 +39,8 @@ def classification_table(
         count = f"{matrices[kind]:,}" if block else ""
         listed.add_row(optimizer, role, module_class, f"{kinds[kind]:,}", shape, count, block)
     num_muon = sum(p.numel() for p in specs)
-    num_all = sum(p.numel() for chunk in model_chunks for p in chunk.parameters())
+    trained = [p for chunk in model_chunks for p in chunk.parameters() if p.requires_grad]
+    num_all = sum(p.numel() for p in trained)
     num_matrices = sum(matrices.values())
     total = f"Muon: {num_matrices:,} matrices, {num_muon:,} of {num_all:,} parameters here"
     return as_text(listed, total)

@@ -34,7 +34,7 @@ from megatron_k2.optimizer.offload.optimizer import OffloadedMuonClip
 from megatron_k2.optimizer.param_groups import MatrixSpec, muon_matrices
 from megatron_k2.optimizer.plain import MuonClip
 from megatron_k2.optimizer.plain_chain import PlainMuonClipChain
-from megatron_k2.optimizer.qk_clip.apply import check_clippable
+from megatron_k2.optimizer.qk_clip.apply import check_clippable, row_scales
 from megatron_k2.optimizer.qk_clip.max_logits import MaxLogits
 from megatron_k2.optimizer.settings import MuonClipSettings, settings_from
 from megatron_k2.optimizer.sharded.chain import FORMAT, MuonClipChain
@@ -83,7 +83,9 @@ def build(
     _register(specs, max_logits, settings)
     built = factory(config, model_chunks, **{**kwargs, "config_overrides": {}})
     if config.use_distributed_optimizer:
-        chain: MuonAdamWChain = _over_zero(built, specs, max_logits, settings)
+        clipped = next(row_scales(max_logits, settings), None)
+        watched = None if clipped is None else max_logits  # all frozen: the log takes the maxima
+        chain: MuonAdamWChain = _over_zero(built, specs, watched, settings)
     else:
         chain = adopt(built, PlainMuonClipChain)
     chain.limit_clipping(settings.clip_grad_scope)
@@ -136,7 +138,7 @@ def _register(specs: Specs, max_logits: MaxLogits, settings: MuonClipSettings) -
 
 
 def _over_zero(
-    built: Any, specs: Specs, max_logits: MaxLogits, settings: MuonClipSettings
+    built: Any, specs: Specs, max_logits: MaxLogits | None, settings: MuonClipSettings
 ) -> MuonClipChain:
     """``built`` with each of its ``DistributedOptimizer`` turned into a ``DistributedMuonClip``.
 

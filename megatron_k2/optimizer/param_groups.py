@@ -3,7 +3,9 @@
 Muon (Moonlight, arXiv:2502.16982, section 2.2; the K2 report adds nothing): every matrix of a
 hidden layer: attention projections, dense, shared and routed experts, the router. AdamW: input
 embedding, output head, everything of fewer than two dimensions. A fused gate/up weight is two
-matrices; each expert is its own, also where experts are stored together as [e, rows, cols].
+matrices; each expert is its own, also where experts are stored together as [e, rows, cols]. Of an
+adapter A and B are matrices of their own, gate's and up's parts apart: their whitened updates have
+the RMS of any other's, so that the product's grows with both. What is frozen is nobody's.
 
 Where the report is silent there is a switch (``MatrixOptions``). The defaults, q_up and kv_up
 orthogonalised whole and the router by Muon, are our reading of it and not stated.
@@ -19,8 +21,12 @@ from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 
 from megatron_k2.model.linear import ReplicatedLinear
+from megatron_k2.model.lora.adapter import LowRankAdapter
 
-MATRIX_MODULES = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear, Router)
+MATRIX_MODULES = (
+    *(ColumnParallelLinear, RowParallelLinear, ReplicatedLinear, Router),
+    LowRankAdapter,
+)
 TE_MATRIX_MODULES = frozenset({"TELinear", "TELayerNormColumnParallelLinear"})
 """Transformer Engine's, by class name of any base: they exist only where it is installed."""
 TE_GROUPED_MODULE = "TEGroupedLinear"
@@ -68,7 +74,9 @@ def _weights(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [
         p
         for p in module.parameters(recurse=False)
-        if p.ndim >= 2 and not getattr(p, "is_embedding_or_output_parameter", False)
+        if p.ndim >= 2
+        and p.requires_grad
+        and not getattr(p, "is_embedding_or_output_parameter", False)
     ]
 
 
@@ -126,6 +134,8 @@ def _classified(
         for param in _weights(module):
             _check_known(name, module, param)
             num_blocks = 2 if id(param) in fused else 1
+            if isinstance(module, LowRankAdapter):
+                num_blocks = module.num_matrices_in(param)
             if param.ndim == 3:
                 num_blocks *= param.shape[0]
             if id(param) in head_rows:

@@ -20,6 +20,7 @@ _KINDS: dict[Any, dict[str, Any]] = {
     float: {"type": float},
     float | None: {"type": float},
     tuple[str, ...]: {"nargs": "*"},
+    tuple[str, ...] | None: {"nargs": "*"},
     tuple[float, ...]: {"nargs": "*", "type": float},
 }
 """A field's type -> how argparse reads its flag; anything else is one word of text."""
@@ -97,6 +98,12 @@ class RunFlags:
     recompute_modules: tuple[str, ...] = ()
     optimizer_offload_fraction: float = 1.0
     qk_clip_threshold: float | None = None
+
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] | None = None
+    lora_dropout: float = 0.0
+    lora_base: str | None = None
 
     save: str | None = None
     load: str | None = None

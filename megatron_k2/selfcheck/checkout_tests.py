@@ -69,6 +69,8 @@ CHECKS = (
     Check("an allocation before its first step", ("launch/test_node_check.py",)),
     Check("every layout = one rank", ("parallel/test_layouts.py",)),
     Check("packed = documents alone", ("sft/test_packed_training.py",)),
+    Check("adapters = merged weights", ("sft/lora/test_model.py",)),
+    Check("adapters at every layout", ("sft/lora/test_layouts.py",)),
     Check("bf16 masters, MTP layers", ("parallel/test_bf16_and_mtp.py",)),
     Check("save, load at another layout", ("parallel/test_reshard.py",)),
     Check("killed rank, exact resume", ("training/test_resume.py",)),

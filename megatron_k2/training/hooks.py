@@ -104,10 +104,10 @@ class TrainingHooks:
         result = original(*positional, **kwargs)
         loss_dict, _, learning_rate, iteration, _, _, is_skipped, grad_norm = positional[:8]
         assert self.step_log is not None  # the optimizer was built before the first step
+        self.step_log.step(loss_dict, learning_rate, iteration, is_skipped, grad_norm)
         if self.args.muonclip and not is_skipped and not self._has_stepped:
             self._has_stepped = True  # once: it waits for the device
             refuse_silent(self.max_logits.unrecorded() if self.max_logits is not None else [])
-        self.step_log.step(loss_dict, learning_rate, iteration, is_skipped, grad_norm)
         return result
 
     def save(self, original: Any, *positional: Any, **kwargs: Any) -> Any:

@@ -21,6 +21,7 @@ from megatron_k2.host.repairs import (
     require_checked_megatron,
     require_transformer_engine,
 )
+from megatron_k2.model.lora.settings import settings_of
 from megatron_k2.parallel.layout import check_layout
 from megatron_k2.run.flags import RunFlags
 from megatron_k2.run.iterations import has_tracker, tracker_text
@@ -74,8 +75,23 @@ def check_run(flags: RunFlags, world_size: int) -> None:
     _check_checkpoint_worker(flags)
     check_files(flags)
     check_schedule(flags)
+    if flags.lora_rank is not None:
+        _check_lora(flags)
     if flags.load and not flags.finetune:
         _check_checkpoint(Path(flags.load), flags)
+
+
+def _check_lora(flags: RunFlags) -> None:
+    """Adapters that can be built, on a base of this model."""
+    assert flags.lora_rank is not None
+    settings_of(flags.lora_rank, flags.lora_alpha, flags.lora_targets, flags.lora_dropout)
+    if flags.transformer_impl != "local":
+        raise UserError(
+            f"--lora-rank with --transformer-impl {flags.transformer_impl}: adapters are written "
+            "for the local modules; take --transformer-impl local"
+        )
+    if flags.lora_base is not None:
+        _check_shape(Path(flags.lora_base).parent, flags)
 
 
 def _check_phase_start(flags: RunFlags) -> None:
@@ -195,9 +211,16 @@ def _shape(flags: RunFlags) -> dict[str, Any]:
 
 
 def _check_checkpoint(load: Path, flags: RunFlags) -> None:
+    saved = _check_shape(load, flags)
+    if saved and has_tracker(load) and os.environ.get("RANK", "0") == "0":
+        check_same_data(load, saved.get("data", {}), flags)
+
+
+def _check_shape(load: Path, flags: RunFlags) -> dict[str, Any]:
+    """The record of the run in ``load``, whose model must be this one; empty if it has none."""
     saved = read_run_record(load)
     if not saved:
-        return
+        return saved
     shape = saved.get("shape", {})
     differing = {
         name: (shape.get(name), value)
@@ -210,8 +233,7 @@ def _check_checkpoint(load: Path, flags: RunFlags) -> None:
             f"{load} holds a checkpoint of another model (preset {saved.get('preset')}): {listed}. "
             "Use that preset, or another --save directory"
         )
-    if has_tracker(load) and os.environ.get("RANK", "0") == "0":
-        check_same_data(load, saved.get("data", {}), flags)
+    return saved
 
 
 def write_run_record(flags: RunFlags, world_size: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from megatron_k2.errors import UserError
 from megatron_k2.flags.data import data_prefixes, make_synthetic
+from megatron_k2.flags.lora import adapters_sentence
 from megatron_k2.flags.megatron import add_k2_arguments, expand
 from megatron_k2.flags.start import START_OVER, start_sentence
 from megatron_k2.flags.words import last_value
@@ -142,7 +143,8 @@ def _run(argv: list[str], terminal: TextIO | None, program: Program) -> None:
 
 def _put_in_order(flags: RunFlags, world_size: int) -> list[str]:
     """What one rank does for all before the first collective; what is to be said of it."""
-    said = [sentence] if (sentence := start_sentence(flags)) is not None else []
+    sentences = (start_sentence(flags), adapters_sentence(flags))
+    said = [sentence for sentence in sentences if sentence is not None]
     if flags.save is not None:
         save = Path(flags.save)
         if START_OVER in flags and flags.load != flags.save:

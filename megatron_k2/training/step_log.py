@@ -62,6 +62,7 @@ class StepLog:
         show: Callable[[StepRecord, Tensor], None],
     ) -> None:
         self._args, self._model, self._max_logits, self._show = args, model, max_logits, show
+        self._has_clip = args.muonclip and args.lora_rank is None
         self._in_mtp = {
             id(module)
             for chunk in model
@@ -80,7 +81,7 @@ class StepLog:
 
         now = time.perf_counter()
         seconds, self._last_time = now - self._last_time, now
-        if is_skipped or not self._args.muonclip:  # otherwise the step itself took them
+        if is_skipped or not self._has_clip:  # otherwise the step itself took them
             self._max_logits.take(
                 parallel_state.get_data_parallel_group(with_context_parallel=True)
             )
@@ -127,7 +128,7 @@ class StepLog:
         own = math.nan if pending.loss is None else float(pending.loss)
         square_sum = pending.adamw_square_sum
         tokens = self._args.global_batch_size * self._args.seq_length
-        is_clipping = self._args.muonclip and not pending.is_skipped
+        is_clipping = self._has_clip and not pending.is_skipped
         threshold = self._args.qk_clip_threshold if is_clipping else math.inf
         record = StepRecord(
             iteration=pending.iteration,

@@ -58,6 +58,8 @@ def inject(hooks, step: int) -> None:
     entries = _sharded_entries(hooks.model)
     for chunk in hooks.model:
         for param in chunk.parameters():
+            if not param.requires_grad:
+                continue
             entry, suffix = entries[param.data_ptr()], f"/{step}"
             if isinstance(entry, ShardedTensorFactory):
                 built = entry.build_fn(
@@ -89,9 +91,19 @@ def _watch_margin(model, margins: list[float]) -> None:
         router.register_forward_pre_hook(hook)
 
 
+def _experts_named_by_rank() -> None:
+    """What Megatron-Bridge does: adapters of experts begin by their place on a rank."""
+    from megatron_k2.model.lora import model
+
+    model._whole_name = lambda name, *_: name
+
+
 def run_case(case: dict) -> None:
     import megatron_k2.training.hooks as hooks_module
     from megatron_k2.training.pretrain import run
+
+    if case.get("experts_named_by_rank"):
+        _experts_named_by_rank()
 
     margins: list[float] = []
 

@@ -72,11 +72,20 @@ def row_scales(
 
     ``max_logits.finish()`` must have run. Factors are exactly 1 for heads below τ, for value rows,
     and for heads whose maximum is not finite; so they are always applied, and nothing is read back
-    to the host.
+    to the host. Of a frozen weight there is none: under adapters nothing is clipped, since other
+    adapters use the same base, and no product of low rank scales its rows.
 
     Yields:
         (weight or bias, [rows of this rank's shard]).
     """
+    for param, scale in _all_scales(max_logits, settings):
+        if param.requires_grad:
+            yield param, scale
+
+
+def _all_scales(
+    max_logits: MaxLogits, settings: MuonClipSettings
+) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
     for attention, row in zip(max_logits.attentions, max_logits.latest, strict=True):
         gamma = clip_factor(row, settings.qk_clip_threshold)
         if isinstance(attention, MultiLatentAttention):
