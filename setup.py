@@ -51,6 +51,7 @@ EXTRAS = {
     # prometheus-client (Apache-2.0) counts.
     "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "prometheus-client>=0.20,<1"],
     "dev": [
+        "peft>=0.21,<0.22",  # Apache-2.0: the other side's reading of an exported adapter
         "openai>=2",  # Apache-2.0: the server's tests call it as users do
         "pytest>=8",
         "pytest-xdist>=3.6",

@@ -87,8 +87,13 @@ def _project(name: str | None, num_bytes: int, seconds: float, bytes_per_element
 
 def _import(args: argparse.Namespace) -> int:
     from megatron_k2.checkpoint.convert.import_hf import ImportOptions, import_hf
+    from megatron_k2.checkpoint.convert.peft_files import is_peft
     from megatron_k2.checkpoint.names.selection import Selection
 
+    if is_peft(args.hf_dir):
+        return _import_adapter(args)
+    if args.base is not None:
+        raise UserError(f"--base {args.base}: {args.hf_dir} is no adapter of PEFT's; drop it")
     options = ImportOptions(
         preset=args.preset,
         dtype=args.dtype,
@@ -114,6 +119,47 @@ def _import(args: argparse.Namespace) -> int:
     return 0
 
 
+def _import_adapter(args: argparse.Namespace) -> int:
+    from megatron_k2.checkpoint.convert.peft_files import import_peft
+
+    if args.base is None:
+        raise UserError(f"{args.hf_dir} is an adapter: give --base RUN, whose weights it changes")
+    with hold(args.megatron_dir, "a conversion", is_beside=True):
+        made = import_peft(args.hf_dir, args.megatron_dir, args.base, args.preset)
+    print(
+        f"{made.directory}: {made.num_tensors} tensors of adapters; train on with --load "
+        f"{made.directory} --lora-rank {made.rank} --lora-alpha {made.alpha:g}"
+    )
+    return 0
+
+
+def _export_adapter(args: argparse.Namespace) -> int:
+    from megatron_k2.checkpoint.convert.peft_files import export_peft
+    from megatron_k2.checkpoint.lora.adapters import AdapterSource
+    from megatron_k2.checkpoint.torch_dist.reader import MegatronSource
+    from megatron_k2.run.iterations import find_iteration
+
+    directory = find_iteration(args.megatron_dir, args.iteration)
+    adapters = AdapterSource(MegatronSource(directory), args.base)
+    with hold(args.hf_dir, "a conversion", is_beside=True):
+        made = export_peft(adapters, args.hf_dir, args.preset)
+    print(
+        f"{made.directory}: an adapter of PEFT's, {made.num_tensors} tensors of rank {made.rank}, "
+        f"alpha {made.alpha:g}; the whole model: --merge-lora"
+    )
+    if made.left_out:
+        print(f"left out: {len(made.left_out)} of prediction layers, which transformers lacks")
+    return 0
+
+
+def _holds_adapters(args: argparse.Namespace) -> bool:
+    from megatron_k2.checkpoint.lora.adapters import is_adapters
+    from megatron_k2.checkpoint.torch_dist.reader import MegatronSource
+    from megatron_k2.run.iterations import find_iteration
+
+    return is_adapters(MegatronSource(find_iteration(args.megatron_dir, args.iteration)))
+
+
 def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{number:,} {kind}" for kind, number in counts.items())
 
@@ -133,6 +179,12 @@ def _export(args: argparse.Namespace) -> int:
     from megatron_k2.checkpoint.convert.export_hf import ExportOptions, export
     from megatron_k2.checkpoint.names.selection import Selection
 
+    if _holds_adapters(args):
+        if not args.merge_lora:
+            return _export_adapter(args)
+    elif args.merge_lora or args.base is not None:
+        given = "--merge-lora" if args.merge_lora else "--base"
+        raise UserError(f"{given}: {args.megatron_dir} holds a whole model, no adapters; drop it")
     options = ExportOptions(
         preset=args.preset,
         iteration=args.iteration,
@@ -145,6 +197,7 @@ def _export(args: argparse.Namespace) -> int:
         only=Selection.parse(args.only),
         num_workers=args.workers,
         check_finite=args.check_finite,
+        base=args.base,
     )
     with hold(args.hf_dir, "a conversion", is_beside=True):
         result, seconds = _with_progress(

@@ -58,13 +58,20 @@ def _add_only(command: argparse.ArgumentParser) -> None:
 
 
 def _add_import(command: argparse.ArgumentParser) -> None:
-    command.add_argument("hf_dir", type=Path, help="safetensors and config.json; bf16, fp32 or FP8")
+    command.add_argument(
+        "hf_dir",
+        type=Path,
+        help="safetensors and config.json; bf16, fp32 or FP8; or an adapter of PEFT's, with --base",
+    )
     command.add_argument("megatron_dir", type=Path, help="directory to create, for Megatron's load")
     command.add_argument(
         "--preset", choices=PRESETS, help="name to save with it; default: the one of this shape"
     )
     command.add_argument(
         "--dtype", choices=("bf16", "fp32"), help="default: as stored, FP8 becomes bf16"
+    )
+    command.add_argument(
+        "--base", type=Path, help="of an adapter: the run or import whose weights it changes"
     )
     command.add_argument(
         "--modules",
@@ -85,6 +92,14 @@ def _add_export(command: argparse.ArgumentParser) -> None:
         "--preset", choices=PRESETS, help="default: what the checkpoint's args say"
     )
     command.add_argument("--iteration", type=int, help="default: the latest, by the tracker file")
+    command.add_argument(
+        "--merge-lora",
+        action="store_true",
+        help="of a run of adapters: the whole model with them added; else they alone, as PEFT's",
+    )
+    command.add_argument(
+        "--base", type=Path, help="of a run of adapters: where its base lies, if it has moved"
+    )
     command.add_argument("--dtype", choices=("bf16", "fp32", "fp8"), default="bf16")
     command.add_argument(
         "--model-type",

@@ -50,6 +50,7 @@ from megatron_k2.checkpoint.hf.release_files import (
     own_chat_template,
     stats_of,
 )
+from megatron_k2.checkpoint.lora.adapters import AdapterSource, is_adapters
 from megatron_k2.checkpoint.names.audit import require_clean
 from megatron_k2.checkpoint.names.mapping import expand
 from megatron_k2.checkpoint.names.selection import Selection
@@ -91,6 +92,8 @@ class ExportOptions:
     num_workers: int = 1
     check_finite: bool = False
     """Refuse NaN and infinite weights."""
+    base: Path | None = None
+    """Of a checkpoint of adapters, which are merged into it; None: where they were trained over."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +178,8 @@ def export(
         plan.scales,
         plan.fp8 is not None and plan.fp8.has_power_of_two_scales,
         job_directory.fingerprint,
+        None if plan.adapters is None else plan.adapters.source.directory,
+        plan.preset,
     )
     work = functools.partial(write_shard, inputs)
     try:
@@ -205,6 +210,9 @@ class _Plan:
     """What an export writes, settled before it writes anything."""
 
     source: MegatronSource
+    """Of a whole model; of adapters their base."""
+    adapters: AdapterSource | None
+    """What is merged into it."""
     source_release: Path | None
     files: dict[Path, Path]
     """Beside the weights: name -> where it lies."""
@@ -221,6 +229,11 @@ class _Plan:
 
 def _planned(megatron_dir: Path, options: ExportOptions) -> _Plan:
     source = MegatronSource(find_iteration(megatron_dir, options.iteration))
+    adapters = None
+    if is_adapters(source):
+        adapters = AdapterSource(source, options.base)
+        source = MegatronSource(adapters.base_directory)
+        megatron_dir = adapters.base_directory
     source_release = find_source_release(megatron_dir, source, options.source_release)
     files = files_along(options.tokenizer, source_release)
     preset = settle_preset(source.args, options.preset, options.use_yarn)
@@ -230,6 +243,8 @@ def _planned(megatron_dir: Path, options: ExportOptions) -> _Plan:
     fp8 = quantization_like(template) if options.dtype == "fp8" else None
     config = _config(source, preset, options, template, fp8)
     require_clean(source.shapes, preset, only=options.only)
+    if adapters is not None and (unmatched := adapters.unmatched(list(expand(preset)))):
+        raise UserError(f"{megatron_dir}: no linear of the model is {unmatched[0]}")
     jobs = plan_shards(
         options.only.take(expand(preset)),
         preset.num_layers + preset.num_mtp_layers,
@@ -238,8 +253,10 @@ def _planned(megatron_dir: Path, options: ExportOptions) -> _Plan:
         options.max_shard_bytes,
     )
     scales = source_release / SCALES_FILE if source_release and options.dtype == "fp8" else None
+    template_text = own_chat_template(files)
     return _Plan(
-        source, source_release, files, own_chat_template(files), preset, fp8, config, jobs, scales
+        *(source, adapters, source_release, files, template_text),
+        *(preset, fp8, config, jobs, scales),
     )
 
 
@@ -302,8 +319,15 @@ def _conversion_record(plan: _Plan, options: ExportOptions) -> dict[str, Any]:
         "options": [options.dtype, str(options.only), options.check_finite],
         "max_shard_bytes": options.max_shard_bytes,
         "files": stats_of(plan.files),
-        "schema_version": 3,
+        "adapters": None if plan.adapters is None else _adapters_record(plan.adapters),
+        "schema_version": 4,
     }
+
+
+def _adapters_record(adapters: AdapterSource) -> list[Any]:
+    metadata = (adapters.source.directory / ".metadata").stat()
+    directory = str(adapters.source.directory.resolve())
+    return [directory, metadata.st_size, metadata.st_mtime_ns, adapters.rank, adapters.alpha]
 
 
 def _write_index(directory: Path, jobs: list[Job], receipts: list[Receipt]) -> tuple[int, int]:

@@ -29,12 +29,15 @@ from megatron_k2.checkpoint.hf.writer import (
     write_header,
     write_rows,
 )
-from megatron_k2.checkpoint.names.mapping import Pair
+from megatron_k2.checkpoint.lora.adapters import AdapterSource
+from megatron_k2.checkpoint.lora.merged import MergedSource
+from megatron_k2.checkpoint.names.mapping import Pair, expand
 from megatron_k2.checkpoint.stream.jobs import Job, Receipt, naming_the_file
 from megatron_k2.checkpoint.stream.output_file import OutputFile
 from megatron_k2.checkpoint.stream.rows import Dtype, Rows
 from megatron_k2.checkpoint.torch_dist.reader import MegatronSource
 from megatron_k2.errors import UserError
+from megatron_k2.presets import ModelPreset
 
 DTYPES = {"bf16": Dtype.BF16, "fp32": Dtype.FP32, "fp8": Dtype.BF16}
 """``--dtype`` -> dtype of what is not FP8."""
@@ -52,14 +55,14 @@ class ExportInputs:
     """Scales made anew are powers of two."""
     fingerprint: str
     """Of the job, so that a cached source is never another's."""
+    adapters: Path | None = None
+    """A checkpoint of adapters to merge in."""
+    preset: ModelPreset | None = None
+    """Of the model; says which weights the adapters belong to."""
 
 
 class RowSource(Protocol):
-    """Where a shard's rows come from: a ``MegatronSource``.
-
-    The seam for adapters: a source that wraps another and adds an adapter's product to the rows of
-    the tensors it changes needs nothing else here; names, audit and files stay as they are.
-    """
+    """Where a shard's rows come from: a ``MegatronSource``, or one with adapters merged in."""
 
     directory: Path
 
@@ -166,9 +169,13 @@ class _Scales:
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(inputs: ExportInputs) -> tuple[MegatronSource, _Scales]:
+def _opened(inputs: ExportInputs) -> tuple[RowSource, _Scales]:
     """Once in a worker's life."""
-    return MegatronSource(inputs.checkpoint), _Scales(inputs.scales)
+    source = MegatronSource(inputs.checkpoint)
+    if inputs.adapters is None or inputs.preset is None:
+        return source, _Scales(inputs.scales)
+    adapters = AdapterSource(MegatronSource(inputs.adapters), inputs.checkpoint)
+    return MergedSource(source, adapters, list(expand(inputs.preset))), _Scales(inputs.scales)
 
 
 def close_sources() -> None:
