@@ -57,6 +57,8 @@ def check_run(flags: RunFlags, world_size: int) -> None:
         router_dtype=flags.moe_router_dtype,
         te_version=installed_version("transformer-engine"),
     )
+    if flags.lora_rank is not None:
+        _check_lora(flags)
     if flags.transformer_impl == "local" and "mla_up_proj" in flags.recompute_modules:
         raise UserError(
             "--recompute-modules mla_up_proj with --transformer-impl local frees nothing: this "
@@ -75,8 +77,6 @@ def check_run(flags: RunFlags, world_size: int) -> None:
     _check_checkpoint_worker(flags)
     check_files(flags)
     check_schedule(flags)
-    if flags.lora_rank is not None:
-        _check_lora(flags)
     if flags.load and not flags.finetune:
         _check_checkpoint(Path(flags.load), flags)
 

@@ -81,9 +81,25 @@ def runs(request, tmp_path_factory) -> Path:
         ]
         if world_size == 2:
             cases.append(_case(root, WRONG, base, whole.EP2, inject=False))
+            cases += _resumed(root, base)
         logs = root / f"logs{world_size}"
         run_ranks("tests.parallel.worker", world_size, cases, logs, request.param)
     return root
+
+
+def _resumed(root: Path, base: Path) -> list[dict]:
+    """Three steps; from there on at another layout; on at the same; another run from there."""
+    zero_ep2 = [*whole.ZERO, *whole.EP2]
+    first = ["--exit-interval", "3", "--save-interval", "3"]
+    stopped = str(_directory(root, "stopped", "real"))
+    return [
+        _case(root, "stopped", base, [*zero_ep2, *first], inject=False),
+        _case(root, "resharded", base, [*whole.ZERO, *whole.TP2, "--load", stopped], inject=False),
+        _case(
+            root, "from adapters", base, [*zero_ep2, "--load", stopped, "--finetune"], inject=False
+        ),
+        _case(root, "stopped", base, zero_ep2, inject=False),
+    ]
 
 
 def _reference(layout: str) -> str:
@@ -140,3 +156,18 @@ def test_the_optimizer_holds_the_adapters_alone(runs):
     momenta = sum(t.numel() for k, t in tensors.items() if k.startswith("momentum_buffer"))
     assert factors == momenta > 0
     assert all(torch.isfinite(t).all() for t in tensors.values())
+
+
+def test_a_stopped_run_resumes_to_the_last_digit(runs):
+    found, expected = (_directory(runs, name, "real") for name in ("stopped", "ZeRO EP2"))
+    assert _losses(found) == _losses(expected)
+    assert not any(whole._largest_differences(found, expected).values())
+
+
+def test_it_goes_on_at_another_layout_and_begins_another_run(runs):
+    one = _directory(runs, "one rank ", "real")
+    resharded = _directory(runs, "resharded", "real")
+    assert _losses(resharded) == pytest.approx(_losses(one)[3:], rel=1e-6)
+    anew = _losses(_directory(runs, "from adapters", "real"))
+    assert len(anew) == whole.STEPS
+    assert anew[0] != _losses(one)[0], "it begins where the other's adapters stood"
