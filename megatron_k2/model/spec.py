@@ -1,9 +1,8 @@
 """The decoder as Megatron module specs: the only place that chooses whose modules are used."""
 
-from typing import Any, Protocol, override
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec_for_backend,
     get_mlp_module_spec_for_backend,
@@ -26,90 +25,22 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_k2.errors import UserError
 from megatron_k2.host.repairs import require_transformer_engine
-from megatron_k2.model.attention import MLACoreAttention
-from megatron_k2.model.experts import GroupedExperts
 from megatron_k2.model.lora.settings import LoraSettings
 from megatron_k2.model.lora.spec import with_adapters
-from megatron_k2.model.mla import K2SelfAttention, LatentAttention
-from megatron_k2.model.norm import RMSNorm
+from megatron_k2.model.spec_local import LocalBackend
 
 DEFAULT_LATENT_NORM_EPSILON = 1e-6
 
 
-class Backend(Protocol):
-    """What a family of modules says of itself, beyond Megatron's ``BackendSpecProvider``."""
-
-    latent_attention: type[LatentAttention]
-
-    def down_projection(self) -> Any:
-        """The linear down to a latent, whole on every tensor-parallel rank."""
-
-    def up_projection(self) -> Any:
-        """The linear up from a latent, column-parallel; may hold the latent's norm."""
-
-    def latent_norm(self) -> Any:
-        """Between the two, where it is a module of its own."""
-
-    def pre_mlp_norm(self, *, is_moe: bool) -> Any:
-        """Before the experts or the dense SwiGLU."""
-
-    def checkpoint_names(self, *, is_moe: bool) -> dict[str, str]:
-        """Prefixes of parameters -> prefixes in a checkpoint, where they differ."""
-
-
-class LocalBackend(LocalSpecProvider):
-    """Megatron's own modules, with those that K2 on this path needs from us."""
-
-    latent_attention: type[LatentAttention] = K2SelfAttention
-
-    @override
-    def layer_norm(
-        self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
-    ) -> Any:
-        del rms_norm, for_qk, has_residual
-        return RMSNorm
-
-    @override
-    def core_attention(self) -> type:
-        return MLACoreAttention
-
-    @override
-    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
-        del moe_use_grouped_gemm
-        return GroupedExperts
-
-    def down_projection(self) -> Any:
-        """A stand-in of the right signature; ``K2SelfAttention`` builds the replicated one."""
-        return self.column_parallel_linear()
-
-    def up_projection(self) -> Any:
-        """The linear alone: the latent's norm is a module of its own here."""
-        return self.column_parallel_linear()
-
-    def latent_norm(self) -> Any:
-        """A module of its own."""
-        return RMSNorm
-
-    def pre_mlp_norm(self, *, is_moe: bool) -> Any:
-        """A module of its own in either kind of layer."""
-        del is_moe
-        return RMSNorm
-
-    def checkpoint_names(self, *, is_moe: bool) -> dict[str, str]:
-        """No renaming: modules are called as Megatron's local spec calls them."""
-        del is_moe
-        return {}
-
-
-def _backend(config: MLATransformerConfig) -> Any:
+def _backend(config: MLATransformerConfig, lora: LoraSettings | None) -> Any:
     """A ``Backend`` that is also Megatron's ``BackendSpecProvider``."""
     if config.transformer_impl == "local":
         return LocalBackend()
     if config.transformer_impl == "transformer_engine":
         require_transformer_engine()
-        from megatron_k2.model.te_spec import TEBackend
+        from megatron_k2.model.te_spec import AdaptedTEBackend, TEBackend
 
-        return TEBackend()
+        return TEBackend() if lora is None else AdaptedTEBackend()
     raise UserError(
         f"--transformer-impl {config.transformer_impl}: expected local or transformer_engine"
     )
@@ -123,7 +54,7 @@ def layer_spec(
     lora: LoraSettings | None = None,
 ) -> ModuleSpec:
     """One decoder layer: MLA, then a SwiGLU or the experts (report section 2.3)."""
-    backend = _backend(config)
+    backend = _backend(config, lora)
     attention = ModuleSpec(
         module=backend.latent_attention,
         params={
@@ -198,7 +129,7 @@ def decoder_block_spec(
         here = range(
             first, first + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
         )
-    norm = _backend(config).layer_norm(rms_norm=True)
+    norm = _backend(config, lora).layer_norm(rms_norm=True)
     return TransformerBlockSubmodules(layer_specs=[layers[i] for i in here], layer_norm=norm)
 
 
@@ -217,7 +148,8 @@ def mtp_block_spec(
         latent_norm_epsilon=latent_norm_epsilon,
         lora=lora,
     )
-    return get_gpt_mtp_block_spec_for_backend(config, last, _backend(config), vp_stage=vp_stage)
+    backend = _backend(config, lora)
+    return get_gpt_mtp_block_spec_for_backend(config, last, backend, vp_stage=vp_stage)
 
 
 def block_spec(model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:

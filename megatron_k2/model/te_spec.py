@@ -19,12 +19,13 @@ Differences from the local modules that a reader of the numbers should know:
   log_all``, since it would load extra states (FP8 scaling history) that are not there.
 """
 
-from typing import Any
+from typing import Any, override
 
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.transformer.identity_op import IdentityOp
 
-from megatron_k2.model.mla import LatentAttention
+from megatron_k2.model.mla import K2SelfAttention, LatentAttention
+from megatron_k2.model.spec_local import LocalBackend
 
 CHECKPOINT_NAMES = {
     "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
@@ -58,3 +59,42 @@ class TEBackend(TESpecProvider):
     def checkpoint_names(self, *, is_moe: bool) -> dict[str, str]:
         """Prefixes of parameters -> their prefixes in a checkpoint."""
         return CHECKPOINT_NAMES if is_moe else CHECKPOINT_NAMES | DENSE_CHECKPOINT_NAMES
+
+
+class _AdaptedAttention(K2SelfAttention):
+    """MLA of Megatron's linears around TE's attention."""
+
+    _run_core_attention = LatentAttention._run_core_attention
+
+
+class AdaptedTEBackend(LocalBackend):
+    """For adapters: attention and norms are TE's, linears and experts Megatron's and ours.
+
+    A frozen linear keeps nothing for backward and makes no gradient of its weight, which is what
+    TE's would fuse; its norm stands apart, since the adapter beside it needs its output too. FP8
+    products are TE's alone, so that there are none.
+    """
+
+    latent_attention: type = _AdaptedAttention
+
+    def __init__(self) -> None:
+        self._te = TESpecProvider()
+
+    @override
+    def layer_norm(
+        self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
+    ) -> Any:
+        return self._te.layer_norm(rms_norm=rms_norm, for_qk=for_qk, has_residual=has_residual)
+
+    @override
+    def core_attention(self) -> type:
+        return self._te.core_attention()
+
+    @override
+    def latent_norm(self) -> Any:
+        return self.layer_norm(rms_norm=True, for_qk=True)
+
+    @override
+    def pre_mlp_norm(self, *, is_moe: bool) -> Any:
+        del is_moe
+        return self.layer_norm(rms_norm=True, has_residual=True)

@@ -49,6 +49,8 @@ def check_run(flags: RunFlags, world_size: int) -> None:
     require_checked_megatron()
     layout = flags.layout(world_size)
     check_layout(layout, flags.workload(layout))
+    if flags.lora_rank is not None:
+        _check_lora(flags)
     _check_fp4(flags)
     check_fp8(
         flags,
@@ -57,8 +59,6 @@ def check_run(flags: RunFlags, world_size: int) -> None:
         router_dtype=flags.moe_router_dtype,
         te_version=installed_version("transformer-engine"),
     )
-    if flags.lora_rank is not None:
-        _check_lora(flags)
     if flags.transformer_impl == "local" and "mla_up_proj" in flags.recompute_modules:
         raise UserError(
             "--recompute-modules mla_up_proj with --transformer-impl local frees nothing: this "
@@ -85,10 +85,10 @@ def _check_lora(flags: RunFlags) -> None:
     """Adapters that can be built, on a base of this model."""
     assert flags.lora_rank is not None
     settings_of(flags.lora_rank, flags.lora_alpha, flags.lora_targets, flags.lora_dropout)
-    if flags.transformer_impl != "local":
+    if flags.fp8_format is not None or flags.fp4_format is not None:
         raise UserError(
-            f"--lora-rank with --transformer-impl {flags.transformer_impl}: adapters are written "
-            "for the local modules; take --transformer-impl local"
+            "--lora-rank with --fp8-format or --fp4-format: Transformer Engine's products are "
+            "those of its own linears, adapters stand beside Megatron's; drop the format"
         )
     if flags.lora_base is not None:
         _check_shape(Path(flags.lora_base).parent, flags)
