@@ -1,7 +1,7 @@
 """Complete run configurations, one function each. Importable as ``megatron_k2.recipes``.
 
 ``kimi_k2_<phase>_<N>gpu_<hw>``, ``moonlight_16b_a3b_<phase>_<N>gpu_<hw>`` and, for each phase,
-``kimi_k2_<phase>_cpu`` and ``moonlight_16b_a3b_<phase>_cpu``; ``sft`` is a phase, too.
+``kimi_k2_<phase>_cpu`` and ``moonlight_16b_a3b_<phase>_cpu``; ``sft`` and ``lora`` are phases, too.
 ``kimi_k2_phases_<N>gpu_<hw>`` and ``kimi_k2_phases_cpu`` are chains of them,
 ``kimi_k2_phases_sft_…`` likewise with fine-tuning behind them.
 """
@@ -18,6 +18,8 @@ from megatron_k2.launch.stage import FineTuning
 from megatron_k2.recipes import kimi_k2, moonlight
 from megatron_k2.recipes.blends import blend_of
 from megatron_k2.recipes.cpu import DATA, cpu_twin, twins
+
+TWIN_LORA_RANK = 8
 
 
 def _cpu_twins() -> dict[str, Callable[[], Recipe]]:
@@ -47,6 +49,12 @@ def _cpu_twins() -> dict[str, Callable[[], Recipe]]:
     for model, run in (("kimi_k2", kimi_k2.SFT), ("moonlight_16b_a3b", moonlight.SFT)):
         name, twin = f"{model}_sft_cpu", twins((run,))[0]
         found[name] = functools.partial(cpu_twin, name, twin, dialogues, stage=FineTuning())
+    for model, run in (("kimi_k2", kimi_k2.LORA), ("moonlight_16b_a3b", moonlight.LORA)):
+        name, twin = f"{model}_lora_cpu", twins((run,))[0]
+        before = f"{model}_pretrain_cpu"
+        found[name] = functools.partial(
+            cpu_twin, name, twin, dialogues, before, stage=FineTuning(), lora_rank=TWIN_LORA_RANK
+        )
     return found
 
 
@@ -73,6 +81,17 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         for n in moonlight.NUM_GPUS
         for gpu in moonlight.HARDWARE
     },
+    **{
+        kimi_k2.name("lora", n, gpu): functools.partial(kimi_k2.kimi_k2_lora, n, gpu)
+        for n, gpu in kimi_k2.LORA_SIZES
+    },
+    **{
+        moonlight.name(n, gpu, "lora"): functools.partial(
+            moonlight.moonlight_sft, n, gpu, has_adapters=True
+        )
+        for n in moonlight.NUM_GPUS
+        for gpu in moonlight.HARDWARE
+    },
     **_cpu_twins(),
 }
 """Name -> what builds it; building asks the planner, a few tenths of a second."""
@@ -85,6 +104,7 @@ _CHAINS = {
         for where in _WHERE
     },
     "kimi_k2_pretrain_sft_cpu": ("kimi_k2_pretrain_cpu", "kimi_k2_sft_cpu"),
+    "kimi_k2_pretrain_lora_cpu": ("kimi_k2_pretrain_cpu", "kimi_k2_lora_cpu"),
 }
 CHAINS = {name: parts for name, parts in _CHAINS.items() if set(parts) <= set(RECIPES)}
 """Name -> its recipes, each of which starts from the one before it."""

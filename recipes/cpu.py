@@ -51,6 +51,7 @@ def cpu_twin(
     previous: str | None = None,
     imported: str | None = None,
     stage: Stage | None = None,
+    lora_rank: int = 0,
 ) -> Recipe:
     """The recipe of a phase of ``twins``.
 
@@ -61,6 +62,7 @@ def cpu_twin(
         previous: the twin whose checkpoint it starts from.
         imported: the weights it continues from, in words.
         stage: pretraining by default.
+        lora_rank: of adapters over the weights it starts from; 0: all of them train.
     """
     is_packed = isinstance(stage, FineTuning)
     return Recipe(
@@ -75,6 +77,7 @@ def cpu_twin(
             recompute=frozenset(),
             fp8_storage=False,
             has_overlap=False,
+            lora_rank=lora_rank,
         ),
         phase=phase,
         precision="fp32",
@@ -88,7 +91,7 @@ def cpu_twin(
         sources=SOURCES,
         differences=("size: a twin for the CPU; nothing of it but the curve's shape is K2's",),
         previous=previous,
-        keeps_optimizer=previous is not None,
+        keeps_optimizer=previous is not None and not lora_rank,
         imported=imported,
         stage=stage or Pretraining(),
         extra_flags=("--log-interval", "1"),

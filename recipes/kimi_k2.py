@@ -48,6 +48,24 @@ SFT = Phase(
     has_yarn=True,
 )
 """Fine-tuning on packed dialogues, 4M rows a step."""
+LORA_TOKENS_PER_STEP = 64 * 8192
+LORA = Phase(
+    name="lora",
+    source="choice: K2's report has no adapters; ten times full fine-tuning's rate, as adapters "
+    "want (thinkingmachines.ai/blog/lora), falling to a tenth",
+    tokens=2000 * LORA_TOKENS_PER_STEP,
+    seq_length=8192,
+    tokens_per_step=LORA_TOKENS_PER_STEP,
+    lr=2e-4,
+    min_lr=2e-5,
+    shape="wsd",
+    warmup_tokens=10 * LORA_TOKENS_PER_STEP,
+    decay_tokens=1990 * LORA_TOKENS_PER_STEP,
+    has_yarn=True,
+)
+"""Adapters on packed dialogues, half a million rows a step."""
+LORA_RANK = 32
+"""Ours: 15 billion parameters of a trillion."""
 SFT_DOCUMENT_TOKENS = 4096
 """What attention is planned for; dialogues with tools are longer than the thousand of chat alone.
 Ours."""
@@ -55,6 +73,8 @@ NUM_GPUS = (256, 512, 1024, 2048)
 """Report 2.4.2: any multiple of 32 nodes of eight."""
 SFT_NUM_GPUS = (256, 512, 1024)
 HARDWARE = ("h800", "h100", "h200")
+LORA_SIZES = (*((n, gpu) for n in (64, 128) for gpu in HARDWARE), (32, "h200"))
+"""Frozen weights in bf16 are 2 TB: 32 GPUs of 141 GB hold them and train, 24 do not (planner)."""
 
 SFT_SOURCES = (
     ("layout.document_tokens", "choice: recipes/kimi_k2.py"),
@@ -68,6 +88,12 @@ SFT_SOURCES = (
     ("loss.iterations_to_skip", "none"),
 )
 """Over ``SOURCES``, where both have a key."""
+LORA_SOURCES = (
+    ("layout", "planner: the fewest stages whose weights and activations fit"),
+    ("layout.lora_rank", "choice: recipes/kimi_k2.py"),
+    ("phase", "recipes/kimi_k2.py: choices"),
+)
+"""Over ``SFT_SOURCES``."""
 SOURCES = (
     ("layout.world_size", "the recipe's name; report 2.4.2: any multiple of 32 nodes"),
     ("layout.tp", "report 2.4.2 names none; planner: 4 at 128k where a GPU has 80 GB"),
@@ -161,6 +187,51 @@ def kimi_k2_sft(num_gpus: int, gpu: str) -> Recipe:
             "published weights: megatron-k2 convert import Kimi-K2-Base DIR, then --start-from DIR",
         ),
         previous=name("yarn_128k", num_gpus, gpu),
+    )
+
+
+def kimi_k2_lora(num_gpus: int, gpu: str) -> Recipe:
+    """Adapters over the released weights, on the smallest cluster that holds them.
+
+    Eight stages, experts over all GPUs of a stage: the most that divides both the weights and
+    their activations; long rows over two GPUs. Without overlap, which has little to hide: a frozen
+    weight has no gradient of its own to compute beside the all-to-all.
+
+    Args:
+        num_gpus: and
+        gpu: of ``LORA_SIZES``.
+
+    Raises:
+        UserError: where it does not fit.
+    """
+    layout = RunRequest(
+        preset=KIMI_K2,
+        gpu=get_gpu(gpu),
+        world_size=num_gpus,
+        seq_length=LORA.seq_length,
+        sequences_per_step=LORA.sequences_per_step,
+        pp=8,
+        ep=num_gpus // 8,
+        cp=2,
+        lora_rank=LORA_RANK,
+        document_tokens=SFT_DOCUMENT_TOKENS,
+        has_overlap=False,
+    )
+    return Recipe(
+        name=name("lora", num_gpus, gpu),
+        layout=fit_to_memory(layout),
+        phase=LORA,
+        precision="bf16",
+        checkpoint=CheckpointPolicy(interval=200, retain_interval=1000, asynchronous=False),
+        data=ChatBlend("data", (1.0,), ("chat",)),
+        loss=LossPolicy(stop_on_nonfinite=True),
+        stage=FineTuning(),
+        sources=(*SOURCES, *SFT_SOURCES, *LORA_SOURCES),
+        differences=(
+            "not reported: K2 has no adapters; every figure is a choice",
+            "published weights: megatron-k2 convert import Kimi-K2-Base DIR, then --start-from DIR",
+            "QK-Clip is off: it would scale rows of the frozen weights",
+        ),
     )
 
 

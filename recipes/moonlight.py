@@ -57,6 +57,17 @@ SFT = Phase(
     decay_tokens=1990 * 64 * _T.seq_length,
 )
 """Fine-tuning on packed dialogues."""
+LORA = replace(
+    SFT,
+    name="lora",
+    source="choice: the paper has no adapters; ten times full fine-tuning's rate, as adapters want "
+    "(thinkingmachines.ai/blog/lora)",
+    lr=5e-4,
+    min_lr=5e-5,
+)
+"""Adapters on packed dialogues."""
+LORA_RANK = 32
+"""Ours."""
 SFT_DOCUMENT_TOKENS = 1024
 """What attention is planned for; ours."""
 
@@ -71,6 +82,7 @@ DIFFERENCE = {
 SFT_SOURCES = (
     ("layout.document_tokens", "choice: recipes/moonlight.py"),
     ("phase", "recipes/moonlight.py: arXiv:2502.16982's rates, with the choices named there"),
+    ("layout.lora_rank", "choice: recipes/moonlight.py"),
     ("data", "yours: megatron-k2 data chat"),
     ("stage", "choice: every target weighs the same; not stated"),
     ("keeps_optimizer", "choice: momentum of another loss is left behind"),
@@ -124,29 +136,33 @@ def moonlight_pretrain(num_gpus: int, gpu: str, phase: str = "pretrain") -> Reci
     )
 
 
-def moonlight_sft(num_gpus: int, gpu: str) -> Recipe:
-    """Moonlight's fine-tuning.
+def moonlight_sft(num_gpus: int, gpu: str, *, has_adapters: bool = False) -> Recipe:
+    """Moonlight's fine-tuning, of all weights or of adapters.
 
     Args:
         num_gpus: a multiple of 8.
         gpu: a name of ``planning/gpus.py``.
+        has_adapters: over weights that are frozen.
 
     Raises:
         UserError: where it does not fit.
     """
+    phase = LORA if has_adapters else SFT
     layout = RunRequest(
         preset=MOONLIGHT_16B_A3B,
         gpu=get_gpu(gpu),
         world_size=num_gpus,
-        seq_length=SFT.seq_length,
-        sequences_per_step=SFT.sequences_per_step,
+        seq_length=phase.seq_length,
+        sequences_per_step=phase.sequences_per_step,
         ep=8,
         document_tokens=SFT_DOCUMENT_TOKENS,
+        lora_rank=LORA_RANK if has_adapters else 0,
+        has_overlap=not has_adapters,
     )
     return Recipe(
-        name=name(num_gpus, gpu, "sft"),
+        name=name(num_gpus, gpu, phase.name),
         layout=fit_to_memory(layout),
-        phase=SFT,
+        phase=phase,
         precision="bf16",
         checkpoint=CheckpointPolicy(interval=200, retain_interval=1000, asynchronous=False),
         data=ChatBlend("data", (1.0,), ("chat",)),

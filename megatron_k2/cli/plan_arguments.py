@@ -40,6 +40,12 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         help="packed documents, as fine-tuning has them: tokens that attention reaches over",
     )
+    batch.add_argument(
+        "--lora-rank",
+        type=int,
+        default=0,
+        help="adapters of this rank on every linear, over frozen weights (default: all trains)",
+    )
     layout = found.add_argument_group("layout (default: the report's PP 16 x EP 16)")
     layout.add_argument("--tp", type=int, default=1)
     layout.add_argument("--pp", type=int, default=16)
@@ -126,6 +132,7 @@ def request_from(
         cp=arguments.cp,
         micro_batch_size=arguments.micro_batch_size,
         document_tokens=arguments.document_tokens,
+        lora_rank=arguments.lora_rank,
         recompute=frozenset() if names == ["none"] else frozenset(names),
         fp8_storage=not arguments.no_fp8_storage,
         modules=arguments.transformer_impl,

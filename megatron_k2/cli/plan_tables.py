@@ -38,6 +38,7 @@ def facts(e: "Estimate", tokens: float) -> dict[str, Any]:
         "ranks": [
             {
                 "parameters": m.parameters.total,
+                "frozen": m.frozen,
                 **{name: getattr(m, name) for name in MEMORY_COLUMNS},
                 "optimizer_step": m.optimizer_step,
                 "total": m.total,

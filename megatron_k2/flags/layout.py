@@ -17,13 +17,14 @@ RECOMPUTE_MODULES: dict[Recompute, str] = {
 
 
 def layout_flags(r: RunRequest) -> list[str]:
-    """Parallel degrees, the split of layers over pipeline ranks, sequence and batch."""
+    """Parallel degrees, the split of layers over pipeline ranks, sequence, batch, adapters."""
     batch = f"""
         --seq-length {r.seq_length} --max-position-embeddings {r.seq_length}
         --micro-batch-size {r.micro_batch_size} --global-batch-size {r.sequences_per_step}
     """.split()
     split = ["--pipeline-model-parallel-layout", megatron_layout(r.chunks())] if r.pp > 1 else []
-    return [*r.degree_flags(), *batch, *split]
+    adapters = ["--lora-rank", str(r.lora_rank)] if r.lora_rank else []
+    return [*r.degree_flags(), *batch, *split, *adapters]
 
 
 def memory_flags(r: RunRequest) -> list[str]:

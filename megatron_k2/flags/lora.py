@@ -70,14 +70,14 @@ def base_of(run: Path) -> str | None:
 
 
 def over_base(words: list[str], typed: list[str]) -> list[str]:
-    """The flag list with the base of adapters named and what goes with them; else as it is.
+    """The flag list with the base of adapters named, and what goes with them; else as it is.
 
     Args:
         words: expanded so far.
         typed: the user's own among them.
 
     Raises:
-        UserError: no base, or another than the adapters'.
+        UserError: another base than the adapters'.
     """
     if last_value(words, RANK) is None:
         _refuse_without_rank(words)
@@ -87,6 +87,22 @@ def over_base(words: list[str], typed: list[str]) -> list[str]:
     if last_value(typed, BALANCE) is None:  # a frozen router is not taught by it
         settled += [BALANCE, "none"]
     return [*words, *settled]
+
+
+def check_base(flags: RunFlags) -> None:
+    """Refuse adapters without weights to stand on.
+
+    Raises:
+        UserError: naming what was given, and the way out.
+    """
+    if flags.lora_base is not None:
+        return
+    given = flags.load or flags.pretrained_checkpoint
+    found = "" if given is None or given == flags.save else f" ({given} is not there)"
+    raise UserError(
+        f"{RANK} without weights to stand on{found}: give --load RUN, a whole model's "
+        "('megatron-k2 convert import' makes one of a release), or a run of adapters to go on from"
+    )
 
 
 def adapters_sentence(flags: RunFlags) -> str | None:
@@ -123,7 +139,7 @@ def _with_base(words: list[str]) -> list[str]:
         if (value := last_value(words, flag)) is not None:
             source, name = value, flag
     base = None if given is None else _checkpoint(given)
-    if source is not None and not _is_own(source, words):
+    if source is not None and Path(source).exists() and not _is_own(source, words):
         theirs = base_of(Path(source))
         if theirs is None:
             at = last_value(words, "--ckpt-step")
@@ -137,11 +153,8 @@ def _with_base(words: list[str]) -> list[str]:
         else:
             base = theirs
     base = _as_begun(base, words)
-    if base is None:
-        raise UserError(
-            f"{RANK} without weights to stand on: give --load RUN, a whole model's ('megatron-k2 "
-            "convert import' makes one of a release), or a run of adapters to go on from"
-        )
+    if base is None:  # ``check_base`` refuses it, where the run is; a recipe is written without
+        return words
     return [*words, BASE, base]
 
 

@@ -55,6 +55,11 @@ def check_start(recipe: Recipe, save: str, start_from: str | None) -> None:
     Raises:
         UserError: naming the recipe that leaves it.
     """
+    if start_from is None and recipe.layout.lora_rank and not has_tracker(Path(save)):
+        raise UserError(
+            f"{recipe.name} trains adapters over weights that it does not have: give --start-from "
+            "DIR, a run's or what 'megatron-k2 convert import' wrote"
+        )
     if start_from is None or any(has_tracker(Path(d)) for d in (save, start_from)):
         return
     first = f"run {recipe.previous} first, or " if recipe.previous else ""

@@ -19,6 +19,7 @@ from megatron_k2.launch.cluster import Cluster
 from megatron_k2.launch.environment import cluster_environment
 from megatron_k2.launch.jobs import note
 from megatron_k2.launch.recipe import Recipe
+from megatron_k2.planning.cost.adapters import total_elements
 from megatron_k2.planning.cost.memory import MUON_STATE_BYTES, WEIGHT_BYTES
 from megatron_k2.planning.cost.params import count_parameters
 from megatron_k2.planning.gpus import GPUS_PER_NODE
@@ -124,7 +125,9 @@ def check_arguments(recipe: Recipe) -> list[str]:
     """What ``launch/node_check.py`` is to expect; the training's flags follow."""
     ranks = recipe.layout.world_size
     gpus = 0 if recipe.is_cpu else ranks // num_nodes(recipe)
-    parameters = count_parameters(recipe.preset).total
+    lora_rank = recipe.layout.lora_rank
+    whole = count_parameters(recipe.preset).total
+    parameters = total_elements(recipe.preset, lora_rank) if lora_rank else whole
     gigabytes = parameters * (WEIGHT_BYTES + MUON_STATE_BYTES) / 1e9
     wanted = {"ranks": ranks, "gpus": gpus, "checkpoint-gb": f"{gigabytes:.0f}"}
     return [word for name, value in wanted.items() for word in (f"--{name}", str(value))]

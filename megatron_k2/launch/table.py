@@ -84,8 +84,11 @@ def _loss(recipe: Recipe) -> list[Row]:
 
 def _start(recipe: Recipe, start_from: str | None) -> Row:
     if start_from is None:
-        return Row("starts from", "random weights")
+        nothing = "nothing yet: the frozen weights are --start-from's"
+        return Row("starts from", nothing if recipe.layout.lora_rank else "random weights")
     with_what = "weights and optimizer" if recipe.keeps_optimizer else "weights, empty momentum"
+    if recipe.layout.lora_rank:
+        with_what = f"frozen weights under adapters of rank {recipe.layout.lora_rank}"
     return Row("starts from", f"{start_from}: {with_what}", source_of(recipe, "keeps_optimizer"))
 
 

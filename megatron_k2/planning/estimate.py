@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_k2.planning.cost import traffic
 from megatron_k2.planning.cost.activations import formed_again_bytes
+from megatron_k2.planning.cost.adapters import layer_flops
 from megatron_k2.planning.cost.flops import (
     Flops,
     attention_forward,
@@ -139,6 +140,10 @@ def layer_cost(r: RunRequest, a: Assumptions, *, is_moe: bool = True) -> ChunkCo
     attention = attention_forward(p, r.attended_length, is_packed=is_widened)
     mlp = mlp_forward(p, is_moe=is_moe)
     again = Flops(up_projections(p) if "mla_up" in r.recompute else 0.0)
+    weights = weight_gradients(attention) + weight_gradients(mlp)
+    if r.lora_rank:  # of frozen weights there is no gradient; the adapters' go with the MLP's
+        weights = Flops(*layer_flops(p, r.lora_rank, is_moe=is_moe))
+        mlp += weights
     per_byte = tokens / (r.gpu.hbm_gb_per_s * 1e9 * a.hbm)
     attention_again, mlp_again = (
         per_byte * size for size in formed_again_bytes(p, r.tp, r.recompute, is_moe=is_moe)
@@ -158,7 +163,7 @@ def layer_cost(r: RunRequest, a: Assumptions, *, is_moe: bool = True) -> ChunkCo
         + 2 * context
         + traffic.network_seconds(r, split.backward, r.tp, a.links),
         mlp_backward=seconds(input_gradients(mlp)) + mlp_again,
-        weight_gradients=seconds(weight_gradients(attention) + weight_gradients(mlp)),
+        weight_gradients=seconds(weights),
         dispatch=_dispatch_seconds(r, a) if is_moe else 0.0,
         send=0.0,
         offload=moved / (r.gpu.pcie_gb_per_s * 1e9 * a.part("host")),
@@ -183,7 +188,8 @@ def _chunk_cost(
         mlp_forward=sum(c.mlp_forward for c in layers) + head_seconds,
         attention_backward=sum(c.attention_backward for c in layers),
         mlp_backward=sum(c.mlp_backward for c in layers) + head_seconds,
-        weight_gradients=sum(c.weight_gradients for c in layers) + head_seconds,
+        weight_gradients=sum(c.weight_gradients for c in layers)
+        + (0.0 if r.lora_rank else head_seconds),
         dispatch=sum(c.dispatch for c in layers),
         send=send,
         offload=sum(c.offload for c in layers),
@@ -213,7 +219,7 @@ def _optimizer(r: RunRequest, memory: tuple[Memory, ...], a: Assumptions) -> _Op
     moved = max(t.gradients + t.weights + t.muonclip for t in once)
     # Matrices are planned evenly over all ranks of the world (optimizer/sharded/homes.py).
     rate = r.gpu.bf16_tflops * 1e12 * a.part("newton_schulz")
-    orthogonal = orthogonalisation(r.preset) / r.world_size / rate
+    orthogonal = orthogonalisation(r.preset, r.lora_rank) / r.world_size / rate
     group = r.tp * r.data_ranks
     moving = max(m.optimizer_on_host for m in memory)
     return _OptimizerSeconds(
@@ -264,6 +270,7 @@ def estimate(r: RunRequest, a: Assumptions | None = None) -> Estimate:
     step = pipeline + optimizer.total
     moved = [traffic.host_traffic(r, rank, m.parameters) for rank, m in enumerate(memory)]
     useful = model_flops_per_token(r.preset, r.attended_length) * r.tokens_per_step
+    useful *= 2 / 3 if r.lora_rank else 1  # forward, and gradients of inputs alone
     return Estimate(
         request=r,
         memory=memory,

@@ -39,6 +39,8 @@ class RunRequest(Layout):
     document_tokens: int = 0
     """Of packed documents: tokens that attention reaches over, the mean of their squares over the
     mean of their lengths; 0 for one document of the whole sequence."""
+    lora_rank: int = 0
+    """Of adapters on every linear, over frozen weights; 0: all of the model trains."""
     micro_batch_size: int = 1
     """Sequences that pass through a rank at once."""
     recompute: frozenset[Recompute] = REPORT_RECOMPUTE
@@ -62,6 +64,10 @@ class RunRequest(Layout):
         for name in ("activation_offload", "optimizer_offload"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}={getattr(self, name)}: a fraction from 0 to 1 is expected")
+        if self.lora_rank < 0:
+            raise UserError(
+                f"lora_rank={self.lora_rank}: a rank from 1, or 0 for none, is expected"
+            )
         if self.document_tokens < 0 or (self.document_tokens and self.micro_batch_size > 1):
             raise UserError(
                 f"document_tokens={self.document_tokens}, micro_batch_size="

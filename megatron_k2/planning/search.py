@@ -16,9 +16,10 @@ from megatron_k2.planning.cost.memory import (
     GRADIENT_BYTES,
     WEIGHT_BYTES,
     Parameters,
+    frozen_elements,
     optimizer_bytes,
     optimizer_step_bytes,
-    rank_parameters,
+    trained_parameters,
 )
 from megatron_k2.planning.estimate import (
     Assumptions,
@@ -108,8 +109,10 @@ def _can_split(num_layers: int, pp: int, vpp: int) -> bool:
 
 
 @functools.cache
-def _parameters(p: ModelPreset, tp: int, pp: int, vpp: int, ep: int) -> list[Parameters]:
-    """Parameters of the ranks that could be fullest: the first two and the last."""
+def _parameters(
+    p: ModelPreset, tp: int, pp: int, vpp: int, ep: int, lora_rank: int
+) -> list[tuple[Parameters, int]]:
+    """(what trains, what is frozen) of the ranks that could be fullest: first two and the last."""
     r = RunRequest(
         preset=p,
         gpu=next(iter(GPUS.values())),
@@ -120,8 +123,10 @@ def _parameters(p: ModelPreset, tp: int, pp: int, vpp: int, ep: int) -> list[Par
         pp=pp,
         vpp=vpp,
         ep=ep,
+        lora_rank=lora_rank,
     )
-    return [rank_parameters(r, rank) for rank in sorted({0, min(1, pp - 1), pp - 1})]
+    ranks = sorted({0, min(1, pp - 1), pp - 1})
+    return [(trained_parameters(r, rank), frozen_elements(r, rank)) for rank in ranks]
 
 
 @dataclass(frozen=True)
@@ -143,9 +148,13 @@ def quick_memory(r: RunRequest) -> QuickMemory:
     longest = _longest_chunk(r.preset.num_layers, r.pp, r.vpp)
     shape = ScheduleShape(r.pp, r.vpp, r.num_microbatches, r.has_overlap and r.vpp > 1)
     live = min(num_warmup(shape, min(1, r.pp - 1)) + 1, r.num_microbatches * r.vpp)
-    ranks = _parameters(r.preset, r.tp, r.pp, r.vpp, r.ep)
+    both = _parameters(r.preset, r.tp, r.pp, r.vpp, r.ep, r.lora_rank)
+    ranks = [trained for trained, _ in both]
     return QuickMemory(
-        fixed=(WEIGHT_BYTES + GRADIENT_BYTES) * max(p.total for p in ranks),
+        fixed=max(
+            (WEIGHT_BYTES + GRADIENT_BYTES) * trained.total + WEIGHT_BYTES * frozen
+            for trained, frozen in both
+        ),
         optimizer=max(optimizer_bytes(r, p) for p in ranks),
         step={is_on_host: _step_bytes(r, is_on_host, ranks) for is_on_host in (False, True)},
         tokens_alive=float(live * longest * r.tokens_per_microbatch),

@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_k2.errors import UserError
 from megatron_k2.flags.data import check_files, check_same_data, training_contents
+from megatron_k2.flags.lora import check_base
 from megatron_k2.flags.words import last_value
 from megatron_k2.fp8.compute import check_fp8
 from megatron_k2.host.repairs import (
@@ -90,8 +91,8 @@ def _check_lora(flags: RunFlags) -> None:
             "--lora-rank with --fp8-format or --fp4-format: Transformer Engine's products are "
             "those of its own linears, adapters stand beside Megatron's; drop the format"
         )
-    if flags.lora_base is not None:
-        _check_shape(Path(flags.lora_base).parent, flags)
+    check_base(flags)
+    _check_shape(Path(str(flags.lora_base)).parent, flags)
 
 
 def _check_phase_start(flags: RunFlags) -> None:

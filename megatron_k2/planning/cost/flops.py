@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from megatron_k2.optimizer.newton_schulz.coefficients import coefficient_set
 from megatron_k2.optimizer.newton_schulz.cost import newton_schulz_flops
 from megatron_k2.optimizer.newton_schulz.gram_restarts import restart_segments
+from megatron_k2.planning.cost.adapters import matrix_shapes as adapter_shapes
 from megatron_k2.planning.cost.matrices import matrix_shapes
 from megatron_k2.presets import ModelPreset
 
@@ -101,12 +102,15 @@ def newton_schulz_segments(p: ModelPreset) -> tuple[int, ...]:
 
 
 @functools.cache
-def orthogonalisation(p: ModelPreset) -> int:
+def orthogonalisation(p: ModelPreset, lora_rank: int = 0) -> int:
     """Newton-Schulz on every matrix of the model once: one optimizer step of the whole world.
+
+    With ``lora_rank`` on every factor of its adapters.
 
     What is executed on GPUs by default: of the plain and the Gram form the cheaper one for each
     shape, symmetric products formed whole. ``plan optimizer`` sums the same over its ranks.
     """
     segments = newton_schulz_segments(p)
-    shapes = matrix_shapes(p).items()
+    of_model = matrix_shapes(p) if not lora_rank else adapter_shapes(p, lora_rank)
+    shapes = of_model.items()
     return sum(count * newton_schulz_flops(*shape, segments) for shape, count in shapes)

@@ -17,6 +17,7 @@ from megatron_k2.planning.cost.activations import (
     layer_bytes,
     packed_attention_bytes,
 )
+from megatron_k2.planning.cost.adapters import kept_bytes, layer_elements
 from megatron_k2.planning.cost.offload import movable
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.planning.schedule.chunks import Chunk
@@ -99,11 +100,34 @@ def rank_parameters(r: RunRequest, rank: int) -> Parameters:
     return found
 
 
+def trained_parameters(r: RunRequest, rank: int) -> Parameters:
+    """What of a GPU of pipeline rank ``rank`` trains: all of it, or its adapters."""
+    if not r.lora_rank:
+        return rank_parameters(r, rank)
+    found = Parameters(0, 0, 0)
+    for chunk in r.chunks():
+        if chunk.rank != rank:
+            continue
+        for layer in chunk.layers:
+            is_moe = layer >= r.preset.num_dense_layers
+            dense, experts = layer_elements(r.preset, r.lora_rank, is_moe=is_moe, tp=r.tp, ep=r.ep)
+            found += Parameters(dense, experts, 0)
+    return found
+
+
+def frozen_elements(r: RunRequest, rank: int) -> int:
+    """What of a GPU of pipeline rank ``rank`` does not train: under adapters, their base."""
+    return rank_parameters(r, rank).total if r.lora_rank else 0
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one GPU of a pipeline rank at its fullest."""
 
     parameters: Parameters
+    """Those that train."""
+    frozen: int
+    """Elements that do not: no gradient, no state."""
     weights: float
     gradients: float
     optimizer: float
@@ -172,6 +196,8 @@ def layer_activations(r: RunRequest, *, is_moe: bool) -> Activations:
         fp8_storage=r.fp8_storage,
         modules=r.modules,
     )
+    if r.lora_rank:
+        kept += r.tokens_per_microbatch * kept_bytes(r.preset, r.lora_rank, is_moe=is_moe)
     packed = 0.0
     if r.document_tokens and r.modules == "transformer_engine":
         packed = r.tokens_per_microbatch * packed_attention_bytes(r.preset, r.tp, r.recompute)
@@ -205,14 +231,16 @@ def rank_activations(r: RunRequest, rank: int) -> Activations:
 
 def rank_memory(r: RunRequest, rank: int, reserved_gb: float = RESERVED_GB) -> Memory:
     """All bytes on a GPU of pipeline rank ``rank``."""
-    parameters = rank_parameters(r, rank)
+    parameters = trained_parameters(r, rank)
+    frozen = frozen_elements(r, rank)
     layers = [layer for chunk in r.chunks() if chunk.rank == rank for layer in chunk.layers]
     has_dense_layer = any(layer < r.preset.num_dense_layers for layer in layers)
     optimizer = optimizer_bytes(r, parameters)
     activations = rank_activations(r, rank)
     return Memory(
         parameters=parameters,
-        weights=WEIGHT_BYTES * parameters.total,
+        frozen=frozen,
+        weights=WEIGHT_BYTES * (parameters.total + frozen),
         gradients=GRADIENT_BYTES * parameters.total,
         optimizer=optimizer * (1 - r.optimizer_offload),
         optimizer_on_host=optimizer * r.optimizer_offload,

@@ -11,6 +11,8 @@ import torch
 
 from megatron_k2.errors import UserError
 from megatron_k2.model.lora.settings import TARGETS, parse_targets, settings_of
+from megatron_k2.optimizer.param_groups import muon_matrices
+from megatron_k2.planning.cost.adapters import matrix_shapes, total_elements
 from tests.support.devices import DEVICES
 from tests.support.single_rank import SMALL, build, one_rank, randomise
 
@@ -142,6 +144,22 @@ def test_the_checkpoint_is_the_adapters_alone():
     name = min(state)
     with pytest.raises(RuntimeError, match="lacks"):
         model.load_state_dict({k: v for k, v in state.items() if k != name})
+
+
+def test_gradient_buffers_hold_the_planners_count_and_nothing_frozen():
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    model = build(SMALL, *LORA)
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]
+    in_buffers = {param for buffer in buffers for param in buffer.params}
+    trained = {param for param in model.parameters() if param.requires_grad}
+    assert in_buffers == trained
+    assert sum(param.numel() for param in trained) == total_elements(SMALL, RANK)
+    assert not any(hasattr(p, "main_grad") for p in model.parameters() if not p.requires_grad)
+    specs = muon_matrices([model])
+    assert set(specs) == trained, "A and B are Muon's"
+    assert sum(spec.num_blocks for spec in specs.values()) == matrix_shapes(SMALL, RANK).total()
 
 
 def test_targets_choose_where_adapters_stand():
