@@ -4,37 +4,69 @@ import json
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_k2.run.metrics import METRICS_FILE, read_records
 from megatron_k2.terminal import show, table
 
 FORMAT_EXACT, EXACT = 0.95, 0.50
 LAST_STEPS = 20
+COLUMNS = {"run": "all weights", "adapters": "adapters, rank 16"}
+"""Directory of a run -> heading."""
+
+
+def read_answers(out: Path, run: str) -> dict[str, Any]:
+    """What ``evaluate.py`` wrote of a run."""
+    found: dict[str, Any] = json.loads((out / f"answers_{run}.json").read_text())
+    return found
+
+
+def losses_of(run: Path) -> tuple[int, float, float]:
+    """Steps, loss of the first, mean of the last; no pack is seen twice, so each is of new ones."""
+    losses = [record.loss for record in read_records(run / METRICS_FILE)]
+    return len(losses), losses[0], statistics.fmean(losses[-LAST_STEPS:])
+
+
+def show_columns(out: Path) -> None:
+    """Full fine-tuning and adapters side by side."""
+    listed = table("", *COLUMNS.values())
+    rows: dict[str, list[str]] = {}
+    for run in COLUMNS:
+        steps, before, after = losses_of(out / run)
+        answers = read_answers(out, run)
+        held_out, other = answers["held_out"], answers["other_module"]
+        for name, text in (
+            ("steps", f"{steps}"),
+            (f"loss of targets, first step -> last {LAST_STEPS}", f"{before:.3f} -> {after:.3f}"),
+            ("held-out arguments: format, wanted call", _pair(held_out)),
+            ("a module never trained on: format, wanted call", _pair(other)),
+        ):
+            rows.setdefault(name, []).append(text)
+    for name, texts in rows.items():
+        listed.add_row(name, *texts)
+    show(listed)
+
+
+def _pair(answers: dict[str, float]) -> str:
+    return f"{answers['format']:.0%}, {answers['exact']:.0%}"
 
 
 def main(out: Path) -> int:
-    """One epoch: no pack is seen twice, so a step's loss is that of packs it never saw."""
-    losses = [record.loss for record in read_records(out / "run" / METRICS_FILE)]
-    before, after = losses[0], statistics.fmean(losses[-LAST_STEPS:])
-    answers = json.loads((out / "answers.json").read_text())
-    held_out, other = answers["held_out"], answers["other_module"]
+    """Both columns, and whether full fine-tuning met its bars."""
+    show_columns(out)
+    held_out = read_answers(out, "run")["held_out"]
     bars = [
         ("calls in the exact format, held-out arguments", held_out["format"], FORMAT_EXACT),
         ("the wanted call, held-out arguments", held_out["exact"], EXACT),
     ]
     failed = False
-    listed = table("bar", "measured", "wanted", "")
+    listed = table("bar, all weights", "measured", "wanted", "")
     for name, value, bound in bars:
         failed |= value < bound
         verdict = "ok" if value >= bound else "NOT MET"
         listed.add_row(name, f"{value:.0%}", f">= {bound:.0%}", verdict)
     show(listed)
-    print(
-        f"loss of targets {before:.3f} -> {after:.3f} nats (first step, mean of the last "
-        f"{LAST_STEPS}); a module never trained on: format {other['format']:.0%}, the wanted call "
-        f"{other['exact']:.0%}\nanswers: {out / 'answers.json'}; curves: "
-        f"{out / 'run' / 'report.png'}"
-    )
+    print(f"answers: {out}/answers_*.json; curves: {out / 'run' / 'report.png'}")
     return int(failed)
 
 

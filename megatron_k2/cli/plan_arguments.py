@@ -46,6 +46,9 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         help="adapters of this rank on every linear, over frozen weights (default: all trains)",
     )
+    batch.add_argument(
+        "--lora-base-fp8", action="store_true", help="the frozen linears are held in block FP8"
+    )
     layout = found.add_argument_group("layout (default: the report's PP 16 x EP 16)")
     layout.add_argument("--tp", type=int, default=1)
     layout.add_argument("--pp", type=int, default=16)
@@ -133,8 +136,9 @@ def request_from(
         micro_batch_size=arguments.micro_batch_size,
         document_tokens=arguments.document_tokens,
         lora_rank=arguments.lora_rank,
+        lora_base_fp8=arguments.lora_base_fp8,
         recompute=frozenset() if names == ["none"] else frozenset(names),
-        fp8_storage=not arguments.no_fp8_storage,
+        fp8_storage=not (arguments.no_fp8_storage or arguments.lora_base_fp8),
         modules=arguments.transformer_impl,
         has_overlap=not arguments.no_overlap,
     )

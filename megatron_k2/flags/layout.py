@@ -24,6 +24,7 @@ def layout_flags(r: RunRequest) -> list[str]:
     """.split()
     split = ["--pipeline-model-parallel-layout", megatron_layout(r.chunks())] if r.pp > 1 else []
     adapters = ["--lora-rank", str(r.lora_rank)] if r.lora_rank else []
+    adapters += ["--lora-base-fp8"] if r.lora_base_fp8 else []
     return [*r.degree_flags(), *batch, *split, *adapters]
 
 

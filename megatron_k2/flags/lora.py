@@ -17,7 +17,7 @@ from megatron_k2.run.flags import RunFlags
 from megatron_k2.run.iterations import find_iteration, resumable_iteration
 from megatron_k2.run.record import RUN_RECORD, read_run_record
 
-RANK, BASE = "--lora-rank", "--lora-base"
+RANK, BASE, BASE_FP8 = "--lora-rank", "--lora-base", "--lora-base-fp8"
 _OTHERS = ("--lora-alpha", "--lora-targets", "--lora-dropout", BASE)
 _OF_A_LOAD = ("--finetune", "--no-load-optim", "--no-load-rng", "--load-main-params-from-ckpt")
 BIAS_RATE = "--moe-router-bias-update-rate"
@@ -52,6 +52,11 @@ def add_lora_arguments(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=0.0,
         help="share of an adapter's input that training sets to zero",
+    )
+    group.add_argument(
+        BASE_FP8,
+        action="store_true",
+        help="hold the frozen linears in block FP8, as released; widened where they are used",
     )
     group.add_argument(
         BASE,
@@ -119,8 +124,8 @@ def adapters_sentence(flags: RunFlags) -> str | None:
 
 
 def _refuse_without_rank(words: list[str]) -> None:
-    for flag in _OTHERS:
-        if last_value(words, flag) is not None:
+    for flag in (*_OTHERS, BASE_FP8):
+        if flag in words:
             raise UserError(f"{flag} without {RANK}: give the adapters' rank, or drop {flag}")
     for flag in ("--load", "--pretrained-checkpoint", "--save"):
         given = last_value(words, flag)

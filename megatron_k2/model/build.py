@@ -80,8 +80,11 @@ class K2ModelBuilder(GPTModelBuilder):
             post_process=post_process,
             vp_stage=vp_stage,
         )
-        if isinstance(model, AdapterGPTModel) and config.lora and config.lora.base:
-            model.load_base(config.lora.base)
+        if isinstance(model, AdapterGPTModel) and config.lora is not None:
+            if config.lora.base is not None:
+                model.load_base(config.lora.base)
+            if config.lora.holds_fp8:
+                model.hold_base_in_fp8()
         if config.fp8_activation_storage:
             store_activations(model)
         if config.packs_documents:
@@ -170,6 +173,7 @@ def model_config_from_args(args: Namespace, num_ids: int | None = None) -> K2Mod
             args.lora_dropout,
             seed=args.seed,
             base=args.lora_base,
+            holds_fp8=args.lora_base_fp8,
         )
     transformer = config.transformer
     if args.fp8_activation_storage:

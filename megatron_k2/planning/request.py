@@ -41,6 +41,8 @@ class RunRequest(Layout):
     mean of their lengths; 0 for one document of the whole sequence."""
     lora_rank: int = 0
     """Of adapters on every linear, over frozen weights; 0: all of the model trains."""
+    lora_base_fp8: bool = False
+    """Whether the frozen linears are held in block FP8."""
     micro_batch_size: int = 1
     """Sequences that pass through a rank at once."""
     recompute: frozenset[Recompute] = REPORT_RECOMPUTE
@@ -67,6 +69,11 @@ class RunRequest(Layout):
         if self.lora_rank < 0:
             raise UserError(
                 f"lora_rank={self.lora_rank}: a rank from 1, or 0 for none, is expected"
+            )
+        if self.lora_base_fp8 and (self.fp8_storage or not self.lora_rank):
+            raise UserError(
+                "lora_base_fp8: needs lora_rank, and no fp8_storage, which decides what backward "
+                "keeps of the same products"
             )
         if self.document_tokens < 0 or (self.document_tokens and self.micro_batch_size > 1):
             raise UserError(

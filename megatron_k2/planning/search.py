@@ -16,7 +16,7 @@ from megatron_k2.planning.cost.memory import (
     GRADIENT_BYTES,
     WEIGHT_BYTES,
     Parameters,
-    frozen_elements,
+    frozen_bytes,
     optimizer_bytes,
     optimizer_step_bytes,
     trained_parameters,
@@ -110,9 +110,9 @@ def _can_split(num_layers: int, pp: int, vpp: int) -> bool:
 
 @functools.cache
 def _parameters(
-    p: ModelPreset, tp: int, pp: int, vpp: int, ep: int, lora_rank: int
-) -> list[tuple[Parameters, int]]:
-    """(what trains, what is frozen) of the ranks that could be fullest: first two and the last."""
+    p: ModelPreset, tp: int, pp: int, vpp: int, ep: int, lora: tuple[int, bool]
+) -> list[tuple[Parameters, float]]:
+    """(what trains, bytes of the rest) of the ranks that could be fullest: first two, the last."""
     r = RunRequest(
         preset=p,
         gpu=next(iter(GPUS.values())),
@@ -123,10 +123,11 @@ def _parameters(
         pp=pp,
         vpp=vpp,
         ep=ep,
-        lora_rank=lora_rank,
+        lora_rank=lora[0],
+        lora_base_fp8=lora[1],
     )
     ranks = sorted({0, min(1, pp - 1), pp - 1})
-    return [(trained_parameters(r, rank), frozen_elements(r, rank)) for rank in ranks]
+    return [(trained_parameters(r, rank), frozen_bytes(r, rank)) for rank in ranks]
 
 
 @dataclass(frozen=True)
@@ -148,12 +149,11 @@ def quick_memory(r: RunRequest) -> QuickMemory:
     longest = _longest_chunk(r.preset.num_layers, r.pp, r.vpp)
     shape = ScheduleShape(r.pp, r.vpp, r.num_microbatches, r.has_overlap and r.vpp > 1)
     live = min(num_warmup(shape, min(1, r.pp - 1)) + 1, r.num_microbatches * r.vpp)
-    both = _parameters(r.preset, r.tp, r.pp, r.vpp, r.ep, r.lora_rank)
+    both = _parameters(r.preset, r.tp, r.pp, r.vpp, r.ep, (r.lora_rank, r.lora_base_fp8))
     ranks = [trained for trained, _ in both]
     return QuickMemory(
         fixed=max(
-            (WEIGHT_BYTES + GRADIENT_BYTES) * trained.total + WEIGHT_BYTES * frozen
-            for trained, frozen in both
+            (WEIGHT_BYTES + GRADIENT_BYTES) * trained.total + frozen for trained, frozen in both
         ),
         optimizer=max(optimizer_bytes(r, p) for p in ranks),
         step={is_on_host: _step_bytes(r, is_on_host, ranks) for is_on_host in (False, True)},

@@ -81,6 +81,16 @@ def test_frozen_weights_have_neither_gradient_nor_state():
     assert (whole.frozen, whole.parameters) == (0, rank_parameters(plan, 1))
 
 
+def test_a_base_in_fp8_is_half_of_one_in_bf16():
+    plan = request(lora_base_fp8=True, fp8_storage=False)
+    held, wide = (rank_memory(p, 1).weights for p in (plan, request()))
+    assert 0.5 < held / wide < 0.52
+    smaller = replace(plan, world_size=16, pp=4, ep=4, cp=1, seq_length=4096)
+    assert not estimate(replace(smaller, lora_base_fp8=False)).fits
+    with pytest.raises(UserError, match="lora_base_fp8: needs lora_rank, and no fp8_storage"):
+        request(lora_base_fp8=True).check()
+
+
 def test_all_ranks_hold_the_model_and_its_adapters_once():
     plan = request()
     experts = sum(

@@ -6,12 +6,17 @@ from typing import Any, override
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_k2.errors import UserError
+from megatron_k2.fp8.frozen import hold_in_fp8
+from megatron_k2.model.experts import GroupedExperts
+from megatron_k2.model.linear import ReplicatedLinear
 from megatron_k2.model.lora.adapter import ADAPTER, LowRankAdapter
 
+_LINEARS = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
 _MARK = f".{ADAPTER}."
 _LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 _DECODER_LAYER = re.compile(r"^decoder\.layers\.\d+\.")
@@ -97,6 +102,28 @@ class AdapterGPTModel(GPTModel):
                 "run whose preset and sizes these are"
             ) from error
         super().load_state_dict({name: loaded[name] for name in wanted}, strict=False)
+
+    def hold_base_in_fp8(self) -> None:
+        """Hold the frozen linears of the layers in block FP8; embedding and head stay as they are.
+
+        The router too: its scores choose, and it is small.
+        """
+        experts = [module for module in self.modules() if isinstance(module, GroupedExperts)]
+        owners: list[tuple[torch.nn.Module, list[torch.nn.Module]]] = []
+        of_experts: set[int] = set()
+        for owner in experts:
+            holders: list[torch.nn.Module] = [
+                linear
+                for expert in owner.local_experts
+                for linear in (expert.linear_fc1, expert.linear_fc2)
+            ]
+            of_experts.update(map(id, holders))
+            owners.append((owner, holders))
+        for name, module in self.named_modules():
+            if isinstance(module, _LINEARS) and id(module) not in of_experts:
+                if name != "output_layer":
+                    owners.append((module, [module]))
+        hold_in_fp8(owners)
 
 
 def _whole_name(name: str, numbers: dict[str, int], offsets: dict[str, int]) -> str:

@@ -38,6 +38,8 @@ class LoraSettings:
     """Of A's first values; B begins as zeros."""
     base: str | None = None
     """The ``iter_*`` directory of the frozen weights; None: they stay as they were initialised."""
+    holds_fp8: bool = False
+    """Whether the frozen linears are held in block FP8 (``fp8/frozen.py``)."""
 
     @property
     def scale(self) -> float:
@@ -77,6 +79,7 @@ def settings_of(
     *,
     seed: int = 1234,
     base: str | None = None,
+    holds_fp8: bool = False,
 ) -> LoraSettings:
     """What the flags ask for.
 
@@ -87,6 +90,7 @@ def settings_of(
         dropout: from 0, below 1.
         seed: of A.
         base: the frozen weights' directory.
+        holds_fp8: whether they are held in block FP8.
 
     Raises:
         UserError: naming the flag.
@@ -99,4 +103,4 @@ def settings_of(
     if not 0 <= dropout < 1:
         raise UserError(f"--lora-dropout {dropout:g}: expected from 0, below 1")
     chosen = frozenset(TARGETS) if targets is None else parse_targets(targets)
-    return LoraSettings(rank, alpha, chosen, dropout, seed, base)
+    return LoraSettings(rank, alpha, chosen, dropout, seed, base, holds_fp8)

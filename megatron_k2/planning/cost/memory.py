@@ -25,6 +25,8 @@ from megatron_k2.planning.schedule.pipeline import ScheduleShape, peak_live
 from megatron_k2.presets import ModelPreset
 
 WEIGHT_BYTES, GRADIENT_BYTES = 2, 4
+BLOCK_FP8_BYTES = 1 + 4 / 128**2
+"""A weight in block FP8 with its part of a scale."""
 MUON_STATE_BYTES, ADAMW_STATE_BYTES = 8, 12
 EXCHANGE_BYTES = 2
 """An element in MuonClip's all-to-alls: bf16, the default of ``--muonclip-dtype``."""
@@ -118,6 +120,18 @@ def trained_parameters(r: RunRequest, rank: int) -> Parameters:
 def frozen_elements(r: RunRequest, rank: int) -> int:
     """What of a GPU of pipeline rank ``rank`` does not train: under adapters, their base."""
     return rank_parameters(r, rank).total if r.lora_rank else 0
+
+
+def frozen_bytes(r: RunRequest, rank: int) -> float:
+    """Of the frozen weights: bf16, or the layers' linears in block FP8 with their scales."""
+    elements = frozen_elements(r, rank)
+    if not r.lora_base_fp8:
+        return WEIGHT_BYTES * elements
+    base, p = rank_parameters(r, rank), r.preset
+    layers = [layer for chunk in r.chunks() if chunk.rank == rank for layer in chunk.layers]
+    routers = sum(layer >= p.num_dense_layers for layer in layers) * p.num_moe_experts
+    linears = base.dense_muon + base.expert_muon - routers * p.hidden_size
+    return BLOCK_FP8_BYTES * linears + WEIGHT_BYTES * (elements - linears)
 
 
 @dataclass(frozen=True)
@@ -240,7 +254,7 @@ def rank_memory(r: RunRequest, rank: int, reserved_gb: float = RESERVED_GB) -> M
     return Memory(
         parameters=parameters,
         frozen=frozen,
-        weights=WEIGHT_BYTES * (parameters.total + frozen),
+        weights=WEIGHT_BYTES * parameters.total + frozen_bytes(r, rank),
         gradients=GRADIENT_BYTES * parameters.total,
         optimizer=optimizer * (1 - r.optimizer_offload),
         optimizer_on_host=optimizer * r.optimizer_offload,

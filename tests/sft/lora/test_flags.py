@@ -85,6 +85,11 @@ def test_a_second_start_keeps_the_base_it_began_on(base, tmp_path):
     [
         ([*LORA], "--lora-rank without weights to stand on"),
         (["--lora-alpha", "8"], "--lora-alpha without --lora-rank"),
+        (["--lora-base-fp8"], "--lora-base-fp8 without --lora-rank"),
+        (
+            [*LORA, "--load", "{base}", "--lora-base-fp8", "--fp8-activation-storage"],
+            "both decide what backward keeps",
+        ),
         (["--load", "{run}"], "holds adapters alone: give --lora-rank"),
         ([*LORA, "--load", "{other}", "--save", "{run}"], "its adapters stand on"),
         ([*LORA, "--load", "{base}", "--save", "{other}"], "holds a run without adapters"),

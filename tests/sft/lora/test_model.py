@@ -6,6 +6,8 @@ the plain model's ``dW``: ``dB = scale dW Aᵀ``, ``dA = scale Bᵀ dW``. Tolera
 another order, 2e-5 of a tensor's largest magnitude.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,6 +15,9 @@ from megatron_k2.errors import UserError
 from megatron_k2.model.lora.settings import TARGETS, parse_targets, settings_of
 from megatron_k2.optimizer.param_groups import muon_matrices
 from megatron_k2.planning.cost.adapters import matrix_shapes, total_elements
+from megatron_k2.planning.cost.memory import rank_memory
+from megatron_k2.planning.gpus import get_gpu
+from megatron_k2.planning.request import RunRequest
 from tests.support.devices import DEVICES
 from tests.support.single_rank import SMALL, build, one_rank, randomise
 
@@ -160,6 +165,59 @@ def test_gradient_buffers_hold_the_planners_count_and_nothing_frozen():
     specs = muon_matrices([model])
     assert set(specs) == trained, "A and B are Muon's"
     assert sum(spec.num_blocks for spec in specs.values()) == matrix_shapes(SMALL, RANK).total()
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    ["", "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"],
+)
+def test_a_base_in_fp8_is_the_model_of_its_widened_weights(recompute):
+    """To the last bit in logits and factors' gradients; half of bf16's bytes."""
+    held = build(SMALL, *LORA, *recompute.split()).train()
+    plain = build(SMALL, *LORA, *recompute.split()).train()
+    for model in (held, plain):
+        randomise(model)
+    held.hold_base_in_fp8()
+    changed = 0
+    for name, param in plain.named_parameters():
+        holder, _, own = name.rpartition(".")
+        if own == "weight" and not param.requires_grad:
+            widened = held.get_submodule(holder).weight
+            changed += int(not torch.equal(widened, param))
+            param.data.copy_(widened)
+    assert changed == 3 * 5 + 2 + 2 * 2 * (1 + SMALL.num_moe_experts), "every linear of a layer"
+    found, loss = loss_of(held)
+    expected, plain_loss = loss_of(plain)
+    assert torch.equal(found, expected)
+    loss.backward()
+    plain_loss.backward()
+    gradients = {n: p.grad for n, p in plain.named_parameters() if p.requires_grad}
+    own = dict(held.named_parameters())
+    assert all(torch.equal(own[name].grad, grad) for name, grad in gradients.items())
+    kinds = {p.dtype for n, p in own.items() if "parametrizations" in n}
+    assert kinds == {torch.uint8}
+
+
+def test_bytes_of_a_base_in_fp8_are_the_planners():
+    """Within 2 %: the planner counts bf16, and no bias of the router; here the rest is fp32."""
+    preset = replace(SMALL, hidden_size=256, moe_ffn_hidden_size=128, ffn_hidden_size=512)
+    model = build(preset, *LORA)
+    model.hold_base_in_fp8()
+    plan = RunRequest(
+        preset=preset,
+        gpu=get_gpu("h200"),
+        world_size=1,
+        seq_length=64,
+        sequences_per_step=1,
+        lora_rank=RANK,
+        lora_base_fp8=True,
+        fp8_storage=False,
+    )
+    found = sum(2 * p.numel() for p in model.parameters() if p.dtype == torch.float32)
+    found += sum(p.numel() for p in model.parameters() if p.dtype == torch.uint8)
+    scales = (b for name, b in model.named_buffers() if name.endswith("scale_bits"))
+    found += sum(4 * b.numel() for b in scales)
+    assert rank_memory(plan, 0).weights == pytest.approx(found, rel=0.02)
 
 
 def test_targets_choose_where_adapters_stand():
