@@ -65,7 +65,8 @@ def speed_flags(r: RunRequest) -> list[str]:
         "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather".split()
     )
     if r.has_overlap and r.vpp > 1 and r.ep > 1:
-        flags += ["--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute"]
+        flags += ["--overlap-moe-expert-parallel-comm"]
+        flags += [] if r.lora_rank else ["--delay-wgrad-compute"]  # frozen: nothing to delay
     return flags
 
 

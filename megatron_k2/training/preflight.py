@@ -91,6 +91,11 @@ def _check_lora(flags: RunFlags) -> None:
             "--lora-rank with --fp8-format or --fp4-format: Transformer Engine's products are "
             "those of its own linears, adapters stand beside Megatron's; drop the format"
         )
+    if "--delay-wgrad-compute" in flags:
+        raise UserError(
+            "--delay-wgrad-compute with --lora-rank: a frozen weight has no gradient to delay; "
+            "drop it (--overlap-moe-expert-parallel-comm works without)"
+        )
     if "--lora-base-fp8" in flags and "--fp8-activation-storage" in flags:
         raise UserError(
             "--lora-base-fp8 with --fp8-activation-storage: both decide what backward keeps of the "

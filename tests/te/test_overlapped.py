@@ -2,10 +2,10 @@
 
 Megatron's combined 1F1B over PP2 x VPP2 x EP2 on four ranks, weight gradients delayed, MuonClip
 over ZeRO-1 with overlapped collectives; then the report's recompute, FP8 storage and offload too,
-which are the flags a plan writes. The same operations in another order of micro-batches and layers:
-losses, gradient norm, S_max and loads equal to the last digit; packed documents likewise, whose
-padding the schedule is not told of. Wrong variant: a step of another batch. Not
-exercised: streams, so nothing is hidden under anything here.
+which are the flags a plan writes; then adapters over a frozen base. The same operations in another
+order of micro-batches and layers: losses, gradient norm, S_max and loads equal to the last digit;
+packed documents likewise, whose padding the schedule is not told of. Wrong variant: a step of
+another batch. Not exercised: streams, so nothing is hidden under anything here.
 """
 
 import pytest
@@ -35,6 +35,8 @@ PACKED = (
     "--sft-data memory --moe-router-load-balancing-type none --moe-aux-loss-coeff 0 "
     "--qk-clip-threshold 0.05"
 ).split()
+ADAPTERS = "--lora-rank 8 --lr 1e-2 --lora-base {root}/plain/iter_0000002".split()
+"""Over what the first case leaves."""
 CASES = {
     "plain": [],
     "overlapped": OVERLAP,
@@ -42,6 +44,8 @@ CASES = {
     "memory, overlapped": [*MEMORY, *OVERLAP, *OFFLOAD],
     "packed, overlapped": [*PACKED, *MEMORY, *OVERLAP],
     "packed, memory": [*PACKED, *MEMORY],
+    "adapters, memory": [*ADAPTERS, *MEMORY],
+    "adapters, overlapped": [*ADAPTERS, *MEMORY, OVERLAP[0]],
     "another batch": [*OVERLAP, "--seed", "27"],
 }
 
@@ -49,11 +53,12 @@ CASES = {
 @pytest.fixture(scope="module", params=BACKENDS)
 def records(request, _transformer_engine, tmp_path_factory):
     root = tmp_path_factory.mktemp("overlapped")
-    cases = [
-        {"flags": [*MODEL, *TE, *RUN, *flags, "--save", str(root / name)], "record": None}
-        | ({"documents": 5} if "packed" in name else {})
-        for name, flags in CASES.items()
-    ]
+    cases = []
+    for name, flags in CASES.items():
+        own = [*flags, "--save", str(root / name)]
+        words = [*MODEL, *TE, *RUN, *(word.replace("{root}", str(root)) for word in own)]
+        packed = {"documents": 5} if "packed" in name else {}
+        cases.append({"flags": words, "record": None, **packed})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NVTE_CPU_OFFLOAD_V1", "1")
         run_ranks("tests.te.training_worker", 4, cases, root / "logs", request.param)
@@ -76,10 +81,12 @@ def numbers(records):
         ("plain", "overlapped"),
         ("memory", "memory, overlapped"),
         ("packed, memory", "packed, overlapped"),
+        ("adapters, memory", "adapters, overlapped"),
     ],
 )
 def test_overlapped_steps_are_the_others_to_the_last_digit(records, expected, found):
     assert len(records[expected]) == 2
-    assert any(record.num_clipped_heads for record in records[expected])
+    has_clipped = any(record.num_clipped_heads for record in records[expected])
+    assert has_clipped != ("adapters" in expected), "a frozen weight is not clipped"
     assert numbers(records[found]) == numbers(records[expected])
     assert numbers(records["another batch"])[0] != numbers(records[expected])[0]

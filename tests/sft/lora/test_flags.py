@@ -90,6 +90,7 @@ def test_a_second_start_keeps_the_base_it_began_on(base, tmp_path):
             [*LORA, "--load", "{base}", "--lora-base-fp8", "--fp8-activation-storage"],
             "both decide what backward keeps",
         ),
+        ([*LORA, "--load", "{base}", "--delay-wgrad-compute"], "no gradient to delay"),
         (["--load", "{run}"], "holds adapters alone: give --lora-rank"),
         ([*LORA, "--load", "{other}", "--save", "{run}"], "its adapters stand on"),
         ([*LORA, "--load", "{base}", "--save", "{other}"], "holds a run without adapters"),
