@@ -49,10 +49,13 @@ def test_bash_reads_it(script):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft"])
-def test_the_example_is_the_recipes_own_flags(stage, monkeypatch):
+@pytest.mark.parametrize(
+    ("stage", "where"),
+    [("pretrain", "256gpu_h800"), ("sft", "256gpu_h800"), ("lora", "32gpu_h200")],
+)
+def test_the_example_is_the_recipes_own_flags(stage, where, monkeypatch):
     monkeypatch.setattr(flags, "APEX_WEIGHT_GRADIENTS", "not_installed")  # it was written without
-    recipe = get_recipe(f"kimi_k2_{stage}_256gpu_h800")
+    recipe = get_recipe(f"kimi_k2_{stage}_{where}")
     save = f"runs/{recipe.name}"
     start_from = f"runs/{recipe.previous}" if recipe.previous else None
     text = (REPOSITORY / "examples" / f"{stage}_k2.sh").read_text()

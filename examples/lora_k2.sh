@@ -1,0 +1,151 @@
+#!/usr/bin/env bash
+# kimi_k2_lora_32gpu_h200: every flag, nothing looked up at run time.
+# Written by: megatron-k2 launch kimi_k2_lora_32gpu_h200 --print-args
+# Start it on every node with torchrun's own arguments (--nnodes, --node-rank, --rdzv-endpoint, …)
+# in TORCHRUN; further flags of Megatron may follow and win.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+flags=(
+  --distributed-backend nccl
+  --transformer-impl transformer_engine
+  --moe-grouped-gemm
+  --moe-permute-fusion
+  --moe-router-fusion
+  --cross-entropy-loss-fusion
+  --cross-entropy-fusion-impl native
+  --attention-backend fused
+  --no-rope-fusion
+  --no-gradient-accumulation-fusion
+  --preset kimi-k2
+  --num-layers 61
+  --hidden-size 7168
+  --ffn-hidden-size 18432
+  --num-attention-heads 64
+  --normalization RMSNorm
+  --norm-epsilon 1e-06
+  --swiglu
+  --disable-bias-linear
+  --untie-embeddings-and-output-weights
+  --init-method-std 0.02
+  --attention-dropout 0
+  --hidden-dropout 0
+  --position-embedding-type rope
+  --rotary-base 50000
+  --multi-latent-attention
+  --qk-layernorm
+  --kv-lora-rank 512
+  --qk-head-dim 128
+  --qk-pos-emb-head-dim 64
+  --v-head-dim 128
+  --latent-norm-epsilon 1e-06
+  --num-experts 384
+  --moe-layer-freq '([0]*1+[1]*60)'
+  --moe-ffn-hidden-size 2048
+  --moe-router-topk 8
+  --moe-shared-expert-intermediate-size 2048
+  --moe-router-score-function sigmoid
+  --moe-router-dtype fp32
+  --moe-router-enable-expert-bias
+  --moe-router-bias-update-rate 0.001
+  --moe-router-topk-scaling-factor 2.827
+  --moe-router-load-balancing-type seq_aux_loss
+  --moe-aux-loss-coeff 0.001
+  --moe-token-dispatcher-type alltoall
+  --make-vocab-size-divisible-by 1
+  --q-lora-rank 1536
+  --rope-type yarn
+  --rotary-scaling-factor 32.0
+  --mscale 1.0
+  --mscale-all-dim 1.0
+  --yarn-mla-beta-fast 1.0
+  --yarn-mla-beta-slow 1.0
+  --yarn-mla-original-max-position-embeddings 4096
+  --seq-length 4096
+  --max-position-embeddings 4096
+  --micro-batch-size 1
+  --global-batch-size 16384
+  --train-samples 3784179687
+  --lr 0.0002
+  --min-lr 2e-05
+  --lr-decay-style WSD
+  --lr-wsd-decay-style cosine
+  --lr-warmup-samples 8192000
+  --lr-decay-samples 3784179687
+  --lr-wsd-decay-samples 1342773437
+  --weight-decay 0.1
+  --clip-grad 1.0
+  --adam-beta1 0.9
+  --adam-beta2 0.95
+  --adam-eps 1e-08
+  --muon-momentum 0.95
+  --muon-nesterov
+  --muon-scale-mode spectral
+  --muon-extra-scale-factor 0.2
+  --muon-coefficient-type simple
+  --muon-num-ns-steps 5
+  --qk-clip-threshold 100.0
+  --calculate-per-token-loss
+  --no-create-attention-mask-in-dataloader
+  --ckpt-format torch_dist
+  --save-interval 100
+  --log-interval 10
+  --eval-interval 1000
+  --eval-iters 10
+  --micro-batch-size 1
+  --lr 2e-05
+  --min-lr 2e-06
+  --lr-decay-style cosine
+  --moe-router-load-balancing-type none
+  --moe-aux-loss-coeff 0
+  --sft-data data/chat
+  --transformer-impl transformer_engine
+  --tensor-model-parallel-size 1
+  --pipeline-model-parallel-size 8
+  --context-parallel-size 2
+  --expert-model-parallel-size 4
+  --expert-tensor-parallel-size 1
+  --seq-length 8192
+  --max-position-embeddings 8192
+  --micro-batch-size 1
+  --global-batch-size 64
+  --pipeline-model-parallel-layout 'Ettttttt|tttttttt|tttttttt|tttttttt|tttttttt|tttttttt|tttttttt|ttttttL'
+  --lora-rank 32
+  --bf16
+  --use-distributed-optimizer
+  --overlap-grad-reduce
+  --overlap-param-gather
+  --recompute-granularity selective
+  --recompute-modules layernorm moe_act mla_up_proj
+  --fp8-activation-storage
+  --seq-length 8192
+  --max-position-embeddings 8192
+  --global-batch-size 64
+  --train-samples 128000
+  --lr 0.0002
+  --min-lr 2e-05
+  --lr-decay-samples 128000
+  --lr-decay-style WSD
+  --lr-wsd-decay-style cosine
+  --lr-warmup-samples 640
+  --lr-wsd-decay-samples 127360
+  --tokenizer-type NullTokenizer
+  --null-tokenizer-eod-id 163585
+  --sft-loss token
+  --save-interval 200
+  --save-retain-interval 1000
+  --on-spike warn
+  --spike-nats 0.5
+  --spike-margin 10
+  --eval-iters 0
+  --exit-signal-handler
+  --save runs/kimi_k2_lora_32gpu_h200
+  --vocab-size 163840
+  --moe-router-bias-update-rate 0
+  --load runs/kimi_k2_lora_32gpu_h200
+  --tensorboard-dir runs/kimi_k2_lora_32gpu_h200/tensorboard
+  --optimizer adam
+  --muonclip
+  --dist-ckpt-optim-fully-reshardable
+)
+exec torchrun ${TORCHRUN:---nproc-per-node 8} examples/sft_k2.py "${flags[@]}" "$@"
