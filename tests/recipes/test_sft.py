@@ -59,7 +59,7 @@ def test_the_dry_run_names_program_loss_and_where_it_starts(capsys):
     assert "--start-from DIR" in found
 
 
-def test_recipes_of_adapters_name_their_rank_and_ask_for_their_base(capsys, tmp_path):
+def test_recipes_of_adapters_name_rank_and_ask_for_a_base(capsys, tmp_path, monkeypatch):
     recipe = get_recipe("kimi_k2_lora_32gpu_h200")
     flags = recipe.to_megatron_args("runs/b")
     assert last_value(flags, "--lora-rank") == "32"
@@ -72,16 +72,9 @@ def test_recipes_of_adapters_name_their_rank_and_ask_for_their_base(capsys, tmp_
     gigabytes = re.search(r"--checkpoint-gb (\d+)", found)
     assert gigabytes is not None
     assert 100 < int(gigabytes[1]) < 200, "of the adapters, not of the model"
-    twin = [
-        "launch",
-        "kimi_k2_lora_cpu",
-        "--executor",
-        "local",
-        "--set",
-        "data.root=" + str(tmp_path),
-    ]
-    assert main([*twin, "--start-from", str(tmp_path)]) == 2
-    assert "has no checkpoint to start from; run kimi_k2_pretrain_cpu" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)  # where no run lies
+    assert main(["launch", "kimi_k2_lora_cpu", "--executor", "local"]) == 2
+    assert "run kimi_k2_pretrain_cpu first" in capsys.readouterr().err
     names = {f"moonlight_16b_a3b_lora_{n}gpu_h800" for n in (8, 16, 32, 64)}
     assert names | {"kimi_k2_lora_64gpu_h800", "moonlight_16b_a3b_lora_cpu"} <= set(RECIPES)
 
