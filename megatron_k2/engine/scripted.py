@@ -5,6 +5,7 @@ mixed-up answer from the right one. ``answer_of`` says what an answer must be.
 """
 
 import asyncio
+import collections
 import hashlib
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -141,8 +142,7 @@ class ScriptedEngine:
         manifest: Callable[[], Manifest] | None = None,
     ) -> None:
         """Takes the version; the weights are drawn and dropped."""
-        for _ in weights:
-            await asyncio.sleep(0)
+        await asyncio.to_thread(collections.deque, weights, 0)
         self._version = version
 
     def health(self) -> Health:

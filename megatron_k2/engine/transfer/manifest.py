@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_k2.engine.protocol import UpdateCode, UpdateError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """That weights may be sent in."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """The reverse."""
