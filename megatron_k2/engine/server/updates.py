@@ -89,8 +89,6 @@ class WeightUpdates:
         self._task: asyncio.Task[None] | None = None
         self._version = ""
         self._starting = asyncio.Lock()
-        self.last: UpdateCode | None = None
-        """How the last round ended."""
 
     @property
     def is_open(self) -> bool:
@@ -114,8 +112,9 @@ class WeightUpdates:
             await self.abandon("another update began")
             feed = self._feed = _Feed(folder, self._seconds)
             self._version = version
-            update = self._engine.update_weights(feed.tensors(), version, feed.manifest)
-            self._task = asyncio.create_task(self._watched(update))
+            self._task = asyncio.create_task(
+                self._engine.update_weights(feed.tensors(), version, feed.manifest)
+            )
             self._task.add_done_callback(asyncio.Task.exception)  # told by whoever asks next
             await self._or_failed(feed.begun)
 
@@ -150,14 +149,6 @@ class WeightUpdates:
         if self._feed is not None and self._task is not None and self.is_open:
             self._feed.end(UpdateError(UpdateCode.SOURCE, why))
             await asyncio.wait({self._task})
-
-    async def _watched(self, update: Any) -> None:
-        try:
-            await update
-        except UpdateError as error:
-            self.last = error.code
-            raise
-        self.last = UpdateCode.OK
 
     async def _or_failed(self, done: Future[None]) -> None:
         """Wait for the engine, or for the round's failure."""
