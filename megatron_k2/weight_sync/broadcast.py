@@ -97,7 +97,7 @@ class Received:
         return header, packed
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors, each to be copied before the next.
+        """Names and tensors, views of the bucket: copy what is kept.
 
         Raises:
             UpdateError: the sender has gone or stopped, or a bucket is not the next one.

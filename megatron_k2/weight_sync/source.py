@@ -71,7 +71,7 @@ class WeightSource:
     def tensors(self) -> Generator[tuple[str, Tensor], None, None]:
         """One round: every weight once, on the root; nothing on the others, which must draw too.
 
-        Tensors share memory with the model or with the bucket: copy them before the next is drawn.
+        Tensors share memory with the model or with what was received: copy what is kept.
         Whoever stops early receives, and drops, what is under way, so that no rank waits for it.
 
         Raises:

@@ -47,6 +47,9 @@ class Sampling(BaseModel):
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="tokens of logprobs as 'token_id:7'; of completions alone"
+    )
     return_routed_experts: bool | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
 
