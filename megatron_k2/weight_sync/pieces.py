@@ -5,8 +5,8 @@ layouts, and the same seam. Nothing is copied, and nothing of a round is kept fo
 parameter whose storage was exchanged in between is seen anew.
 """
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,19 +60,26 @@ def pieces_of(stages: Sequence[torch.nn.Module], rank: int) -> Iterator[tuple[Bo
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
+    named = functools.cache(_names_in)  # an expert's entry lists all experts of its layer
     for stage in unwrap_model(list(stages)):
         state = stage.sharded_state_dict(metadata=metadata)
         apply_factories(state)
         for entry in nested_values(state):
             if isinstance(entry, ShardedTensor) and is_main_replica(entry.replica_id):
-                yield from _named(entry, rank)
+                yield from _parts(entry, named(entry.key, tuple(entry.global_shape)), rank)
 
 
-def _named(entry: ShardedTensor, rank: int) -> Iterator[tuple[Box, Tensor]]:
+def _names_in(key: str, shape: tuple[int, ...]) -> dict[tuple[int, ...], str]:
+    """Names of the tensors that a stored one stacks, by their place in it."""
+    dtype = Dtype.FP32  # not asked for: only names and places are
+    return {place.leading: name for name, place in locate(key, shape, dtype)}
+
+
+def _parts(
+    entry: ShardedTensor, names: Mapping[tuple[int, ...], str], rank: int
+) -> Iterator[tuple[Box, Tensor]]:
     """A stored tensor's parts; stacked layers and experts are apart here."""
     assert entry.data is not None
-    dtype = Dtype.FP32  # not asked for: only names and places are
-    names = {place.leading: name for name, place in locate(entry.key, entry.global_shape, dtype)}
     num_leading = len(next(iter(names)))
     stacked = [(entry.global_offset[: entry.prepend_axis_num], entry.data.detach())]
     for axis in range(entry.prepend_axis_num, num_leading):
@@ -105,4 +112,4 @@ def by_name(boxes: Sequence[Box]) -> dict[str, list[Box]]:
 
 def in_order(boxes: Sequence[Box]) -> list[Box]:
     """The same list on every rank."""
-    return sorted(boxes, key=lambda box: dataclasses.astuple(box))
+    return sorted(boxes, key=lambda box: (box.megatron, box.offset, box.rank))
