@@ -6,11 +6,13 @@ import re
 import pytest
 import torch
 
+from megatron_k2.checkpoint.hf.config import without_yarn
 from megatron_k2.engine.local.core import Core
 from megatron_k2.engine.local.engine import LocalEngine
 from megatron_k2.engine.local.weights import Weights
 from megatron_k2.engine.protocol import EngineError, Request, SamplingParams, UpdateCode
 from megatron_k2.errors import UserError
+from megatron_k2.model.moe import routers
 from megatron_k2.weight_sync.push import push
 from megatron_k2.weight_sync.source import WeightSource
 from tests.support.single_rank import SMALL, build, one_rank, randomise
@@ -205,3 +207,51 @@ def test_a_model_of_another_shape_is_refused_before_anything_is_sent(model):
         WeightSource([model], SMALL, bucket_bytes=0)
     with pytest.raises(UserError, match=r"expected torch\.float32 or"):
         WeightSource([model], SMALL, dtype=torch.float16)
+
+
+@torch.no_grad()
+def trainers_own(model, ids):
+    """Log-probabilities of ids from the second on, and experts [tokens][layers], by Megatron."""
+    maps = []
+    hooks = [
+        router.register_forward_hook(lambda _router, _given, found: maps.append(found[1]))
+        for router in routers([model])
+    ]
+    tokens = torch.tensor([ids])
+    logits = model.eval()(tokens, torch.arange(len(ids))[None], None)
+    for hook in hooks:
+        hook.remove()
+    scores = logits.float().log_softmax(-1)[0, :-1].gather(1, tokens[0, 1:, None])[:, 0]
+    routes = [
+        [frozenset(row.nonzero()[:, 0].tolist()) for row in each.view(len(ids), -1)]
+        for each in maps
+    ]
+    return scores, list(zip(*routes, strict=True))
+
+
+def test_the_engine_scores_and_routes_as_the_trainer_does(model):
+    """What a ratio of an update and a replay of routes rest on, prompt and answer."""
+    shape = without_yarn(SMALL)  # as ``build`` makes it
+    params = SamplingParams(max_tokens=20, prompt_logprobs=0, returns_routed_experts=True, seed=3)
+
+    async def whole():
+        weights = Weights(shape, torch.float32, torch.device("cpu"))
+        engine = LocalEngine(Core(weights, num_slots=1, max_length=64))
+        source = WeightSource([model], shape, dtype=torch.float32)
+        assert (await push(source, engine, "1")).is_whole
+        request = Request("a", tuple(range(40, 60)), params)
+        outputs = [output async for output in engine.generate(request)]
+        await engine.close()
+        return [token for o in outputs for token in (*o.prompt_tokens, *o.tokens)]
+
+    randomise(model, 5)
+    found = asyncio.run(whole())
+    scores, routes = trainers_own(model, [token.id for token in found])
+    ours = torch.tensor([token.logprob for token in found[1:]])
+    assert (ours - scores).abs().max() < 1e-5 * scores.abs().max()
+    assert found[-1].routed_experts is None  # never an input
+    assert [tuple(map(frozenset, t.routed_experts)) for t in found[:-1]] == routes[:-1]
+    randomise(model, 6)  # the wrong variant: the trainer has moved on
+    moved, other = trainers_own(model, [token.id for token in found])
+    assert (ours - moved).abs().max() > 0.1
+    assert other != routes
