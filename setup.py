@@ -50,6 +50,8 @@ EXTRAS = {
     # The server: FastAPI (MIT) reads and describes routes, uvicorn (BSD) speaks HTTP,
     # prometheus-client (Apache-2.0) counts.
     "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "prometheus-client>=0.20,<1"],
+    # The client of engines elsewhere: aiohttp (Apache-2.0).
+    "remote": ["aiohttp>=3.10,<4"],
     "dev": [
         "peft>=0.21,<0.22",  # Apache-2.0: the other side's reading of an exported adapter
         "openai>=2",  # Apache-2.0: the server's tests call it as users do

@@ -12,6 +12,7 @@ from megatron_k2.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_k2.engine.server.service import ServerLimits
+    from megatron_k2.engine.transfer.bucket_files import BucketFolder
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -33,7 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="cpu or cuda")
     add("--memory-gb", type=float, help="most that weights and slots may take")
     add("--api-key-env", metavar="NAME", help="environment variable that holds the key")
-    add("--admin", action="store_true", help="also /pause, /resume, /abort_requests")
+    add("--admin", action="store_true", help="also /pause, /resume, /abort_requests, new weights")
+    add("--weights-dir", type=Path, metavar="DIR", help="that new weights may come from (--admin)")
     add("--max-requests", type=int, default=2048, help="in flight (default: %(default)s)")
     add("--max-body-mb", type=float, default=8, help="(default: %(default)s)")
     add("--deadline", type=float, default=600, help="seconds of a request (default: %(default)s)")
@@ -87,7 +89,22 @@ def _exported(load: Path, tokenizer: Path | None, scratch: str) -> Path:
     return target
 
 
-def _run(arguments: argparse.Namespace, folder: Path, api_key: str | None) -> int:
+def _weights_folder(arguments: argparse.Namespace) -> "BucketFolder | None":
+    from megatron_k2.engine.transfer.bucket_files import BucketFolder
+
+    if arguments.weights_dir is None:
+        return None
+    if not arguments.admin:
+        raise UserError("--weights-dir is of use with --admin alone; give both, or neither")
+    return BucketFolder(arguments.weights_dir)
+
+
+def _run(
+    arguments: argparse.Namespace,
+    folder: Path,
+    api_key: str | None,
+    weights: "BucketFolder | None",
+) -> int:
     import asyncio
 
     import torch
@@ -111,7 +128,7 @@ def _run(arguments: argparse.Namespace, folder: Path, api_key: str | None) -> in
     )
     name = arguments.name or arguments.load.resolve().name
     service = Service(engine, tokenizer, name, limits)
-    app = make_app(service, api_key=api_key, has_admin=arguments.admin)
+    app = make_app(service, api_key=api_key, has_admin=arguments.admin, weights=weights)
     config = listening(app, arguments.host, arguments.port)
     asyncio.run(_serve(config, name))
     return 0
@@ -138,5 +155,7 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     _require_packages()
     api_key = _api_key(arguments)
+    weights = _weights_folder(arguments)
     with tempfile.TemporaryDirectory(prefix="megatron-k2-serve-") as scratch:
-        return _run(arguments, _exported(arguments.load, arguments.tokenizer, scratch), api_key)
+        folder = _exported(arguments.load, arguments.tokenizer, scratch)
+        return _run(arguments, folder, api_key, weights)

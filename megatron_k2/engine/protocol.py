@@ -5,13 +5,17 @@ elsewhere; evaluation, the gym's judges, synthesis and RL name none of them. An 
 ids only. Chat, tools and stop strings belong to what stands above it.
 """
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from enum import StrEnum
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from megatron_k2.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_k2.engine.transfer.manifest import Manifest
 
 FinishReason = Literal["stop", "length", "abort"]
 PauseMode = Literal["abort", "wait", "keep"]
@@ -160,6 +164,32 @@ class EngineError(RuntimeError):
     """The engine cannot answer, for a reason that is not the request's: dead, or half updated."""
 
 
+class UpdateCode(StrEnum):
+    """How a round of new weights ended."""
+
+    OK = "ok"
+    SOURCE = "source"
+    """The side that sends stopped: an error of its own, or it is gone."""
+    DELIVERY = "delivery"
+    """What came was cut, out of order, or of another round."""
+    WEIGHTS = "weights"
+    """A tensor was unknown, came twice, had another shape, or never came."""
+    CHECKSUM = "checksum"
+    """The engine holds other bits than were sent."""
+    VERSION = "version"
+    """The tag of what came, or of what the engine serves, is not the round's."""
+    ENGINE = "engine"
+    """It could not be reached, or failed."""
+
+
+class UpdateError(EngineError):
+    """A round of new weights that is not whole: the engine answers nothing until one is."""
+
+    def __init__(self, code: UpdateCode, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
 class Engine(Protocol):
     """Every engine. All of it is called from one event loop."""
 
@@ -189,16 +219,24 @@ class Engine(Protocol):
         """Go on."""
         ...
 
-    async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: str) -> None:
+    async def update_weights(
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        version: str,
+        manifest: "Callable[[], Manifest] | None" = None,
+    ) -> None:
         """Replace every weight; tokens computed from here on carry ``version``.
 
         Args:
             weights: Hugging Face names and tensors, all of them, in any order.
             version: Whatever the trainer calls them.
+            manifest: Asked once all have been drawn: what was sent. What the engine then holds must
+                be that, bit for bit.
 
         Raises:
-            EngineError: something was missing, unknown, or of another shape. The engine is then not
-                ready until an update succeeds, and answers nothing meanwhile.
+            UpdateError: something was missing, unknown, of another shape, or is not what was sent.
+                The engine is then not ready until an update succeeds, and answers nothing
+                meanwhile.
         """
         ...
 

@@ -5,8 +5,9 @@ mixed-up answer from the right one. ``answer_of`` says what an answer must be.
 """
 
 import asyncio
+import collections
 import hashlib
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,6 +24,7 @@ from megatron_k2.engine.protocol import (
     Token,
     check_request,
 )
+from megatron_k2.engine.transfer.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,14 @@ class ScriptedEngine:
         """See the protocol."""
         self._goes.set()
 
-    async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: str) -> None:
+    async def update_weights(
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        version: str,
+        manifest: Callable[[], Manifest] | None = None,
+    ) -> None:
         """Takes the version; the weights are drawn and dropped."""
-        for _ in weights:
-            await asyncio.sleep(0)
+        await asyncio.to_thread(collections.deque, weights, 0)
         self._version = version
 
     def health(self) -> Health:

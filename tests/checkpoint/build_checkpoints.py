@@ -151,7 +151,7 @@ def _randomise(model: torch.nn.Module) -> None:
         tensor.copy_(1 + 0.2 * noise if "norm" in name else 0.15 * noise)
 
 
-def _save(model: torch.nn.Module, directory: Path, rotary: str) -> None:
+def save(model: torch.nn.Module, directory: Path, rotary: str) -> None:
     from megatron.core import dist_checkpointing
 
     target = directory / f"iter_{ITERATION:07d}"
@@ -169,7 +169,7 @@ def _save(model: torch.nn.Module, directory: Path, rotary: str) -> None:
     dist_checkpointing.save(state, str(target))
 
 
-def _load(model: torch.nn.Module, directory: Path) -> None:
+def load(model: torch.nn.Module, directory: Path) -> None:
     from megatron.core import dist_checkpointing
 
     state = {"model": model.sharded_state_dict()}
@@ -202,7 +202,7 @@ def main(out: Path) -> None:
             model_parallel_cuda_manual_seed(1)
             model = build_model(**layout)
             if layout:
-                _load(model, out / "replicated")
+                load(model, out / "replicated")
             else:
                 _randomise(model)
                 state = {k: v for k, v in model.state_dict().items() if torch.is_tensor(v)}
@@ -210,7 +210,7 @@ def main(out: Path) -> None:
                     torch.save(state, out / "state.pt")
                 for rotary in ("rope", "yarn"):
                     _reference_logits(state, rotary, out / f"logits_{rotary}.pt")
-            _save(model, out / name, "yarn" if name == "tp2" else "rope")
+            save(model, out / name, "yarn" if name == "tp2" else "rope")
             parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

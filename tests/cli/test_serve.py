@@ -35,6 +35,8 @@ def test_without_the_extra_it_says_what_to_install(capsys, monkeypatch):
     [
         (["--host", "0.0.0.0"], "can be reached from other machines: give --api-key-env"),
         (["--api-key-env", "K2_NO_SUCH_VARIABLE"], "this variable is not set"),
+        (["--weights-dir", "."], "of use with --admin alone"),
+        (["--admin", "--weights-dir", "nowhere"], "nowhere is no directory; make it"),
         ([], "no such directory; expected a Hugging Face one, or a run"),
     ],
 )

@@ -1,6 +1,6 @@
 """The embedded engine without its thread: requests in, a step at a time, outputs out."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from megatron_k2.engine.local.sampling import choose, scored
 from megatron_k2.engine.local.scheduler import Scheduler, Sequence
 from megatron_k2.engine.local.weights import Weights
 from megatron_k2.engine.protocol import FinishReason, Output, Request, Token
+from megatron_k2.engine.transfer.manifest import Manifest
 from megatron_k2.errors import UserError
 
 STEP_TOKENS = 1024
@@ -71,13 +72,21 @@ class Core:
         gone = self.scheduler.remove(ids)
         return [(s.request.id, Output(tuple(s.held), finish_reason="abort")) for s in gone]
 
-    def update(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+    def update(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        version: str,
+        manifest: Callable[[], Manifest] | None = None,
+    ) -> None:
         """Replace every weight; sequences in flight are read again by the new ones.
 
         Raises:
             UserError: see ``Weights.load``; the weights are then a mixture.
+            UpdateError: they are not what ``manifest`` says was sent.
         """
         self.weights.load(tensors)
+        if manifest is not None:
+            manifest().require_held(self.weights.held, version)
         self.version = version
         self.scheduler.forget()
 

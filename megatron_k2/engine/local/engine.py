@@ -26,8 +26,11 @@ from megatron_k2.engine.protocol import (
     Output,
     PauseMode,
     Request,
+    UpdateCode,
+    UpdateError,
     check_request,
 )
+from megatron_k2.engine.transfer.manifest import Manifest
 from megatron_k2.errors import UserError
 
 
@@ -152,18 +155,23 @@ class LocalEngine:
         """See the protocol."""
         await self._do(self._go_on)
 
-    async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: str) -> None:
+    async def update_weights(
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        version: str,
+        manifest: Callable[[], Manifest] | None = None,
+    ) -> None:
         """See the protocol; ``weights`` is drawn on the engine's thread, between two steps."""
 
         def update() -> None:
             self._fault = f"weights {version!r} are half in"
             try:
-                self._core.update(weights, version)
+                self._core.update(weights, version, manifest)
             except Exception as error:
                 self._fault = f"the update to weights {version!r} failed: {error}"
                 self._core.abort(None)
                 self._fail(EngineError(self._fault))
-                raise EngineError(self._fault) from error
+                raise UpdateError(_code_of(error), self._fault) from error
             self._fault = ""
 
         await self._do(update)
@@ -268,6 +276,16 @@ class LocalEngine:
     def _fail(self, error: EngineError) -> None:
         for stream in list(self._streams.values()):
             stream.loop.call_soon_threadsafe(stream.put_nowait, error)
+
+
+def _code_of(error: Exception) -> UpdateCode:
+    """Whose fault a failed update was."""
+    match error:
+        case UpdateError():
+            return error.code
+        case UserError():
+            return UpdateCode.WEIGHTS
+    return UpdateCode.SOURCE
 
 
 def _put_all(pairs: list[tuple[_Stream, Output]]) -> None:

@@ -4,8 +4,9 @@ Places are views of a few fused tensors: ``load`` at the start and an update und
 are the same copy, and nothing is held twice.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -95,6 +96,11 @@ class Weights:
     def num_bytes(self) -> int:
         """Of all weights."""
         return sum(place.numel() * place.element_size() for place in self._places.values())
+
+    @property
+    def held(self) -> Mapping[str, Tensor]:
+        """Every weight by Hugging Face's name, as it lies here: to be read, not written."""
+        return MappingProxyType(self._places)
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)

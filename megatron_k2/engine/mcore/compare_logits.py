@@ -44,7 +44,7 @@ def compare_logits(
     Raises:
         UserError: if the vocabularies differ.
     """
-    sizes = [_vocabulary(directory) for directory in (a, b)]
+    sizes = [vocabulary_of(directory) for directory in (a, b)]
     if sizes[0] != sizes[1]:
         raise UserError(f"--logits: A has {sizes[0]} ids, B has {sizes[1]}; not the same model")
     generator = torch.Generator().manual_seed(seed)
@@ -52,7 +52,12 @@ def compare_logits(
     return compare_outputs(logits_of(a, tokens, dtype), logits_of(b, tokens, dtype))
 
 
-def _vocabulary(directory: Path) -> int:
+def vocabulary_of(directory: Path) -> int:
+    """Ids of a checkpoint's model, without padding.
+
+    Raises:
+        UserError: it does not say.
+    """
     if is_hf_directory(directory):
         size = HfSource(directory).config.get("vocab_size")
         if type(size) is not int:

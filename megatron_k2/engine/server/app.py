@@ -5,9 +5,10 @@ cancelled when the client goes away or the deadline passes; a cancelled answer e
 Admin verbs exist only where they were asked for.
 """
 
+import contextlib
 import hmac
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import uvicorn
@@ -35,12 +36,18 @@ from megatron_k2.engine.server.bodies import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    FinishUpdateBody,
     GenerateBody,
+    InitTransferBody,
+    StartUpdateBody,
     TokenizeBody,
+    UpdateBody,
     read_body,
 )
 from megatron_k2.engine.server.page import PAGE
 from megatron_k2.engine.server.service import Service
+from megatron_k2.engine.server.updates import WeightUpdates
+from megatron_k2.engine.transfer.bucket_files import BucketFolder
 from megatron_k2.errors import UserError
 
 type Answer = Callable[[Any, Request], Awaitable[Any]]
@@ -75,15 +82,29 @@ def listening(app: FastAPI, host: str, port: int) -> uvicorn.Config:
     )
 
 
-def make_app(service: Service, *, api_key: str | None = None, has_admin: bool = False) -> FastAPI:
+def make_app(
+    service: Service,
+    *,
+    api_key: str | None = None,
+    has_admin: bool = False,
+    weights: BucketFolder | None = None,
+) -> FastAPI:
     """The application.
 
     Args:
         service: what it serves.
         api_key: that a client must send as its bearer token, on all but health and metrics.
-        has_admin: whether ``/pause``, ``/resume`` and the like exist.
+        has_admin: whether ``/pause``, ``/resume``, new weights and the like exist.
+        weights: the directory that new weights may come from; ``None``: they may not.
     """
-    app = FastAPI(title="megatron_k2", docs_url=None, redoc_url=None)
+    updates = WeightUpdates(service.engine, weights, service.limits.seconds)
+
+    @contextlib.asynccontextmanager
+    async def living(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await updates.abandon("the server is shutting down")
+
+    app = FastAPI(title="megatron_k2", docs_url=None, redoc_url=None, lifespan=living)
     metrics = Metrics(service)
     post = _poster(app, service)
     post("/v1/chat/completions", ChatBody, _served(service, chat, "chatcmpl"))
@@ -91,7 +112,8 @@ def make_app(service: Service, *, api_key: str | None = None, has_admin: bool = 
     _add_token_routes(service, post)
     _add_looks(app, service, metrics)
     if has_admin:
-        _add_admin(app, service, post)
+        _add_admin(app, service, updates, post)
+        _add_updates(app, service, updates, post)
     _guard(app, metrics, api_key)
     return app
 
@@ -210,27 +232,57 @@ _PAGE_HEADERS = {
 }
 
 
-def _add_admin(app: FastAPI, service: Service, post: Post) -> None:
+def _add_admin(app: FastAPI, service: Service, updates: WeightUpdates, post: Post) -> None:
     """Verbs for whoever trains, by vLLM's names."""
 
     async def pause(request: Request) -> Response:
         mode = request.query_params.get("mode", "abort")
         try:
+            updates.require_closed()
             await service.engine.pause(mode)  # type: ignore[arg-type]  # the engine refuses others
-        except UserError as error:
+        except (UserError, Failure) as error:
             return failure_of(error).response()
         return JSONResponse({"status": "paused", "mode": mode})
 
     async def resume() -> Response:
+        try:
+            updates.require_closed()
+        except Failure as error:
+            return error.response()
         await service.engine.resume()
         return JSONResponse({"status": "resumed"})
 
     async def abort(body: AbortBody, _request: Request) -> Any:
+        updates.require_closed()
         await service.engine.abort(body.request_ids)
         return {"status": "aborted"}
 
     app.post("/pause", responses=_ERRORS)(pause)
     app.post("/resume")(resume)
     app.get("/is_paused")(lambda: {"is_paused": service.engine.health().is_paused})
-    app.get("/weight_info")(lambda: {"weight_version": service.engine.health().weight_version})
     post("/abort_requests", AbortBody, abort)
+
+
+def _add_updates(app: FastAPI, service: Service, updates: WeightUpdates, post: Post) -> None:
+    """New weights, by vLLM's names."""
+
+    async def init(body: InitTransferBody, _request: Request) -> Any:
+        return updates.describe(body.init_info.backend)
+
+    async def start(body: StartUpdateBody, _request: Request) -> Any:
+        await updates.start(body.weight_version)
+        return {"status": "started"}
+
+    async def take(body: UpdateBody, _request: Request) -> Any:
+        await updates.take(body.update_info.file)
+        return {"status": "taken"}
+
+    async def finish(body: FinishUpdateBody, _request: Request) -> Any:
+        await updates.finish(body.weight_version, body.manifest)
+        return {"status": "finished", "weight_version": body.weight_version}
+
+    app.get("/weight_info")(lambda: {"weight_version": service.engine.health().weight_version})
+    post("/init_weight_transfer_engine", InitTransferBody, init)
+    post("/start_weight_update", StartUpdateBody, start)
+    post("/update_weights", UpdateBody, take)
+    post("/finish_weight_update", FinishUpdateBody, finish)

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from megatron_k2.engine.protocol import EngineError
+from megatron_k2.engine.protocol import EngineError, UpdateError
 from megatron_k2.engine.server.service import BusyError
 from megatron_k2.errors import UserError
 
@@ -21,14 +21,15 @@ CLIENT_GONE = 499
 class Failure(Exception):  # noqa: N818  # not an error of the server: an answer
     """An answer that is an error."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, **more: str) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.more = status, more
 
     def response(self) -> Response:
         """OpenAI's form."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": str(self), "type": kind, "code": self.status}
+        error: dict[str, Any] = {"message": str(self), "type": kind, "code": self.status}
+        error |= self.more
         return JSONResponse({"error": error}, self.status)
 
 
@@ -43,6 +44,8 @@ def failure_of(error: BaseException) -> Failure:
             return Failure(400, str(error))
         case BusyError():
             return Failure(429, str(error))
+        case UpdateError():
+            return Failure(503, str(error), update_code=error.code)
         case EngineError():
             return Failure(503, str(error))
         case TimeoutError():

@@ -47,6 +47,9 @@ class Sampling(BaseModel):
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="tokens of logprobs as 'token_id:7'; of completions alone"
+    )
     return_routed_experts: bool | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
 
@@ -158,6 +161,55 @@ class AbortBody(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     request_ids: list[str] | None = None
+
+
+class TransferInfo(BaseModel):
+    """``init_info``."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    backend: str = Field(max_length=64)
+
+
+class InitTransferBody(BaseModel):
+    """``/init_weight_transfer_engine``."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    init_info: TransferInfo
+
+
+class StartUpdateBody(BaseModel):
+    """``/start_weight_update``; vLLM names the version at the end alone."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    weight_version: str = Field(max_length=256)
+
+
+class BucketInfo(BaseModel):
+    """``update_info``: a safetensors file of the server's own directory."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    file: str = Field(max_length=256)
+
+
+class UpdateBody(BaseModel):
+    """``/update_weights``."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    update_info: BucketInfo
+
+
+class FinishUpdateBody(BaseModel):
+    """``/finish_weight_update``."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    weight_version: str = Field(max_length=256)
+    manifest: str = Field(max_length=256, description="a file of the server's own directory")
 
 
 def read_body[Body: BaseModel](kind: type[Body], content: bytes) -> Body:

@@ -79,7 +79,7 @@ def _choice(
     found: dict[str, Any] = {
         "index": place,
         "text": text,
-        "logprobs": logprobs(service, tokens) if body.logprobs is not None else None,
+        "logprobs": _logprobs(service, body, tokens),
         "finish_reason": answer.reason,
         "stop_reason": answer.stop,
     }
@@ -94,9 +94,18 @@ def _choice(
     return found
 
 
-def logprobs(service: Service, tokens: Sequence[Token]) -> dict[str, list[Any]]:
-    """OpenAI's four lists."""
-    texts = [service.tokenizer.decode([token.id]) for token in tokens]
+def _logprobs(
+    service: Service, body: CompletionBody, tokens: Sequence[Token]
+) -> dict[str, list[Any]] | None:
+    """OpenAI's four lists, where they are asked for."""
+    if body.logprobs is None:
+        return None
+
+    def shown(token: int) -> str:
+        is_id = body.return_tokens_as_token_ids
+        return f"token_id:{token}" if is_id else service.tokenizer.decode([token])
+
+    texts = [shown(token.id) for token in tokens]
     offsets, at = [], 0
     for text in texts:
         offsets.append(at)
@@ -104,10 +113,7 @@ def logprobs(service: Service, tokens: Sequence[Token]) -> dict[str, list[Any]]:
     return {
         "tokens": texts,
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [
-            {service.tokenizer.decode([c.id]): c.logprob for c in token.top} or None
-            for token in tokens
-        ],
+        "top_logprobs": [{shown(c.id): c.logprob for c in token.top} or None for token in tokens],
         "text_offset": offsets,
     }
 
@@ -140,7 +146,7 @@ async def stream(service: Service, body: CompletionBody, name: str) -> AsyncGene
         found: dict[str, Any] = {
             "index": place,
             "text": piece.text,
-            "logprobs": logprobs(service, piece.tokens) if body.logprobs is not None else None,
+            "logprobs": _logprobs(service, body, piece.tokens),
             "finish_reason": piece.reason,
             "stop_reason": piece.stop,
         }

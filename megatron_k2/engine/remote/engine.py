@@ -1,0 +1,232 @@
+"""``RemoteEngine``: servers elsewhere, behind the engine's protocol.
+
+Prompts and answers are token ids, through ``/v1/completions`` as vLLM and our own server speak it.
+An answer comes as one output: what was cut can then be asked for again. New weights go through
+vLLM's verbs as files (``engine/transfer/bucket_files.py``), to every endpoint or, as far as anybody
+is served, to none: one that failed answers nothing until a round succeeds.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+
+from megatron_k2.engine.protocol import (
+    EngineError,
+    Health,
+    Limits,
+    Output,
+    PauseMode,
+    Request,
+    UpdateCode,
+    UpdateError,
+    check_request,
+)
+from megatron_k2.engine.remote.answers import body_of, output_of
+from megatron_k2.engine.remote.client import Client
+from megatron_k2.engine.remote.endpoints import Endpoint, Policy, State
+from megatron_k2.engine.transfer.bucket_files import BucketFolder
+from megatron_k2.engine.transfer.buckets import BUCKET_BYTES, buckets_of
+from megatron_k2.engine.transfer.manifest import Manifest
+from megatron_k2.errors import UserError
+
+
+class RemoteEngine:
+    """Servers of one model.
+
+    Args:
+        client: of their endpoints; the engine's from here on.
+        limits: of the smallest of them.
+        model: what they call it; ``None``: whatever they serve.
+        bucket_bytes: of new weights, a file.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        limits: Limits,
+        model: str | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        self._client, self.limits, self._model = client, limits, model
+        self._bucket_bytes = bucket_bytes
+        self._tasks: dict[str, asyncio.Task[Any]] = {}
+        self._is_paused = False
+        self._fault = self._version = ""
+
+    @classmethod
+    async def connect(
+        cls,
+        endpoints: Sequence[Endpoint],
+        *,
+        vocab_size: int,
+        policy: Policy | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> Self:
+        """Ask every endpoint what it serves.
+
+        Args:
+            endpoints: servers of the same model.
+            vocab_size: ids of its tokenizer, which the API does not tell.
+            policy: of the client.
+            bucket_bytes: of new weights, a file.
+
+        Raises:
+            UserError: an endpoint or its key is wrong.
+            EngineError: one does not answer.
+        """
+        client = Client(endpoints, policy)
+        try:
+            states = client.endpoints.states
+            answers = [await client.once(state, "GET", "/v1/models") for state in states]
+            models = [answer["data"][0] for answer in answers]
+            length = min(int(model["max_model_len"]) for model in models)
+            limits = Limits(vocab_size, length, client.policy.concurrency)
+            return cls(client, limits, str(models[0]["id"]), bucket_bytes)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            await client.close()
+            raise EngineError(f"/v1/models is not as vLLM's: {error!r}") from None
+        except BaseException:
+            await client.close()
+            raise
+
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        """See the protocol; the answer comes at once."""
+        check_request(request, self.limits)
+        if request.id in self._tasks:
+            raise UserError(f"request id {request.id!r} is in flight already")
+        if self._fault:
+            raise EngineError(self._fault)
+        body = body_of(request, self._model)
+        task = self._tasks[request.id] = asyncio.create_task(
+            self._client.post("/v1/completions", body)
+        )
+        try:
+            answer = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.cancelled():  # not ``abort``: whoever asked has gone
+                raise
+            yield Output(finish_reason="abort")
+            return
+        finally:
+            self._tasks.pop(request.id, None)
+            task.cancel()
+        yield output_of(answer, request)
+
+    async def abort(self, ids: Iterable[str] | None = None) -> None:
+        """See the protocol; of this engine's own requests."""
+        wanted = list(self._tasks) if ids is None else ids
+        for task in [self._tasks[name] for name in wanted if name in self._tasks]:
+            task.cancel()
+
+    async def pause(self, mode: PauseMode = "abort") -> None:
+        """See the protocol."""
+        await self._everywhere("POST", f"/pause?mode={mode}")
+        self._is_paused = True
+
+    async def resume(self) -> None:
+        """See the protocol."""
+        await self._everywhere("POST", "/resume")
+        self._is_paused = False
+
+    async def _everywhere(self, method: str, path: str, body: Any = None) -> list[Any]:
+        """One attempt at every endpoint; the first that fails is the error."""
+        states = self._client.endpoints.states
+        return await _all(self._client.once(state, method, path, body) for state in states)
+
+    async def update_weights(
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        version: str,
+        manifest: Callable[[], Manifest] | None = None,
+    ) -> None:
+        """See the protocol; ``weights`` is drawn on a thread. A manifest is needed.
+
+        Raises:
+            UserError: there is no manifest; nothing has been sent then.
+        """
+        if manifest is None:
+            raise UserError("remote engines take weights with a manifest of them alone")
+        self._fault = f"weights {version!r} are half in"
+        try:
+            await self._update(weights, version, manifest)
+        except BaseException as error:
+            self._fault = f"the update to weights {version!r} failed: {error}"
+            if isinstance(error, UpdateError) or not isinstance(error, EngineError):
+                raise
+            raise UpdateError(UpdateCode.ENGINE, self._fault) from error
+        self._fault, self._version = "", version
+
+    async def _update(
+        self, weights: Iterable[tuple[str, Tensor]], version: str, manifest: Callable[[], Manifest]
+    ) -> None:
+        client, states = self._client, self._client.endpoints.states
+        init = {"init_info": {"backend": "files"}}
+        places = await self._everywhere("POST", "/init_weight_transfer_engine", init)
+        folders = [BucketFolder(Path(place["directory"])) for place in places]
+        await self._everywhere("POST", "/start_weight_update", {"weight_version": version})
+        buckets = buckets_of(weights, self._bucket_bytes)
+
+        async def give(state: State, folder: BucketFolder, bucket: Any) -> None:
+            name = await asyncio.to_thread(folder.write, bucket)
+            try:
+                body = {"update_info": {"file": name}}
+                await client.once(state, "POST", "/update_weights", body)
+            finally:
+                folder.remove(name)
+
+        async def end(state: State, folder: BucketFolder) -> None:
+            name = await asyncio.to_thread(folder.write_manifest, manifest())
+            try:
+                body = {"weight_version": version, "manifest": name}
+                await client.once(state, "POST", "/finish_weight_update", body)
+            finally:
+                folder.remove(name)
+
+        while (bucket := await asyncio.to_thread(next, buckets, None)) is not None:
+            await _all(give(s, f, bucket) for s, f in zip(states, folders, strict=True))
+        await _all(end(s, f) for s, f in zip(states, folders, strict=True))
+        await self._require_served(version)
+
+    async def _require_served(self, version: str) -> None:
+        infos = await self._everywhere("GET", "/weight_info")
+        for state, info in zip(self._client.endpoints.states, infos, strict=True):
+            if (served := info.get("weight_version")) != version:
+                raise UpdateError(
+                    UpdateCode.VERSION,
+                    f"{state.endpoint.base} says that it serves {served!r}, not {version!r}",
+                )
+
+    def health(self) -> Health:
+        """See the protocol: as the last requests found them."""
+        now = time.monotonic()
+        is_awake = self._client.endpoints.is_awake(now)
+        why = "; ".join(s.why for s in self._client.endpoints.states if s.why)
+        return Health(
+            is_awake and not self._fault,
+            self._fault or ("" if is_awake else why),
+            self._is_paused,
+            self._version,
+            len(self._tasks),
+            0,
+        )
+
+    async def close(self) -> None:
+        """See the protocol."""
+        await self.abort()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await self._client.close()
+
+
+async def _all(work: Iterable[Awaitable[Any]]) -> list[Any]:
+    """Results of all, once all have ended; the first failure is the error."""
+    found = await asyncio.gather(*work, return_exceptions=True)
+    for each in found:
+        if isinstance(each, BaseException):
+            raise each
+    return found

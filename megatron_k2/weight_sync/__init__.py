@@ -1,0 +1,1 @@
+"""Weights of a live sharded model, on their way into running engines."""

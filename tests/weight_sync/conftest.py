@@ -1,0 +1,3 @@
+from tests.checkpoint.conftest import checkpoints
+
+__all__ = ["checkpoints"]
