@@ -54,6 +54,7 @@ EXTRAS = {
     "remote": ["aiohttp>=3.10,<4"],
     "dev": [
         "peft>=0.21,<0.22",  # Apache-2.0: the other side's reading of an exported adapter
+        "scipy>=1.11,<2",  # BSD: an independent fit of what we fit ourselves
         "openai>=2",  # Apache-2.0: the server's tests call it as users do
         "pytest>=8",
         "pytest-xdist>=3.6",
