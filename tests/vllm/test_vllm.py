@@ -2,7 +2,8 @@
 
 Its server runs in a process and an environment of its own, computing in fp32; here its answers are
 compared by ``engine check`` with transformers, and its greedy tokens with our engine's. Not
-exercised: bf16 and FP8 compute, its MLA kernel (of 512 + 64 wide latents alone), new weights, GPUs.
+exercised: bf16 and FP8 compute, its MLA kernel (of 512 + 64 wide latents alone), its own transports
+of weights, GPUs.
 """
 
 import asyncio
@@ -42,6 +43,7 @@ SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_MLA_DISABLE": "1",  # its kernel takes latents of 512 + 64 alone
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_SERVER_DEV_MODE": "1",  # its routes for whoever trains
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
@@ -51,7 +53,7 @@ START_SECONDS = 300
 LENGTH = 128
 
 
-def shape(vocab_size, yarn=None):
+def shape(vocab_size, yarn=None, num_dense_layers=1):
     found = replace(
         TINY,
         hidden_size=128,
@@ -65,18 +67,20 @@ def shape(vocab_size, yarn=None):
         moe_router_topk=4,
         moe_ffn_hidden_size=64,
         vocab_size=vocab_size,
+        num_dense_layers=num_dense_layers,
     )
     found = without_yarn(found) if yarn is None else replace(found, yarn=yarn)
     return replace(found, max_position_embeddings=512)
 
 
-def export_into(folder, dtype=torch.float32, yarn=None):
+def export_into(folder, dtype=torch.float32, yarn=None, seed=0, num_dense_layers=1):
     """A random model as a Hugging Face directory with a tokenizer."""
     from safetensors.torch import save_file
 
+    folder.mkdir(exist_ok=True)
     tokenizer = tokenizer_in(folder)
-    preset = shape(tokenizer.vocab_size, yarn)
-    named = classic_from_transformers(reference(preset).state_dict())
+    preset = shape(tokenizer.vocab_size, yarn, num_dense_layers)
+    named = classic_from_transformers(reference(preset, seed).state_dict())
     kept = {
         k: v.contiguous() if k.endswith("correction_bias") else v.to(dtype).contiguous()
         for k, v in named.items()
@@ -159,3 +163,37 @@ def test_its_rotary_op_is_found_out(tmp_path, capsys):
     with vllm(folder) as url:
         assert main(["engine", "check", "--engine", url, "--reference", str(folder)]) == 2
     assert "does not compute what the reference does" in capsys.readouterr().err
+
+
+def reload(url, folder):
+    """Let it read weights into its running model again; its answer says nothing."""
+    body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+    request = urllib.request.Request(
+        f"{url}/collective_rpc",
+        json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        assert json.loads(answer.read()) == {"results": [None]}
+
+
+def test_a_dense_model_takes_new_weights_exactly(tmp_path, capsys):
+    old, new = (
+        export_into(tmp_path / str(seed), seed=seed, num_dense_layers=3) for seed in range(2)
+    )
+    flags = ["--reference", str(new), "--tolerance", "2e-5"]
+    with vllm(old, *RIGHT) as url:
+        assert main(["engine", "check", "--engine", url, *flags]) == 2
+        reload(url, new)
+        assert main(["engine", "check", "--engine", url, *flags]) == 0, capsys.readouterr().err
+
+
+def test_its_reload_of_experts_is_found_out(tmp_path, capsys):
+    """The same weights again, and it answers otherwise. Fails when upstream has mended it."""
+    folder = export_into(tmp_path / "moe")
+    flags = ["--reference", str(folder)]
+    with vllm(folder, *RIGHT) as url:
+        assert main(["engine", "check", "--engine", url, *flags]) == 0, capsys.readouterr().err
+        reload(url, folder)
+        assert main(["engine", "check", "--engine", url, *flags]) == 2
+    assert "252 of 252 log-probabilities" in capsys.readouterr().err
