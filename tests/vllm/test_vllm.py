@@ -1,0 +1,199 @@
+"""A real vLLM on the CPU over exports of ours: ``make test-vllm``, which builds its environment.
+
+Its server runs in a process and an environment of its own, computing in fp32; here its answers are
+compared by ``engine check`` with transformers, and its greedy tokens with our engine's. Not
+exercised: bf16 and FP8 compute, its MLA kernel (of 512 + 64 wide latents alone), its own transports
+of weights, GPUs.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+import urllib.request
+from dataclasses import replace
+
+import pytest
+import torch
+
+VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
+if not VLLM_PYTHON:
+    pytest.skip("make test-vllm builds vLLM's environment and names it", allow_module_level=True)
+
+from megatron_k2.checkpoint.hf.config import hf_config, without_yarn  # noqa: E402
+from megatron_k2.checkpoint.names.mapping import classic_from_transformers  # noqa: E402
+from megatron_k2.cli.main import main  # noqa: E402
+from megatron_k2.engine import check  # noqa: E402
+from megatron_k2.engine.local.engine import LocalEngine  # noqa: E402
+from megatron_k2.engine.remote.endpoints import Endpoint  # noqa: E402
+from megatron_k2.engine.remote.engine import RemoteEngine  # noqa: E402
+from megatron_k2.presets import YarnScaling  # noqa: E402
+from tests.engine.local.models import TINY, reference  # noqa: E402
+from tests.engine.server.served import tokenizer_in  # noqa: E402
+from tests.support.distributed import free_port  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_MLA_DISABLE": "1",  # its kernel takes latents of 512 + 64 alone
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_SERVER_DEV_MODE": "1",  # its routes for whoever trains
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+RIGHT = ("-cc", '{"custom_ops":["none"]}')
+"""Its CPU rotary op is wrong on queries of three dimensions, silently."""
+START_SECONDS = 300
+LENGTH = 128
+
+
+def shape(vocab_size, yarn=None, num_dense_layers=1):
+    found = replace(
+        TINY,
+        hidden_size=128,
+        ffn_hidden_size=256,
+        q_lora_rank=64,
+        kv_lora_rank=32,
+        qk_head_dim=32,
+        qk_pos_emb_head_dim=16,
+        v_head_dim=32,
+        num_moe_experts=16,
+        moe_router_topk=4,
+        moe_ffn_hidden_size=64,
+        vocab_size=vocab_size,
+        num_dense_layers=num_dense_layers,
+    )
+    found = without_yarn(found) if yarn is None else replace(found, yarn=yarn)
+    return replace(found, max_position_embeddings=512)
+
+
+def export_into(folder, dtype=torch.float32, yarn=None, seed=0, num_dense_layers=1):
+    """A random model as a Hugging Face directory with a tokenizer."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    tokenizer = tokenizer_in(folder)
+    preset = shape(tokenizer.vocab_size, yarn, num_dense_layers)
+    named = classic_from_transformers(reference(preset, seed).state_dict())
+    kept = {
+        k: v.contiguous() if k.endswith("correction_bias") else v.to(dtype).contiguous()
+        for k, v in named.items()
+    }
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    config = hf_config(preset, model_type="deepseek_v3")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@contextlib.contextmanager
+def vllm(folder, *flags):
+    """The address of a server over a directory; its last lines where it does not come up."""
+    port = free_port()
+    command = [VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--max-model-len", str(LENGTH), "--served-model-name", "m", *flags]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | SETTINGS
+    log = folder / "vllm.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
+    try:
+        while not _is_up(url):
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(1)
+        yield url
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _is_up(url):
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+async def greedy(folder, url, vocab_size):
+    """Of both engines: prompts, greedy answers and their scores."""
+    remote = await RemoteEngine.connect([Endpoint(url)], vocab_size=vocab_size)
+    ours = LocalEngine.from_export(folder, num_slots=4, max_length=LENGTH)
+    try:
+        probes = check.drawn_probes(vocab_size, seed=1)
+        return await check.scored_by(remote, probes), await check.scored_by(ours, probes)
+    finally:
+        await ours.close()
+        await remote.close()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "yarn"),
+    [
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        (torch.float32, YarnScaling(8.0, 64, 32.0, 1.0, 1.0, 1.0)),
+    ],
+    ids=["fp32", "bf16 computed in fp32", "fp32 with YaRN"],
+)
+def test_vllm_computes_what_transformers_and_our_engine_do(tmp_path, capsys, dtype, yarn):
+    folder = export_into(tmp_path, dtype, yarn)
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    with vllm(folder, *RIGHT) as url:
+        flags = ["--engine", url, "--reference", str(folder), "--tolerance", "2e-5"]
+        assert main(["engine", "check", *flags]) == 0, capsys.readouterr().err
+        print(capsys.readouterr().out)
+        theirs, ours = asyncio.run(greedy(folder, url, vocab_size))
+    assert [one.ids for one in theirs] == [one.ids for one in ours]
+
+
+def test_its_rotary_op_is_found_out(tmp_path, capsys):
+    """Fails when upstream has mended it: then ``RIGHT`` is of no use any longer."""
+    folder = export_into(tmp_path)
+    with vllm(folder) as url:
+        assert main(["engine", "check", "--engine", url, "--reference", str(folder)]) == 2
+    assert "does not compute what the reference does" in capsys.readouterr().err
+
+
+def reload(url, folder):
+    """Let it read weights into its running model again; its answer says nothing."""
+    body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+    request = urllib.request.Request(
+        f"{url}/collective_rpc",
+        json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        assert json.loads(answer.read()) == {"results": [None]}
+
+
+def test_a_dense_model_takes_new_weights_exactly(tmp_path, capsys):
+    old, new = (
+        export_into(tmp_path / str(seed), seed=seed, num_dense_layers=3) for seed in range(2)
+    )
+    flags = ["--reference", str(new), "--tolerance", "2e-5"]
+    with vllm(old, *RIGHT) as url:
+        assert main(["engine", "check", "--engine", url, *flags]) == 2
+        reload(url, new)
+        assert main(["engine", "check", "--engine", url, *flags]) == 0, capsys.readouterr().err
+
+
+def test_its_reload_of_experts_is_found_out(tmp_path, capsys):
+    """The same weights again, and it answers otherwise. Fails when upstream has mended it."""
+    folder = export_into(tmp_path / "moe")
+    flags = ["--reference", str(folder)]
+    with vllm(folder, *RIGHT) as url:
+        assert main(["engine", "check", "--engine", url, *flags]) == 0, capsys.readouterr().err
+        reload(url, folder)
+        assert main(["engine", "check", "--engine", url, *flags]) == 2
+    assert "252 of 252 log-probabilities" in capsys.readouterr().err
