@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-length", type=int, help="tokens of each (default: the model's, at most 4096)")
     add("--dtype", choices=("fp32", "bf16"), default="fp32")
     add("--device", default="cpu", help="cpu or cuda")
+    add("--batch-invariant", action="store_true", help="same bits whatever else is served; slower")
     add("--memory-gb", type=float, help="most that weights and slots may take")
     add("--api-key-env", metavar="NAME", help="environment variable that holds the key")
     add("--admin", action="store_true", help="also /pause, /resume, /abort_requests")
@@ -108,6 +109,7 @@ def _run(arguments: argparse.Namespace, folder: Path, api_key: str | None) -> in
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype],
         device=arguments.device,
         memory_bytes=None if memory is None else int(memory * 2**30),
+        is_batch_invariant=arguments.batch_invariant,
     )
     name = arguments.name or arguments.load.resolve().name
     service = Service(engine, tokenizer, name, limits)

@@ -42,7 +42,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     """Each ends the answer and is its last token."""
     seed: int | None = None
-    """Of this request alone; ``None`` draws one."""
+    """Of this request alone; ``None`` draws one. A draw hangs on it and on the token's place, so an
+    answer's beginning that comes back as part of the prompt is continued with the same draws."""
     logprobs: int = 0
     """How many of the likeliest tokens come with each sampled one."""
     prompt_logprobs: int | None = None

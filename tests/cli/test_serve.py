@@ -73,7 +73,10 @@ def test_it_starts_answers_and_ends(export):
     command = [sys.executable, "-m", "megatron_k2", "serve", "--load", str(export), "--port", "0"]
     environment = os.environ | {"K2_KEY": "sesame"}
     process = subprocess.Popen(
-        [*command, "--api-key-env", "K2_KEY"], stdout=subprocess.PIPE, text=True, env=environment
+        [*command, "--api-key-env", "K2_KEY", "--batch-invariant"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     try:
         line = process.stdout.readline()

@@ -70,8 +70,11 @@ class LocalEngine:
         weight_version: str = "0",
         step_tokens: int = STEP_TOKENS,
         memory_bytes: int | None = None,
+        is_batch_invariant: bool = False,
     ) -> "LocalEngine":
         """Serve a Hugging Face directory: an export, or a release in bf16, fp32 or block FP8.
+
+        What may be given is ``Core``'s.
 
         Raises:
             UserError: the directory is none, not this model's, or does not fit.
@@ -93,6 +96,7 @@ class LocalEngine:
                 version=weight_version,
                 step_tokens=step_tokens,
                 memory_bytes=memory_bytes,
+                is_batch_invariant=is_batch_invariant,
             )
         )
 
