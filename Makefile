@@ -15,7 +15,7 @@ venv: $(STAMP)
 
 $(STAMP): setup.py
 	@python="$$(PYTHON="$(PYTHON)" bash .ci/find_python.sh)" && "$$python" -m venv $(VENV)
-	$(PY) -m pip install --quiet --editable ".[data,serve,dev]"
+	$(PY) -m pip install --quiet --editable ".[data,serve,grammar,dev]"
 	@touch $@
 
 demo: venv

@@ -50,6 +50,8 @@ EXTRAS = {
     # The server: FastAPI (MIT) reads and describes routes, uvicorn (BSD) speaks HTTP,
     # prometheus-client (Apache-2.0) counts.
     "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "prometheus-client>=0.20,<1"],
+    # Answers held to a grammar: llguidance (MIT, no dependencies of its own).
+    "grammar": ["llguidance>=1.3,<2"],
     "dev": [
         "openai>=2",  # Apache-2.0: the server's tests call it as users do
         "pytest>=8",

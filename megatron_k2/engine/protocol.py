@@ -66,6 +66,18 @@ class SamplingParams:
                 raise UserError(f"{name} {getattr(self, name)}: expected {expected}")
 
 
+class Constraint(Protocol):
+    """What one answer may consist of; the engine asks it before each token, on its own thread."""
+
+    def allowed(self) -> Tensor:
+        """Tokens that may come next, [vocabulary] bool on the CPU, at least one."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """This one came."""
+        ...
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt to continue."""
@@ -74,6 +86,8 @@ class Request:
     """Unique among those in flight; what ``abort`` names."""
     prompt: tuple[int, ...]
     params: SamplingParams = SamplingParams()
+    constraint: Constraint | None = None
+    """Of this answer alone. Log-probabilities stay those of the model, before it."""
 
 
 class Candidate(NamedTuple):

@@ -184,6 +184,8 @@ class Core:
         """Append a sampled token; whether and by what it ends the answer."""
         params = sequence.request.params
         sequence.ids.append(token.id)
+        if sequence.request.constraint is not None:
+            sequence.request.constraint.accept(token.id)
         if token.id in params.stop_token_ids:
             self.scheduler.release(sequence)
             return "stop", token.id

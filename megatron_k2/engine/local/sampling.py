@@ -3,7 +3,7 @@
 A row's draw is one uniform number against the sum of its filtered probabilities: it depends on the
 row's logits and that number alone, not on what else is in the batch. The number is a hash of the
 request's seed and the token's place, so an answer that is continued from its own beginning draws as
-it would have. Order, as in vLLM: penalty, temperature, top-k, top-p, min-p.
+it would have. Order, as in vLLM: mask, penalty, temperature, top-k, top-p, min-p.
 """
 
 import hashlib
@@ -25,6 +25,19 @@ class Row:
     """In [0, 1); at temperature 0 of no use."""
     seen: Sequence[int] = ()
     """Prompt and answer so far, for the repetition penalty."""
+    allowed: Tensor | None = None
+    """[V] bool: other tokens have no chance."""
+
+
+def masked(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Logits with -inf where a row's token is not allowed, [B, V]; the same tensor without any."""
+    if all(row.allowed is None for row in rows):
+        return logits
+    out = logits.clone()
+    for line, row in zip(out, rows, strict=True):
+        if row.allowed is not None:
+            line.masked_fill_(~row.allowed.to(line.device), -torch.inf)
+    return out
 
 
 def uniform(seed: int, place: int) -> float:
@@ -83,7 +96,7 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         logits: [B, V] fp32, of the model.
         rows: as many.
     """
-    logits = penalised(logits, rows)
+    logits = penalised(masked(logits, rows), rows)
     chosen = logits.argmax(-1).cpu()
     drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if not drawn:

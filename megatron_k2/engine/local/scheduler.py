@@ -59,7 +59,10 @@ class Sequence:
 
     def row(self) -> Row:
         """For the sampler."""
-        return Row(self.request.params, uniform(self.seed, len(self.ids)), self.ids)
+        constraint = self.request.constraint
+        allowed = None if constraint is None else constraint.allowed()
+        draw = uniform(self.seed, len(self.ids))
+        return Row(self.request.params, draw, self.ids, allowed)
 
 
 def num_common(first: list[int], second: list[int]) -> int:
