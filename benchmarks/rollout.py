@@ -4,10 +4,11 @@ Greedy, fp32, log-probabilities of the sampled tokens on either side, YaRN on; i
 process with one thread, medians of CPU seconds. Beside it: K samples of one prompt with and without
 sharing its rows, with the ceiling that prefill and decode seconds leave; and the floor of a decode
 step, the bytes of weights and cache it must read over the memory's measured bandwidth. Where asked
-for: what the batch-invariant mode costs, its answers in the batch compared with each alone.
+for: what the batch-invariant mode costs, its answers in the batch compared with each alone; and
+what several processes bring (``rollout_processes.py``).
 
     python benchmarks/rollout.py [--load HF_DIR] [--preset k2-mini] [--seed 0]
-    python benchmarks/rollout.py --prompts --samples 0 --invariant 64 512
+    python benchmarks/rollout.py --prompts --samples 0 --invariant 64 512 --processes 2
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 from harness import machine_lock, paired_medians, print_inputs, print_result
+from rollout_processes import of_processes
 
 from megatron_k2.checkpoint.hf.config import hf_config
 from megatron_k2.checkpoint.hf.preset import preset_from_hf
@@ -247,6 +249,7 @@ def main() -> None:
     parser.add_argument(
         "--invariant", type=int, nargs="*", default=[], help="prompts at which its cost is measured"
     )
+    parser.add_argument("--processes", type=int, default=1, help="1: not measured")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -259,8 +262,9 @@ def main() -> None:
         print_inputs(**vars(options))
         torch.set_flush_denormal(True)
         model = peer_of(preset, options.load, options.seed)
+        tensors = classic_from_transformers(model.state_dict())
         weights = Weights(preset, torch.float32, torch.device("cpu"))
-        weights.load(classic_from_transformers(model.state_dict()).items())
+        weights.load(tensors.items())
         core = Core(weights, num_slots=options.batch, max_length=length)
         results = {
             f"ratio_prompt_{prompt}": against_the_peer(core, model, prompt, options)
@@ -270,6 +274,8 @@ def main() -> None:
             results["sharing"], results["sharing_ceiling"] = of_sharing(core, options)
         for prompt in options.invariant:
             results[f"invariant_cost_{prompt}"] = of_invariance(core, prompt, options)
+        if options.processes > 1:
+            results["processes"] = of_processes(core, tensors.items(), options)
         print_result(**results)
 
 

@@ -83,6 +83,10 @@ class Core:
             UserError: see ``Weights.load``; the weights are then a mixture.
         """
         self.weights.load(tensors)
+        self.adopt(version)
+
+    def adopt(self, version: str) -> None:
+        """Go on with weights that were replaced from outside."""
         self.version = version
         self.scheduler.forget()
 

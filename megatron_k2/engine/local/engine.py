@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_k2.checkpoint.hf.config_keys import expert_groups
-from megatron_k2.checkpoint.hf.release import open_release
+from megatron_k2.checkpoint.hf.release import Release, open_release
 from megatron_k2.engine.local.core import STEP_TOKENS, Core
 from megatron_k2.engine.local.weights import Weights, tensors_of
 from megatron_k2.engine.protocol import (
@@ -79,13 +79,7 @@ class LocalEngine:
         Raises:
             UserError: the directory is none, not this model's, or does not fit.
         """
-        release = open_release(folder)
-        if max_length > release.preset.max_position_embeddings:
-            raise UserError(
-                f"slots of {max_length} tokens: this model reads up to "
-                f"{release.preset.max_position_embeddings}"
-            )
-        groups = expert_groups(release.source.config)
+        release, groups = open_export(folder, max_length)
         weights = Weights(release.preset, dtype, torch.device(device), groups)
         weights.load(tensors_of(release.source))
         return cls(
@@ -171,6 +165,10 @@ class LocalEngine:
             self._fault = ""
 
         await self._do(update)
+
+    async def adopt(self, version: str) -> None:
+        """Go on with weights that another process has replaced in their files."""
+        await self._do(lambda: self._core.adopt(version))
 
     def health(self) -> Health:
         """See the protocol."""
@@ -272,6 +270,19 @@ class LocalEngine:
     def _fail(self, error: EngineError) -> None:
         for stream in list(self._streams.values()):
             stream.loop.call_soon_threadsafe(stream.put_nowait, error)
+
+
+def open_export(folder: Path, max_length: int) -> tuple[Release, tuple[int, int]]:
+    """A Hugging Face directory, and its groups of experts.
+
+    Raises:
+        UserError: it is none, not this model's, or slots of ``max_length`` are too long for it.
+    """
+    release = open_release(folder)
+    longest = release.preset.max_position_embeddings
+    if max_length > longest:
+        raise UserError(f"slots of {max_length} tokens: this model reads up to {longest}")
+    return release, expert_groups(release.source.config)
 
 
 def _put_all(pairs: list[tuple[_Stream, Output]]) -> None:
