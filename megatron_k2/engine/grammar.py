@@ -86,7 +86,11 @@ def _arguments(tool: ToolSpec) -> str:
 
 
 def _json(schema: dict[str, Any], where: str) -> str:
-    if is_recursive(schema):
+    try:
+        refers_to_itself = is_recursive(schema)
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply") from None
+    if refers_to_itself:
         raise UserError(
             f"{where}: the schema refers to itself, so that an answer need never end; write the "
             "levels out"

@@ -192,7 +192,16 @@ def test_without_the_mask_draws_are_no_calls(tokenizer):
         calls_of(tokenizer, ids, 0)
 
 
+def nested(levels):
+    schema = {"type": "null"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"k": schema}}
+    return schema
+
+
 HOSTILE = {
+    "too deep": (nested(400), "nested too deeply"),
+    "deep": (nested(150), "cannot be enforced"),
     "itself": ({"$ref": "#"}, "refers to itself"),
     "a tree": ({"properties": {"k": {"$ref": "#/$defs/t"}},
                 "$defs": {"t": {"properties": {"k": {"$ref": "#/$defs/t"}}}}}, "refers to itself"),
