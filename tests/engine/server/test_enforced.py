@@ -9,19 +9,11 @@ pytest.importorskip("llguidance", reason="needs the extra grammar")
 openai = pytest.importorskip("openai", reason="needs the openai package")
 httpx = pytest.importorskip("httpx2", reason="needs httpx2, which openai brings")
 
-from dataclasses import replace  # noqa: E402
-
-import torch  # noqa: E402
-
 from megatron_k2.chat.completion import parse_completion  # noqa: E402
 from megatron_k2.chat.lexer import IdLexer  # noqa: E402
 from megatron_k2.engine import constrained  # noqa: E402
-from megatron_k2.engine.local.core import Core  # noqa: E402
-from megatron_k2.engine.local.engine import LocalEngine  # noqa: E402
-from megatron_k2.engine.local.weights import Weights  # noqa: E402
 from megatron_k2.engine.scripted import ScriptedEngine  # noqa: E402
-from tests.engine.local.models import TINY  # noqa: E402
-from tests.engine.server.served import served, tokenizer_in  # noqa: E402
+from tests.engine.server.served import random_engine, served, tokenizer_in  # noqa: E402
 from tests.engine.test_grammar import HOSTILE, NESTED, WEATHER, is_valid  # noqa: E402
 
 TOOLS = [
@@ -31,16 +23,6 @@ TOOLS = [
 SCHEMAS = {"get_weather": WEATHER, "tell": NESTED}
 ASK = [{"role": "user", "content": "Weather?"}]
 NAMED = {"type": "function", "function": {"name": "tell"}}
-
-
-def random_engine(tokenizer):
-    """Weights small enough that every token has its chance."""
-    preset = replace(TINY, vocab_size=tokenizer.vocab_size + 5, max_position_embeddings=4096)
-    weights = Weights(preset, torch.float32, torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    places = weights._places.items()
-    weights.load([(n, 0.05 * torch.randn(p.shape, generator=generator)) for n, p in places])
-    return LocalEngine(Core(weights, num_slots=6, max_length=2048))
 
 
 @pytest.fixture(scope="module")
