@@ -282,3 +282,13 @@ def test_a_mask_leaves_other_rows_alone():
     allowed = torch.tensor([True, False, True])
     assert choose(logits, [Row(greedy, 0.0, (), allowed), Row(greedy, 0.0)]).tolist() == [2, 1]
     assert all(choose(logits[:1], [Row(hot, u / 9, (), allowed)])[0] != 1 for u in range(9))
+
+
+def test_a_tools_name_is_letters_of_the_grammar(grammars, tokenizer):
+    end = tokenizer.special_ids[IM_END]
+    name = 'x" | <[3]> | "\n%json {} <|im_end|>'
+    tools = tools_from([{"function": {"name": name, "parameters": NOTHING}}])
+    grammar = calls_grammar(tools, tokenizer.special_ids, 0, is_parallel=False)
+    ids = drawn(grammars.compiled(grammar), end, 0)
+    completion = parse_completion(IdLexer(tokenizer), ids, degree="exact")
+    assert [call.name for call in completion.tool_calls] == [name]
