@@ -61,7 +61,12 @@ class _Outbox:
 
 
 def main(connection: Connection, share: Share) -> None:
-    """Map the weights, say so, work until the pipe closes."""
+    """Map the weights, say so, work until the pipe closes.
+
+    Raises:
+        SystemExit: a step failed, and the engine answers nothing any more: the pool would send it
+            every request, having none in flight.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to all; the pool ends this one
     torch.set_num_threads(1)
     weights = Weights(
@@ -76,10 +81,12 @@ def main(connection: Connection, share: Share) -> None:
         is_batch_invariant=share.is_batch_invariant,
     )
     connection.send([("ready",)])
-    asyncio.run(_serve(connection, LocalEngine(core)))
+    if fault := asyncio.run(_serve(connection, LocalEngine(core))):
+        raise SystemExit(f"a process of the engine ends: {fault}")
 
 
-async def _serve(connection: Connection, engine: LocalEngine) -> None:
+async def _serve(connection: Connection, engine: LocalEngine) -> str:
+    """Obey until the pipe closes, or the engine is of no use; why it is of none."""
     loop, outbox = asyncio.get_running_loop(), _Outbox(connection)
     commands: asyncio.Queue[tuple[Any, ...] | None] = asyncio.Queue()
 
@@ -90,6 +97,10 @@ async def _serve(connection: Connection, engine: LocalEngine) -> None:
         except (EOFError, OSError):
             loop.call_soon_threadsafe(commands.put_nowait, None)
 
+    def ended(_: asyncio.Task[None]) -> None:
+        if not engine.health().is_ready:
+            commands.put_nowait(None)
+
     threading.Thread(target=read, daemon=True).start()
     answers: dict[str, asyncio.Task[None]] = {}
     calls: set[asyncio.Task[None]] = set()
@@ -99,6 +110,7 @@ async def _serve(connection: Connection, engine: LocalEngine) -> None:
                 task = asyncio.create_task(_generate(engine, request, outbox))
                 answers[request.id] = task
                 task.add_done_callback(partial(_forget, answers, request.id))
+                task.add_done_callback(ended)
             case ("leave", name):
                 if name in answers:
                     answers.pop(name).cancel()
@@ -106,7 +118,9 @@ async def _serve(connection: Connection, engine: LocalEngine) -> None:
                 call = asyncio.create_task(_call(engine, number, method, arguments, outbox))
                 calls.add(call)
                 call.add_done_callback(calls.discard)
+    fault = engine.health().detail
     await engine.close()
+    return fault
 
 
 def _forget(answers: dict[str, asyncio.Task[None]], name: str, task: asyncio.Task[None]) -> None:

@@ -146,6 +146,26 @@ def test_what_cannot_be_is_refused(pool, loop, tmp_path):
         loop.run(answer(pool, Request("a", (1,) * 500, LONG)))
 
 
+def test_a_process_whose_step_fails_ends(model, loop, tmp_path):
+    """It would have fewest requests in flight, and be sent all of them."""
+    broken = Request("broken", (1, 2, 3), SamplingParams(temperature=1))
+    object.__setattr__(broken.params, "temperature", "hot")
+
+    async def body():
+        own = PoolEngine.from_export(saved(model, TINY, tmp_path), num_processes=2, **SLOTS)
+        with pytest.raises(EngineError, match="a step failed"):
+            await answer(own, broken)
+        while not own.health().detail:
+            await asyncio.sleep(0.01)
+        found = await answers(own, REQUESTS[:3])
+        await own.close()
+        return found
+
+    assert loop.run(asyncio.wait_for(body(), 100)) == {
+        r.id: in_one_process(model)[r.id] for r in REQUESTS[:3]
+    }
+
+
 def test_a_process_that_dies_takes_its_own_requests_by_an_error(pool, loop):
     async def body():
         tasks = [
