@@ -15,7 +15,7 @@ venv: $(STAMP)
 
 $(STAMP): setup.py
 	@python="$$(PYTHON="$(PYTHON)" bash .ci/find_python.sh)" && "$$python" -m venv $(VENV)
-	$(PY) -m pip install --quiet --editable ".[data,serve,remote,dev]"
+	$(PY) -m pip install --quiet --editable ".[data,serve,remote,grammar,dev]"
 	@touch $@
 
 demo: venv

@@ -52,6 +52,8 @@ EXTRAS = {
     "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "prometheus-client>=0.20,<1"],
     # The client of engines elsewhere: aiohttp (Apache-2.0).
     "remote": ["aiohttp>=3.10,<4"],
+    # Answers held to a grammar: llguidance (MIT, no dependencies of its own).
+    "grammar": ["llguidance>=1.3,<2"],
     "dev": [
         "peft>=0.21,<0.22",  # Apache-2.0: the other side's reading of an exported adapter
         "scipy>=1.11,<2",  # BSD: an independent fit of what we fit ourselves

@@ -3,9 +3,12 @@
 Greedy, fp32, log-probabilities of the sampled tokens on either side, YaRN on; interleaved in one
 process with one thread, medians of CPU seconds. Beside it: K samples of one prompt with and without
 sharing its rows, with the ceiling that prefill and decode seconds leave; and the floor of a decode
-step, the bytes of weights and cache it must read over the memory's measured bandwidth.
+step, the bytes of weights and cache it must read over the memory's measured bandwidth. Where asked
+for: what the batch-invariant mode costs, its answers in the batch compared with each alone; and
+what several processes bring (``rollout_processes.py``).
 
     python benchmarks/rollout.py [--load HF_DIR] [--preset k2-mini] [--seed 0]
+    python benchmarks/rollout.py --prompts --samples 0 --invariant 64 512 --processes 2
 """
 
 import argparse
@@ -18,6 +21,7 @@ from pathlib import Path
 
 import torch
 from harness import machine_lock, paired_medians, print_inputs, print_result
+from rollout_processes import of_processes
 
 from megatron_k2.checkpoint.hf.config import hf_config
 from megatron_k2.checkpoint.hf.preset import preset_from_hf
@@ -196,6 +200,44 @@ def of_sharing(core: Core, options: argparse.Namespace) -> tuple[float, float]:
     return apart / shared, ceiling
 
 
+def of_invariance(core: Core, length: int, options: argparse.Namespace) -> float:
+    """CPU seconds of the batch-invariant mode over the default's, at one length of prompt."""
+    generator = torch.Generator().manual_seed(options.seed + length)
+    weights, shape = core.weights, (options.batch, length)
+    drawn = torch.randint(4, weights.preset.vocab_size, shape, generator=generator)
+    prompts = [tuple(row) for row in drawn.tolist()]
+    params = SamplingParams(max_tokens=options.new, seed=options.seed)
+    begin = time.process_time()
+    invariant = Core(
+        weights, num_slots=options.batch, max_length=core.max_length, is_batch_invariant=True
+    )
+    tried = time.process_time() - begin
+    timings = paired_medians(
+        {
+            "default": lambda: engine_rollout(core, prompts, params),
+            "invariant": lambda: engine_rollout(invariant, prompts, params),
+        },
+        options.rounds,
+        options.seed,
+    )
+    together = list(zip(*engine_rollout(invariant, prompts, params), strict=True))
+    same = sum(
+        tuple(part[0] for part in engine_rollout(invariant, [prompt], params)) == row
+        for prompt, row in zip(prompts, together, strict=True)
+    )
+    rates = {n: options.batch * options.new / t.cpu_seconds for n, t in timings.items()}
+    cost = timings["invariant"].cpu_seconds / timings["default"].cpu_seconds
+    print(
+        f"batch-invariant, prompt {length}: {rates['invariant']:,.0f} tokens a CPU second, default "
+        f"{rates['default']:,.0f}: {cost:.2f}x the time; {same} of {len(prompts)} rows bit-equal "
+        f"alone; products tried in {tried:.2f} s",
+        flush=True,
+    )
+    if same < len(prompts):
+        raise SystemExit("the batch-invariant mode is none")
+    return cost
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--load", type=Path, help="Hugging Face directory; random weights without")
@@ -204,20 +246,25 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="*", default=[64, 512])
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--samples", type=int, default=8, help="of one prompt; 0: not measured")
+    parser.add_argument(
+        "--invariant", type=int, nargs="*", default=[], help="prompts at which its cost is measured"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="1: not measured")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    length = max([1088, *(p + options.new for p in options.prompts)])
+    length = max([1088, *(p + options.new for p in options.prompts + options.invariant)])
     preset = shape_of(options.preset, options.load, length)
     with machine_lock(), torch.inference_mode():
         print_inputs(**vars(options))
         torch.set_flush_denormal(True)
         model = peer_of(preset, options.load, options.seed)
+        tensors = classic_from_transformers(model.state_dict())
         weights = Weights(preset, torch.float32, torch.device("cpu"))
-        weights.load(classic_from_transformers(model.state_dict()).items())
+        weights.load(tensors.items())
         core = Core(weights, num_slots=options.batch, max_length=length)
         results = {
             f"ratio_prompt_{prompt}": against_the_peer(core, model, prompt, options)
@@ -225,6 +272,10 @@ def main() -> None:
         }
         if options.samples:
             results["sharing"], results["sharing_ceiling"] = of_sharing(core, options)
+        for prompt in options.invariant:
+            results[f"invariant_cost_{prompt}"] = of_invariance(core, prompt, options)
+        if options.processes > 1:
+            results["processes"] = of_processes(core, tensors.items(), options)
         print_result(**results)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_k2.errors import UserError
 
 if TYPE_CHECKING:
+    from megatron_k2.engine.protocol import Engine
     from megatron_k2.engine.server.service import ServerLimits
     from megatron_k2.engine.transfer.bucket_files import BucketFolder
 
@@ -32,6 +33,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-length", type=int, help="tokens of each (default: the model's, at most 4096)")
     add("--dtype", choices=("fp32", "bf16"), default="fp32")
     add("--device", default="cpu", help="cpu or cuda")
+    add("--processes", type=int, default=1, help="on a CPU, one a core (default: %(default)s)")
+    add("--batch-invariant", action="store_true", help="same bits whatever else is served; slower")
     add("--memory-gb", type=float, help="most that weights and slots may take")
     add("--api-key-env", metavar="NAME", help="environment variable that holds the key")
     add("--admin", action="store_true", help="also /pause, /resume, /abort_requests, new weights")
@@ -112,20 +115,26 @@ def _run(
     from megatron_k2.checkpoint.hf.release import open_release
     from megatron_k2.data.tokenizer import load_tokenizer
     from megatron_k2.engine.local.engine import LocalEngine
+    from megatron_k2.engine.local.pool import PoolEngine
     from megatron_k2.engine.server.app import listening, make_app
     from megatron_k2.engine.server.service import Service
 
     limits, memory = _limits(arguments), arguments.memory_gb
     longest = open_release(folder).preset.max_position_embeddings
     tokenizer = load_tokenizer(arguments.tokenizer or folder)
-    engine = LocalEngine.from_export(
-        folder,
-        num_slots=arguments.num_slots,
-        max_length=arguments.max_length or min(longest, 4096),
-        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype],
-        device=arguments.device,
-        memory_bytes=None if memory is None else int(memory * 2**30),
-    )
+    options: dict[str, Any] = {
+        "num_slots": arguments.num_slots,
+        "max_length": arguments.max_length or min(longest, 4096),
+        "dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype],
+        "memory_bytes": None if memory is None else int(memory * 2**30),
+        "is_batch_invariant": arguments.batch_invariant,
+    }
+    if arguments.processes == 1:
+        engine: Engine = LocalEngine.from_export(folder, device=arguments.device, **options)
+    elif arguments.device != "cpu":
+        raise UserError(f"--processes {arguments.processes}: on a CPU alone; leave it or --device")
+    else:
+        engine = PoolEngine.from_export(folder, num_processes=arguments.processes, **options)
     name = arguments.name or arguments.load.resolve().name
     service = Service(engine, tokenizer, name, limits)
     app = make_app(service, api_key=api_key, has_admin=arguments.admin, weights=weights)

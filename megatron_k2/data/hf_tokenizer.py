@@ -97,6 +97,24 @@ class TokenizerJson:
         """Text of ``ids``, special tokens by name."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of every id, control tokens by their names, nothing for holes.
+
+        Raises:
+            UserError: the vocabulary is not a byte-level one.
+        """
+        letters, special = _byte_letters(), set(self.special_ids.values())
+        found = []
+        for number in range(self.vocab_size):
+            text = self._tokenizer.id_to_token(number) or ""
+            if number in special:
+                found.append(text.encode())
+            elif all(letter in letters for letter in text):
+                found.append(bytes(letters[letter] for letter in text))
+            else:
+                raise UserError(f"token {number}, {text!r}, is not of a byte-level vocabulary")
+        return found
+
     def save(self, directory: Path) -> None:
         """Copy the tokenizer's files; ``AutoTokenizer`` reads the copy.
 
@@ -151,11 +169,29 @@ class TransformersTokenizer:
         """Text of ``ids``, special tokens by name."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
+    def token_bytes(self) -> list[bytes]:
+        """Not told.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "the bytes of this tokenizer's tokens are not known; expected tiktoken.model or a "
+            "byte-level tokenizer.json"
+        )
+
     def save(self, directory: Path) -> None:
         """Copy the files that the tokenizer was read from into ``directory``."""
         directory.mkdir(parents=True, exist_ok=True)
         for path in self._files:
             shutil.copyfile(path, directory / path.name)
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter that a byte-level vocabulary writes for each byte: itself where it can be seen."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in seen)
+    return {chr(b): b for b in seen} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
 def _write_fast_config(directory: Path, fields: dict[str, Any]) -> None:

@@ -194,6 +194,10 @@ class TiktokenTokenizer:
         """Text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
         return self._encoding.decode(ids)
 
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of every id, control tokens by their names."""
+        return [self._encoding.decode_single_token_bytes(i) for i in range(self.vocab_size)]
+
     def save(self, directory: Path) -> None:
         """Copy the files.
 

@@ -34,6 +34,13 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str:
         """The text of ``ids``, control tokens by their names."""
 
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of every id below ``vocab_size``, control tokens' names, nothing for holes.
+
+        Raises:
+            UserError: its tokens are not bytes.
+        """
+
     def save(self, directory: Path) -> None:
         """Write the Hugging Face files of this tokenizer into ``directory``."""
 

@@ -46,7 +46,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     """Each ends the answer and is its last token."""
     seed: int | None = None
-    """Of this request alone; ``None`` draws one."""
+    """Of this request alone; ``None`` draws one. A draw hangs on it and on the token's place, so an
+    answer's beginning that comes back as part of the prompt is continued with the same draws."""
     logprobs: int = 0
     """How many of the likeliest tokens come with each sampled one."""
     prompt_logprobs: int | None = None
@@ -69,6 +70,18 @@ class SamplingParams:
                 raise UserError(f"{name} {getattr(self, name)}: expected {expected}")
 
 
+class Constraint(Protocol):
+    """What one answer may consist of; the engine asks it before each token, on its own thread."""
+
+    def allowed(self) -> Tensor:
+        """Tokens that may come next, [vocabulary] bool on the CPU, at least one."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """This one came."""
+        ...
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt to continue."""
@@ -77,6 +90,8 @@ class Request:
     """Unique among those in flight; what ``abort`` names."""
     prompt: tuple[int, ...]
     params: SamplingParams = SamplingParams()
+    constraint: Constraint | None = None
+    """Of this answer alone. Log-probabilities stay those of the model, before it."""
 
 
 class Candidate(NamedTuple):

@@ -25,6 +25,7 @@ from megatron_k2.engine.protocol import (
     check_request,
 )
 from megatron_k2.engine.transfer.manifest import Manifest
+from megatron_k2.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class ScriptedEngine:
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """See the protocol."""
         check_request(request, self.limits)
+        if request.constraint is not None:
+            raise UserError("a scripted engine's answers are held to no grammar")
         fails = _drawn("fault", request.id) / 2**64 < self._faults.error_rate
         stops, tokens = request.params.stop_token_ids, self._answer(request)
         prompt = self._prompt_tokens(request)

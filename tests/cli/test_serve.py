@@ -48,18 +48,10 @@ def test_refusals(capsys, flags, said):
 def export(tmp_path_factory):
     """A small Hugging Face directory, its tokenizer beside it."""
     pytest.importorskip("fastapi", reason="needs the extra serve")
-    from safetensors.torch import save_file
-
-    from megatron_k2.checkpoint.hf.config import hf_config
-    from megatron_k2.checkpoint.names.mapping import classic_from_transformers
-    from tests.engine.local.models import TINY, reference
+    from tests.engine.local.models import TINY, reference, saved
     from tests.engine.server.served import tokenizer_in
 
-    folder = tmp_path_factory.mktemp("export")
-    named = classic_from_transformers(reference(TINY).state_dict())
-    save_file({k: v.contiguous() for k, v in named.items()}, folder / "model.safetensors")
-    config = hf_config(TINY, model_type="deepseek_v3")
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = saved(reference(TINY), TINY, tmp_path_factory.mktemp("export"))
     tokenizer_in(folder)
     return folder
 
@@ -71,11 +63,22 @@ def test_slots_that_do_not_fit_are_refused(capsys, export):
 
 
 @needs_extra
+def test_processes_that_cannot_be_are_refused(capsys, export):
+    given = ("--load", str(export), "--processes")
+    assert "17 processes for 16 slots" in refused(capsys, *given, "17")
+    assert "0 processes for 16 slots" in refused(capsys, *given, "0")
+    assert "on a CPU alone" in refused(capsys, *given, "2", "--device", "cuda")
+
+
+@needs_extra
 def test_it_starts_answers_and_ends(export):
     command = [sys.executable, "-m", "megatron_k2", "serve", "--load", str(export), "--port", "0"]
     environment = os.environ | {"K2_KEY": "sesame"}
     process = subprocess.Popen(
-        [*command, "--api-key-env", "K2_KEY"], stdout=subprocess.PIPE, text=True, env=environment
+        [*command, "--api-key-env", "K2_KEY", "--batch-invariant"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     try:
         line = process.stdout.readline()

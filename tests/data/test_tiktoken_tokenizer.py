@@ -55,6 +55,13 @@ def toy_directory(directory: Path, merges: tuple[bytes, ...] = (b"he", b"ll", b"
     return directory
 
 
+def test_bytes_of_every_id(tmp_path):
+    held = TiktokenTokenizer(toy_directory(tmp_path)).token_bytes()
+    assert held[:258] == [*(bytes([i]) for i in range(256)), b"he", b"ll"]
+    assert held[260:263] == [b"[BOS]", b"[EOS]", b"<|im_end|>"]
+    assert len(held) == 260 + 256
+
+
 def encode_slowly(text: str, ranks: dict[bytes, int], pattern: str = PRE_TOKEN_PATTERN):
     """Byte-pair encoding by its definition: merge the lowest-ranked neighbours until none is."""
     ids = []

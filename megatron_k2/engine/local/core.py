@@ -1,10 +1,12 @@
 """The embedded engine without its thread: requests in, a step at a time, outputs out."""
 
+import secrets
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from megatron_k2.engine.local.invariant import InvariantModel, whole_tiles
 from megatron_k2.engine.local.model import LatentModel, Step
 from megatron_k2.engine.local.sampling import choose, scored
 from megatron_k2.engine.local.scheduler import Scheduler, Sequence
@@ -30,6 +32,8 @@ class Core:
         step_tokens: most rows of a step.
         memory_bytes: that weights and slots may take together.
         shares_prefixes: whether prompts take over rows that others have computed.
+        is_batch_invariant: whether a request's tokens and log-probabilities are the same bits
+            whatever else is computed; slower.
 
     Raises:
         UserError: they do not fit.
@@ -45,10 +49,14 @@ class Core:
         step_tokens: int = STEP_TOKENS,
         memory_bytes: int | None = None,
         shares_prefixes: bool = True,
+        is_batch_invariant: bool = False,
     ) -> None:
-        require_room(weights, num_slots, max_length, memory_bytes)
+        length = whole_tiles(max_length) if is_batch_invariant else max_length
+        require_room(weights, num_slots, length, memory_bytes)
         self.weights, self.version, self.max_length = weights, version, max_length
-        self._model = LatentModel(weights, num_slots, max_length)
+        model = InvariantModel if is_batch_invariant else LatentModel
+        self._model = model(weights, num_slots, length)
+        self._samples_apart = is_batch_invariant
         self.scheduler = Scheduler(
             num_slots, max(step_tokens, num_slots), shares_prefixes=shares_prefixes
         )
@@ -60,12 +68,9 @@ class Core:
 
     def add(self, request: Request) -> None:
         """Queue a request that ``protocol.check_request`` has passed."""
-        generator = torch.Generator()
-        if request.params.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(request.params.seed)
-        self.scheduler.waiting.append(Sequence(request, generator))
+        seed = request.params.seed
+        own = secrets.randbits(62) if seed is None else seed
+        self.scheduler.waiting.append(Sequence(request, own))
 
     def abort(self, ids: Iterable[str] | None) -> list[tuple[str, Output]]:
         """End requests; what was held of their answers comes with the end."""
@@ -87,6 +92,10 @@ class Core:
         self.weights.load(tensors)
         if manifest is not None:
             manifest().require_held(self.weights.held, version)
+        self.adopt(version)
+
+    def adopt(self, version: str) -> None:
+        """Go on with weights that were replaced from outside."""
         self.version = version
         self.scheduler.forget()
 
@@ -141,7 +150,25 @@ class Core:
             num_top = sequence.request.params.prompt_logprobs or 0
             logits = self._model.logits(hidden[: len(following)])
             tops = [num_top] * len(following)
-            sequence.prompt_tokens += scored(logits, torch.tensor(following), tops, self.version)
+            sequence.prompt_tokens += self._scored(logits, torch.tensor(following), tops)
+
+    def _scored(self, logits: Tensor, ids: Tensor, num_top: list[int]) -> list[Token]:
+        """Of every row at once, or of each in the shape that it has alone."""
+        size = 1 if self._samples_apart else max(1, len(ids))
+        return [
+            token
+            for begin in range(0, len(ids), size)
+            for part in [slice(begin, begin + size)]
+            for token in scored(logits[part], ids[part], num_top[part], self.version)
+        ]
+
+    def _chosen(self, logits: Tensor, sequences: list[Sequence]) -> Tensor:
+        """The same of the draws, [B] int64."""
+        rows = [sequence.row() for sequence in sequences]
+        if not self._samples_apart:
+            return choose(logits, rows)
+        alone = zip(logits.split(1), rows, strict=True)
+        return torch.cat([choose(line, [row]) for line, row in alone])
 
     def _sample_some(self, sampled: list[Sequence], hidden: Tensor) -> list[tuple[str, Output]]:
         """Where some wanted their prompt scored and no token."""
@@ -156,10 +183,10 @@ class Core:
 
     def _sample(self, sampled: list[Sequence], hidden: Tensor) -> list[tuple[str, Output]]:
         logits = self._model.logits(hidden)
-        ids = choose(logits, [sequence.row() for sequence in sampled])
+        ids = self._chosen(logits, sampled)
         wanted = [sequence.request.params.logprobs for sequence in sampled]
         outputs = []
-        for sequence, token in zip(sampled, scored(logits, ids, wanted, self.version), strict=True):
+        for sequence, token in zip(sampled, self._scored(logits, ids, wanted), strict=True):
             reason, stop = self._take(sequence, token)
             output = self._output(sequence, [token], reason, stop)
             if output.tokens or output.prompt_tokens or output.finish_reason:
@@ -170,6 +197,8 @@ class Core:
         """Append a sampled token; whether and by what it ends the answer."""
         params = sequence.request.params
         sequence.ids.append(token.id)
+        if sequence.request.constraint is not None:
+            sequence.request.constraint.accept(token.id)
         if token.id in params.stop_token_ids:
             self.scheduler.release(sequence)
             return "stop", token.id

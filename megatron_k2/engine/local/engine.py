@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_k2.checkpoint.hf.config_keys import expert_groups
-from megatron_k2.checkpoint.hf.release import open_release
+from megatron_k2.checkpoint.hf.release import Release, open_release
 from megatron_k2.engine.local.core import STEP_TOKENS, Core
 from megatron_k2.engine.local.weights import Weights, tensors_of
 from megatron_k2.engine.protocol import (
@@ -73,19 +73,16 @@ class LocalEngine:
         weight_version: str = "0",
         step_tokens: int = STEP_TOKENS,
         memory_bytes: int | None = None,
+        is_batch_invariant: bool = False,
     ) -> "LocalEngine":
         """Serve a Hugging Face directory: an export, or a release in bf16, fp32 or block FP8.
+
+        What may be given is ``Core``'s.
 
         Raises:
             UserError: the directory is none, not this model's, or does not fit.
         """
-        release = open_release(folder)
-        if max_length > release.preset.max_position_embeddings:
-            raise UserError(
-                f"slots of {max_length} tokens: this model reads up to "
-                f"{release.preset.max_position_embeddings}"
-            )
-        groups = expert_groups(release.source.config)
+        release, groups = open_export(folder, max_length)
         weights = Weights(release.preset, dtype, torch.device(device), groups)
         weights.load(tensors_of(release.source))
         return cls(
@@ -96,6 +93,7 @@ class LocalEngine:
                 version=weight_version,
                 step_tokens=step_tokens,
                 memory_bytes=memory_bytes,
+                is_batch_invariant=is_batch_invariant,
             )
         )
 
@@ -171,10 +169,14 @@ class LocalEngine:
                 self._fault = f"the update to weights {version!r} failed: {error}"
                 self._core.abort(None)
                 self._fail(EngineError(self._fault))
-                raise UpdateError(_code_of(error), self._fault) from error
+                raise UpdateError(code_of(error), self._fault) from error
             self._fault = ""
 
         await self._do(update)
+
+    async def adopt(self, version: str) -> None:
+        """Go on with weights that another process has replaced in their files."""
+        await self._do(lambda: self._core.adopt(version))
 
     def health(self) -> Health:
         """See the protocol."""
@@ -278,7 +280,7 @@ class LocalEngine:
             stream.loop.call_soon_threadsafe(stream.put_nowait, error)
 
 
-def _code_of(error: Exception) -> UpdateCode:
+def code_of(error: Exception) -> UpdateCode:
     """Whose fault a failed update was."""
     match error:
         case UpdateError():
@@ -286,6 +288,19 @@ def _code_of(error: Exception) -> UpdateCode:
         case UserError():
             return UpdateCode.WEIGHTS
     return UpdateCode.SOURCE
+
+
+def open_export(folder: Path, max_length: int) -> tuple[Release, tuple[int, int]]:
+    """A Hugging Face directory, and its groups of experts.
+
+    Raises:
+        UserError: it is none, not this model's, or slots of ``max_length`` are too long for it.
+    """
+    release = open_release(folder)
+    longest = release.preset.max_position_embeddings
+    if max_length > longest:
+        raise UserError(f"slots of {max_length} tokens: this model reads up to {longest}")
+    return release, expert_groups(release.source.config)
 
 
 def _put_all(pairs: list[tuple[_Stream, Output]]) -> None:

@@ -18,12 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_k2.engine.local.experts import Dispatch, answers, within_groups
 from megatron_k2.engine.local.rotary import softmax_scale, tables, turned
 from megatron_k2.engine.local.weights import Attention, Experts, Layer, Weights
-
-MAX_GROUPED_ELEMENTS = 1 << 21
-"""Of one expert's up-projection: above it a loop over experts is faster than ``grouped_mm`` on a
-CPU, whose products then fill the caches by themselves."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ class LatentModel:
             routes: gets the chosen experts of each MoE layer, [N, k].
         """
         w, positions = self.weights, step.row_positions(self.weights.device)
-        rows = _Rows(step, positions, self._cos[positions], self._sin[positions])
+        rows = Rows(step, positions, self._cos[positions], self._sin[positions])
         x = F.embedding(tokens, w.embedding)
         for number, layer in enumerate(w.layers):
             normed = self._norm(x, layer.attention_norm)
@@ -105,26 +102,36 @@ class LatentModel:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, h] -> [rows, V] fp32."""
-        return F.linear(hidden, self.weights.head).float()
+        return self._linear(hidden, self.weights.head).float()
+
+    def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
 
     def _norm(self, x: Tensor, weight: Tensor, epsilon: float | None = None) -> Tensor:
         """Root mean square in fp32, as Hugging Face's."""
         eps = self._preset.norm_epsilon if epsilon is None else epsilon
         return F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype) * weight
 
-    def _attend(self, a: Attention, cache: Tensor, x: Tensor, rows: "_Rows") -> Tensor:
+    def _attend(self, a: Attention, cache: Tensor, x: Tensor, rows: "Rows") -> Tensor:
         """[N, h] -> [N, h]; ``cache`` [slots, length, c + r] of this layer gets the rows."""
-        p, num_rows, num_decoding = self._preset, len(x), len(rows.step.slots)
+        p, num_rows = self._preset, len(x)
         heads, c, n, r = p.num_attention_heads, p.kv_lora_rank, p.qk_head_dim, p.qk_pos_emb_head_dim
-        first, latent, key = F.linear(x, a.down).split([a.down.shape[0] - c - r, c, r], -1)
+        first, latent, key = self._linear(x, a.down).split([a.down.shape[0] - c - r, c, r], -1)
         if a.query_up is not None and a.query_norm is not None:
-            first = F.linear(self._norm(first, a.query_norm, p.latent_norm_epsilon), a.query_up)
+            normed = self._norm(first, a.query_norm, p.latent_norm_epsilon)
+            first = self._linear(normed, a.query_up)
         query, rotary = first.view(num_rows, heads, n + r).split([n, r], -1)
         rotary = turned(rotary, rows.cos[:, None], rows.sin[:, None])
         latent = self._norm(latent, a.latent_norm, p.latent_norm_epsilon)
         cached = torch.cat([latent, turned(key, rows.cos, rows.sin)], -1)
         cache[rows.slots, rows.positions] = cached
-        parts = []
+        return self._linear(self._attended(a, query, rotary, cache, rows), a.output)
+
+    def _attended(
+        self, a: Attention, query: Tensor, rotary: Tensor, cache: Tensor, rows: "Rows"
+    ) -> Tensor:
+        """[N, H, n] and [N, H, r] against what each row's sequence has cached; [N, H v]."""
+        parts, num_decoding = [], len(rows.step.slots)
         if num_decoding:
             seen, mask = rows.decoded(cache)
             out = self._absorbed(
@@ -137,7 +144,7 @@ class LatentModel:
             seen = cache[chunk.slot, : chunk.start + chunk.count]
             parts.append(self._chunk(a, query[here], rotary[here], seen, chunk))
             begin += chunk.count
-        return F.linear(torch.cat(parts), a.output)
+        return torch.cat(parts)
 
     def _absorbed(
         self, a: Attention, query: Tensor, rotary: Tensor, seen: Tensor, mask: Tensor
@@ -198,79 +205,40 @@ class LatentModel:
         return out[0].transpose(0, 1).reshape(count, heads * v)
 
     def _mlp(self, layer: Layer, x: Tensor, routes: list[Tensor] | None) -> Tensor:
-        gate, up = F.linear(x, layer.up).chunk(2, -1)
-        out = F.linear(F.silu(gate) * up, layer.down)
+        out = self._swiglu(x, layer.up, layer.down)
         if layer.experts is None:
             return out
         chosen, shares = self._routed(layer.experts, x)
         if routes is not None:
             routes.append(chosen)
-        return out + routed_sum(layer.experts, x, chosen, shares)
+        dispatch = Dispatch(chosen, shares, len(layer.experts.up))
+        return out + self._routed_sum(layer.experts, x, dispatch)
+
+    def _swiglu(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        gate, value = self._linear(x, up).chunk(2, -1)
+        return self._linear(F.silu(gate) * value, down)
+
+    def _routed_sum(self, experts: Experts, x: Tensor, dispatch: Dispatch) -> Tensor:
+        """Σ share · expert(x) of each row's experts, [N, h]."""
+        return dispatch.returned(x, answers(experts, dispatch.sent(x), dispatch.counts))
 
     def _routed(self, experts: Experts, x: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen experts [N, k] and their weights [N, k] fp32."""
-        p = self._preset
-        scores = F.linear(x.float(), experts.router).sigmoid()
+        p, scores = self._preset, self._scores(experts, x)
         ranked = within_groups(scores + experts.bias, *self.weights.expert_groups)
         chosen = ranked.topk(p.moe_router_topk, -1, sorted=False).indices
         shares = scores.gather(1, chosen)
-        shares = shares / (shares.sum(-1, keepdim=True) + 1e-20)
+        shares = shares / (self._share_total(shares) + 1e-20)
         return chosen, shares * p.moe_router_topk_scaling_factor
 
+    def _scores(self, experts: Experts, x: Tensor) -> Tensor:
+        return F.linear(x.float(), experts.router).sigmoid()
 
-def within_groups(scores: Tensor, num_groups: int, num_chosen: int) -> Tensor:
-    """Scores of experts outside a row's best groups are -inf; DeepSeek-V3's limit on nodes.
-
-    A group is as good as the sum of its two best.
-
-    Args:
-        scores: [N, E] fp32, bias included.
-        num_groups: equal runs of experts.
-        num_chosen: groups that a row may use.
-    """
-    if num_chosen == num_groups:
-        return scores
-    groups = scores.view(len(scores), num_groups, -1)
-    best = groups.topk(2, -1).values.sum(-1).topk(num_chosen, -1).indices
-    is_open = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
-    return groups.masked_fill(~is_open[..., None], -torch.inf).flatten(1)
+    def _share_total(self, shares: Tensor) -> Tensor:
+        return shares.sum(-1, keepdim=True)
 
 
-def routed_sum(experts: Experts, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-    """Σ share · expert(x) of each row's experts, [N, h].
-
-    Args:
-        experts: of one layer.
-        x: [N, h].
-        chosen: [N, k] int64.
-        shares: [N, k] fp32.
-    """
-    order = chosen.flatten().argsort(stable=True)
-    counts = torch.bincount(chosen.flatten(), minlength=len(experts.up))
-    token = order // chosen.shape[1]
-    rows, share = x[token], shares.flatten()[order, None].to(x.dtype)
-    if _may_group(experts, x):
-        ends = counts.cumsum(0).to(torch.int32)
-        gate, up = F.grouped_mm(rows, experts.up.transpose(1, 2), offs=ends).chunk(2, -1)
-        out = F.grouped_mm(F.silu(gate) * up, experts.down.transpose(1, 2), offs=ends)
-    else:
-        parts = []
-        for expert, part in enumerate(rows.split(counts.tolist())):
-            if len(part):
-                gate, up = F.linear(part, experts.up[expert]).chunk(2, -1)
-                parts.append(F.linear(F.silu(gate) * up, experts.down[expert]))
-        out = torch.cat(parts)
-    return torch.zeros_like(x).index_add_(0, token, out * share)
-
-
-def _may_group(experts: Experts, x: Tensor) -> bool:
-    """Whether ``grouped_mm`` takes these rows, of 16 bytes or a multiple, and is worth it."""
-    widths = (x.shape[1], experts.down.shape[2])
-    is_aligned = all(width * x.element_size() % 16 == 0 for width in widths)
-    return is_aligned and (x.is_cuda or experts.up[0].numel() <= MAX_GROUPED_ELEMENTS)
-
-
-class _Rows:
+class Rows:
     """What every layer of one step shares."""
 
     def __init__(self, step: Step, positions: Tensor, cos: Tensor, sin: Tensor) -> None:

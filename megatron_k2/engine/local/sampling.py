@@ -1,10 +1,12 @@
-"""The next token of many rows at once, each by its own parameters and its own random numbers.
+"""The next token of many rows at once, each by its own parameters and its own random number.
 
 A row's draw is one uniform number against the sum of its filtered probabilities: it depends on the
-row's logits and its generator alone, not on what else is in the batch. Order, as in vLLM: penalty,
-temperature, top-k, top-p, min-p.
+row's logits and that number alone, not on what else is in the batch. The number is a hash of the
+request's seed and the token's place, so an answer that is continued from its own beginning draws as
+it would have. Order, as in vLLM: mask, penalty, temperature, top-k, top-p, min-p.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,10 +21,32 @@ class Row:
     """One row's draw."""
 
     params: SamplingParams
-    generator: torch.Generator
-    """Of the CPU; one number of it a token, none at temperature 0."""
+    uniform: float
+    """In [0, 1); at temperature 0 of no use."""
     seen: Sequence[int] = ()
     """Prompt and answer so far, for the repetition penalty."""
+    allowed: Tensor | None = None
+    """[V] bool: other tokens have no chance."""
+
+
+def masked(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Logits with -inf where a row's token is not allowed, [B, V]; the same tensor without any."""
+    if all(row.allowed is None for row in rows):
+        return logits
+    out = logits.clone()
+    for line, row in zip(out, rows, strict=True):
+        if row.allowed is not None:
+            line.masked_fill_(~row.allowed.to(line.device), -torch.inf)
+    return out
+
+
+def uniform(seed: int, place: int) -> float:
+    """The number that a request of this seed draws for the token at this place, in [0, 1).
+
+    24 bits, so that fp32 holds it.
+    """
+    digest = hashlib.blake2b(f"{seed} {place}".encode(), digest_size=3).digest()
+    return int.from_bytes(digest, "big") / (1 << 24)
 
 
 def penalised(logits: Tensor, rows: Sequence[Row]) -> Tensor:
@@ -72,16 +96,16 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         logits: [B, V] fp32, of the model.
         rows: as many.
     """
-    logits = penalised(logits, rows)
+    logits = penalised(masked(logits, rows), rows)
     chosen = logits.argmax(-1).cpu()
     drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if not drawn:
         return chosen
     some = logits if len(drawn) == len(rows) else logits[drawn]
     sums = filtered(some, [rows[i].params for i in drawn]).cumsum(-1)
-    uniform = torch.cat([torch.rand(1, generator=rows[i].generator) for i in drawn])
+    draws = torch.tensor([rows[i].uniform for i in drawn])
     # The first place whose sum exceeds the draw; a token of probability 0 exceeds nothing new.
-    aims = uniform.to(sums.device)[:, None] * sums[:, -1:]
+    aims = draws.to(sums.device)[:, None] * sums[:, -1:]
     found = torch.searchsorted(sums, aims, right=True)[:, 0]
     last = (sums < sums[:, -1:]).sum(-1)  # where rounding put the draw at the very end
     chosen[torch.tensor(drawn)] = torch.minimum(found, last).cpu()

@@ -12,10 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from megatron_k2.engine.local.model import Chunk, Step
-from megatron_k2.engine.local.sampling import Row
+from megatron_k2.engine.local.sampling import Row, uniform
 from megatron_k2.engine.protocol import Request, Token
 
 MIN_SHARED = 16
@@ -27,7 +26,7 @@ class Sequence:
     """A request and how far it has come."""
 
     request: Request
-    generator: torch.Generator
+    seed: int
     ids: list[int] = field(default_factory=list)
     """Prompt and answer."""
     slot: int = -1
@@ -60,7 +59,10 @@ class Sequence:
 
     def row(self) -> Row:
         """For the sampler."""
-        return Row(self.request.params, self.generator, self.ids)
+        constraint = self.request.constraint
+        allowed = None if constraint is None else constraint.allowed()
+        draw = uniform(self.seed, len(self.ids))
+        return Row(self.request.params, draw, self.ids, allowed)
 
 
 def num_common(first: list[int], second: list[int]) -> int:

@@ -4,8 +4,10 @@ Places are views of a few fused tensors: ``load`` at the start and an update und
 are the same copy, and nothing is held twice.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -74,6 +76,8 @@ class Weights:
         device: where they lie.
         expert_groups: into how many groups experts are parted, and how many of them a token may
             use; K2 has none.
+        folder: of files that hold the weights, mapped: written by one process, read by several.
+            On a CPU alone; without it the weights are this process's own.
     """
 
     def __init__(
@@ -82,10 +86,12 @@ class Weights:
         dtype: torch.dtype,
         device: torch.device,
         expert_groups: tuple[int, int] = (1, 1),
+        folder: Path | None = None,
     ) -> None:
         self.preset, self.dtype, self.device = preset, dtype, device
         self.expert_groups = expert_groups
         self._places: dict[str, Tensor] = {}
+        self._folder, self._num_files = folder, 0
         p = preset
         self.embedding = self._new("model.embed_tokens.weight", p.vocab_size, p.hidden_size)
         self.layers = [self._layer(number) for number in range(p.num_layers)]
@@ -103,7 +109,13 @@ class Weights:
         return MappingProxyType(self._places)
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        dtype = dtype or self.dtype
+        if self._folder is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        path = self._folder / f"{self._num_files}.bin"
+        self._num_files += 1
+        size = math.prod(shape)
+        return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
 
     def _new(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         self._places[name] = self._empty(*shape, dtype=dtype)

@@ -103,16 +103,49 @@ class CompletionBody(Sampling):
     best_of: int | None = Field(None, ge=1, le=1, description="not computed: 1")
 
 
+class NamedFunction(BaseModel):
+    """A function by its name."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    name: str
+
+
+class NamedTool(BaseModel):
+    """The tool that must be called."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class NamedSchema(BaseModel):
+    """OpenAI's ``json_schema``: always enforced, whatever ``strict`` says."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    schema_: dict[str, Any] = Field({}, alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """What an answer must be."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+
 class ChatBody(Sampling):
     """``/v1/chat/completions``."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=0, le=1 << 24)
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none"] | None = Field(
-        None, description="forcing a call needs constrained decoding, which is not there yet"
-    )
-    response_format: dict[str, Any] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
 

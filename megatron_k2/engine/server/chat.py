@@ -4,6 +4,7 @@ A client's text is encoded as letters, whatever control tokens it names. The mod
 by the tolerant parser; its calls are handed on and never executed.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,9 +13,11 @@ from megatron_k2.chat.call_ids import guessed_name
 from megatron_k2.chat.completion import Completion, CompletionParser, CompletionStream, Event
 from megatron_k2.chat.control import IM_END
 from megatron_k2.chat.lexer import IdLexer
+from megatron_k2.engine.constrained import GrammarConstraint
 from megatron_k2.engine.protocol import SamplingParams, Token
 from megatron_k2.engine.server.bodies import ChatBody
 from megatron_k2.engine.server.completions import usage
+from megatron_k2.engine.server.enforced import grammar_of
 from megatron_k2.engine.server.routes import encoded_routes
 from megatron_k2.engine.server.service import (
     Piece,
@@ -40,6 +43,15 @@ class Asked:
     params: SamplingParams
     stops: tuple[str, ...]
     num_choices: int
+    constraint: GrammarConstraint | None
+
+
+async def settled(service: Service, body: ChatBody) -> Asked:
+    """``asked``, beside the event loop where a schema is compiled."""
+    is_forced = body.tool_choice not in (None, "auto", "none")
+    if is_forced or body.response_format is not None or body.tools:
+        return await asyncio.to_thread(asked, service, body)
+    return asked(service, body)
 
 
 def asked(service: Service, body: ChatBody) -> Asked:
@@ -48,9 +60,6 @@ def asked(service: Service, body: ChatBody) -> Asked:
     Raises:
         UserError: something is wrong, or asked for and not computed here.
     """
-    kind = (body.response_format or {}).get("type", "text")
-    if kind != "text":
-        raise UserError(f"response_format {kind!r}: only text; schemas are not enforced here yet")
     messages, tools = service.dialogue(body.messages, body.tools)
     if body.tool_choice == "none":
         tools = ()
@@ -63,7 +72,12 @@ def asked(service: Service, body: ChatBody) -> Asked:
     params = body.params(room if wanted is None else wanted, service.end_ids, num_top)
     if not params.max_tokens:
         raise UserError("max_tokens 0: nothing is asked for")
-    return Asked(tuple(rendered.ids), tools, params, tuple(body.stops), body.n or 1)
+    stops, grammar = tuple(body.stops), grammar_of(service, body, messages, tools)
+    constraint = None if grammar is None else service.grammars.compiled(grammar)
+    if constraint is not None:
+        end = service.renderer.control.by_name[IM_END]
+        params = replace(params, stop_token_ids=(*params.stop_token_ids, end))
+    return Asked(tuple(rendered.ids), tools, params, stops, body.n or 1, constraint)
 
 
 class Reader:
@@ -138,7 +152,8 @@ async def answered(
 ) -> AsyncGenerator[tuple[Delta, Piece], None]:
     """Deltas of one choice; the last has ``finish_reason`` in its piece."""
     reader = Reader(service, one.tools, one.stops)
-    pieces = service.answer(name, one.prompt, one.params)
+    constraint = None if one.constraint is None else one.constraint.fresh()
+    pieces = service.answer(name, one.prompt, one.params, constraint=constraint)
     end = service.tokenizer.special_ids.get(IM_END)
     try:
         async for piece in pieces:
@@ -184,7 +199,7 @@ def _choices(one: Asked) -> list[Asked]:
 
 async def complete(service: Service, body: ChatBody, name: str) -> dict[str, Any]:
     """The whole answer."""
-    one = asked(service, body)
+    one = await settled(service, body)
     answers: list[Answer] = await gathered(
         [_answer(service, each, f"{name}-{i}") for i, each in enumerate(_choices(one))]
     )
@@ -232,7 +247,7 @@ async def stream(service: Service, body: ChatBody, name: str) -> AsyncGenerator[
     """The answer in pieces; the last, where asked for, is the usage."""
     if body.prompt_logprobs is not None or body.return_routed_experts:
         raise UserError("stream: not together with prompt_logprobs or routed experts")
-    one = asked(service, body)
+    one = await settled(service, body)
     kind, answers = "chat.completion.chunk", [Whole() for _ in range(one.num_choices)]
 
     for number in range(one.num_choices):

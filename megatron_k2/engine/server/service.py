@@ -10,6 +10,7 @@ from typing import Any
 from megatron_k2.chat.control import IM_END
 from megatron_k2.chat.template import Renderer
 from megatron_k2.data.tokenizer import Tokenizer
+from megatron_k2.engine.constrained import GrammarConstraint, Grammars
 from megatron_k2.engine.protocol import Engine, FinishReason, Request, SamplingParams, Token
 from megatron_k2.engine.text import StopStrings, TextPieces
 from megatron_k2.errors import UserError
@@ -82,6 +83,19 @@ class Service:
         self.limits = limits or ServerLimits()
         self.num_running = 0
         self._renderer: Renderer | None = None
+        self._grammars: Grammars | None = None
+
+    @property
+    def grammars(self) -> Grammars:
+        """What answers can be held to.
+
+        Raises:
+            UserError: the tokenizer has no control tokens, or see ``Grammars``.
+        """
+        if self._grammars is None:
+            end = self.renderer.control.by_name[IM_END]
+            self._grammars = Grammars(self.tokenizer, self.engine.limits.vocab_size, end)
+        return self._grammars
 
     @property
     def renderer(self) -> Renderer:
@@ -146,7 +160,12 @@ class Service:
         return room
 
     async def answer(
-        self, name: str, prompt: Sequence[int], params: SamplingParams, stops: Sequence[str] = ()
+        self,
+        name: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        stops: Sequence[str] = (),
+        constraint: GrammarConstraint | None = None,
     ) -> AsyncGenerator[Piece, None]:
         """One answer as it grows; leaving early ends it in the engine.
 
@@ -154,15 +173,18 @@ class Service:
 
         Raises:
             BusyError: too many are in flight.
+            UserError: the grammar became too large on the way.
         """
         if self.num_running >= self.limits.requests:
             raise BusyError(f"{self.num_running} requests are in flight, as many as are allowed")
         self.num_running += 1
         text, stop = TextPieces(self.tokenizer), StopStrings(stops)
         try:
-            outputs = self.engine.generate(Request(name, tuple(prompt), params))
+            outputs = self.engine.generate(Request(name, tuple(prompt), params, constraint))
             async with aclosing(outputs):
                 async for output in outputs:
+                    if constraint is not None and constraint.fault:
+                        raise UserError(f"the schema was given up: {constraint.fault[:300]}")
                     shown = [t.id for t in output.tokens]
                     if output.stop_id is not None:
                         shown = shown[:-1]

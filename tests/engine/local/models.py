@@ -1,8 +1,10 @@
 """Random models for the embedded engine's tests, and transformers' own of the same weights."""
 
+import json
 from dataclasses import replace
 
 import torch
+from safetensors.torch import save_file
 
 from megatron_k2.checkpoint.hf.config import hf_config, without_yarn
 from megatron_k2.checkpoint.names.mapping import classic_from_transformers
@@ -45,6 +47,14 @@ def weights_of(model, preset, dtype=torch.float32, device="cpu", groups=(1, 1)):
     found = Weights(preset, dtype, torch.device(device), groups)
     found.load(classic_from_transformers(model.state_dict()).items())
     return found
+
+
+def saved(model, preset, folder):
+    """The same as a Hugging Face directory, without a tokenizer."""
+    named = classic_from_transformers(model.state_dict())
+    save_file({k: v.contiguous() for k, v in named.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(hf_config(preset, model_type="deepseek_v3")))
+    return folder
 
 
 def tokens(count, seed=0, vocab_size=TINY.vocab_size):

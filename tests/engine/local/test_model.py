@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_k2.engine.local import experts as experts_module
 from megatron_k2.engine.local import model as model_module
 from megatron_k2.engine.local.model import Chunk, LatentModel, Step, is_absorption_cheaper
 from megatron_k2.engine.local.weights import Weights, tensors_of
@@ -94,7 +95,7 @@ def test_groups_of_experts_bound_the_choice(given, is_same):
 def test_experts_in_a_loop_and_grouped_agree(monkeypatch):
     model = reference(TINY)
     sequences = [tokens(n, seed) for seed, n in enumerate(LENGTHS)]
-    monkeypatch.setattr(model_module, "MAX_GROUPED_ELEMENTS", 0)
+    monkeypatch.setattr(experts_module, "MAX_GROUPED_ELEMENTS", 0)
     engine = LatentModel(weights_of(model, TINY), len(sequences), 64)
     found = through_the_cache(engine, sequences)
     assert largest_difference(found, expected_logits(model, sequences)) < 1e-5

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_k2.engine.local.sampling import Row, choose, filtered, scored
+from megatron_k2.engine.local.sampling import Row, choose, filtered, scored, uniform
 from megatron_k2.engine.protocol import SamplingParams
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, 3.0, 0.0]])
@@ -66,8 +66,7 @@ def test_rows_keep_their_own_parameters():
 
 def test_draws_have_the_frequencies():
     params = SamplingParams(temperature=0.8, top_p=0.9)
-    generator = torch.Generator().manual_seed(0)
-    rows = [Row(params, generator)] * 20_000
+    rows = [Row(params, uniform(0, place)) for place in range(20_000)]
     chosen = choose(LOGITS.repeat(len(rows), 1), rows)
     counts = torch.bincount(chosen, minlength=6) / len(rows)
     assert counts.tolist() == pytest.approx(slow(LOGITS[0].tolist(), params), abs=0.015)
@@ -77,21 +76,24 @@ def test_a_seed_gives_its_tokens_whatever_else_is_in_the_batch():
     params, greedy = SamplingParams(temperature=1.2), SamplingParams(temperature=0)
 
     def drawn(others):
-        rows = [Row(params, torch.Generator().manual_seed(7))]
-        rows += [Row(p, torch.Generator().manual_seed(i)) for i, p in enumerate(others)]
-        return [int(choose(LOGITS.repeat(len(rows), 1), rows)[0]) for _ in range(20)]
+        found = []
+        for place in range(20):
+            rows = [Row(params, uniform(7, place))]
+            rows += [Row(p, uniform(i, place)) for i, p in enumerate(others)]
+            found.append(int(choose(LOGITS.repeat(len(rows), 1), rows)[0]))
+        return found
 
     assert drawn([]) == drawn([greedy, params, SamplingParams(top_k=2)])
 
 
 def test_greedy_takes_the_lowest_of_equals():
-    row = Row(SamplingParams(temperature=0), torch.Generator())
+    row = Row(SamplingParams(temperature=0), 0.0)
     assert choose(torch.tensor([[1.0, 4.0, 4.0]]), [row]).tolist() == [1]
 
 
 def test_the_penalty_pushes_both_signs_down():
     params = SamplingParams(temperature=0, repetition_penalty=4.0)
-    row = Row(params, torch.Generator(), seen=[0, 0, 2])
+    row = Row(params, 0.0, seen=[0, 0, 2])
     assert choose(torch.tensor([[3.0, 1.0, -0.5]]), [row]).tolist() == [1]
     assert choose(torch.tensor([[-0.5, -1.0, -3.0]]), [row]).tolist() == [1]
 
@@ -103,3 +105,11 @@ def test_logprobs_are_the_models_own():
     assert [c.id for c in tokens[0].top] == [4, 0, 1]
     assert tokens[0].top[0].logprob == pytest.approx(expected[4].item(), abs=1e-6)
     assert tokens[0].weight_version == "v"
+
+
+def test_neighbouring_seeds_and_places_draw_apart():
+    drawn = torch.tensor([[uniform(seed, place) for place in range(300)] for seed in range(300)])
+    assert drawn.unique().numel() > 89_000  # 90,000 draws of 2^24: about 240 pairs of equals
+    assert abs(drawn.mean() - 0.5) < 0.005
+    assert torch.corrcoef(drawn).fill_diagonal_(0).abs().max() < 0.35
+    assert torch.corrcoef(drawn.t()).fill_diagonal_(0).abs().max() < 0.35

@@ -1,22 +1,38 @@
-"""A real uvicorn on a port of the system, in a thread, over a scripted engine."""
+"""A real uvicorn on a port of the system, in a thread; an embedded engine with random weights."""
 
 import asyncio
 import contextlib
 import threading
 import time
+from dataclasses import replace
 
+import torch
 import uvicorn
 
 from megatron_k2.data.hf_tokenizer import train_byte_bpe
 from megatron_k2.data.tokenizer import load_tokenizer
+from megatron_k2.engine.local.core import Core
+from megatron_k2.engine.local.engine import LocalEngine
+from megatron_k2.engine.local.weights import Weights
 from megatron_k2.engine.server.app import listening, make_app
 from megatron_k2.engine.server.service import Service
+from tests.engine.local.models import TINY
 
 
 def tokenizer_in(directory):
     """A small one with K2's control tokens."""
     train_byte_bpe(["The sum of 1 and 2 is 3. get_weather {city: Paris}\n"] * 50, 400, directory)
     return load_tokenizer(directory)
+
+
+def random_engine(tokenizer):
+    """Weights small enough that every token has its chance."""
+    preset = replace(TINY, vocab_size=tokenizer.vocab_size + 5, max_position_embeddings=4096)
+    weights = Weights(preset, torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    places = weights._places.items()
+    weights.load([(n, 0.05 * torch.randn(p.shape, generator=generator)) for n, p in places])
+    return LocalEngine(Core(weights, num_slots=6, max_length=2048))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,306 @@
+"""``PoolEngine``: several processes behind one engine, their weights in files that all of them map.
+
+One thread a process, one process a core: small products do not gain from threads, separate batches
+do. A request goes where fewest are in flight. Rows are shared between prompts within a process
+only. A process that dies takes its own requests with it, by an error; it is not started again.
+"""
+
+import asyncio
+import itertools
+import multiprocessing
+import shutil
+import tempfile
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from megatron_k2.engine.local import worker
+from megatron_k2.engine.local.core import STEP_TOKENS, require_room
+from megatron_k2.engine.local.engine import code_of, open_export
+from megatron_k2.engine.local.invariant import whole_tiles
+from megatron_k2.engine.local.weights import Weights, tensors_of
+from megatron_k2.engine.protocol import (
+    EngineError,
+    Health,
+    Limits,
+    Output,
+    PauseMode,
+    Request,
+    UpdateError,
+    check_request,
+)
+from megatron_k2.engine.transfer.manifest import Manifest
+from megatron_k2.errors import UserError
+
+
+@dataclass(eq=False)
+class _Member:
+    """A process as the pool sees it."""
+
+    number: int
+    process: BaseProcess
+    connection: Connection
+    streams: dict[str, "asyncio.Queue[Output | Exception]"] = field(default_factory=dict)
+    calls: dict[int, "asyncio.Future[Any]"] = field(default_factory=dict)
+    is_alive: bool = True
+    loop: asyncio.AbstractEventLoop | None = None
+    """Set when it is first used."""
+
+    def send(self, *command: Any) -> None:
+        """Hand it a command; one that has died gets none."""
+        if self.is_alive:
+            try:
+                self.connection.send(command)
+            except OSError:
+                pass  # it is just dying: its reader reports it
+
+
+class PoolEngine:
+    """See the module.
+
+    Args:
+        weights: in files, loaded; the pool's from here on.
+        share: what each process computes with.
+        num_processes: of them.
+    """
+
+    def __init__(self, weights: Weights, share: worker.Share, num_processes: int) -> None:
+        self._weights, self._version = weights, share.version
+        self.limits = Limits(
+            share.preset.vocab_size, share.max_length, share.num_slots * num_processes
+        )
+        self._numbers = itertools.count()
+        self._is_paused = self._is_closed = False
+        self._fault = ""
+        self._members = [self._started(number, share) for number in range(num_processes)]
+        for member in self._members:
+            self._await_ready(member)
+
+    @classmethod
+    def from_export(
+        cls,
+        folder: Path,
+        *,
+        num_processes: int,
+        num_slots: int,
+        max_length: int,
+        dtype: torch.dtype = torch.float32,
+        weight_version: str = "0",
+        step_tokens: int = STEP_TOKENS,
+        memory_bytes: int | None = None,
+        is_batch_invariant: bool = False,
+    ) -> Self:
+        """Serve a Hugging Face directory; ``num_slots`` are shared out among the processes.
+
+        Raises:
+            UserError: see ``LocalEngine.from_export``; or a process does not start.
+        """
+        if not 1 <= num_processes <= num_slots:
+            raise UserError(f"{num_processes} processes for {num_slots} slots: 1 to {num_slots}")
+        release, groups = open_export(folder, max_length)
+        each = -(-num_slots // num_processes)
+        files = Path(tempfile.mkdtemp(prefix="megatron-k2-weights-"))
+        try:
+            weights = Weights(release.preset, dtype, torch.device("cpu"), groups, files)
+            length = whole_tiles(max_length) if is_batch_invariant else max_length
+            require_room(weights, each * num_processes, length, memory_bytes)
+            weights.load(tensors_of(release.source))
+            share = worker.Share(
+                release.preset,
+                dtype,
+                groups,
+                files,
+                each,
+                max_length,
+                weight_version,
+                step_tokens,
+                is_batch_invariant,
+            )
+            return cls(weights, share, num_processes)
+        finally:
+            shutil.rmtree(files)  # mapped by all who need them; nothing is left behind
+
+    def _started(self, number: int, share: worker.Share) -> _Member:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=worker.main, args=(theirs, share), daemon=True)
+        process.start()
+        theirs.close()
+        return _Member(number, process, ours)
+
+    def _await_ready(self, member: _Member) -> None:
+        try:
+            member.connection.recv()
+        except EOFError:
+            self._terminate()
+            raise UserError(
+                f"process {member.number} of the engine did not start; the reason stands above"
+            ) from None
+        threading.Thread(target=self._read, args=(member,), daemon=True).start()
+
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        """See the protocol."""
+        check_request(request, self.limits)
+        if request.constraint is not None:
+            raise UserError(
+                "an engine of several processes holds no answer to a grammar; serve with one"
+            )
+        if any(request.id in member.streams for member in self._members):
+            raise UserError(f"request id {request.id!r} is in flight already")
+        member = self._chosen()
+        stream = member.streams[request.id] = asyncio.Queue()
+        is_ended = False
+        try:
+            member.send("generate", request)
+            while not is_ended:
+                output = await stream.get()
+                if isinstance(output, Exception):
+                    is_ended = True
+                    raise output
+                is_ended = output.finish_reason is not None
+                yield output
+        finally:
+            member.streams.pop(request.id, None)
+            if not is_ended:
+                member.send("leave", request.id)
+
+    def _chosen(self) -> _Member:
+        """The process with fewest requests."""
+        living = self._living()
+        if self._fault or not living:
+            raise EngineError(self._fault or self.health().detail)
+        found = min(living, key=lambda member: len(member.streams))
+        found.loop = asyncio.get_running_loop()
+        return found
+
+    def _living(self) -> list[_Member]:
+        return [member for member in self._members if member.is_alive]
+
+    async def _all(self, method: str, *arguments: Any) -> list[Any]:
+        """A verb of every living process; one that dies meanwhile is passed over."""
+        futures = []
+        for member in self._living():
+            member.loop = asyncio.get_running_loop()
+            number = next(self._numbers)
+            future = member.calls[number] = member.loop.create_future()
+            member.send("call", number, method, arguments)
+            futures.append(future)
+        return list(await asyncio.gather(*futures))
+
+    async def abort(self, ids: Iterable[str] | None = None) -> None:
+        """See the protocol."""
+        await self._all("abort", None if ids is None else list(ids))
+
+    async def pause(self, mode: PauseMode = "abort") -> None:
+        """See the protocol."""
+        if mode not in ("abort", "wait", "keep"):
+            raise UserError(f"pause mode {mode!r}: abort, wait or keep")
+        await self._all("pause", mode)
+        self._is_paused = True
+
+    async def resume(self) -> None:
+        """See the protocol."""
+        self._is_paused = False
+        await self._all("resume")
+
+    async def update_weights(
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        version: str,
+        manifest: Callable[[], Manifest] | None = None,
+    ) -> None:
+        """See the protocol; nobody computes while the files are written."""
+        await self._all("pause", "keep")
+        self._fault = f"weights {version!r} are half in"
+        try:
+            await asyncio.to_thread(self._weights.load, weights)
+            if manifest is not None:
+                manifest().require_held(self._weights.held, version)
+        except Exception as error:
+            self._fault = f"the update to weights {version!r} failed: {error}"
+            for member in self._living():
+                self._fail(member, EngineError(self._fault))
+            await self._all("abort", None)
+            raise UpdateError(code_of(error), self._fault) from error
+        await self._all("adopt", version)
+        self._version, self._fault = version, ""
+        if not self._is_paused:
+            await self._all("resume")
+
+    async def cpu_seconds(self) -> list[float]:
+        """That each living process has taken so far."""
+        return await self._all("cpu_seconds")
+
+    def health(self) -> Health:
+        """See the protocol; a dead process is named, the others answer on."""
+        counts = [len(member.streams) for member in self._living()]
+        each = self.limits.num_slots // len(self._members)
+        dead = [str(m.number) for m in self._members if not m.is_alive and not self._is_closed]
+        told = f"process {', '.join(dead)} of {len(self._members)} died" if dead else ""
+        running = sum(min(count, each) for count in counts)
+        is_ready = bool(counts) and not self._fault and not self._is_closed
+        detail = self._fault or ("closed" if self._is_closed else told)
+        paused, waiting = self._is_paused, sum(counts) - running
+        return Health(is_ready, detail, paused, self._version, running, waiting)
+
+    async def close(self) -> None:
+        """See the protocol."""
+        self._is_closed = True
+        for member in self._members:
+            self._fail(member, EngineError("the engine was closed"))
+        await asyncio.to_thread(self._terminate)
+
+    def _terminate(self) -> None:
+        for member in self._members:
+            member.process.terminate()
+        for member in self._members:
+            member.process.join()
+
+    def _fail(self, member: _Member, error: EngineError) -> None:
+        for stream in member.streams.values():
+            stream.put_nowait(error)
+
+    # What follows runs on a thread of its own for each process, but for what it hands to the loop.
+
+    def _read(self, member: _Member) -> None:
+        try:
+            while True:
+                messages = member.connection.recv()
+                assert member.loop is not None  # it was asked for something
+                member.loop.call_soon_threadsafe(self._take, member, messages)
+        except (EOFError, OSError):
+            member.is_alive = False
+            if member.loop is not None and not member.loop.is_closed():
+                member.loop.call_soon_threadsafe(self._bury, member)
+
+    def _take(self, member: _Member, messages: list[tuple[Any, ...]]) -> None:
+        for message in messages:
+            match message:
+                case ("output" | "failed", name, found):
+                    if (stream := member.streams.get(name)) is not None:
+                        stream.put_nowait(found)
+                case ("done", number, found, error):
+                    future = member.calls.pop(number)
+                    if future.done():
+                        continue  # whoever asked has gone
+                    if error is None:
+                        future.set_result(found)
+                    else:
+                        future.set_exception(error)
+
+    def _bury(self, member: _Member) -> None:
+        """Tell those who wait for a process that has died."""
+        member.process.join()
+        code = member.process.exitcode
+        self._fail(member, EngineError(f"process {member.number} of the engine died ({code})"))
+        for future in member.calls.values():
+            if not future.done():
+                future.set_result(None)
+        member.calls.clear()
