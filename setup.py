@@ -50,6 +50,8 @@ EXTRAS = {
     # The server: FastAPI (MIT) reads and describes routes, uvicorn (BSD) speaks HTTP,
     # prometheus-client (Apache-2.0) counts.
     "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "prometheus-client>=0.20,<1"],
+    # Confines programs without namespaces (Apache-2.0); bubblewrap is the distribution's.
+    "sandbox": ["sandlock>=0.9,<0.10"],
     "dev": [
         "openai>=2",  # Apache-2.0: the server's tests call it as users do
         "pytest>=8",
@@ -77,6 +79,7 @@ setup(
     package_data={
         "megatron_k2.fp8": ["*.c", "*.h"],
         "megatron_k2.engine.server": ["*.html"],
+        "megatron_k2.sandbox.escapes": ["*.txt"],
     },
     install_requires=[
         "torch>=2.9,<3",
