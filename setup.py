@@ -50,6 +50,8 @@ EXTRAS = {
     # The server: FastAPI (MIT) reads and describes routes, uvicorn (BSD) speaks HTTP,
     # prometheus-client (Apache-2.0) counts.
     "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "prometheus-client>=0.20,<1"],
+    # math-verify compares what is not a number, reasoning-gym makes puzzles (both Apache-2.0).
+    "gym": ["math-verify[antlr4_13_2]>=0.9,<0.10", "reasoning-gym>=0.1.23,<0.2"],
     # Confines programs without namespaces (Apache-2.0); bubblewrap is the distribution's.
     "sandbox": ["sandlock>=0.9,<0.10"],
     "dev": [

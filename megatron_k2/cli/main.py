@@ -26,6 +26,7 @@ VERBS = {
     "generate": "sample text from a Megatron checkpoint",
     "chat": "talk to a checkpoint; render and parse: dialogues to K2's tokens and back",
     "serve": "an OpenAI-compatible server over the embedded engine",
+    "gym": "list, card, sample, verify: tasks whose answers a program can check",
     "sandbox": "check: what gets out of the sandboxes of this machine",
     "report": "draw a run's metrics.jsonl as a PNG",
 }

@@ -5,6 +5,7 @@ in its parent's count of children, unless that parent ignored their end; so CPU 
 are a lower bound, and the wall deadline stands behind them.
 """
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
@@ -98,3 +99,18 @@ def cpu_seconds_at_end(pid: int) -> float:
     with open(f"/proc/{pid}/stat", "rb") as stream:
         fields = stream.read().rpartition(b")")[2].split()
     return sum(int(value) for value in fields[11:15]) / TICKS_PER_SECOND
+
+
+def processes_with(mark: str) -> list[int]:
+    """Processes but this one that have a mark in the environment they began with.
+
+    Those that are gone and were not waited for have no environment, and are not among them.
+    """
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as stream:
+            if mark.encode() in stream.read():
+                found.append(int(name))
+    return found

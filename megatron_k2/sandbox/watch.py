@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 from megatron_k2.sandbox.census import Census, proportional_bytes
 from megatron_k2.sandbox.folder import Folder
+from megatron_k2.sandbox.pipes import read_some, write_all
 from megatron_k2.sandbox.protocol import Limits, Process, Result, Status
 
-CHUNK_BYTES = 1 << 16
 FIRST_LOOK_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 0.25
 SIGSYS, SIGXCPU, SIGXFSZ = 31, 24, 25
@@ -153,38 +153,16 @@ def _of_exit(exit_code: int, cpu_seconds: float, limits: Limits) -> tuple[str, S
 
 
 async def _read(pipe: int, output: _Output) -> None:
-    os.set_blocking(pipe, False)
-    loop, ready = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(pipe, ready.set)
     try:
-        while not output.is_over.is_set():
-            await ready.wait()
-            ready.clear()
-            try:
-                content = os.read(pipe, CHUNK_BYTES)
-            except BlockingIOError:
-                continue
-            if not content:
-                return
+        while not output.is_over.is_set() and (content := await read_some(pipe)):
             output.take(pipe, content)
     finally:
-        loop.remove_reader(pipe)
         os.close(pipe)
 
 
 async def _feed(pipe: int, content: bytes) -> None:
-    os.set_blocking(pipe, False)
-    loop, ready = asyncio.get_running_loop(), asyncio.Event()
-    rest = memoryview(content)
     try:
         with contextlib.suppress(BrokenPipeError):  # a program need not read its input
-            while rest:
-                try:
-                    rest = rest[os.write(pipe, rest[:CHUNK_BYTES]) :]
-                except BlockingIOError:
-                    ready.clear()
-                    loop.add_writer(pipe, ready.set)
-                    await ready.wait()
+            await write_all(pipe, content)
     finally:
-        loop.remove_writer(pipe)
         os.close(pipe)

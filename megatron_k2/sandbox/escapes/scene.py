@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from megatron_k2.sandbox.census import processes_with
 from megatron_k2.sandbox.protocol import Result
 
 CANARY_VARIABLE = "MEGATRON_K2_CANARY"
@@ -135,7 +136,7 @@ class Scene:
         reached = [name for name, listener in self._listeners.items() if _was_called(listener)]
         if reached:
             return f"reached {', '.join(reached)}"
-        survivors = _processes_with(self.mark)
+        survivors = processes_with(self.mark)
         for pid in survivors:
             with suppress(OSError):
                 os.kill(pid, 9)
@@ -181,15 +182,3 @@ def _was_called(listener: socket.socket) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _processes_with(mark: str) -> list[int]:
-    """Processes that were started with the mark in their environment."""
-    found = []
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) == os.getpid():
-            continue
-        with suppress(OSError):
-            if mark.encode() in Path("/proc", name, "environ").read_bytes():
-                found.append(int(name))
-    return found
