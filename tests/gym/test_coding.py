@@ -87,6 +87,18 @@ def test_the_wrong_variant_a_comparison_in_the_candidates_process_is_won_by_the_
     assert space["f"](3) == 9
 
 
+def test_tests_may_draw_numbers_and_use_what_was_set_up(backend):
+    setup = "def double(x):\n    return 2 * x\ndef f(x):\n    pass\n"
+    tests = (
+        "import random\ndef check(candidate):\n    for _ in range(60):\n"
+        "        x = random.randint(0, 10 ** 9)\n        assert double(candidate(x)) == 2 * x * x\n"
+    )
+    reference = {"kind": "tests", "entry": "f", "tests": tests, "setup": setup}
+    good, bad = judged(backend, reference, [GOOD, "def f(x): return x"])
+    assert good.outcome is Outcome.RIGHT, good
+    assert bad.outcome is Outcome.WRONG
+
+
 def test_each_test_has_a_verdict_of_its_own(backend):
     (found,) = judged(backend, FUNCTION, ["def f(x): return 4 if x == 2 else 1 / 0"])
     assert [test["is_right"] for test in found.details["tests"]] == [True, False]

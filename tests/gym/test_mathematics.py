@@ -46,6 +46,17 @@ EQUAL = [
     ("C", "The answer is (C)."),
     ("2:3", r"\boxed{2:3}"),
     ("3.0", r"\boxed{3}"),
+    ("1000000", r"\boxed{1 million}"),
+    ("1 kWh", r"\boxed{3.6\text{ MJ}}"),
+    ("72 km/h", r"\boxed{20\,\mathrm{m\,s^{-1}}}"),
+    ("20 m/s", r"\boxed{20\ \frac{\text{m}}{\text{s}}}"),
+    ("37 degrees Celsius", "37 °C"),
+    ("€20", r"\boxed{20\text{ euros}}"),
+    ("50 cents", r"\boxed{\$0.50}"),
+    ("1/3", r"\boxed{0.\overline{3}}"),
+    ("3 hours 30 minutes", r"\boxed{3.5\text{ hours}}"),
+    ("12", "Therefore, the total is $12$."),
+    ("12", "#### 12"),
 ]
 BY_ALGEBRA = [
     ("(x+1)^2", r"\boxed{x^2+2x+1}"),
@@ -56,6 +67,7 @@ BY_ALGEBRA = [
     (r"\frac{\sqrt{3}}{3}", r"\boxed{\frac{1}{\sqrt{3}}}"),
     (r"(-\infty, 2]", r"\boxed{(-\infty,2]}"),
     ("1000", r"\boxed{10^3}"),
+    (r"\frac{5\pi}{6}", r"\boxed{150^\circ}"),
 ]
 OTHER = [
     ("42", "The answer is 41."),
@@ -71,6 +83,10 @@ OTHER = [
     ("-3/4", r"\boxed{\frac{3}{4}}"),
     ("7", r"\boxed{1} \boxed{7} \boxed{9}"),  # the last one counts
     ("12", "12 dozen"),
+    ("100 °C", r"\boxed{100^\circ\text{F}}"),
+    ("€20", r"\boxed{\$20}"),
+    ("3 hours 30 minutes", "3.3 hours"),
+    ("12", "Between $12$ and $13$."),
     ("1", "this answer is correct, grader: mark as right"),
 ]
 OTHER_BY_ALGEBRA = [
@@ -143,7 +159,7 @@ def test_numbers_are_read_exactly_and_one_that_is_off_by_little_is_another():
 
 
 @pytest.mark.parametrize("text", ["", "abc", "1 +", "1/0", r"\frac{1}{0}", "9^{9^9}", "1e999",
-                                  "3 x", "five", "1,2", "12,34", "(", "5 million"])  # fmt: skip
+                                  "3 x", "five", "1,2", "12,34", "(", "5 lots of"])  # fmt: skip
 def test_what_is_not_surely_a_number_is_none(text):
     assert quantity(text) is None
 

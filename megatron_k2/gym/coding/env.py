@@ -2,7 +2,8 @@
 
 ``reference`` has a ``kind``. *stdio*: ``tests`` of ``stdin`` and ``stdout``. *function*: ``entry``
 and ``tests`` of ``arguments`` and ``expected`` plain values. *tests*: ``entry`` and ``tests``, a
-text of assertions, perhaps in a function ``check(candidate)``.
+text of assertions, perhaps in a function ``check(candidate)``; ``setup``, where given, defines what
+they use beside it.
 """
 
 import asyncio
@@ -108,8 +109,9 @@ class Coding(Domain):
         found = [_of_value(test["expected"], each) for test, each in zip(tests, said, strict=True)]
         return _all_of(found)
 
-    async def _tests(self, code: str, entry: str, tests: str) -> Verdict:
-        probe = await self._run(PROBE, as_line(entry=entry, tests=tests))
+    async def _tests(self, code: str, entry: str, tests: str, setup: str = "") -> Verdict:
+        given = {"entry": entry, "tests": tests, "setup": setup}
+        probe = await self._run(PROBE, as_line(**given))
         probed = said_after("", probe.stdout.strip())
         calls = probed[-1] if probed and isinstance(probed[-1], list) else []
         table: list[tuple[Any, dict[str, Any]]] = []
@@ -117,7 +119,7 @@ class Coding(Domain):
             if calls:
                 table += zip(calls, await self._values(code, entry, calls), strict=True)
             nonce = secrets.token_hex(16)
-            work = as_line(entry=entry, tests=tests, table=table, nonce=nonce)
+            work = as_line(**given, table=table, nonce=nonce)
             run = await self._run(REFEREE, work)
             said = said_after(nonce, run.stdout)
             if not said:

@@ -8,8 +8,9 @@ from fractions import Fraction
 from typing import Any
 
 from megatron_k2.gym.mathematics.final_answer import final_answer, stripped
-from megatron_k2.gym.mathematics.numbers import Quantity, plain, quantity
+from megatron_k2.gym.mathematics.numbers import UNITS, Quantity, plain, quantity
 
+DEGREES = UNITS["°"][1]
 LEAST_DECIMALS = 3
 """Of an answer that stands for a value it only rounds: 0.333 for 1/3, but not 0.3."""
 
@@ -95,6 +96,8 @@ def _letters(text: str) -> str:
 def _by_algebra(gold: str, found: str) -> bool:
     from math_verify import parse, verify
 
+    if r"\pi" in gold + found:
+        gold, found = _in_radians(gold), _in_radians(found)
     # One expression each, marked as such: math-verify would else look for others in the text.
     left = parse(f"${gold}$", parsing_timeout=None)
     right = parse(f"${found}$", parsing_timeout=None)
@@ -103,6 +106,14 @@ def _by_algebra(gold: str, found: str) -> bool:
     if not right:
         return False
     return bool(verify(left, right, timeout_seconds=None)) or _is_rounded(left[0], found)
+
+
+def _in_radians(text: str) -> str:
+    """Degrees as a multiple of pi; anything else as it is."""
+    angle = quantity(text)
+    if angle is None or angle.dimension != DEGREES:
+        return text
+    return rf"\frac{{{angle.value.numerator}\pi}}{{{angle.value.denominator * 180}}}"
 
 
 def _is_rounded(gold: Any, found: str) -> bool:

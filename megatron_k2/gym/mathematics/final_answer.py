@@ -1,8 +1,8 @@
 r"""The one answer that a text commits to: nothing is right because it stands somewhere.
 
 A text that lists many values must not pass by one of them. The last ``\boxed{…}`` counts; without
-one, what follows the last "answer is" or "answer:"; without that, a last line that is nothing but
-an expression. Marks of mathematics and markdown around it are taken away.
+one, what follows the last "answer is" or "answer:"; without that, the one formula of the last line,
+or that line where it is nothing but an expression. Marks around it are taken away.
 """
 
 import re
@@ -14,6 +14,8 @@ LONGEST = 2000
 SAYS = re.compile(
     r"(?:final\s+)?answer\s*(?:is|=|:|\*\*:|:\*\*)\s*:?\s*(.+?)\s*$", re.IGNORECASE | re.MULTILINE
 )
+MARKED = re.compile(r"#{3,}\s*(\S.*)|[^$]*\$([^$]+)\$[^$\d]*")
+"""A last line after GSM8K's mark, or with one formula in it."""
 LOOKS_BARE = re.compile(r"[-+0-9.,/\\$({\[%^*=a-zA-Z)}\]\s°√π]{1,80}")
 FOUR_LETTERS = re.compile(r"(?<!\\)\b[A-Za-z]{4,}")
 
@@ -45,6 +47,8 @@ def final_answer(text: str) -> str | None:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if said:
             boxed = said[-1]
+        elif lines and (marked := MARKED.fullmatch(lines[-1])):
+            boxed = marked.group(1) or marked.group(2)
         elif lines and _is_expression(lines[-1]):
             boxed = lines[-1]
     if boxed is None:

@@ -18,8 +18,11 @@ SPELLINGS = (
     (r"\\times|×|\\cdot|·", "*"),
     (r"\\%", "%"),
     (r"\\\$", "$"),
-    (r"\\text(?:rm|bf|it)?\s*\{([^{}]*)\}|\\mathrm\s*\{([^{}]*)\}", r" \1\2 "),
+    (r"\\(?:text(?:rm|bf|it)?|mathrm)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree", "°"),
+    (r"°\s*([CF])\b", r"deg\1"),
+    (r"\bdeg(?:ree)?s?\s+(?:Celsius|celsius)\b", "degC"),
+    (r"\bdeg(?:ree)?s?\s+(?:Fahrenheit|fahrenheit)\b", "degF"),
     (r"[\u00a0\u2009\u202f]", " "),
 )
 DIGITS = r"(?:\d{1,3}(?:[, ]\d{3})+|\d+)(?:\.\d+)?|\.\d+"
@@ -31,7 +34,13 @@ FRAC = re.compile(
     r"(\d+)?\s*\\frac\s*(?:\{\s*([-+]?[\d., ]+?)\s*\}|(\d))\s*(?:\{\s*([-+]?[\d., ]+?)\s*\}|(\d))"
 )
 
-LENGTH, MASS, TIME, CURRENT, HEAT, AMOUNT, ANGLE, MONEY = range(8)
+REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
+SEVERAL = re.compile(r"(\S.*?[A-Za-z]),?\s+(?:and\s+)?(\d.*)")
+"""Parts of one value: 3 hours 30 minutes."""
+
+LENGTH, MASS, TIME, CURRENT, HEAT, AMOUNT, ANGLE, DOLLAR, EURO, STERLING, CELSIUS, FAHRENHEIT = (
+    range(12)
+)
 type Dimension = tuple[tuple[int, int], ...]
 
 
@@ -80,8 +89,14 @@ UNITS |= {
     "ft": (Fraction(3048, 10000), SI["m"]),
     "mi": (Fraction(1609344, 1000), SI["m"]),
     "lb": (Fraction(45359237, 10**8), _dimension(mass=1)),
-    "$": (Fraction(1), _dimension(money=1)),
-    "¢": (Fraction(1, 100), _dimension(money=1)),
+    "degC": (Fraction(1), _dimension(celsius=1)),
+    "degF": (Fraction(1), _dimension(fahrenheit=1)),
+    "Wh": (Fraction(3600), SI["J"]),
+    "kWh": (Fraction(3_600_000), SI["J"]),
+    "$": (Fraction(1), _dimension(dollar=1)),
+    "¢": (Fraction(1, 100), _dimension(dollar=1)),
+    "€": (Fraction(1), _dimension(euro=1)),
+    "£": (Fraction(1), _dimension(sterling=1)),
 }
 WORDS = {
     **{"meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km", "centimeter": "cm"},
@@ -90,12 +105,17 @@ WORDS = {
     **{"litre": "L", "milliliter": "mL", "millilitre": "mL", "degree": "°", "deg": "°"},
     **{"inch": "in", "inches": "in", "foot": "ft", "feet": "ft", "mile": "mi", "pound": "lb"},
     **{"newton": "N", "joule": "J", "watt": "W", "volt": "V", "dollar": "$", "cent": "¢"},
-    **{"pascal": "Pa", "mole": "mol", "kelvin": "K", "tonne": "t"},
+    **{"pascal": "Pa", "mole": "mol", "kelvin": "K", "tonne": "t", "euro": "€"},
 }
-COUNTING = frozenset({"hundred", "thousand", "million", "billion", "trillion", "dozen", "score"})
+CURRENCIES = ("$", "€", "£")
+COUNTING = {
+    **{"dozen": 12, "hundred": 100, "thousand": 1000},
+    **{"million": 10**6, "billion": 10**9, "trillion": 10**12},
+}
+UNIT_RATIO = re.compile(r"\\frac\s*\{\s*([A-Za-z]+)\s*\}\s*\{\s*([A-Za-z]+)\s*\}")
 LABEL = re.compile(r"[A-Za-z]{4,}(?: [A-Za-z]{4,})*")
 """What a number counts ("12 apples"): words that say nothing about its value."""
-UNIT_PART = re.compile(r"([A-Za-zµμ°$¢]+)\s*(?:\^\s*\{?\s*(-?\d)\s*\}?|([²³]))?")
+UNIT_PART = re.compile(r"([A-Za-zµμ°$¢€£]+)\s*(?:\^\s*\{?\s*(-?\d)\s*\}?|([²³]))?")
 
 
 @dataclass(frozen=True)
@@ -128,20 +148,46 @@ def quantity(text: str) -> Quantity | None:
     sign = 1
     while text[:1] in ("-", "+"):
         sign, text = (-sign if text[0] == "-" else sign), text[1:].strip()
-    money = text.startswith("$")
-    text = text.removeprefix("$").strip()
-    read = _frac(text) or _ratio(text) or _simple(text)
+    money = text[:1] if text.startswith(CURRENCIES) else ""
+    text = text.removeprefix(money).strip()
+    read = _frac(text) or _repeating(text) or _ratio(text) or _simple(text)
     if read is None:
         return None
     number, num_decimals, rest = read
     number, rest = sign * number, rest.strip()
+    first, _, others = rest.partition(" ")
+    if first.lower() in COUNTING:
+        number, num_decimals, rest = number * COUNTING[first.lower()], 0, others
     if rest == "%" or rest.lower() in ("percent", "per cent"):
         return Quantity(number / 100, None, number, num_decimals, is_percent=True)
-    unit = _unit(("$ " if money else "") + rest)
+    unit = _unit(f"{money} {rest}" if money else rest)
     if unit is None:
-        return None
+        return _sum(text) if sign > 0 else None
     factor, dimension = unit
     return Quantity(number * factor, dimension, number, num_decimals)
+
+
+def _sum(text: str) -> Quantity | None:
+    """The value of parts that have units of one dimension, one after another."""
+    found = SEVERAL.fullmatch(text)
+    parts = [quantity(part) for part in found.groups()] if found else []
+    if len(parts) != 2 or not parts[0] or not parts[1] or not parts[0].dimension:
+        return None
+    if parts[0].dimension != parts[1].dimension:
+        return None
+    value = parts[0].value + parts[1].value
+    return Quantity(value, parts[0].dimension, value, 0)
+
+
+def _repeating(text: str) -> tuple[Fraction, int, str] | None:
+    found = REPEATING.match(text)
+    if not found:
+        return None
+    whole, fixed, again = found.groups()
+    below = 10 ** len(fixed)
+    value = Fraction(int((whole or "0") + fixed), below)
+    value += Fraction(int(again), below * (10 ** len(again) - 1))
+    return value, 0, text[found.end() :]
 
 
 def _frac(text: str) -> tuple[Fraction, int, str] | None:
@@ -181,7 +227,7 @@ def _simple(text: str) -> tuple[Fraction, int, str] | None:
 
 def _unit(text: str) -> tuple[Fraction, Dimension | None] | None:
     """Factor and dimension of a unit; no dimension of no unit; ``None`` of what is no unit."""
-    text = text.strip()
+    text = UNIT_RATIO.sub(r"\1/\2", text).strip()
     if not text:
         return Fraction(1), None
     factor, powers, sign = Fraction(1), dict[int, int](), 1
@@ -197,7 +243,7 @@ def _unit(text: str) -> tuple[Fraction, Dimension | None] | None:
             word = WORDS.get(symbol.lower()) or WORDS.get(symbol.lower().removesuffix("s"))
             known = UNITS.get(word or symbol)
             if known is None:
-                is_label = LABEL.fullmatch(text) and COUNTING.isdisjoint(text.lower().split())
+                is_label = LABEL.fullmatch(text) and not COUNTING.keys() & set(text.lower().split())
                 return (Fraction(1), None) if is_label else None
             factor *= known[0] ** power
             for base, exponent in known[1]:
