@@ -68,7 +68,7 @@ def _report(name: str, verdicts: list["Verdict"], *, as_json: bool) -> bool:
 def main(argv: list[str]) -> int:
     """Check one back-end or all; 0 where the one that would be used holds."""
     from megatron_k2.errors import UserError
-    from megatron_k2.sandbox.choose import BACKENDS, STRONGEST_FIRST
+    from megatron_k2.sandbox.choose import SANDBOXES, STRONGEST_FIRST
     from megatron_k2.sandbox.escapes.read import escapes_in, suite
 
     arguments = _parser().parse_args(argv)
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
     escapes = suite() if is_suite else escapes_in(arguments.programs)
     chosen, problems = None, []
     for name in [arguments.backend] if arguments.backend else STRONGEST_FIRST:
-        problem = BACKENDS[name]().missing() if name in BACKENDS else None
+        problem = SANDBOXES[name]().missing() if name in SANDBOXES else None
         if problem and not arguments.backend:
             problems.append(f"{name}: {problem}")
             print(f"{name}: cannot run here: {problem}", file=sys.stderr)

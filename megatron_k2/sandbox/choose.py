@@ -20,7 +20,7 @@ from megatron_k2.sandbox.escapes.read import suite, suite_text
 from megatron_k2.sandbox.protocol import Backend
 from megatron_k2.sandbox.sandlock import Sandlock
 
-BACKENDS: dict[str, Callable[[], Backend]] = {"bwrap": Bwrap, "sandlock": Sandlock, "bare": Bare}
+SANDBOXES: dict[str, Callable[[], Backend]] = {"bwrap": Bwrap, "sandlock": Sandlock, "bare": Bare}
 STRONGEST_FIRST = ("bwrap", "sandlock")
 """bwrap: processes, network and files of its own, limits that the kernel holds. sandlock shares the
 process table, its supervisor lives in our process, and 0.9.0 refuses some honest forks."""
@@ -32,9 +32,9 @@ def backend_named(name: str) -> Backend:
     Raises:
         UserError: no such name, or it cannot run on this machine.
     """
-    if name not in BACKENDS:
-        raise UserError(f"no sandbox back-end {name!r}; one of: {', '.join(BACKENDS)}")
-    backend = BACKENDS[name]()
+    if name not in SANDBOXES:
+        raise UserError(f"no sandbox back-end {name!r}; one of: {', '.join(SANDBOXES)}")
+    backend = SANDBOXES[name]()
     if problem := backend.missing():
         raise UserError(f"sandbox back-end {name}: {problem}")
     return backend
@@ -51,7 +51,7 @@ async def default_backend(tell: Callable[[str], None] = lambda _: None) -> Backe
     """
     reasons = []
     for name in STRONGEST_FIRST:
-        backend = BACKENDS[name]()
+        backend = SANDBOXES[name]()
         problem = backend.missing()
         if problem is None:
             escaped = kept_verdict(backend)

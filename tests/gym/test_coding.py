@@ -8,7 +8,7 @@ from megatron_k2.gym.coding import plain
 from megatron_k2.gym.coding.env import Coding, program_of
 from megatron_k2.gym.coding.generators import FORMS, CodingGenerator
 from megatron_k2.gym.protocol import Outcome, Task, Verdict
-from megatron_k2.sandbox.choose import BACKENDS, STRONGEST_FIRST
+from megatron_k2.sandbox.choose import SANDBOXES, STRONGEST_FIRST
 from megatron_k2.sandbox.protocol import Limits
 
 FUNCTION = {
@@ -56,7 +56,7 @@ CHEATS = {
 def backend():
     reasons = []
     for name in STRONGEST_FIRST:
-        found = BACKENDS[name]()
+        found = SANDBOXES[name]()
         if not (problem := found.missing()):
             return found
         reasons.append(f"{name}: {problem}")

@@ -110,7 +110,7 @@ def test_a_few_of_the_suite_are_held(confining, name):
 
 @pytest.mark.slow
 def test_the_default_back_end_holds_the_whole_suite():
-    backend = next((b for b in (choose.BACKENDS[n]() for n in choose.STRONGEST_FIRST)
+    backend = next((b for b in (choose.SANDBOXES[n]() for n in choose.STRONGEST_FIRST)
                     if not b.missing()), None)  # fmt: skip
     if backend is None:
         pytest.skip("no back-end can run on this machine")
@@ -165,7 +165,7 @@ class Absent:
 
 def test_without_any_back_end_the_reasons_and_the_way_out_are_said(monkeypatch):
     for name in choose.STRONGEST_FIRST:
-        monkeypatch.setitem(choose.BACKENDS, name, lambda name=name: Absent(name))
+        monkeypatch.setitem(choose.SANDBOXES, name, lambda name=name: Absent(name))
     with pytest.raises(UserError, match=r"bwrap: not here; sandlock: not here.*`bare`"):
         asyncio.run(choose.default_backend())
     with pytest.raises(UserError, match="no sandbox can run on this machine"):
@@ -184,8 +184,8 @@ def test_a_back_end_that_does_not_hold_is_passed_over(monkeypatch, tmp_path):
     async def tried(backend, programs):
         return [Verdict("x", "blocked", backend.name == "sandlock", "")]
 
-    monkeypatch.setitem(choose.BACKENDS, "bwrap", Weak)
-    monkeypatch.setitem(choose.BACKENDS, "sandlock", Strong)
+    monkeypatch.setitem(choose.SANDBOXES, "bwrap", Weak)
+    monkeypatch.setitem(choose.SANDBOXES, "sandlock", Strong)
     monkeypatch.setattr(choose, "try_all", tried)
     assert asyncio.run(choose.default_backend()).name == "sandlock"
     monkeypatch.delattr(choose, "try_all")  # the verdicts are kept: nothing is tried again

@@ -38,8 +38,7 @@ def names() -> list[str]:
 def _made(generator: str, size: int, seed: int) -> Any:
     import reasoning_gym
 
-    with contextlib.redirect_stdout(sys.stderr):  # one of them prints while it makes tasks
-        return reasoning_gym.create_dataset(generator, size=size, seed=seed)
+    return reasoning_gym.create_dataset(generator, size=size, seed=seed)
 
 
 _dataset = functools.lru_cache(maxsize=8)(_made)
@@ -48,7 +47,8 @@ _dataset = functools.lru_cache(maxsize=8)(_made)
 @functools.lru_cache(maxsize=4096)
 def _entry(generator: str, size: int, seed: int, index: int) -> Any:
     # Some take half a second to make an entry.
-    return _dataset(generator, size, seed)[index]
+    with contextlib.redirect_stdout(sys.stderr):  # one of them prints while it makes an entry
+        return _dataset(generator, size, seed)[index]
 
 
 def check(generator: str, size: int, seed: int, index: int, answer: str) -> dict[str, Any]:
