@@ -4,12 +4,15 @@ Called in a worker process (``gym/workers.py``), which ends it when it is late: 
 alarms do not work outside a main thread, and are turned off.
 """
 
+import re
 from fractions import Fraction
 from typing import Any
 
 from megatron_k2.gym.mathematics.final_answer import final_answer, stripped
 from megatron_k2.gym.mathematics.numbers import UNITS, Quantity, plain, quantity
 
+CHOICE = re.compile(r"\(?([A-J])\)?")
+"""Of several answers, by its letter."""
 DEGREES = UNITS["°"][1]
 LEAST_DECIMALS = 3
 """Of an answer that stands for a value it only rounds: 0.333 for 1/3, but not 0.3."""
@@ -37,6 +40,9 @@ def are_equal(gold: str, found: str) -> bool:
     """Two expressions without marks around them."""
     if _letters(gold) == _letters(found):
         return True
+    choices = CHOICE.fullmatch(_letters(gold)), CHOICE.fullmatch(_letters(found))
+    if choices[0] and choices[1]:
+        return choices[0][1] == choices[1][1]
     left, right = quantity(gold), quantity(_right_hand_side(gold, found))
     if left and right:
         return are_same_quantity(left, right)

@@ -67,7 +67,8 @@ def stripped(text: str) -> str:
     """Without marks around it, and the full stop that ends a sentence."""
     text = text.strip()
     for _ in range(4):
-        for start, end in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")):
+        text = text.removeprefix("**").removesuffix("**").strip()
+        for start, end in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
             if text.startswith(start) and text.endswith(end) and len(text) > len(start + end):
                 text = text[len(start) : -len(end)].strip()
         if text.endswith((".", ",", ";")) and not text.endswith("..."):
