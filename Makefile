@@ -15,7 +15,7 @@ venv: $(STAMP)
 
 $(STAMP): setup.py
 	@python="$$(PYTHON="$(PYTHON)" bash .ci/find_python.sh)" && "$$python" -m venv $(VENV)
-	$(PY) -m pip install --quiet --editable ".[data,serve,remote,grammar,dev]"
+	$(PY) -m pip install --quiet --editable ".[data,serve,remote,grammar,gym,sandbox,dev]"
 	@touch $@
 
 demo: venv
@@ -124,7 +124,7 @@ test-extras: venv
 	$(PY) .ci/check_extras.py
 
 # convert_slice.py is left out: it writes 20 GB.
-BENCHMARKS := train_step sft_step newton_schulz optimizer_step activation_fp8 convert torch_dist sft_data rollout weight_update
+BENCHMARKS := train_step sft_step newton_schulz optimizer_step activation_fp8 convert torch_dist sft_data rollout weight_update sandbox verifiers
 
 bench: venv
 	@for name in $(BENCHMARKS); do $(PY) benchmarks/$$name.py || exit 1; done

@@ -54,6 +54,10 @@ EXTRAS = {
     "remote": ["aiohttp>=3.10,<4"],
     # Answers held to a grammar: llguidance (MIT, no dependencies of its own).
     "grammar": ["llguidance>=1.3,<2"],
+    # math-verify compares what is not a number, reasoning-gym makes puzzles (both Apache-2.0).
+    "gym": ["math-verify[antlr4_13_2]>=0.9,<0.10", "reasoning-gym>=0.1.23,<0.2"],
+    # Confines programs without namespaces (Apache-2.0); bubblewrap is the distribution's.
+    "sandbox": ["sandlock>=0.9,<0.10"],
     "dev": [
         "peft>=0.21,<0.22",  # Apache-2.0: the other side's reading of an exported adapter
         "scipy>=1.11,<2",  # BSD: an independent fit of what we fit ourselves
@@ -83,6 +87,7 @@ setup(
     package_data={
         "megatron_k2.fp8": ["*.c", "*.h"],
         "megatron_k2.engine.server": ["*.html"],
+        "megatron_k2.sandbox.escapes": ["*.txt"],
     },
     install_requires=[
         "torch>=2.9,<3",

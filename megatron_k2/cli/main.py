@@ -28,6 +28,8 @@ VERBS = {
     "serve": "an OpenAI-compatible server over the embedded engine",
     "critic": "calibrate: how far is a judge to be trusted? best-of-n, pairs",
     "engine": "check: does an engine compute what its weights say?",
+    "gym": "list, card, sample, verify: tasks whose answers a program can check",
+    "sandbox": "check: what gets out of the sandboxes of this machine",
     "report": "draw a run's metrics.jsonl as a PNG",
 }
 

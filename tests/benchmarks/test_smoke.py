@@ -12,6 +12,8 @@ SMALL = {
     "activation_fp8": "--rows 64 --width 256 --rounds 1 --dtype bfloat16",
     "newton_schulz": "--shapes 64x128 --rounds 1 --threads 1",
     "optimizer_step": "--divisor 64 --rounds 1 --ranks 1 --precisions bf16",
+    "sandbox": "--backend bare --programs 4 --rounds 1 --alive 5",
+    "verifiers": "--number 8 --leave-out coding mathematics mix",
     "sft_data": "--dialogues 3 --rounds 1 --samples 1000",
     "sft_step": "--samples 8 --rows 256 --rounds 1",
     "weight_update": "--preset k2-tiny --rounds 1",

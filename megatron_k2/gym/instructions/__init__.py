@@ -1,0 +1,1 @@
+"""Instruction following: constraints that code checks, on an answer that is there and on task."""

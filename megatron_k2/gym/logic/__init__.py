@@ -1,0 +1,1 @@
+"""Logic: puzzles with checkers, and reasoning-gym's generators behind admission."""

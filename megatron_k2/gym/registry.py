@@ -1,0 +1,97 @@
+"""Domains and generators by name; a domain's packages load when it is opened."""
+
+import difflib
+import functools
+from collections.abc import Callable, Iterable
+
+from megatron_k2.errors import UserError
+from megatron_k2.gym.coding import env as coding
+from megatron_k2.gym.coding import generators as coding_generators
+from megatron_k2.gym.instructions import env as instructions
+from megatron_k2.gym.instructions.generators import InstructionGenerator
+from megatron_k2.gym.logic import env as logic
+from megatron_k2.gym.logic import puzzles, reasoning_gym
+from megatron_k2.gym.mathematics import env as mathematics
+from megatron_k2.gym.mathematics import generators as mathematics_generators
+from megatron_k2.gym.protocol import Domain, Generator
+from megatron_k2.gym.workers import Deadline
+from megatron_k2.sandbox.choose import backend_named, default_backend
+from megatron_k2.sandbox.protocol import Limits
+
+CHECKED = {
+    mathematics.NAME: (mathematics.mathematics, "final answers: fractions, units, LaTeX"),
+    logic.NAME: (logic.logic, "24, sudoku, cryptarithms; reasoning-gym's puzzles"),
+    instructions.NAME: (instructions.instructions, "constraints that code checks"),
+}
+DOMAINS = {
+    **{name: sentence for name, (_, sentence) in CHECKED.items()},
+    coding.NAME: "programs: standard output, functions, tests; in a sandbox",
+}
+
+
+def nearest(name: str, known: list[str], what: str) -> UserError:
+    """The error of a name that is not known, with one like it."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(known)}"
+    return UserError(f"no {what} {name!r}; {hint}")
+
+
+async def open_domain(
+    name: str,
+    *,
+    num_workers: int | None = None,
+    deadline: Deadline | None = None,
+    sandbox: str | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Domain:
+    """A domain, ready to judge.
+
+    Args:
+        name: one of ``DOMAINS``.
+        num_workers: processes, or programs at one time.
+        deadline: of a verdict; of one run, for programs.
+        sandbox: back-end by name; the strongest that passes its suite by default.
+        tell: is called with what takes time.
+
+    Raises:
+        UserError: no such domain; no sandbox for one that needs it.
+    """
+    if name in CHECKED:
+        return CHECKED[name][0](num_workers, deadline)
+    if name != coding.NAME:
+        raise nearest(name, list(DOMAINS), "domain")
+    backend = backend_named(sandbox) if sandbox else await default_backend(tell)
+    limits = Limits(deadline.cpu_seconds, deadline.wall_seconds) if deadline else None
+    return coding.Coding(backend, limits, num_slots=num_workers)
+
+
+def generators() -> dict[str, Callable[[], Generator]]:
+    """Makers of all generators that can be used here, by name."""
+    makers: list[tuple[str, Callable[[str], Generator], Iterable[str]]] = [
+        (
+            mathematics.NAME,
+            mathematics_generators.MathematicsGenerator,
+            mathematics_generators.FORMS,
+        ),
+        (logic.NAME, logic.PuzzleGenerator, puzzles.MAKERS),
+        (coding.NAME, coding_generators.CodingGenerator, coding_generators.FORMS),
+        ("reasoning_gym", reasoning_gym.ReasoningGymGenerator, reasoning_gym.names()),
+    ]
+    found: dict[str, Callable[[], Generator]] = {InstructionGenerator.name: InstructionGenerator}
+    for prefix, maker, forms in makers:
+        found |= {f"{prefix}/{form}": functools.partial(maker, form) for form in forms}
+    return found
+
+
+def generator_named(name: str) -> Generator:
+    """A generator.
+
+    Raises:
+        UserError: no such name, or its package is not installed.
+    """
+    if name.startswith("reasoning_gym/") and (problem := reasoning_gym.missing()):
+        raise UserError(problem)
+    known = generators()
+    if name not in known:
+        raise nearest(name, list(known), "generator")
+    return known[name]()
