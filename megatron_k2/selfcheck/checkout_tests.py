@@ -60,6 +60,7 @@ CHECKS = (
         ("engine/local/test_model.py", "engine/local/test_core.py"),
         is_quick=True,
     ),
+    Check("the engine's batch-invariant mode", ("engine/local/test_invariant.py",)),
     Check(
         "MuonClip against its oracles",
         ("optimizer/qk_clip/test_factors.py",),
