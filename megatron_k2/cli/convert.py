@@ -141,8 +141,7 @@ def _export_adapter(args: argparse.Namespace) -> int:
 
     directory = find_iteration(args.megatron_dir, args.iteration)
     adapters = AdapterSource(MegatronSource(directory), args.base)
-    with hold(args.hf_dir, "a conversion", is_beside=True):
-        made = export_peft(adapters, args.hf_dir, args.preset)
+    made = export_peft(adapters, args.hf_dir, args.preset)
     print(
         f"{made.directory}: an adapter of PEFT's, {made.num_tensors} tensors of rank {made.rank}, "
         f"alpha {made.alpha:g}; the whole model: --merge-lora"
@@ -176,6 +175,11 @@ def _accounted(found: "SourceAudit") -> str:
 
 
 def _export(args: argparse.Namespace) -> int:
+    with hold(args.hf_dir, "a conversion", is_beside=True):
+        return _export_held(args)
+
+
+def _export_held(args: argparse.Namespace) -> int:
     from megatron_k2.checkpoint.convert.export_hf import ExportOptions, export
     from megatron_k2.checkpoint.names.selection import Selection
 
@@ -199,10 +203,9 @@ def _export(args: argparse.Namespace) -> int:
         check_finite=args.check_finite,
         base=args.base,
     )
-    with hold(args.hf_dir, "a conversion", is_beside=True):
-        result, seconds = _with_progress(
-            lambda progress: export(args.megatron_dir, args.hf_dir, options, progress)
-        )
+    result, seconds = _with_progress(
+        lambda progress: export(args.megatron_dir, args.hf_dir, options, progress)
+    )
     print(
         f"{result.directory}: {result.num_tensors} tensors, {result.num_shards} shards, "
         f"{result.total_size_bytes / 1e9:.3f} GB, {seconds:.1f} s"

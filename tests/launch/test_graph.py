@@ -69,10 +69,11 @@ def test_the_small_chain_is_the_reports_schedule_scaled_down():
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_chains_are_of_one_hardware_and_all_phases(name):
-    kind, where = re.fullmatch(r"kimi_k2_(phases_sft|phases|pretrain_sft)_(.*)", name).groups()
+    kinds = "phases_sft|phases|pretrain_sft|pretrain_lora"
+    kind, where = re.fullmatch(rf"kimi_k2_({kinds})_(.*)", name).groups()
     phases = ["pretrain", "anneal_4k", "long_32k", "yarn_128k"]
-    phases = phases[:1] if kind == "pretrain_sft" else phases
-    phases += ["sft"] if kind.endswith("sft") else []
+    phases = phases[:1] if kind.startswith("pretrain_") else phases
+    phases += [kind.rpartition("_")[2]] if kind.endswith(("_sft", "_lora")) else []
     assert list(CHAINS[name]) == [f"kimi_k2_{phase}_{where}" for phase in phases]
 
 

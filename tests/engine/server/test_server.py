@@ -236,7 +236,7 @@ def test_a_key_is_asked_for(tokenizer):
 
 def test_too_many_and_too_slow(tokenizer):
     slow = lambda: ScriptedEngine(VOCAB, faults=Faults(token_seconds=0.05))  # noqa: E731
-    body = {"prompt": [1], "max_tokens": 100}
+    body = {"prompt": [1], "max_tokens": 100, "seed": 1}
     with served(slow, tokenizer, ServerLimits(requests=2)) as (url, service):
         assert httpx.post(f"{url}/v1/completions", json=body | {"n": 3}).status_code == 429
         assert settled(service)
