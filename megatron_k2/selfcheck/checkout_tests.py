@@ -72,6 +72,7 @@ CHECKS = (
     Check("packed = documents alone", ("sft/test_packed_training.py",)),
     Check("adapters = merged weights", ("sft/lora/test_model.py",)),
     Check("adapters at every layout", ("sft/lora/test_layouts.py",)),
+    Check("RL's loss and log-probabilities", ("rl",), is_quick=True),
     Check("bf16 masters, MTP layers", ("parallel/test_bf16_and_mtp.py",)),
     Check("save, load at another layout", ("parallel/test_reshard.py",)),
     Check("killed rank, exact resume", ("training/test_resume.py",)),

@@ -1,0 +1,1 @@
+"""Reinforcement learning as in the report: objective, log-probabilities, schedules."""
