@@ -14,6 +14,8 @@ from megatron_k2.gym.logic import puzzles, reasoning_gym
 from megatron_k2.gym.mathematics import env as mathematics
 from megatron_k2.gym.mathematics import generators as mathematics_generators
 from megatron_k2.gym.protocol import Domain, Generator
+from megatron_k2.gym.tool_use import env as tool_use
+from megatron_k2.gym.tool_use import generators as tool_use_generators
 from megatron_k2.gym.workers import Deadline
 from megatron_k2.sandbox.choose import backend_named, default_backend
 from megatron_k2.sandbox.protocol import Limits
@@ -26,6 +28,7 @@ CHECKED = {
 DOMAINS = {
     **{name: sentence for name, (_, sentence) in CHECKED.items()},
     coding.NAME: "programs: standard output, functions, tests; in a sandbox",
+    tool_use.NAME: "calls of tools on a calendar, judged by the state they leave",
 }
 
 
@@ -58,6 +61,8 @@ async def open_domain(
     """
     if name in CHECKED:
         return CHECKED[name][0](num_workers, deadline)
+    if name == tool_use.NAME:
+        return tool_use.ToolUse()
     if name != coding.NAME:
         raise nearest(name, list(DOMAINS), "domain")
     backend = backend_named(sandbox) if sandbox else await default_backend(tell)
@@ -75,6 +80,11 @@ def generators() -> dict[str, Callable[[], Generator]]:
         ),
         (logic.NAME, logic.PuzzleGenerator, puzzles.MAKERS),
         (coding.NAME, coding_generators.CodingGenerator, coding_generators.FORMS),
+        (
+            tool_use.NAME,
+            tool_use_generators.ToolUseGenerator,
+            () if tool_use.missing() else tool_use_generators.FORMS,
+        ),
         ("reasoning_gym", reasoning_gym.ReasoningGymGenerator, reasoning_gym.names()),
     ]
     found: dict[str, Callable[[], Generator]] = {InstructionGenerator.name: InstructionGenerator}
@@ -89,8 +99,12 @@ def generator_named(name: str) -> Generator:
     Raises:
         UserError: no such name, or its package is not installed.
     """
-    if name.startswith("reasoning_gym/") and (problem := reasoning_gym.missing()):
-        raise UserError(problem)
+    for prefix, missing in (
+        ("reasoning_gym", reasoning_gym.missing),
+        ("tool_use", tool_use.missing),
+    ):
+        if name.startswith(f"{prefix}/") and (problem := missing()):
+            raise UserError(problem)
     known = generators()
     if name not in known:
         raise nearest(name, list(known), "generator")
