@@ -54,8 +54,13 @@ EXTRAS = {
     "remote": ["aiohttp>=3.10,<4"],
     # Answers held to a grammar: llguidance (MIT, no dependencies of its own).
     "grammar": ["llguidance>=1.3,<2"],
-    # math-verify compares what is not a number, reasoning-gym makes puzzles (both Apache-2.0).
-    "gym": ["math-verify[antlr4_13_2]>=0.9,<0.10", "reasoning-gym>=0.1.23,<0.2"],
+    # math-verify compares what is not a number, reasoning-gym makes puzzles (both Apache-2.0);
+    # jsonschema (MIT) checks arguments of tools.
+    "gym": [
+        "math-verify[antlr4_13_2]>=0.9,<0.10",
+        "reasoning-gym>=0.1.23,<0.2",
+        "jsonschema>=4.20,<5",
+    ],
     # Confines programs without namespaces (Apache-2.0); bubblewrap is the distribution's.
     "sandbox": ["sandlock>=0.9,<0.10"],
     "dev": [

@@ -14,6 +14,10 @@ from megatron_k2.gym.logic import puzzles, reasoning_gym
 from megatron_k2.gym.mathematics import env as mathematics
 from megatron_k2.gym.mathematics import generators as mathematics_generators
 from megatron_k2.gym.protocol import Domain, Generator
+from megatron_k2.gym.swe import env as swe
+from megatron_k2.gym.swe import generators as swe_generators
+from megatron_k2.gym.tool_use import env as tool_use
+from megatron_k2.gym.tool_use import generators as tool_use_generators
 from megatron_k2.gym.workers import Deadline
 from megatron_k2.sandbox.choose import backend_named, default_backend
 from megatron_k2.sandbox.protocol import Limits
@@ -23,9 +27,13 @@ CHECKED = {
     logic.NAME: (logic.logic, "24, sudoku, cryptarithms; reasoning-gym's puzzles"),
     instructions.NAME: (instructions.instructions, "constraints that code checks"),
 }
+SANDBOXED: dict[str, tuple[Callable[..., Domain], str]] = {
+    coding.NAME: (coding.Coding, "programs: standard output, functions, tests; in a sandbox"),
+    swe.NAME: (swe.Swe, "repositories mended by an edit; tests in a sandbox"),
+}
 DOMAINS = {
-    **{name: sentence for name, (_, sentence) in CHECKED.items()},
-    coding.NAME: "programs: standard output, functions, tests; in a sandbox",
+    **{name: sentence for name, (_, sentence) in (CHECKED | SANDBOXED).items()},
+    tool_use.NAME: "calls of tools on a calendar, judged by the state they leave",
 }
 
 
@@ -58,11 +66,13 @@ async def open_domain(
     """
     if name in CHECKED:
         return CHECKED[name][0](num_workers, deadline)
-    if name != coding.NAME:
+    if name == tool_use.NAME:
+        return tool_use.ToolUse()
+    if name not in SANDBOXED:
         raise nearest(name, list(DOMAINS), "domain")
     backend = backend_named(sandbox) if sandbox else await default_backend(tell)
     limits = Limits(deadline.cpu_seconds, deadline.wall_seconds) if deadline else None
-    return coding.Coding(backend, limits, num_slots=num_workers)
+    return SANDBOXED[name][0](backend, limits, num_slots=num_workers)
 
 
 def generators() -> dict[str, Callable[[], Generator]]:
@@ -75,6 +85,12 @@ def generators() -> dict[str, Callable[[], Generator]]:
         ),
         (logic.NAME, logic.PuzzleGenerator, puzzles.MAKERS),
         (coding.NAME, coding_generators.CodingGenerator, coding_generators.FORMS),
+        (swe.NAME, swe_generators.SweGenerator, swe_generators.FORMS),
+        (
+            tool_use.NAME,
+            tool_use_generators.ToolUseGenerator,
+            () if tool_use.missing() else tool_use_generators.FORMS,
+        ),
         ("reasoning_gym", reasoning_gym.ReasoningGymGenerator, reasoning_gym.names()),
     ]
     found: dict[str, Callable[[], Generator]] = {InstructionGenerator.name: InstructionGenerator}
@@ -89,8 +105,12 @@ def generator_named(name: str) -> Generator:
     Raises:
         UserError: no such name, or its package is not installed.
     """
-    if name.startswith("reasoning_gym/") and (problem := reasoning_gym.missing()):
-        raise UserError(problem)
+    for prefix, missing in (
+        ("reasoning_gym", reasoning_gym.missing),
+        ("tool_use", tool_use.missing),
+    ):
+        if name.startswith(f"{prefix}/") and (problem := missing()):
+            raise UserError(problem)
     known = generators()
     if name not in known:
         raise nearest(name, list(known), "generator")

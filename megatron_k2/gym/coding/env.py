@@ -38,8 +38,8 @@ STARTERS = (b"bwrap: ", b"setpriv: ", b"prlimit: ")
 """How the complaints begin of what stands before the interpreter."""
 
 
-class _Harness(Exception):  # noqa: N818 - our failure, not the candidate's
-    """The tests themselves did not run."""
+class HarnessFailed(Exception):  # noqa: N818 - what happened
+    """The tests themselves did not run: our failure, not the candidate's."""
 
 
 def program_of(answer: str) -> str:
@@ -81,7 +81,7 @@ class Coding(Domain):
             kind = self._kinds[facts.pop("kind")]
             code = program_of(answer)
             verdict = await kind(code, **facts) if code.strip() else wrong("no program")
-        except _Harness as problem:
+        except HarnessFailed as problem:
             verdict = unknown(str(problem))
         except (KeyError, TypeError, UserError) as problem:
             verdict = unknown(f"the reference cannot be read: {type(problem).__name__} {problem}")
@@ -101,13 +101,13 @@ class Coding(Domain):
         runs = [self._run(code, test["stdin"].encode()) for test in tests]
         results = await asyncio.gather(*runs)
         found = [_of_output(test, run) for test, run in zip(tests, results, strict=True)]
-        return _all_of(found)
+        return all_of(found)
 
     async def _function(self, code: str, entry: str, tests: list[dict[str, Any]]) -> Verdict:
         calls = [encode(test["arguments"]) for test in tests]
-        said = await self._values(code, entry, calls)
-        found = [_of_value(test["expected"], each) for test, each in zip(tests, said, strict=True)]
-        return _all_of(found)
+        said = await self.values(code, entry, calls)
+        found = [of_value(test["expected"], each) for test, each in zip(tests, said, strict=True)]
+        return all_of(found)
 
     async def _tests(self, code: str, entry: str, tests: str, setup: str = "") -> Verdict:
         given = {"entry": entry, "tests": tests, "setup": setup}
@@ -117,45 +117,59 @@ class Coding(Domain):
         table: list[tuple[Any, dict[str, Any]]] = []
         for _ in range(MOST_ROUNDS):
             if calls:
-                table += zip(calls, await self._values(code, entry, calls), strict=True)
+                table += zip(calls, await self.values(code, entry, calls), strict=True)
             nonce = secrets.token_hex(16)
             work = as_line(**given, table=table, nonce=nonce)
             run = await self._run(REFEREE, work)
             said = said_after(nonce, run.stdout)
             if not said:
-                raise _Harness(f"the tests did not end: {_how(run)}")
+                raise HarnessFailed(f"the tests did not end: {_how(run)}")
             calls = said[-1]["missing"]
             if not calls:
                 error = said[-1]["error"]
                 return wrong(error) if error else right("the tests ran to their end")
-        raise _Harness(f"after {MOST_ROUNDS} rounds the tests still ask for more calls")
+        raise HarnessFailed(f"after {MOST_ROUNDS} rounds the tests still ask for more calls")
 
-    async def _values(self, code: str, entry: str, calls: list[Any]) -> list[dict[str, Any]]:
-        """For each call the candidate's plain value, or what became of it."""
+    async def values(
+        self, code: str, entry: str, calls: list[Any], files: dict[str, bytes] | None = None
+    ) -> list[dict[str, Any]]:
+        """For each call the candidate's plain value, or what became of it.
+
+        Args:
+            code: that defines ``entry``.
+            entry: the function's name.
+            calls: its arguments, encoded (``gym/coding/plain.py``).
+            files: of its folder.
+
+        Raises:
+            HarnessFailed: the candidate was not run.
+        """
         nonce = secrets.token_hex(16)
         work = as_line(code=code, entry=entry, calls=calls, nonce=nonce)
-        run = await self._run(CANDIDATE, work)
+        run = await self._run(CANDIDATE, work, files)
         ready, *said = said_after(nonce, run.stdout) or [None]
         if ready is None:
-            raise _Harness(f"the candidate's harness did not start: {_how(run)}")
+            raise HarnessFailed(f"the candidate's harness did not start: {_how(run)}")
         if said and "failed" in said[0]:
             return [{"raised": said[0]["failed"]}] * len(calls)
         lost = {"raised": f"no value came back: {_how(run)}"}
         return [*said, *[lost] * len(calls)][: len(calls)]
 
-    async def _run(self, program: str, stdin: bytes) -> Result:
+    async def _run(
+        self, program: str, stdin: bytes, files: dict[str, bytes] | None = None
+    ) -> Result:
         """Run a program; again, where the box rather than the program seems to have failed.
 
         A program may imitate that, and is judged as it is if another one starts.
         """
-        run = await self._pool.run(program, stdin)
+        run = await self._pool.run(program, stdin, files)
         if run.exit_code == 1 and run.stderr.startswith(STARTERS):
-            run = await self._pool.run(program, stdin)
+            run = await self._pool.run(program, stdin, files)
         if not (run.exit_code == 1 and run.stderr.startswith(STARTERS)):
             return run
         other = await self._pool.run("print(1)")
         if other.stdout != b"1\n":
-            raise _Harness(f"the sandbox does not start: {_how(run)}")
+            raise HarnessFailed(f"the sandbox does not start: {_how(run)}")
         return run
 
 
@@ -177,7 +191,8 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
-def _of_value(expected: Any, said: dict[str, Any]) -> dict[str, Any]:
+def of_value(expected: Any, said: dict[str, Any]) -> dict[str, Any]:
+    """One test's verdict: what ``Coding.values`` gave, against the value that is expected."""
     if "value" not in said:
         return {"is_right": False, "why": str(said.get("raised"))}
     value = decode(said["value"])
@@ -202,7 +217,7 @@ def _are_same(expected: Any, value: Any) -> bool:
     return type(expected) is type(value) and bool(expected == value)
 
 
-def _all_of(found: list[dict[str, Any]]) -> Verdict:
+def all_of(found: list[dict[str, Any]]) -> Verdict:
     """Right where every test passes; a reference without tests says nothing."""
     if not found:
         return unknown("the reference has no test")

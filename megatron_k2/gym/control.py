@@ -1,0 +1,104 @@
+"""Pauses, deadlines and cancellation of calls that may not heed them."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+
+class Late(Exception):  # noqa: N818 - what happened
+    """A call's time was up."""
+
+
+class Cancelled(Exception):  # noqa: N818 - what happened
+    """Somebody asked for the end; the message says why."""
+
+
+class Control:
+    """Pauses, resumes and cancels the episodes it is handed to.
+
+    A pause lets calls in flight end and begins no other one; its seconds are on no deadline.
+    """
+
+    def __init__(self) -> None:
+        self._goes_on = asyncio.Event()
+        self._goes_on.set()
+        self._is_cancelled = asyncio.Event()
+        self._paused_at = 0.0
+        self._paused_seconds = 0.0
+        self.reason = ""
+
+    def pause(self) -> None:
+        """Begin no further call."""
+        if self._goes_on.is_set():
+            self._goes_on.clear()
+            self._paused_at = time.monotonic()
+
+    def resume(self) -> None:
+        """Go on."""
+        if not self._goes_on.is_set():
+            self._paused_seconds += time.monotonic() - self._paused_at
+            self._goes_on.set()
+
+    def cancel(self, reason: str = "cancelled") -> None:
+        """End every episode at once, paused ones too; their records say why."""
+        self.reason = self.reason or reason
+        self._is_cancelled.set()
+
+    def clock(self) -> float:
+        """Seconds that were not paused, from some beginning."""
+        now = time.monotonic() if self._goes_on.is_set() else self._paused_at
+        return now - self._paused_seconds
+
+    async def within[T](self, call: Awaitable[T], until: float, *, what: str) -> T:
+        """What a call returns.
+
+        A call that is late is told to end, and not waited for: one that ignores it goes on alone,
+        and what it answers then is dropped.
+
+        Raises:
+            Late: the clock is at ``until``; the message begins with ``what``.
+            Cancelled: somebody asked.
+            Exception: whatever the call raises.
+        """
+        task = asyncio.ensure_future(call)
+        stop = asyncio.ensure_future(self._is_cancelled.wait())
+        try:
+            while not task.done():
+                left = until - self.clock()
+                if self._is_cancelled.is_set():
+                    raise Cancelled(self.reason)
+                if left <= 0:
+                    raise Late(f"{what} was late")
+                await asyncio.wait({task, stop}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if task.cancelled():
+                raise RuntimeError(f"{what} cancelled itself")
+            return task.result()
+        finally:
+            stop.cancel()
+            if not task.done():
+                task.cancel()
+                task.add_done_callback(_drop)
+
+    async def turn(self, until: float) -> None:
+        """Wait while paused.
+
+        Raises:
+            Late: the clock is at ``until``.
+            Cancelled: somebody asked.
+        """
+        await self.within(self._goes_on.wait(), until, what="the next turn")
+
+
+def _drop(task: "asyncio.Future[Any]") -> None:
+    """Take what a call that was given up raises, so that nothing is said of it later."""
+    if not task.cancelled():
+        task.exception()
+
+
+async def contained[T](call: Callable[[], Awaitable[T]]) -> T:
+    """What a call gives; an exit that it asks for is its failure, and not the event loop's end."""
+    try:
+        return await call()
+    except SystemExit as asked:
+        raise RuntimeError(f"SystemExit: {asked}") from None

@@ -1,0 +1,124 @@
+"""The domain of software engineering: an edit of a repository, judged by tests it does not see.
+
+``reference``: ``files`` by path, ``imports`` that the tests begin with, ``fail_to_pass`` and
+``pass_to_pass`` of ``call``, an expression, and ``expected``, its plain value. Both lists must pass
+whole; a test without a value has failed. The box holds the edited files and nothing else: no test,
+no expected value, no history, and values are compared outside it.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_k2.errors import UserError
+from megatron_k2.gym.coding.env import Coding, HarnessFailed, of_value
+from megatron_k2.gym.coding.plain import encode
+from megatron_k2.gym.protocol import (
+    Domain,
+    Environment,
+    SingleTurn,
+    Task,
+    Verdict,
+    right,
+    unknown,
+    wrong,
+)
+from megatron_k2.gym.swe.edits import NoEdit, edited
+from megatron_k2.sandbox.interpreter import readable_roots
+from megatron_k2.sandbox.protocol import Backend, Limits
+
+NAME = "swe"
+ENTRY = "value_of"
+LISTS = ("fail_to_pass", "pass_to_pass")
+
+
+def harness(imports: str) -> str:
+    """A program that evaluates expressions of ours over the repository in its folder."""
+    return (
+        "import os, sys\nsys.path.insert(0, os.getcwd())\n_space = {}\n"
+        f"def {ENTRY}(expression):\n    if not _space:\n"
+        f"        exec({imports!r}, _space)\n    return eval(expression, _space)\n"
+    )
+
+
+class Swe(Domain):
+    """Runs edited repositories in a sandbox.
+
+    Args:
+        backend: of the sandbox.
+        limits: of one run.
+        num_slots: runs at one time.
+    """
+
+    name = NAME
+
+    def __init__(
+        self, backend: Backend, limits: Limits | None = None, *, num_slots: int | None = None
+    ) -> None:
+        self._programs = Coding(backend, limits, num_slots=num_slots)
+
+    async def judge(self, task: Task, answer: str) -> Verdict:
+        """Apply the answer's edits and run both lists of tests."""
+        began = time.monotonic()
+        try:
+            verdict = await self._judged(task.reference, answer)
+        except NoEdit as problem:
+            verdict = wrong(str(problem))
+        except HarnessFailed as problem:
+            verdict = unknown(str(problem))
+        except (AttributeError, KeyError, TypeError, SyntaxError, UserError) as problem:
+            verdict = unknown(f"the reference cannot be read: {type(problem).__name__} {problem}")
+        except OSError as problem:
+            verdict = unknown(f"the sandbox did not start: {problem}")
+        seconds = round(time.monotonic() - began, 4)
+        return Verdict(verdict.outcome, verdict.evidence, verdict.details, seconds)
+
+    async def _judged(self, facts: Mapping[str, Any], answer: str) -> Verdict:
+        files, tests = facts["files"], [test for name in LISTS for test in facts[name]]
+        if not facts["fail_to_pass"]:
+            return unknown("the reference has no test that fails before")
+        if found := readable_original(tuple(path for path, text in files.items() if text)):
+            return unknown(f"programs of the sandbox can read the original, {found}; use an "
+                           "interpreter whose base has no site-packages")  # fmt: skip
+        content = {
+            path: text.encode("utf-8", "replace") for path, text in edited(files, answer).items()
+        }
+        calls = [encode([test["call"]]) for test in tests]
+        said = await self._programs.values(harness(facts["imports"]), ENTRY, calls, content)
+        found_all = [of_value(t["expected"], each) for t, each in zip(tests, said, strict=True)]
+        number = len(facts["fail_to_pass"])
+        return _verdict(tests, {LISTS[0]: found_all[:number], LISTS[1]: found_all[number:]})
+
+    def environment(self) -> Environment:
+        """One repository, one edit."""
+        return SingleTurn(self)
+
+    async def close(self) -> None:
+        """Nothing waits between verdicts."""
+
+
+def _verdict(tests: list[dict[str, Any]], found: dict[str, list[dict[str, Any]]]) -> Verdict:
+    counts = {name: sum(each["is_right"] for each in items) for name, items in found.items()}
+    said = ", ".join(f"{name} {counts[name]} of {len(found[name])}" for name in LISTS)
+    every = [each for name in LISTS for each in found[name]]
+    failed = [(t, each) for t, each in zip(tests, every, strict=True) if not each["is_right"]]
+    if not failed:
+        return right(said, **found)
+    test, each = failed[0]
+    return wrong(f"{said}; {test['call'][:100]}: {each['why']}"[:400], **found)
+
+
+@functools.cache
+def readable_original(paths: tuple[str, ...]) -> str | None:
+    """A copy of a repository's file among what programs can read: a fix to import, not to write."""
+    for root in readable_roots():
+        if os.path.islink(root):
+            continue
+        for folder, _, _ in os.walk(root):
+            for path in paths:
+                if os.path.isfile(os.path.join(folder, path)):
+                    return str(Path(folder, path))
+    return None
