@@ -6,10 +6,12 @@ weights in all (every layout but the first loads the first through Megatron's ow
 ``OUT/state.pt`` (whole state dict) and ``OUT/logits_<rotary>.pt`` (reference for verify-logits).
 """
 
+import functools
 import json
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,12 +83,13 @@ def saved_args(rotary: str) -> Namespace:
     )
 
 
-def build_model(rotary: str = "rope", **layout: int) -> torch.nn.Module:
-    """This rank's part of TINY."""
+def build_model(rotary: str = "rope", lora: Any = None, **layout: int) -> torch.nn.Module:
+    """This rank's part of TINY, with adapters where there are settings of them."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+    from megatron_k2.model.lora.model import AdapterGPTModel
     from megatron_k2.model.spec import decoder_block_spec
 
     p = TINY
@@ -128,9 +131,10 @@ def build_model(rotary: str = "rope", **layout: int) -> torch.nn.Module:
     )
     if config.pipeline_model_parallel_size > 1:
         config.num_layers_in_first_pipeline_stage = 2
-    return GPTModel(
+    kind = GPTModel if lora is None else functools.partial(AdapterGPTModel, lora)
+    return kind(
         config,
-        decoder_block_spec(config),
+        decoder_block_spec(config, lora=lora),
         vocab_size=PADDED_VOCAB,
         max_sequence_length=32,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -151,7 +155,8 @@ def _randomise(model: torch.nn.Module) -> None:
         tensor.copy_(1 + 0.2 * noise if "norm" in name else 0.15 * noise)
 
 
-def save(model: torch.nn.Module, directory: Path, rotary: str) -> None:
+def save(model: torch.nn.Module, directory: Path, rotary: str, **more: Any) -> None:
+    """With ``more`` among the saved arguments."""
     from megatron.core import dist_checkpointing
 
     target = directory / f"iter_{ITERATION:07d}"
@@ -165,7 +170,8 @@ def save(model: torch.nn.Module, directory: Path, rotary: str) -> None:
         replica_id=dist.get_rank(),
     )
     state = {"model": model.sharded_state_dict(), "optimizer": {"step": 3, "exp_avg": moment}}
-    state |= {"args": saved_args(rotary), "iteration": ITERATION, "checkpoint_version": 3.0}
+    args = Namespace(**vars(saved_args(rotary)), **more)
+    state |= {"args": args, "iteration": ITERATION, "checkpoint_version": 3.0}
     dist_checkpointing.save(state, str(target))
 
 

@@ -136,7 +136,7 @@ class Anything:
 def test_a_constraint_is_refused_and_nothing_sent(model, tokenizer, tmp_path):
     async def body(engine, _held):
         held_to_it = Request("r", (1, 2), SamplingParams(max_tokens=1), Anything())
-        with pytest.raises(UserError, match="a constraint lives in this process.*response_format"):
+        with pytest.raises(UserError, match=r"a constraint lives in this process.*response_format"):
             await anext(engine.generate(held_to_it))
         assert engine.health().num_running == 0
         assert (await answer(engine, (1, 2), max_tokens=1)).tokens, "without one it goes"
