@@ -53,7 +53,7 @@ def run(case):
         model = build_model(lora=LORA, **case["layout"])
         model.load_base(case["base"])
         if case["load"]:
-            load(model, Path(case["load"]))
+            load([model], Path(case["load"]))
         else:
             number(model)
         if case["scale_twice"]:
@@ -72,7 +72,7 @@ async def rounds(case, model):
     for each in range(NUM_ROUNDS):
         found = await push(source, engine, f"v{each}")
         assert found.is_whole, found
-        save(model, out / str(each), "rope", **saved)
+        save([model], out / str(each), "rope", **saved)
         if weights is not None:
             torch.save(dict(weights.held), out / f"held_{each}.pt")
         change(model)
