@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_k2.checkpoint.hf.quantization import BlockFp8
 from megatron_k2.checkpoint.names.mapping import expand
 from megatron_k2.engine.transfer.buckets import BUCKET_BYTES, grouped
 from megatron_k2.errors import UserError
@@ -33,6 +34,8 @@ class WeightSource:
         stages: this rank's model, one for each virtual stage; wrapped or not.
         preset: its shape.
         dtype: to send in, what the engine holds; routers' selection biases stay fp32.
+        fp8: which weights to give out in block FP8 instead, codes and scales by a release's names
+            (``quantization_like``); no engine or transport here takes them.
         bucket_bytes: sent at once.
         group: ranks that together hold the model; ``None``: all.
 
@@ -46,6 +49,7 @@ class WeightSource:
         preset: ModelPreset,
         *,
         dtype: torch.dtype = torch.bfloat16,
+        fp8: BlockFp8 | None = None,
         bucket_bytes: int = BUCKET_BYTES,
         group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -53,7 +57,7 @@ class WeightSource:
             raise UserError(f"buckets of {bucket_bytes} bytes: expected 1 or more")
         if dtype not in (torch.float32, torch.bfloat16):
             raise UserError(f"weights in {dtype}: expected torch.float32 or torch.bfloat16")
-        self._stages, self._dtype, self._bucket_bytes = stages, dtype, bucket_bytes
+        self._stages, self._dtype, self._fp8, self._bucket_bytes = stages, dtype, fp8, bucket_bytes
         self._preset = dataclasses.replace(preset, num_mtp_layers=0)
         self._group, self._lora_scale = group, lora_scale(stages)
 
@@ -81,7 +85,8 @@ class WeightSource:
         everyones: list[list[Box] | None] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(everyones, list(mine), group=self._group)
         parts = by_name(in_order([box for boxes in everyones for box in boxes or ()]))
-        cargoes = [cargo_of(pair, parts, self._dtype) for pair in expand(self._preset)]
+        pairs = expand(self._preset)
+        cargoes = [cargo_of(pair, parts, self._dtype, self._fp8) for pair in pairs]
         buckets = grouped(cargoes, lambda cargo: cargo.num_bytes, self._bucket_bytes)
         if not self.is_root:
             for bucket in buckets:

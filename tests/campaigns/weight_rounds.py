@@ -66,7 +66,7 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         base, hf = root / "iter_0000001", root / "hf"
-        case = {"preset": options.preset, "base": str(base), "export": ""}
+        case = {"preset": options.preset, "base": str(base), "out": ""}
         run_ranks(WORKER, 1, [case | {"flags": []}], root / "first")
         export(base, hf, ExportOptions(options.preset, dtype="fp32"))
         case |= {"export": str(hf), "rounds": options.rounds, "is_stale": options.stale}

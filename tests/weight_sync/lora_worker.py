@@ -3,7 +3,8 @@
 A case is ``{"layout", "base", "load", "out", "dtype", "scale_twice"}``: the tiny model with
 adapters over the base, at a layout, from a checkpoint of adapters (without one: they get numbers).
 It is pushed twice, changed in between; each time rank 0 writes what the engine holds to
-``out/held_<round>.pt`` and all save the adapters to ``out/<round>``.
+``out/held_<round>.pt`` and all save the adapters to ``out/<round>``. As dtype "fp8" there is no
+engine, and what the source gives out is written.
 """
 
 import asyncio
@@ -62,19 +63,25 @@ def run(case):
 
 
 async def rounds(case, model):
+    from megatron_k2.checkpoint.hf.quantization import quantization_like
     from megatron_k2.weight_sync.push import push
     from megatron_k2.weight_sync.source import WeightSource
 
-    out, dtype = Path(case["out"]), DTYPES[case["dtype"]]
-    source = WeightSource([model], TINY, dtype=dtype, bucket_bytes=BUCKET_BYTES)
+    fp8 = quantization_like(None) if case["dtype"] == "fp8" else None
+    out, dtype = Path(case["out"]), DTYPES.get(case["dtype"], torch.bfloat16)
+    source = WeightSource([model], TINY, dtype=dtype, fp8=fp8, bucket_bytes=BUCKET_BYTES)
     engine, weights = new_engine(dtype) if source.is_root else (None, None)
     saved = {"lora_rank": LORA.rank, "lora_alpha": LORA.alpha, "lora_base": case["base"]}
     for each in range(NUM_ROUNDS):
-        found = await push(source, engine, f"v{each}")
-        assert found.is_whole, found
+        if fp8 is None:
+            found = await push(source, engine, f"v{each}")
+            assert found.is_whole, found
+            held = {} if weights is None else dict(weights.held)
+        else:
+            held = {name: tensor.clone() for name, tensor in source.tensors()}
         save([model], out / str(each), "rope", **saved)
-        if weights is not None:
-            torch.save(dict(weights.held), out / f"held_{each}.pt")
+        if source.is_root:
+            torch.save(held, out / f"held_{each}.pt")
         change(model)
     if engine is not None:
         await engine.close()

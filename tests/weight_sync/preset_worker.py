@@ -1,9 +1,11 @@
 """A preset's model, sharded, that pushes: ``python -m tests.weight_sync.preset_worker JSON``.
 
-A case is ``{"preset", "flags", "base", "export", "rounds", "is_stale", "out"}``. Without an export
-the model gets numbers and is saved as ``base``, by one rank. With one it is filled from ``base``,
-changed and pushed so often into an engine of rank 0's process, which compares what that holds with
-the export changed in the same way (``is_stale``: as of the round before) and writes how it went.
+A case is ``{"preset", "flags", "base", "export", "rounds", "is_stale", "out"}``. Without ``out``
+the model gets numbers and is saved as ``base``, by one rank. With it it is filled from ``base``.
+Without an export rank 0 writes to ``out`` what a source gives out in block FP8. With one the model
+is changed and pushed so often into an engine of rank 0's process, which compares what that holds
+with the export changed in the same way (``is_stale``: as of the round before) and writes how it
+went.
 """
 
 import asyncio
@@ -46,11 +48,26 @@ def run(case):
         model_parallel_cuda_manual_seed(1)
         with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints its arguments
             model, args = build(preset, *flags), arguments(preset, *flags)
+        if not case["out"]:
+            randomise(model)
+            save(model, args, Path(case["base"]))
+            return
+        load(model, case["base"])
         if case["export"]:
             asyncio.run(rounds(case, model, preset))
         else:
-            randomise(model)
-            save(model, args, Path(case["base"]))
+            quantized(case, model, preset)
+
+
+def quantized(case, model, preset):
+    from megatron_k2.checkpoint.hf.quantization import quantization_like
+    from megatron_k2.weight_sync.source import WeightSource
+
+    fp8 = quantization_like(None)
+    source = WeightSource([model], preset, fp8=fp8, bucket_bytes=BUCKET_BYTES)
+    found = {name: tensor.clone() for name, tensor in source.tensors()}
+    if source.is_root:
+        torch.save(found, case["out"])
 
 
 def save(model, args, directory):
@@ -75,7 +92,6 @@ async def rounds(case, model, preset):
     from megatron_k2.weight_sync.push import push
     from megatron_k2.weight_sync.source import WeightSource
 
-    load(model, case["base"])
     source = WeightSource([model], preset, dtype=torch.float32, bucket_bytes=BUCKET_BYTES)
     engine = None
     if source.is_root:
