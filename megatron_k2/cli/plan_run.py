@@ -23,6 +23,8 @@ from megatron_k2.cli.plan_tables import (
     search_table,
     summary,
     title,
+    update_facts,
+    update_line,
 )
 
 if TYPE_CHECKING:
@@ -117,6 +119,7 @@ def _print_plan(e: "Estimate", b: "Basis", tokens: float) -> None:
     show(title(e.request))
     show(memory_table(e))
     show(summary(e, tokens))
+    show(update_line(e.request, b.used))
     if b.record is None:
         show(assumed_line(e.request, b.used))
     else:
@@ -127,6 +130,7 @@ def _print_json(e: "Estimate", b: "Basis", tokens: float) -> None:
     from megatron_k2.planning.estimate import estimate
 
     printed = facts(e, tokens)
+    printed["weight_update"] = update_facts(e.request, b.used)
     if b.record is not None:
         assumed = estimate(e.request, b.assumed)
         printed["calibration"] = plan_calibration.calibration_facts(e, assumed, b)

@@ -1,5 +1,6 @@
 """What ``megatron-k2 plan`` prints: a run's memory and time, the search's ranking, JSON."""
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -8,6 +9,7 @@ if TYPE_CHECKING:
     from megatron_k2.planning.estimate import Assumptions, Estimate
     from megatron_k2.planning.request import RunRequest
     from megatron_k2.planning.search import Found
+    from megatron_k2.planning.update import WeightUpdate
     from megatron_k2.training.dry_run import BuiltRank
 
 GB = 1e9
@@ -118,6 +120,34 @@ def summary(e: "Estimate", tokens: float) -> str:
             f"{e.days(tokens):.1f} days, {e.gpu_hours(tokens):,.0f} GPU-hours",
         ]
     )
+
+
+def _updates(r: "RunRequest", a: "Assumptions") -> "dict[str, WeightUpdate]":
+    """By the form in which engines hold the weights."""
+    from megatron_k2.planning.update import weight_update
+
+    return {
+        name: weight_update(r.preset, r.gpu, r.world_size, a, is_fp8=is_fp8)
+        for name, is_fp8 in (("block FP8", True), ("bf16", False))
+    }
+
+
+def update_line(r: "RunRequest", a: "Assumptions") -> str:
+    """Seconds of new weights to engines on the same GPUs, as post-training needs them."""
+    said = [
+        f"{u.seconds:.1f} s in {name} ({u.num_bytes / GB:,.1f} GB to each, of which it reads "
+        f"{u.share_bytes / GB:.1f} at start)"
+        for name, u in _updates(r, a).items()
+    ]
+    return f"new weights to engines on these GPUs: {', '.join(said)}"
+
+
+def update_facts(r: "RunRequest", a: "Assumptions") -> dict[str, dict[str, float]]:
+    """The same for JSON; bytes and seconds."""
+    return {
+        name.lower().replace(" ", "_"): {**dataclasses.asdict(u), "seconds": u.seconds}
+        for name, u in _updates(r, a).items()
+    }
 
 
 def assumed_line(r: "RunRequest", a: "Assumptions") -> str:

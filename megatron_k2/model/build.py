@@ -4,6 +4,7 @@ Upstream deprecates ``GPTModel`` in favour of ``HybridModel``; the move is confi
 """
 
 import contextlib
+import functools
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any, ClassVar, override
@@ -126,7 +127,7 @@ def build_gpt_model(
     if num_ids < vocab_size and config.use_cpu_initialization and config.perform_initialization:
         draws = UnpaddedDraws(config, num_ids, vocab_size)
     with contextlib.nullcontext() if draws is None else draws.while_building():
-        kind = GPTModel if lora is None else AdapterGPTModel
+        kind = GPTModel if lora is None else functools.partial(AdapterGPTModel, lora)
         parts: dict[str, Any] = {"latent_norm_epsilon": latent_norm_epsilon, "lora": lora}
         model = kind(
             config=config,

@@ -8,6 +8,7 @@ parameter whose storage was exchanged in between is seen anew.
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from megatron_k2.checkpoint.names.megatron_keys import locate
 from megatron_k2.checkpoint.stream.rows import Dtype
+from megatron_k2.model.lora.model import AdapterGPTModel
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ def pieces_of(stages: Sequence[torch.nn.Module], rank: int) -> Iterator[tuple[Bo
     Args:
         stages: this rank's model, one for each virtual stage; wrapped or not.
         rank: this one's, in the group whose ranks together hold the model.
+
+    Raises:
+        UserError: a frozen base is held in block FP8.
     """
     metadata = {
         "singleton_local_shards": False,
@@ -62,11 +67,31 @@ def pieces_of(stages: Sequence[torch.nn.Module], rank: int) -> Iterator[tuple[Bo
     }
     named = functools.cache(_names_in)  # an expert's entry lists all experts of its layer
     for stage in unwrap_model(list(stages)):
-        state = stage.sharded_state_dict(metadata=metadata)
+        state = _described(stage, metadata)
         apply_factories(state)
         for entry in nested_values(state):
             if isinstance(entry, ShardedTensor) and is_main_replica(entry.replica_id):
                 yield from _parts(entry, named(entry.key, tuple(entry.global_shape)), rank)
+
+
+def _described(stage: Any, metadata: dict[str, Any]) -> dict[str, Any]:
+    """All that a stage holds: a model with adapters saves those alone."""
+    if isinstance(stage, AdapterGPTModel):
+        return stage.whole_sharded_state_dict(metadata=metadata)
+    state: dict[str, Any] = stage.sharded_state_dict(metadata=metadata)
+    return state
+
+
+def lora_scale(stages: Sequence[torch.nn.Module]) -> float | None:
+    """What products of adapters are multiplied by, the same on every rank; None: it has none.
+
+    Raises:
+        UserError: the frozen base is held in a form that cannot be sent.
+    """
+    adapted = [s for s in unwrap_model(list(stages)) if isinstance(s, AdapterGPTModel)]
+    for stage in adapted:
+        stage.require_plain_base()
+    return adapted[0].lora.scale if adapted else None
 
 
 def _names_in(key: str, shape: tuple[int, ...]) -> dict[tuple[int, ...], str]:

@@ -6,10 +6,13 @@ weights in all (every layout but the first loads the first through Megatron's ow
 ``OUT/state.pt`` (whole state dict) and ``OUT/logits_<rotary>.pt`` (reference for verify-logits).
 """
 
+import functools
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +47,9 @@ TINY = ModelPreset(
 )
 PADDED_VOCAB = 64
 ITERATION = 10
+
+VPP2_LAYERS = "Et|t|t|L"
+"""Of two pipeline ranks with two virtual stages each."""
 
 LAYOUTS = {
     "replicated": {},
@@ -81,12 +87,15 @@ def saved_args(rotary: str) -> Namespace:
     )
 
 
-def build_model(rotary: str = "rope", **layout: int) -> torch.nn.Module:
-    """This rank's part of TINY."""
+def build_model(
+    rotary: str = "rope", lora: Any = None, vp_stage: int | None = None, **layout: int
+) -> torch.nn.Module:
+    """This rank's part of TINY, or one virtual stage of it; with adapters by their settings."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+    from megatron_k2.model.lora.model import AdapterGPTModel
     from megatron_k2.model.spec import decoder_block_spec
 
     p = TINY
@@ -97,6 +106,7 @@ def build_model(rotary: str = "rope", **layout: int) -> torch.nn.Module:
     config = MLATransformerConfig(
         **{name: getattr(p, name) for name in same},
         **layout,
+        pipeline_model_parallel_layout=None if vp_stage is None else VPP2_LAYERS,
         sequence_parallel=layout.get("tensor_model_parallel_size", 1) > 1,
         expert_tensor_parallel_size=1,
         moe_layer_freq=[0, 1, 1],
@@ -126,15 +136,17 @@ def build_model(rotary: str = "rope", **layout: int) -> torch.nn.Module:
         gradient_accumulation_fusion=False,
         pipeline_dtype=torch.float32,
     )
-    if config.pipeline_model_parallel_size > 1:
+    if vp_stage is None and config.pipeline_model_parallel_size > 1:
         config.num_layers_in_first_pipeline_stage = 2
-    return GPTModel(
+    kind = GPTModel if lora is None else functools.partial(AdapterGPTModel, lora)
+    return kind(
         config,
-        decoder_block_spec(config),
+        decoder_block_spec(config, vp_stage, lora=lora),
         vocab_size=PADDED_VOCAB,
         max_sequence_length=32,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(vp_stage is None, vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(vp_stage is None, vp_stage),
+        vp_stage=vp_stage,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
         rotary_base=int(p.rotary_base),
@@ -151,7 +163,15 @@ def _randomise(model: torch.nn.Module) -> None:
         tensor.copy_(1 + 0.2 * noise if "norm" in name else 0.15 * noise)
 
 
-def save(model: torch.nn.Module, directory: Path, rotary: str) -> None:
+def _described(stages: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """As Megatron saves one stage, or several virtual ones."""
+    if len(stages) == 1:
+        return {"model": stages[0].sharded_state_dict()}
+    return {f"model{i}": stage.sharded_state_dict() for i, stage in enumerate(stages)}
+
+
+def save(stages: Sequence[torch.nn.Module], directory: Path, rotary: str, **more: Any) -> None:
+    """With ``more`` among the saved arguments."""
     from megatron.core import dist_checkpointing
 
     target = directory / f"iter_{ITERATION:07d}"
@@ -164,17 +184,19 @@ def save(model: torch.nn.Module, directory: Path, rotary: str) -> None:
         torch.ones(TINY.hidden_size),
         replica_id=dist.get_rank(),
     )
-    state = {"model": model.sharded_state_dict(), "optimizer": {"step": 3, "exp_avg": moment}}
-    state |= {"args": saved_args(rotary), "iteration": ITERATION, "checkpoint_version": 3.0}
+    state = {**_described(stages), "optimizer": {"step": 3, "exp_avg": moment}}
+    args = Namespace(**vars(saved_args(rotary)), **more)
+    state |= {"args": args, "iteration": ITERATION, "checkpoint_version": 3.0}
     dist_checkpointing.save(state, str(target))
 
 
-def load(model: torch.nn.Module, directory: Path) -> None:
+def load(stages: Sequence[torch.nn.Module], directory: Path) -> None:
     from megatron.core import dist_checkpointing
 
-    state = {"model": model.sharded_state_dict()}
+    state = _described(stages)
     loaded = dist_checkpointing.load(state, str(directory / f"iter_{ITERATION:07d}"))
-    model.load_state_dict(loaded["model"], strict=False)
+    for name, stage in zip(state, stages, strict=True):
+        stage.load_state_dict(loaded[name], strict=False)
 
 
 def _reference_logits(state: dict[str, torch.Tensor], rotary: str, path: Path) -> None:
@@ -202,7 +224,7 @@ def main(out: Path) -> None:
             model_parallel_cuda_manual_seed(1)
             model = build_model(**layout)
             if layout:
-                load(model, out / "replicated")
+                load([model], out / "replicated")
             else:
                 _randomise(model)
                 state = {k: v for k, v in model.state_dict().items() if torch.is_tensor(v)}
@@ -210,7 +232,7 @@ def main(out: Path) -> None:
                     torch.save(state, out / "state.pt")
                 for rotary in ("rope", "yarn"):
                     _reference_logits(state, rotary, out / f"logits_{rotary}.pt")
-            save(model, out / name, "yarn" if name == "tp2" else "rope")
+            save([model], out / name, "yarn" if name == "tp2" else "rope")
             parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

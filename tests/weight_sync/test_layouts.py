@@ -1,7 +1,7 @@
 """A model at several layouts pushes to engines: bit-equal to an export, five rounds in a row.
 
 The export goes through a checkpoint on the disk, the push does not: they share the table of names
-alone. Not exercised: GPUs, NCCL, Transformer Engine's modules, virtual stages.
+alone. Not exercised: GPUs, NCCL, Transformer Engine's modules.
 """
 
 import asyncio
@@ -18,8 +18,15 @@ pytestmark = pytest.mark.dist
 
 TP2_EP2 = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
+VPP2 = PP2 | {"virtual_pipeline_model_parallel_size": 2}
 WORLDS = {
-    2: {"tp1": {}, "pp2": PP2, "tp2ep2": TP2_EP2, "tp2ep2 in bf16": TP2_EP2},
+    2: {
+        "tp1": {},
+        "pp2": PP2,
+        "pp2vpp2": VPP2,
+        "tp2ep2": TP2_EP2,
+        "tp2ep2 in bf16": TP2_EP2,
+    },
     4: {"tp2ep2pp2": TP2_EP2 | PP2},
 }
 

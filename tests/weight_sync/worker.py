@@ -76,21 +76,24 @@ def run(case):
     with cpu_host():
         parallel_state.initialize_model_parallel(**case["layout"], expert_tensor_parallel_size=1)
         model_parallel_cuda_manual_seed(1)
-        model = build_model(**case["layout"])
-        load(model, Path(case["load"]))
-        asyncio.run(rounds(case, model))
-        save(model, Path(case["save"]), "rope")
+        num_virtual = case["layout"].get("virtual_pipeline_model_parallel_size")
+        numbers = [None] if num_virtual is None else range(num_virtual)
+        stages = [build_model(vp_stage=number, **case["layout"]) for number in numbers]
+        load(stages, Path(case["load"]))
+        asyncio.run(rounds(case, stages))
+        save(stages, Path(case["save"]), "rope")
 
 
-async def rounds(case, model):
+async def rounds(case, stages):
     from megatron_k2.weight_sync.push import push
     from megatron_k2.weight_sync.source import WeightSource
 
     dtype = DTYPES[case["dtype"]]
-    source = WeightSource([model], TINY, dtype=dtype, bucket_bytes=BUCKET_BYTES)
+    source = WeightSource(stages, TINY, dtype=dtype, bucket_bytes=BUCKET_BYTES)
     engine, weights = new_engine(dtype) if source.is_root else (None, None)
     for number in range(1, NUM_ROUNDS + 1):
-        change(model, number)
+        for stage in stages:
+            change(stage, number)
         found = await push(source, engine, f"v{number}")
         assert found.is_whole, found
         if engine is not None:

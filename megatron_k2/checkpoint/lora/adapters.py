@@ -41,6 +41,26 @@ class Factors:
         return scale * (self.b @ self.a)
 
 
+def factors_of(pair: Pair, a: "Tensor", b: "Tensor") -> list[Factors]:
+    """Of each Hugging Face tensor of ``pair``, in its order.
+
+    Args:
+        pair: the weight.
+        a: its adapter's ``LORA_A``, fp32: [rank, in], or gate's above up's.
+        b: its adapter's ``LORA_B``, [out, rank] fp32.
+    """
+    num = len(pair.hf)
+    inner = list(a.chunk(num)) if len(a) // b.shape[1] == num else [a] * num
+    return [Factors(x, y) for x, y in zip(inner, b.chunk(num), strict=True)]
+
+
+def whole_product(factors: list[Factors], scale: float) -> "Tensor":
+    """What a dense merge adds to the Megatron weight of ``factors_of``, fp32."""
+    import torch
+
+    return torch.cat([part.product(scale) for part in factors])
+
+
 def is_adapters(source: MegatronSource) -> bool:
     """Whether a checkpoint holds adapters over another one's weights."""
     return getattr(source.args, "lora_rank", None) is not None
@@ -84,12 +104,9 @@ class AdapterSource:
         return f"{linear_of(pair)}{LORA_A}" in self.source.locations
 
     def factors(self, pair: Pair) -> list[Factors]:
-        """Of each Hugging Face tensor of ``pair``, in its order."""
+        """See ``factors_of``."""
         a, b = (self.tensor(f"{linear_of(pair)}{name}") for name in (LORA_A, LORA_B))
-        num_a = len(a) // b.shape[1]
-        num = len(pair.hf)
-        inner = list(a.chunk(num)) if num_a == num else [a] * num
-        return [Factors(x, y) for x, y in zip(inner, b.chunk(num), strict=True)]
+        return factors_of(pair, a, b)
 
     def unmatched(self, pairs: list[Pair]) -> list[str]:
         """Adapters of linears that are not among ``pairs``."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_k2.checkpoint.lora.adapters import AdapterSource
+from megatron_k2.checkpoint.lora.adapters import AdapterSource, whole_product
 from megatron_k2.checkpoint.names.mapping import Pair
 from megatron_k2.checkpoint.stream.rows import Dtype, Rows, rows_of
 from megatron_k2.checkpoint.torch_dist.reader import MegatronSource
@@ -38,13 +38,10 @@ class MergedSource:
 
     def _product(self, name: str) -> "Tensor":
         """Of the whole weight; kept until another is asked for, since rows come in order."""
-        import torch
-
         if self._last is None or self._last[0] != name:
             self._last = None
-            parts = self._adapters.factors(self._pairs[name])
-            scale = self._adapters.scale
-            self._last = (name, torch.cat([part.product(scale) for part in parts]))
+            factors = self._adapters.factors(self._pairs[name])
+            self._last = (name, whole_product(factors, self._adapters.scale))
         return self._last[1]
 
 

@@ -95,8 +95,18 @@ class RemoteEngine:
             raise
 
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
-        """See the protocol; the answer comes at once."""
+        """See the protocol; the answer comes at once.
+
+        Raises:
+            UserError: also of a request with a constraint, which cannot be sent.
+        """
         check_request(request, self.limits)
+        if request.constraint is not None:
+            raise UserError(
+                "a constraint lives in this process and cannot be sent to an engine behind HTTP; "
+                "hold the answer to a schema by the server's own tools or response_format, or "
+                "generate with an engine of this process"
+            )
         if request.id in self._tasks:
             raise UserError(f"request id {request.id!r} is in flight already")
         if self._fault:

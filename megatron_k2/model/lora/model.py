@@ -15,6 +15,7 @@ from megatron_k2.fp8.frozen import hold_in_fp8
 from megatron_k2.model.experts import GroupedExperts
 from megatron_k2.model.linear import ReplicatedLinear
 from megatron_k2.model.lora.adapter import ADAPTER, LowRankAdapter
+from megatron_k2.model.lora.settings import LoraSettings
 
 _LINEARS = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
 _MARK = f".{ADAPTER}."
@@ -32,10 +33,16 @@ class AdapterGPTModel(GPTModel):
 
     To a checkpoint it is its adapters alone: what it saves, and what it asks a checkpoint for. The
     base comes by ``load_base``, once, when the model is built.
+
+    Args:
+        lora: of its adapters.
+        args: Megatron's.
+        kwargs: Megatron's.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, lora: LoraSettings, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.lora, self.is_base_in_fp8 = lora, False
         for name, param in self.named_parameters():
             param.requires_grad_(is_adapters(name))
         for name, adapter in self.adapters():
@@ -64,6 +71,28 @@ class AdapterGPTModel(GPTModel):
         whole = super().sharded_state_dict(*args, **kwargs)
         return {name: value for name, value in whole.items() if is_adapters(name)}
 
+    def whole_sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The base's parameters, as a plain model describes its own, and the adapters'.
+
+        Raises:
+            UserError: the base is held in block FP8: its codes are no weights of that description.
+        """
+        self.require_plain_base()
+        return super().sharded_state_dict(*args, **kwargs)
+
+    def require_plain_base(self) -> None:
+        """Refuse a base whose weights are codes.
+
+        Raises:
+            UserError: it is held in block FP8.
+        """
+        if self.is_base_in_fp8:
+            raise UserError(
+                "the frozen base is held in block FP8, and its weights cannot be given out whole; "
+                "leave out --lora-base-fp8, or save the adapters and take "
+                "'megatron-k2 convert export --merge-lora'"
+            )
+
     @override
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Fill the adapters; with ``strict`` every one of them, and nothing else."""
@@ -87,7 +116,7 @@ class AdapterGPTModel(GPTModel):
             "singleton_local_shards": False,
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
-        whole = super().sharded_state_dict(metadata=metadata)
+        whole = self.whole_sharded_state_dict(metadata=metadata)
         wanted = {
             name: value
             for name, value in whole.items()
@@ -124,6 +153,7 @@ class AdapterGPTModel(GPTModel):
                 if name != "output_layer":
                     owners.append((module, [module]))
         hold_in_fp8(owners)
+        self.is_base_in_fp8 = True
 
 
 def _whole_name(name: str, numbers: dict[str, int], offsets: dict[str, int]) -> str:
