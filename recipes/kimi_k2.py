@@ -103,6 +103,8 @@ SOURCES = (
     ("layout.cp", "not stated; planner: a node's 8 GPUs at 32k and 128k, or 4 beside TP 4"),
     ("layout.micro_batch_size", "not stated; planner: 1"),
     ("layout.document_tokens", "0: pretraining attends over whole rows"),
+    ("layout.lora_rank", "0: the report trains every weight"),
+    ("layout.lora_base_fp8", "choice: a frozen base in bf16, as it was trained"),
     ("layout.recompute", "report 2.4.4, item 1"),
     ("layout.fp8_storage", "report 2.4.4, item 2"),
     ("layout.activation_offload", "planner; report 2.4.4, item 3: all of them"),
