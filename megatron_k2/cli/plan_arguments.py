@@ -30,48 +30,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--gpu-memory-gb", type=float, help="instead of the data sheet's")
     found.add_argument("--gpu-tflops", type=float, help="dense bf16, instead of the data sheet's")
     found.add_argument("--world-size", type=int, required=True, help="GPUs")
-    batch = found.add_argument_group("batch (default: the preset's)")
-    batch.add_argument("--seq-length", type=int, help="tokens")
-    batch.add_argument("--sequences-per-step", type=int, help="global batch size")
-    batch.add_argument("--micro-batch-size", type=int, default=1, help="sequences")
-    batch.add_argument(
-        "--document-tokens",
-        type=int,
-        default=0,
-        help="packed documents, as fine-tuning has them: tokens that attention reaches over",
-    )
-    batch.add_argument(
-        "--lora-rank",
-        type=int,
-        default=0,
-        help="adapters of this rank on every linear, over frozen weights (default: all trains)",
-    )
-    batch.add_argument(
-        "--lora-base-fp8", action="store_true", help="the frozen linears are held in block FP8"
-    )
-    layout = found.add_argument_group("layout (default: the report's PP 16 x EP 16)")
-    layout.add_argument("--tp", type=int, default=1)
-    layout.add_argument("--pp", type=int, default=16)
-    layout.add_argument("--vpp", type=int, default=2, help="virtual stages (report: not stated)")
-    layout.add_argument("--ep", type=int, default=16)
-    layout.add_argument("--cp", type=int, default=1)
-    memory = found.add_argument_group("memory (report, section 2.4.4)")
-    memory.add_argument(
-        "--transformer-impl",
-        choices=["transformer_engine", "local"],
-        default="transformer_engine",
-        help="whose modules: they keep different tensors for their backward",
-    )
-    memory.add_argument(
-        "--recompute",
-        help="of norm, swiglu, mla_up; or none (default: all three; local: the first two)",
-    )
-    memory.add_argument("--no-fp8-storage", action="store_true", help="activations stay bf16")
-    memory.add_argument(
-        "--activation-offload", default="auto", help="part on the host, or auto: as much as needed"
-    )
-    memory.add_argument("--optimizer-offload", default="auto", help="likewise, after activations")
-    memory.add_argument("--no-overlap", action="store_true", help="expert all-to-all not hidden")
+    _add_batch(found)
+    _add_layout(found)
+    _add_memory(found)
     found.add_argument(
         "--efficiency",
         default="",
@@ -96,6 +57,57 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--trace", metavar="FILE", help="Chrome/Perfetto trace of one step")
     found.add_argument("--png", metavar="FILE", help="the same step drawn, and the memory")
     return found
+
+
+def _add_batch(found: argparse.ArgumentParser) -> None:
+    batch = found.add_argument_group("batch (default: the preset's)")
+    batch.add_argument("--seq-length", type=int, help="tokens")
+    batch.add_argument("--sequences-per-step", type=int, help="global batch size")
+    batch.add_argument("--micro-batch-size", type=int, default=1, help="sequences")
+    batch.add_argument(
+        "--document-tokens",
+        type=int,
+        default=0,
+        help="packed documents, as fine-tuning has them: tokens that attention reaches over",
+    )
+    batch.add_argument(
+        "--lora-rank",
+        type=int,
+        default=0,
+        help="adapters of this rank on every linear, over frozen weights (default: all trains)",
+    )
+    batch.add_argument(
+        "--lora-base-fp8", action="store_true", help="the frozen linears are held in block FP8"
+    )
+
+
+def _add_layout(found: argparse.ArgumentParser) -> None:
+    layout = found.add_argument_group("layout (default: the report's PP 16 x EP 16)")
+    layout.add_argument("--tp", type=int, default=1)
+    layout.add_argument("--pp", type=int, default=16)
+    layout.add_argument("--vpp", type=int, default=2, help="virtual stages (report: not stated)")
+    layout.add_argument("--ep", type=int, default=16)
+    layout.add_argument("--cp", type=int, default=1)
+
+
+def _add_memory(found: argparse.ArgumentParser) -> None:
+    memory = found.add_argument_group("memory (report, section 2.4.4)")
+    memory.add_argument(
+        "--transformer-impl",
+        choices=["transformer_engine", "local"],
+        default="transformer_engine",
+        help="whose modules: they keep different tensors for their backward",
+    )
+    memory.add_argument(
+        "--recompute",
+        help="of norm, swiglu, mla_up; or none (default: all three; local: the first two)",
+    )
+    memory.add_argument("--no-fp8-storage", action="store_true", help="activations stay bf16")
+    memory.add_argument(
+        "--activation-offload", default="auto", help="part on the host, or auto: as much as needed"
+    )
+    memory.add_argument("--optimizer-offload", default="auto", help="likewise, after activations")
+    memory.add_argument("--no-overlap", action="store_true", help="expert all-to-all not hidden")
 
 
 def request_from(

@@ -1,21 +1,13 @@
 """Domains whose verdict is one function of reference and answer, called in a worker process."""
 
-import time
 from typing import Any
 
-from megatron_k2.gym.protocol import (
-    Domain,
-    Environment,
-    Outcome,
-    SingleTurn,
-    Task,
-    Verdict,
-    unknown,
-)
-from megatron_k2.gym.workers import Deadline, VerifierFailed, Workers
+from megatron_k2.gym.judging import SingleAnswerDomain
+from megatron_k2.gym.protocol import Outcome, Task, Verdict, unknown
+from megatron_k2.gym.workers import Deadline, Workers
 
 
-class CheckedDomain(Domain):
+class CheckedDomain(SingleAnswerDomain):
     """A domain over one function of a module.
 
     The function is called with the reference's entries and ``answer`` by name; it returns an object
@@ -44,20 +36,8 @@ class CheckedDomain(Domain):
         calls = ((function, warm_up),) if warm_up else ()
         self._workers = Workers(num_workers, deadline, calls)
 
-    async def judge(self, task: Task, answer: str) -> Verdict:
-        """Call the function."""
-        began = time.monotonic()
-        try:
-            found = await self._workers.call(self._function, **task.reference, answer=answer)
-            verdict = _verdict(found)
-        except VerifierFailed as reason:
-            verdict = unknown(str(reason))
-        seconds = round(time.monotonic() - began, 4)
-        return Verdict(verdict.outcome, verdict.evidence, verdict.details, seconds)
-
-    def environment(self) -> Environment:
-        """One question, one answer."""
-        return SingleTurn(self)
+    async def _judged(self, task: Task, answer: str) -> Verdict:
+        return _verdict(await self._workers.call(self._function, **task.reference, answer=answer))
 
     async def close(self) -> None:
         """End the processes."""

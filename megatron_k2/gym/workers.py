@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_k2.errors import UserError
+from megatron_k2.gym.judging import NotJudged
 from megatron_k2.gym.worker import HEADER, frame
 from megatron_k2.sandbox.census import Census, processes_with
 from megatron_k2.sandbox.pipes import read_some, write_all
@@ -31,7 +32,7 @@ END_SECONDS = 5.0
 CENSUS = Census()
 
 
-class VerifierFailed(Exception):  # noqa: N818 - what happened, not a mistake of the caller
+class VerifierFailed(NotJudged):
     """A call that has no answer; the message says why."""
 
 

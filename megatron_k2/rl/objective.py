@@ -218,4 +218,4 @@ def _scaled(found: Advantages, lengths: Tensor, length_scale: LengthScale) -> Te
 
 def _check(tau: float) -> None:
     if not tau > 0:
-        raise UserError(f"tau {tau:g}: expected more than 0, which is plain REINFORCE's limit")
+        raise UserError(f"tau {tau:g}: expected more than 0; a small one is all but REINFORCE")

@@ -28,7 +28,6 @@ from megatron_k2.gym.swe.generators import (
     repository,
     values,
 )
-from megatron_k2.sandbox.choose import SANDBOXES, STRONGEST_FIRST
 from megatron_k2.sandbox.protocol import Limits
 
 FILES = {
@@ -81,17 +80,6 @@ NO_EDITS = {
     "```python doubling.py::triple\nx = 1\n```": "no function 'triple'",
     GOOD + "\n" + WHOLE: "give one of both",
 }
-
-
-@pytest.fixture(scope="module")
-def backend():
-    reasons = []
-    for name in STRONGEST_FIRST:
-        found = SANDBOXES[name]()
-        if not (problem := found.missing()):
-            return found
-        reasons.append(f"{name}: {problem}")
-    pytest.skip("; ".join(reasons))
 
 
 def judged(backend, pairs) -> list[Verdict]:

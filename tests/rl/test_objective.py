@@ -10,6 +10,7 @@ import torch
 
 from megatron_k2.errors import UserError
 from megatron_k2.rl.objective import (
+    Advantages,
     advantages,
     sequence_log_ratios,
     sequence_loss,
@@ -178,8 +179,17 @@ def test_a_dead_group_changes_neither_gradients_nor_their_scale():
         return sequence_loss(sums, torch.tensor(LENGTHS[:3]), alone, TAU)
 
     assert torch.equal(slope, _gradient(loss, logits))
-    in_denominator = slope / 2  # what counting it would give
-    assert not torch.allclose(in_denominator, _gradient(loss, logits))
+    # Counted as any other, it pulls its answers back and halves the weight of the first group.
+    counted = Advantages(advantages(half, GROUPS).values, torch.full((6,), 1 / 6).double(), 2)
+    everything = torch.ones(len(sample), dtype=torch.bool)
+
+    def wrong(x):
+        sums = sequence_log_ratios(_ratios(x, ids, old), everything, sample, 6)
+        return sequence_loss(sums, torch.tensor(LENGTHS), counted, TAU)
+
+    off = _gradient(wrong, logits)
+    assert off[sample >= 3].abs().max() > 1e-3
+    torch.testing.assert_close(off[sample < 3], slope[sample < 3] / 2)
 
 
 def test_groups_may_be_uneven_and_in_any_order():

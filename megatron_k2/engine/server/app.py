@@ -21,7 +21,6 @@ from fastapi.responses import (
     StreamingResponse,
 )
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel
 
 from megatron_k2.engine.server import chat, completions, tokens
 from megatron_k2.engine.server.attending import (
@@ -33,6 +32,7 @@ from megatron_k2.engine.server.attending import (
 )
 from megatron_k2.engine.server.bodies import (
     AbortBody,
+    Body,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -51,7 +51,7 @@ from megatron_k2.engine.transfer.bucket_files import BucketFolder
 from megatron_k2.errors import UserError
 
 type Answer = Callable[[Any, Request], Awaitable[Any]]
-type Post = Callable[[str, type[BaseModel], Answer], None]
+type Post = Callable[[str, type[Body], Answer], None]
 
 KEEP_ALIVE_SECONDS = 75
 """nginx's. uvicorn's 5 close connections that a waiting client is about to use again, which it sees
@@ -143,7 +143,7 @@ def _has_key(request: Request, api_key: str) -> bool:
 def _poster(app: FastAPI, service: Service) -> Post:
     """Adds a route that reads a body, and describes it."""
 
-    def post(path: str, kind: type[BaseModel], answer: Answer) -> None:
+    def post(path: str, kind: type[Body], answer: Answer) -> None:
         async def handler(request: Request) -> Response:
             try:
                 content = await content_of(request, service.limits.body_bytes)

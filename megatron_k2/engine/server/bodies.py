@@ -24,10 +24,14 @@ DEFAULT_TOKENS = 16
 Ids = Annotated[list[int], Field(max_length=1 << 21)]
 
 
-class Sampling(BaseModel):
-    """Fields that every way of asking shares."""
+class Body(BaseModel):
+    """What a client sends: types as they are, and fields that nobody here knows left aside."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class Sampling(Body):
+    """Fields that every way of asking shares."""
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=0, le=1 << 24)
@@ -103,35 +107,27 @@ class CompletionBody(Sampling):
     best_of: int | None = Field(None, ge=1, le=1, description="not computed: 1")
 
 
-class NamedFunction(BaseModel):
+class NamedFunction(Body):
     """A function by its name."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
 
     name: str
 
 
-class NamedTool(BaseModel):
+class NamedTool(Body):
     """The tool that must be called."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
 
     type: Literal["function"]
     function: NamedFunction
 
 
-class NamedSchema(BaseModel):
+class NamedSchema(Body):
     """OpenAI's ``json_schema``: always enforced, whatever ``strict`` says."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
 
     schema_: dict[str, Any] = Field({}, alias="schema")
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Body):
     """What an answer must be."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
@@ -159,20 +155,16 @@ class TokenSampling(Sampling):
     stop: None = Field(None, description="strings are for the routes that speak text")
 
 
-class GenerateBody(BaseModel):
+class GenerateBody(Body):
     """``/inference/v1/generate``: tokens in, tokens out; vLLM's."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
 
     token_ids: Ids
     sampling_params: dict[str, Any] = {}
     request_id: str | None = Field(None, max_length=256)
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(Body):
     """``/tokenize``: of a text, or of a dialogue as the chat would read it."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
 
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = Field(None, min_length=1)
@@ -180,72 +172,56 @@ class TokenizeBody(BaseModel):
     add_generation_prompt: bool = True
 
 
-class DetokenizeBody(BaseModel):
+class DetokenizeBody(Body):
     """``/detokenize``."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
 
     tokens: Ids
 
 
-class AbortBody(BaseModel):
+class AbortBody(Body):
     """``/abort_requests``: none named, all of them."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
 
     request_ids: list[str] | None = None
 
 
-class TransferInfo(BaseModel):
+class TransferInfo(Body):
     """``init_info``."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
 
     backend: str = Field(max_length=64)
 
 
-class InitTransferBody(BaseModel):
+class InitTransferBody(Body):
     """``/init_weight_transfer_engine``."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
 
     init_info: TransferInfo
 
 
-class StartUpdateBody(BaseModel):
+class StartUpdateBody(Body):
     """``/start_weight_update``; vLLM names the version at the end alone."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
 
     weight_version: str = Field(max_length=256)
 
 
-class BucketInfo(BaseModel):
+class BucketInfo(Body):
     """``update_info``: a safetensors file of the server's own directory."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
 
     file: str = Field(max_length=256)
 
 
-class UpdateBody(BaseModel):
+class UpdateBody(Body):
     """``/update_weights``."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
 
     update_info: BucketInfo
 
 
-class FinishUpdateBody(BaseModel):
+class FinishUpdateBody(Body):
     """``/finish_weight_update``."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
 
     weight_version: str = Field(max_length=256)
     manifest: str = Field(max_length=256, description="a file of the server's own directory")
 
 
-def read_body[Body: BaseModel](kind: type[Body], content: bytes) -> Body:
+def read_body[Kind: Body](kind: type[Kind], content: bytes) -> Kind:
     """A body of some kind.
 
     Raises:

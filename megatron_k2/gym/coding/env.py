@@ -9,23 +9,13 @@ they use beside it.
 import asyncio
 import re
 import secrets
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from megatron_k2.errors import UserError
 from megatron_k2.gym.coding.harness import CANDIDATE, PROBE, REFEREE, as_line, said_after
 from megatron_k2.gym.coding.plain import decode, encode
-from megatron_k2.gym.protocol import (
-    Domain,
-    Environment,
-    SingleTurn,
-    Task,
-    Verdict,
-    right,
-    unknown,
-    wrong,
-)
+from megatron_k2.gym.judging import NotJudged, SingleAnswerDomain
+from megatron_k2.gym.protocol import Task, Verdict, right, unknown, wrong
 from megatron_k2.sandbox.pool import Pool
 from megatron_k2.sandbox.protocol import Backend, Limits, Result, Status
 
@@ -38,10 +28,6 @@ STARTERS = (b"bwrap: ", b"setpriv: ", b"prlimit: ")
 """How the complaints begin of what stands before the interpreter."""
 
 
-class HarnessFailed(Exception):  # noqa: N818 - what happened
-    """The tests themselves did not run: our failure, not the candidate's."""
-
-
 def program_of(answer: str) -> str:
     """The last fenced block of Python, or of no language; without a fence, all of the answer."""
     blocks = [
@@ -52,7 +38,7 @@ def program_of(answer: str) -> str:
     return blocks[-1] if blocks else answer
 
 
-class Coding(Domain):
+class Coding(SingleAnswerDomain):
     """Runs candidates in a sandbox.
 
     Args:
@@ -73,29 +59,11 @@ class Coding(Domain):
             "tests": self._tests,
         }
 
-    async def judge(self, task: Task, answer: str) -> Verdict:
-        """Run the answer's program on the task's tests."""
-        began = time.monotonic()
+    async def _judged(self, task: Task, answer: str) -> Verdict:
         facts = dict(task.reference)
-        try:
-            kind = self._kinds[facts.pop("kind")]
-            code = program_of(answer)
-            verdict = await kind(code, **facts) if code.strip() else wrong("no program")
-        except HarnessFailed as problem:
-            verdict = unknown(str(problem))
-        except (KeyError, TypeError, UserError) as problem:
-            verdict = unknown(f"the reference cannot be read: {type(problem).__name__} {problem}")
-        except OSError as problem:
-            verdict = unknown(f"the sandbox did not start: {problem}")
-        seconds = round(time.monotonic() - began, 4)
-        return Verdict(verdict.outcome, verdict.evidence, verdict.details, seconds)
-
-    def environment(self) -> Environment:
-        """One question, one program."""
-        return SingleTurn(self)
-
-    async def close(self) -> None:
-        """Nothing waits between verdicts."""
+        kind = self._kinds[facts.pop("kind")]
+        code = program_of(answer)
+        return await kind(code, **facts) if code.strip() else wrong("no program")
 
     async def _stdio(self, code: str, tests: list[dict[str, str]]) -> Verdict:
         runs = [self._run(code, test["stdin"].encode()) for test in tests]
@@ -123,12 +91,12 @@ class Coding(Domain):
             run = await self._run(REFEREE, work)
             said = said_after(nonce, run.stdout)
             if not said:
-                raise HarnessFailed(f"the tests did not end: {_how(run)}")
+                raise NotJudged(f"the tests did not end: {_how(run)}")
             calls = said[-1]["missing"]
             if not calls:
                 error = said[-1]["error"]
                 return wrong(error) if error else right("the tests ran to their end")
-        raise HarnessFailed(f"after {MOST_ROUNDS} rounds the tests still ask for more calls")
+        raise NotJudged(f"after {MOST_ROUNDS} rounds the tests still ask for more calls")
 
     async def values(
         self, code: str, entry: str, calls: list[Any], files: dict[str, bytes] | None = None
@@ -142,14 +110,14 @@ class Coding(Domain):
             files: of its folder.
 
         Raises:
-            HarnessFailed: the candidate was not run.
+            NotJudged: the candidate was not run.
         """
         nonce = secrets.token_hex(16)
         work = as_line(code=code, entry=entry, calls=calls, nonce=nonce)
         run = await self._run(CANDIDATE, work, files)
         ready, *said = said_after(nonce, run.stdout) or [None]
         if ready is None:
-            raise HarnessFailed(f"the candidate's harness did not start: {_how(run)}")
+            raise NotJudged(f"the candidate's harness did not start: {_how(run)}")
         if said and "failed" in said[0]:
             return [{"raised": said[0]["failed"]}] * len(calls)
         lost = {"raised": f"no value came back: {_how(run)}"}
@@ -169,7 +137,7 @@ class Coding(Domain):
             return run
         other = await self._pool.run("print(1)")
         if other.stdout != b"1\n":
-            raise HarnessFailed(f"the sandbox does not start: {_how(run)}")
+            raise NotJudged(f"the sandbox does not start: {_how(run)}")
         return run
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_k2.gym.coding.env import NAME
+from megatron_k2.gym.drawn import DrawnGenerator
 from megatron_k2.gym.protocol import Task
 
 type Form = tuple[str, str, Callable[[random.Random], list[Any]]]
@@ -39,19 +40,10 @@ FORMS: dict[str, Form] = {
 NUM_TESTS = 6
 
 
-class CodingGenerator:
+class CodingGenerator(DrawnGenerator):
     """One form of task; each draws other arguments."""
 
     domain = NAME
-
-    def __init__(self, form: str) -> None:
-        self.name = f"{NAME}/{form}"
-        self._form = form
-
-    def sample(self, number: int, seed: int) -> list[Task]:
-        """Tasks drawn from (seed, form)."""
-        order = random.Random(f"{seed}/{self.name}")
-        return [self._made(order) for _ in range(number)]
 
     def _made(self, order: random.Random) -> Task:
         asked, _, draw = FORMS[self._form]

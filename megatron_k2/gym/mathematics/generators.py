@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from fractions import Fraction
 
+from megatron_k2.gym.drawn import DrawnGenerator
 from megatron_k2.gym.mathematics.env import NAME
 from megatron_k2.gym.protocol import Task
 
@@ -48,20 +49,14 @@ FORMS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 }
 
 
-class MathematicsGenerator:
+class MathematicsGenerator(DrawnGenerator):
     """One form of question, with numbers drawn."""
 
     domain = NAME
 
-    def __init__(self, form: str) -> None:
-        self.name = f"{NAME}/{form}"
-        self._form = FORMS[form]
-
-    def sample(self, number: int, seed: int) -> list[Task]:
-        """Questions drawn from (seed, form)."""
-        order = random.Random(f"{seed}/{self.name}")
-        made = (self._form(order) for _ in range(number))
-        return [Task(NAME, q + ASK, {"reference": a}, source=self.name) for q, a in made]
+    def _made(self, order: random.Random) -> Task:
+        question, answer = FORMS[self._form](order)
+        return Task(NAME, question + ASK, {"reference": answer}, source=self.name)
 
     def oracle(self, task: Task) -> str:
         """The reference, in a box."""

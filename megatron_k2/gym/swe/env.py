@@ -8,24 +8,14 @@ no expected value, no history, and values are compared outside it.
 
 import functools
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_k2.errors import UserError
-from megatron_k2.gym.coding.env import Coding, HarnessFailed, of_value
+from megatron_k2.gym.coding.env import Coding, of_value
 from megatron_k2.gym.coding.plain import encode
-from megatron_k2.gym.protocol import (
-    Domain,
-    Environment,
-    SingleTurn,
-    Task,
-    Verdict,
-    right,
-    unknown,
-    wrong,
-)
+from megatron_k2.gym.judging import SingleAnswerDomain
+from megatron_k2.gym.protocol import Task, Verdict, right, unknown, wrong
 from megatron_k2.gym.swe.edits import NoEdit, edited
 from megatron_k2.sandbox.interpreter import readable_roots
 from megatron_k2.sandbox.protocol import Backend, Limits
@@ -44,7 +34,7 @@ def harness(imports: str) -> str:
     )
 
 
-class Swe(Domain):
+class Swe(SingleAnswerDomain):
     """Runs edited repositories in a sandbox.
 
     Args:
@@ -60,23 +50,13 @@ class Swe(Domain):
     ) -> None:
         self._programs = Coding(backend, limits, num_slots=num_slots)
 
-    async def judge(self, task: Task, answer: str) -> Verdict:
-        """Apply the answer's edits and run both lists of tests."""
-        began = time.monotonic()
+    async def _judged(self, task: Task, answer: str) -> Verdict:
         try:
-            verdict = await self._judged(task.reference, answer)
+            return await self._tested(task.reference, answer)
         except NoEdit as problem:
-            verdict = wrong(str(problem))
-        except HarnessFailed as problem:
-            verdict = unknown(str(problem))
-        except (AttributeError, KeyError, TypeError, SyntaxError, UserError) as problem:
-            verdict = unknown(f"the reference cannot be read: {type(problem).__name__} {problem}")
-        except OSError as problem:
-            verdict = unknown(f"the sandbox did not start: {problem}")
-        seconds = round(time.monotonic() - began, 4)
-        return Verdict(verdict.outcome, verdict.evidence, verdict.details, seconds)
+            return wrong(str(problem))
 
-    async def _judged(self, facts: Mapping[str, Any], answer: str) -> Verdict:
+    async def _tested(self, facts: Mapping[str, Any], answer: str) -> Verdict:
         files, tests = facts["files"], [test for name in LISTS for test in facts[name]]
         if not facts["fail_to_pass"]:
             return unknown("the reference has no test that fails before")
@@ -91,13 +71,6 @@ class Swe(Domain):
         found_all = [of_value(t["expected"], each) for t, each in zip(tests, said, strict=True)]
         number = len(facts["fail_to_pass"])
         return _verdict(tests, {LISTS[0]: found_all[:number], LISTS[1]: found_all[number:]})
-
-    def environment(self) -> Environment:
-        """One repository, one edit."""
-        return SingleTurn(self)
-
-    async def close(self) -> None:
-        """Nothing waits between verdicts."""
 
 
 def _verdict(tests: list[dict[str, Any]], found: dict[str, list[dict[str, Any]]]) -> Verdict:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_k2.gym.drawn import DrawnGenerator
 from megatron_k2.gym.protocol import Task
 from megatron_k2.gym.swe.edits import as_edit, function_text
 from megatron_k2.gym.swe.env import ENTRY, NAME, harness
@@ -124,19 +125,10 @@ def fails_as_said(
 FORMS: dict[str, Fault] = {"removed": removed, "changed": changed}
 
 
-class SweGenerator:
+class SweGenerator(DrawnGenerator):
     """One kind of fault; each task draws another function, place and tests."""
 
     domain = NAME
-
-    def __init__(self, form: str) -> None:
-        self.name = f"{NAME}/{form}"
-        self._form = form
-
-    def sample(self, number: int, seed: int) -> list[Task]:
-        """Tasks drawn from (seed, form)."""
-        order = random.Random(f"{seed}/{self.name}")
-        return [self._made(order) for _ in range(number)]
 
     def _made(self, order: random.Random) -> Task:
         """The first draw whose fault shows, and leaves something that must still pass."""

@@ -5,7 +5,6 @@ text of calls is not compared, nor their number: another way to the same state i
 about it are nothing. As a single answer, ``judge`` takes one turn as K2 writes it, with all calls.
 """
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,16 +13,8 @@ from megatron_k2.chat.completion import FormatError, parse_completion
 from megatron_k2.chat.control import IM_END
 from megatron_k2.chat.lexer import TextLexer
 from megatron_k2.errors import UserError
-from megatron_k2.gym.protocol import (
-    Domain,
-    Environment,
-    Step,
-    Task,
-    Verdict,
-    right,
-    unknown,
-    wrong,
-)
+from megatron_k2.gym.judging import SingleAnswerDomain
+from megatron_k2.gym.protocol import Environment, Step, Task, Verdict, right, wrong
 from megatron_k2.gym.tool_use.calendar import State, same_form
 from megatron_k2.gym.tool_use.calls import answered, missing
 from megatron_k2.records.messages import Message
@@ -33,7 +24,7 @@ MOST_CALLS = 64
 """Of one episode."""
 
 
-class ToolUse(Domain):
+class ToolUse(SingleAnswerDomain):
     """Executes calls in this process: the tools are ours, and check what they are given.
 
     Raises:
@@ -46,19 +37,9 @@ class ToolUse(Domain):
         if problem := missing():
             raise UserError(problem)
 
-    async def judge(self, task: Task, answer: str) -> Verdict:
-        """Execute the calls of one turn in K2's format, and compare the state."""
-        began = time.monotonic()
-        verdict = await self._judged(task, answer)
-        seconds = round(time.monotonic() - began, 4)
-        return Verdict(verdict.outcome, verdict.evidence, verdict.details, seconds)
-
     async def _judged(self, task: Task, answer: str) -> Verdict:
         environment = CalendarEpisode()
-        try:
-            await environment.reset(task)
-        except UserError as problem:
-            return unknown(str(problem))
+        await environment.reset(task)
         try:
             whole = answer if answer.endswith(IM_END) else answer + IM_END
             said = parse_completion(TextLexer(), whole, "strict", task.tools)
@@ -70,9 +51,6 @@ class ToolUse(Domain):
     def environment(self) -> Environment:
         """Of turns: calls, their answers, and a turn without calls at the end."""
         return CalendarEpisode()
-
-    async def close(self) -> None:
-        """Nothing waits between verdicts."""
 
 
 class CalendarEpisode:

@@ -6,8 +6,9 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from megatron_k2.chat import control
 from megatron_k2.chat.call_ids import call_id
+from megatron_k2.chat.template import CANONICAL, generation_prompt, turn
+from megatron_k2.gym.drawn import DrawnGenerator
 from megatron_k2.gym.protocol import Task
 from megatron_k2.gym.tool_use.calendar import CLOSES, DAYS, OPENS, State, clock
 from megatron_k2.gym.tool_use.calls import tool_specs
@@ -158,28 +159,15 @@ def as_calls(calls: list[Call]) -> tuple[ToolCall, ...]:
 
 
 def as_text(message: Message) -> str:
-    """A turn as K2 writes it."""
-    calls = "".join(
-        f"{control.CALL_BEGIN}{call.id}{control.ARGUMENT_BEGIN}{call.arguments}{control.CALL_END}"
-        for call in message.tool_calls
-    )
-    section = f"{control.SECTION_BEGIN}{calls}{control.SECTION_END}" if calls else ""
-    return f"{message.content}{section}{control.IM_END}"
+    """A turn as K2 writes it, after its header."""
+    pieces = turn(message, CANONICAL)[len(generation_prompt()) :]
+    return "".join(piece.text for piece in pieces)
 
 
-class ToolUseGenerator:
+class ToolUseGenerator(DrawnGenerator):
     """One form of request; each draws another week."""
 
     domain = NAME
-
-    def __init__(self, form: str) -> None:
-        self.name = f"{NAME}/{form}"
-        self._form = form
-
-    def sample(self, number: int, seed: int) -> list[Task]:
-        """Tasks drawn from (seed, form)."""
-        order = random.Random(f"{seed}/{self.name}")
-        return [self._made(order) for _ in range(number)]
 
     def _made(self, order: random.Random) -> Task:
         state = week(order)
