@@ -103,7 +103,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
 
 async def _calibrated(arguments: argparse.Namespace, pairs: "list[Pair]") -> "list[Calibration]":
-    from megatron_k2.rewards.calibration import calibrate
+    from megatron_k2.rewards.measuring import calibrate
     from megatron_k2.rewards.rubrics import DEFAULT, read_rubrics
 
     rubrics = DEFAULT if arguments.rubrics is None else read_rubrics(arguments.rubrics)

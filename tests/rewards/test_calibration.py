@@ -9,12 +9,8 @@ from megatron_k2.cli.main import main
 from megatron_k2.errors import UserError
 from megatron_k2.rewards.best_of_n import SIZES, draw, drawn_groups, study
 from megatron_k2.rewards.budget import Budget, budget_of
-from megatron_k2.rewards.calibration import (
-    Share,
-    calibrate,
-    read_calibration,
-    write_calibration,
-)
+from megatron_k2.rewards.calibration import Share, read_calibration, write_calibration
+from megatron_k2.rewards.measuring import calibrate
 from megatron_k2.rewards.pairs import KINDS, Pair, made_pairs, read_pairs, to_line
 from megatron_k2.rewards.preferences import samples
 from megatron_k2.rewards.rubric import RubricReward
