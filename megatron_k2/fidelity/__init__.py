@@ -1,0 +1,1 @@
+"""Whether one text says what another says: surface signals, and statements checked by a model."""
