@@ -4,6 +4,7 @@ Thresholds do not transfer: one that was set on another's rewrites kept 2 to 11 
 So they are set on a labelled sample of the user's own, half of it to choose and half to measure.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -71,7 +72,7 @@ def calibrate(scored: Sequence[Scored], least_kept: float = 0.8) -> Calibration:
                 f"{len(scored)} pairs: expected faithful and other ones in each half; label more"
             )
     good = sorted((each.score for each in choosing if each.kind == FAITHFUL), reverse=True)
-    threshold = good[min(len(good) - 1, max(0, -(-int(least_kept * len(good))) - 1))]
+    threshold = good[max(math.ceil(least_kept * len(good)), 1) - 1]
     kinds = sorted({each.kind for each in measuring} - {FAITHFUL})
     shares = {kind: _share_under(measuring, kind, threshold) for kind in kinds}
     kept = 1 - _share_under(measuring, FAITHFUL, threshold)

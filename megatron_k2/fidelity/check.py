@@ -54,7 +54,7 @@ class Settings:
     extracts: bool = False
     """Whether the model lists the statements first; else they are the sentences."""
     least_support: float = 0.0
-    """Under this mean P(supported) a statement fails, whatever the majority; ``calibrate`` finds it."""
+    """Under this mean P(supported) a statement fails, whatever the majority says."""
 
     def __post_init__(self) -> None:
         if self.num_votes < 1 or self.num_votes % 2 == 0:
