@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_k2.cli.endpoint import add_model, connected
 from megatron_k2.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,9 +56,8 @@ def _add_judge(command: argparse.ArgumentParser) -> None:
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--endpoint", metavar="URL", help="of an OpenAI-compatible server")
     which.add_argument("--scripted", metavar="NAME", help="a critic with a known fault; 'all'")
-    command.add_argument("--model", help="of the endpoint (default: its first)")
     command.add_argument("--thinks", action="store_true", help="let it reason before it decides")
-    command.add_argument("--api-key-env", metavar="NAME", help="environment variable of the key")
+    add_model(command)
 
 
 def main(argv: list[str]) -> int:
@@ -157,21 +157,9 @@ async def _judges(
         if unknown := [name for name in names if name not in known]:
             raise UserError(f"--scripted {unknown[0]}: expected all, {', '.join(known)}")
         return [known[name] for name in names], nothing
-    from megatron_k2.engine.protocol import EngineError
-    from megatron_k2.engine.remote.client import Client
-    from megatron_k2.engine.remote.endpoints import Endpoint, Policy
     from megatron_k2.rewards.judge import EndpointJudge
 
-    endpoint = Endpoint(arguments.endpoint, key_env=arguments.api_key_env)
-    client = Client([endpoint], Policy(concurrency=getattr(arguments, "concurrency", 64)))
-    model = arguments.model
-    try:
-        if model is None:
-            listed = await client.once(client.endpoints.states[0], "GET", "/v1/models")
-            model = str(listed["data"][0]["id"])
-    except (EngineError, KeyError, IndexError, TypeError) as error:
-        await client.close()
-        raise UserError(f"--endpoint {arguments.endpoint}: {error}; give --model") from None
+    client, model = await connected(arguments, getattr(arguments, "concurrency", 64))
     judge: Judge = EndpointJudge(client, model, thinks=arguments.thinks)
     return [judge], client.close
 

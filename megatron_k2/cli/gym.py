@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_k2.cli.endpoint import add_model, connected
+
 if TYPE_CHECKING:
     from megatron_k2.gym.admission import Card
     from megatron_k2.gym.protocol import Domain, Task, Verdict
@@ -50,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--sandbox", help="back-end for programs; default: the strongest")
         verb.add_argument("--workers", type=int, help="processes (default: one a core)")
         verb.add_argument("--cpu-seconds", type=float, help="deadline of a verdict")
+        verb.add_argument(
+            "--endpoint", metavar="URL", help="of a model that judges, where one is asked"
+        )
+        add_model(verb)
     return parser
 
 
@@ -58,16 +64,23 @@ def _say(text: str) -> None:
 
 
 async def _open(name: str, arguments: argparse.Namespace) -> "Domain":
-    from megatron_k2.gym.registry import open_domain
+    from megatron_k2.gym.registry import ASKED, open_domain
     from megatron_k2.gym.workers import Deadline
 
     seconds = arguments.cpu_seconds
     deadline = None if seconds is None else Deadline(cpu_seconds=seconds)
+    asker = None
+    if arguments.endpoint and name in ASKED:
+        from megatron_k2.rewards.asker import EndpointAsker
+
+        client, model = await connected(arguments, AT_ONCE)
+        asker = EndpointAsker(client, model)
     return await open_domain(
         name,
         num_workers=arguments.workers,
         deadline=deadline,
         sandbox=arguments.sandbox,
+        asker=asker,
         tell=_say,
     )
 

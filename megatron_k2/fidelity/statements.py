@@ -76,6 +76,10 @@ class Asker(Protocol):
         """A list of texts; ``None`` where the answer is no such list."""
         ...
 
+    async def close(self) -> None:
+        """End its connections."""
+        ...
+
 
 @dataclass(frozen=True)
 class Statement:
@@ -140,7 +144,8 @@ async def extracted(asker: Asker, text: str) -> list[Statement]:
         EXTRACT_SYSTEM,
         f"Text: {_quoted(text)}\n\nList every fact that the text states, each as one short "
         "sentence that can be understood alone, with names in place of pronouns. Change no number, "
-        'name, order or negation. Reply with a JSON object {"items": [...]} of strings and nothing else.',
+        'name, order or negation. Reply with a JSON object {"items": [...]} of strings and nothing '
+        "else.",
     )
     every, own = set(content(text)), statements(text)
     kept = [each for each in listed or () if _share(each, every) >= _OWN]

@@ -5,8 +5,11 @@ import functools
 from collections.abc import Callable, Iterable
 
 from megatron_k2.errors import UserError
+from megatron_k2.fidelity.statements import Asker
 from megatron_k2.gym.coding import env as coding
 from megatron_k2.gym.coding import generators as coding_generators
+from megatron_k2.gym.faithfulness import env as faithfulness
+from megatron_k2.gym.faithfulness import generators as faithfulness_generators
 from megatron_k2.gym.instructions import env as instructions
 from megatron_k2.gym.instructions.generators import InstructionGenerator
 from megatron_k2.gym.logic import env as logic
@@ -14,6 +17,8 @@ from megatron_k2.gym.logic import puzzles, reasoning_gym
 from megatron_k2.gym.mathematics import env as mathematics
 from megatron_k2.gym.mathematics import generators as mathematics_generators
 from megatron_k2.gym.protocol import Domain, Generator
+from megatron_k2.gym.safety import env as safety
+from megatron_k2.gym.safety.generators import SafetyGenerator
 from megatron_k2.gym.swe import env as swe
 from megatron_k2.gym.swe import generators as swe_generators
 from megatron_k2.gym.tool_use import env as tool_use
@@ -31,8 +36,13 @@ SANDBOXED: dict[str, tuple[Callable[..., Domain], str]] = {
     coding.NAME: (coding.Coding, "programs: standard output, functions, tests; in a sandbox"),
     swe.NAME: (swe.Swe, "repositories mended by an edit; tests in a sandbox"),
 }
+ASKED: dict[str, tuple[Callable[[Asker | None], Domain], str]] = {
+    faithfulness.NAME: (faithfulness.Faithfulness, "every sentence of an answer in its context"),
+    safety.NAME: (safety.Safety, "harmful requests declined, benign twins served"),
+}
+"""Judged by a model where there is one, by rules as far as they go without."""
 DOMAINS = {
-    **{name: sentence for name, (_, sentence) in (CHECKED | SANDBOXED).items()},
+    **{name: sentence for name, (_, sentence) in (CHECKED | SANDBOXED | ASKED).items()},
     tool_use.NAME: "calls of tools on a calendar, judged by the state they leave",
 }
 
@@ -50,6 +60,7 @@ async def open_domain(
     num_workers: int | None = None,
     deadline: Deadline | None = None,
     sandbox: str | None = None,
+    asker: Asker | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Domain:
     """A domain, ready to judge.
@@ -59,11 +70,14 @@ async def open_domain(
         num_workers: processes, or programs at one time.
         deadline: of a verdict; of one run, for programs.
         sandbox: back-end by name; the strongest that passes its suite by default.
+        asker: a model that judges, for the domains that ask one.
         tell: is called with what takes time.
 
     Raises:
         UserError: no such domain; no sandbox for one that needs it.
     """
+    if name in ASKED:
+        return ASKED[name][0](asker)
     if name in CHECKED:
         return CHECKED[name][0](num_workers, deadline)
     if name == tool_use.NAME:
@@ -87,13 +101,21 @@ def generators() -> dict[str, Callable[[], Generator]]:
         (coding.NAME, coding_generators.CodingGenerator, coding_generators.FORMS),
         (swe.NAME, swe_generators.SweGenerator, swe_generators.FORMS),
         (
+            faithfulness.NAME,
+            faithfulness_generators.FaithfulnessGenerator,
+            faithfulness_generators.FORMS,
+        ),
+        (
             tool_use.NAME,
             tool_use_generators.ToolUseGenerator,
             () if tool_use.missing() else tool_use_generators.FORMS,
         ),
         ("reasoning_gym", reasoning_gym.ReasoningGymGenerator, reasoning_gym.names()),
     ]
-    found: dict[str, Callable[[], Generator]] = {InstructionGenerator.name: InstructionGenerator}
+    found: dict[str, Callable[[], Generator]] = {
+        InstructionGenerator.name: InstructionGenerator,
+        SafetyGenerator.name: SafetyGenerator,
+    }
     for prefix, maker, forms in makers:
         found |= {f"{prefix}/{form}": functools.partial(maker, form) for form in forms}
     return found

@@ -1,0 +1,1 @@
+"""Answers that must say what a context says, and nothing else."""
