@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_k2.cli import gym_rollouts
 from megatron_k2.cli.endpoint import add_model, connected
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--domain", required=True)
     verify.add_argument("--jsonl", type=Path, required=True, metavar="FILE")
     verify.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
+    gym_rollouts.add_verbs(verbs)
     for verb in (card, sample):
         verb.add_argument("--seed", type=int, default=7)
     for verb in (card, verify):
@@ -233,8 +235,12 @@ async def _verify(arguments: argparse.Namespace) -> int:
 def main(argv: list[str]) -> int:
     """Run one verb of the gym."""
     arguments = _parser().parse_args(argv)
-    if arguments.verb == "list":
-        return _list()
-    if arguments.verb == "sample":
-        return _sample(arguments)
-    return asyncio.run(_card(arguments) if arguments.verb == "card" else _verify(arguments))
+    verbs = {
+        "card": lambda given: asyncio.run(_card(given)),
+        "difficulty": gym_rollouts.difficulty,
+        "list": lambda _: _list(),
+        "page": gym_rollouts.page,
+        "sample": _sample,
+        "verify": lambda given: asyncio.run(_verify(given)),
+    }
+    return verbs[arguments.verb](arguments)
