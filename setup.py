@@ -63,6 +63,8 @@ EXTRAS = {
     ],
     # Confines programs without namespaces (Apache-2.0); bubblewrap is the distribution's.
     "sandbox": ["sandlock>=0.9,<0.10"],
+    # Programs in pods of a cluster: the client of agent-sandbox's claims (Apache-2.0).
+    "kubernetes": ["k8s-agent-sandbox[async]>=1.0.8,<2"],
     "dev": [
         "peft>=0.21,<0.22",  # Apache-2.0: the other side's reading of an exported adapter
         "scipy>=1.11,<2",  # BSD: an independent fit of what we fit ourselves

@@ -17,6 +17,7 @@ class Bare:
     """A plain child process."""
 
     name = "bare"
+    starts_here = True
 
     def missing(self) -> str | None:
         """Never."""

@@ -37,6 +37,7 @@ class Bwrap:
     """bubblewrap, a small program that distributions ship (LGPL)."""
 
     name = "bwrap"
+    starts_here = True
 
     def missing(self) -> str | None:
         """Not installed, too old, or without user namespaces."""

@@ -17,10 +17,16 @@ from megatron_k2.sandbox.bare import Bare
 from megatron_k2.sandbox.bwrap import Bwrap
 from megatron_k2.sandbox.escapes.judge import Verdict, try_all
 from megatron_k2.sandbox.escapes.read import suite, suite_text
+from megatron_k2.sandbox.kubernetes import Kubernetes
 from megatron_k2.sandbox.protocol import Backend
 from megatron_k2.sandbox.sandlock import Sandlock
 
-SANDBOXES: dict[str, Callable[[], Backend]] = {"bwrap": Bwrap, "sandlock": Sandlock, "bare": Bare}
+SANDBOXES: dict[str, Callable[[], Backend]] = {
+    "bwrap": Bwrap,
+    "sandlock": Sandlock,
+    "kubernetes": Kubernetes,
+    "bare": Bare,
+}
 STRONGEST_FIRST = ("bwrap", "sandlock")
 """bwrap: processes, network and files of its own, limits that the kernel holds. sandlock shares the
 process table, its supervisor lives in our process, and 0.9.0 refuses some honest forks."""

@@ -10,11 +10,11 @@ import contextlib
 import os
 from collections import deque
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 from megatron_k2.errors import UserError
 from megatron_k2.sandbox.interpreter import as_input, waiting_python
-from megatron_k2.sandbox.protocol import Backend, Box, Limits, Process, Result
+from megatron_k2.sandbox.protocol import Backend, Limits, LocalBox, Process, Result
 from megatron_k2.sandbox.watch import watch
 
 
@@ -49,9 +49,9 @@ class Pool:
         self.backend = backend
         self.limits = limits or Limits()
         self.num_warm = num_warm
-        self._command = waiting_python(python)
+        self._command = waiting_python(python if backend.starts_here else python or "python3")
         self._free = asyncio.Semaphore(self.num_slots)
-        self._warm: deque[tuple[Box, Process]] = deque()
+        self._warm: deque[tuple[LocalBox, Process]] = deque()
         self._is_closed = False
 
     async def run(
@@ -65,6 +65,8 @@ class Pool:
             files: of its folder, by relative path, there before it starts.
         """
         async with self._free:
+            if not self.backend.starts_here:
+                return await self._run_elsewhere(program, stdin, files or {})
             box, process = self._warm.popleft() if self._warm else self._start()
             self._refill()
             try:
@@ -78,8 +80,14 @@ class Pool:
             finally:
                 await box.close()
 
-    def _start(self) -> tuple[Box, Process]:
-        box = self.backend.open(self.limits)
+    async def _run_elsewhere(self, program: str, stdin: bytes, files: dict[str, bytes]) -> Result:
+        async with self.backend.open(self.limits) as box:
+            for name, content in files.items():
+                await box.write(name, content)
+            return await box.run(self._command, stdin=as_input(program, stdin))
+
+    def _start(self) -> tuple[LocalBox, Process]:
+        box = cast(LocalBox, self.backend.open(self.limits))
         try:
             return box, box.start(self._command)
         except BaseException:
@@ -87,7 +95,7 @@ class Pool:
             raise
 
     def _refill(self) -> None:
-        while len(self._warm) < self.num_warm and not self._is_closed:
+        while self.backend.starts_here and len(self._warm) < self.num_warm and not self._is_closed:
             self._warm.append(self._start())
 
     async def __aenter__(self) -> Self:

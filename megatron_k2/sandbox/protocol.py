@@ -107,15 +107,11 @@ class Box(Protocol):
     """One folder and what runs in it."""
 
     limits: Limits
-    folder: Folder
 
     async def run(
         self, command: list[str], *, stdin: bytes = b"", environment: dict[str, str] | None = None
     ) -> Result:
         """Run a command in the box's folder, to its end."""
-
-    def start(self, command: list[str], environment: dict[str, str] | None = None) -> Process:
-        """Start a command; ``sandbox/watch.py`` takes it over, and gives it its input."""
 
     async def write(self, name: str, content: bytes) -> None:
         """Put a file into the folder; folders on its way are made.
@@ -144,10 +140,21 @@ class Box(Protocol):
     ) -> None: ...
 
 
+class LocalBox(Box, Protocol):
+    """A box of this machine: a program can be started ahead, and watched."""
+
+    folder: Folder
+
+    def start(self, command: list[str], environment: dict[str, str] | None = None) -> Process:
+        """Start a command; ``sandbox/watch.py`` takes it over, and gives it its input."""
+
+
 class Backend(Protocol):
     """One way to confine programs."""
 
     name: str
+    starts_here: bool
+    """Whether its boxes are ``LocalBox``."""
 
     def missing(self) -> str | None:
         """Why it cannot run on this machine and what would change that; ``None`` where it can."""

@@ -28,6 +28,7 @@ class Sandlock:
     """The library sandlock (Apache-2.0)."""
 
     name = "sandlock"
+    starts_here = True
 
     def missing(self) -> str | None:
         """Not installed, or a kernel without the Landlock it needs."""
