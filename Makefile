@@ -1,4 +1,4 @@
-# make demo | demo-sft | test | bundle | test-bundle | test-te | test-slurm | test-vllm | test-critic | test-extras | check | bench | clean      (the environment is .venv/, built once)
+# make demo | demo-sft | test | bundle | test-bundle | test-te | test-slurm | test-vllm | test-critic | test-kubernetes | test-extras | check | bench | clean      (the environment is .venv/, built once)
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
@@ -8,7 +8,7 @@ SHELL := bash
 TIMED = @TIMEFORMAT="make $@: %R s of wall, %U + %S s of CPU (user + system)"; time
 PYTEST := -m pytest -q --no-showlocals --durations 8 --durations-min 2
 
-.PHONY: venv demo demo-sft lint fast check slow ranks test te-venv test-te launch-venv test-slurm vllm-venv test-vllm critic-venv test-critic \
+.PHONY: venv demo demo-sft lint fast check slow ranks test te-venv test-te launch-venv test-slurm vllm-venv test-vllm critic-venv test-critic kubernetes-venv test-kubernetes \
         test-extras bundle test-bundle bench clean
 
 venv: $(STAMP)
@@ -124,6 +124,22 @@ critic-venv: $(CRITIC_STAMP)
 test-critic: critic-venv
 	$(TIMED) CRITIC_PYTHON=$(CURDIR)/$(CRITIC_PY) $(PY) $(PYTEST) tests/rewards/test_small_model.py
 
+# The client of a cluster's sandboxes, in an environment of its own over the packages of .venv.
+K8S_VENV := .venv-kubernetes
+K8S_PY := $(K8S_VENV)/bin/python
+K8S_STAMP := $(K8S_VENV)/.stamp
+
+$(K8S_STAMP): $(STAMP)
+	$(PY) -m venv $(K8S_VENV)
+	$(SHARED) > "$$($(K8S_PY) -c "$(SITE)")/zz_shared.pth"
+	$(K8S_PY) -m pip install --quiet "k8s-agent-sandbox[async]>=1.0.8,<2" "verifiers>=0.4,<0.5"
+	@touch $@
+
+kubernetes-venv: $(K8S_STAMP)
+
+test-kubernetes: kubernetes-venv
+	$(TIMED) $(K8S_PY) $(PYTEST) tests/sandbox/test_kubernetes.py tests/gym/test_adapters.py
+
 # A real Slurm with its accounting, private to the tests: Debian's packages, installed where absent.
 test-slurm: launch-venv
 	bash .ci/install_slurm.sh
@@ -147,4 +163,4 @@ bench: venv
 	@for name in $(BENCHMARKS); do $(PY) benchmarks/$$name.py || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(TE_VENV) $(LAUNCH_VENV) $(VLLM_VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TE_VENV) $(LAUNCH_VENV) $(VLLM_VENV) $(K8S_VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache

@@ -63,6 +63,8 @@ EXTRAS = {
     ],
     # Confines programs without namespaces (Apache-2.0); bubblewrap is the distribution's.
     "sandbox": ["sandlock>=0.9,<0.10"],
+    # Tasksets of verifiers, scored without its runner (MIT).
+    "verifiers": ["verifiers>=0.4,<0.5"],
     # Programs in pods of a cluster: the client of agent-sandbox's claims (Apache-2.0).
     "kubernetes": ["k8s-agent-sandbox[async]>=1.0.8,<2"],
     "dev": [

@@ -10,6 +10,7 @@ from megatron_k2.gym.coding import env as coding
 from megatron_k2.gym.coding import generators as coding_generators
 from megatron_k2.gym.faithfulness import env as faithfulness
 from megatron_k2.gym.faithfulness import generators as faithfulness_generators
+from megatron_k2.gym.instructions import coded
 from megatron_k2.gym.instructions import env as instructions
 from megatron_k2.gym.instructions.generators import InstructionGenerator
 from megatron_k2.gym.logic import env as logic
@@ -34,6 +35,7 @@ CHECKED = {
 }
 SANDBOXED: dict[str, tuple[Callable[..., Domain], str]] = {
     coding.NAME: (coding.Coding, "programs: standard output, functions, tests; in a sandbox"),
+    coded.NAME: (coded.CodedInstructions, "instructions whose checker is a program; in a sandbox"),
     swe.NAME: (swe.Swe, "repositories mended by an edit; tests in a sandbox"),
 }
 ASKED: dict[str, tuple[Callable[[Asker | None], Domain], str]] = {

@@ -123,6 +123,14 @@ class Coding(SingleAnswerDomain):
         lost = {"raised": f"no value came back: {_how(run)}"}
         return [*said, *[lost] * len(calls)][: len(calls)]
 
+    async def program(self, text: str, files: dict[str, bytes]) -> Result:
+        """Run a program of the candidate's over files, for it to read what it says.
+
+        Raises:
+            NotJudged: the sandbox does not start.
+        """
+        return await self._run(text, b"", files)
+
     async def _run(
         self, program: str, stdin: bytes, files: dict[str, bytes] | None = None
     ) -> Result:

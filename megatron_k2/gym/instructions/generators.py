@@ -5,9 +5,10 @@ answer does not pass the checker is drawn again, so that no two constraints cont
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from megatron_k2.errors import UserError
 from megatron_k2.gym.instructions.check import check
 from megatron_k2.gym.instructions.constraints import asks
 from megatron_k2.gym.instructions.env import NAME
@@ -87,10 +88,25 @@ BENDS: dict[str, tuple[Bend, Callable[[random.Random], dict[str, Any]]]] = {
 
 
 class InstructionGenerator:
-    """Topics and constraints drawn together."""
+    """Topics and constraints drawn together.
+
+    Args:
+        weights: how often a kind is drawn against others, by kind; all alike by default. Kinds that
+            are not named have weight 0.
+
+    Raises:
+        UserError: a kind that is not known, or none with a weight.
+    """
 
     name = f"{NAME}/constraints"
     domain = NAME
+
+    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
+        if unknown := sorted(set(weights or ()) - set(BENDS)):
+            raise UserError(f"no constraint {unknown[0]!r}; one of: {', '.join(sorted(BENDS))}")
+        self._weights = {kind: 1.0 if weights is None else weights.get(kind, 0.0) for kind in BENDS}
+        if not any(weight > 0 for weight in self._weights.values()):
+            raise UserError("no kind of constraint has a weight; expected one over 0")
 
     def sample(self, number: int, seed: int) -> list[Task]:
         """Prompts drawn from (seed, place)."""
@@ -101,11 +117,21 @@ class InstructionGenerator:
         seed, place = task.id.rsplit("-", 2)[1:]
         return self._made(int(seed), int(place))[1]
 
+    def _kinds(self, order: random.Random, number: int) -> list[str]:
+        """Different kinds, drawn by weight one after another."""
+        left = {kind: weight for kind, weight in sorted(self._weights.items()) if weight > 0}
+        found: list[str] = []
+        while left and len(found) < number:
+            (kind,) = order.choices(list(left), list(left.values()))
+            found.append(kind)
+            del left[kind]
+        return found
+
     def _made(self, seed: int, place: int) -> tuple[Task, str]:
         order = random.Random(f"{seed}/{self.name}/{place}")
         while True:
             title, stems = order.choice(list(TOPICS.items()))
-            kinds = order.sample(sorted(BENDS), order.randint(1, 3))
+            kinds = self._kinds(order, order.randint(1, 3))
             given = [{"kind": kind, **BENDS[kind][1](order)} for kind in kinds]
             answer = _text(order, title, stems)
             for constraint in given:
@@ -118,6 +144,23 @@ class InstructionGenerator:
         return Task(
             NAME, prompt, reference, f"constraints-{seed}-{place}", source=self.name
         ), answer
+
+
+def failure_rates(details: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Share of answers that did not follow a kind of constraint, from verdicts' ``details``.
+
+    As ``weights`` of the generator they make tasks that probe where a policy fails. A kind that was
+    seen n times and always held keeps 1 / (n + 2), so that it is asked again now and then.
+    """
+    seen: dict[str, list[bool]] = {}
+    for each in details:
+        for name, is_held in (each.get("constraints") or {}).items():
+            seen.setdefault(name.partition(" ")[2], []).append(bool(is_held))
+    return {
+        kind: (held.count(False) + 1) / (len(held) + 2)
+        for kind, held in seen.items()
+        if kind in BENDS
+    }
 
 
 def _text(order: random.Random, title: str, stems: list[str]) -> str:

@@ -6,6 +6,7 @@ whole; a test without a value has failed. The box holds the edited files and not
 no expected value, no history, and values are compared outside it.
 """
 
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping
@@ -14,9 +15,20 @@ from typing import Any
 
 from megatron_k2.gym.coding.env import Coding, of_value
 from megatron_k2.gym.coding.plain import encode
-from megatron_k2.gym.judging import SingleAnswerDomain
-from megatron_k2.gym.protocol import Task, Verdict, right, unknown, wrong
+from megatron_k2.gym.judging import NotJudged, SingleAnswerDomain
+from megatron_k2.gym.protocol import (
+    Environment,
+    SingleTurn,
+    Step,
+    Task,
+    Verdict,
+    right,
+    unknown,
+    wrong,
+)
 from megatron_k2.gym.swe.edits import NoEdit, edited
+from megatron_k2.gym.swe.episode import TOOLS, SweEpisode
+from megatron_k2.records.messages import Message
 from megatron_k2.sandbox.interpreter import readable_roots
 from megatron_k2.sandbox.protocol import Backend, Limits
 
@@ -50,27 +62,60 @@ class Swe(SingleAnswerDomain):
     ) -> None:
         self._programs = Coding(backend, limits, num_slots=num_slots)
 
+    def environment(self) -> Environment:
+        """One answer; in turns, with tools, where the task has them (``in_turns``)."""
+        return _ByTask(SingleTurn(self), SweEpisode(self._programs, self._judged_files))
+
     async def _judged(self, task: Task, answer: str) -> Verdict:
         try:
-            return await self._tested(task.reference, answer)
+            return await self._tested(task.reference, edited(task.reference["files"], answer))
         except NoEdit as problem:
             return wrong(str(problem))
 
-    async def _tested(self, facts: Mapping[str, Any], answer: str) -> Verdict:
-        files, tests = facts["files"], [test for name in LISTS for test in facts[name]]
+    async def _judged_files(self, task: Task, files: Mapping[str, str]) -> Verdict:
+        try:
+            return await self._tested(task.reference, files)
+        except NotJudged as problem:
+            return unknown(str(problem))
+
+    async def _tested(self, facts: Mapping[str, Any], files: Mapping[str, str]) -> Verdict:
+        tests = [test for name in LISTS for test in facts[name]]
         if not facts["fail_to_pass"]:
             return unknown("the reference has no test that fails before")
-        if found := readable_original(tuple(path for path, text in files.items() if text)):
+        whole = tuple(path for path, text in facts["files"].items() if text)
+        if found := readable_original(whole):
             return unknown(f"programs of the sandbox can read the original, {found}; use an "
                            "interpreter whose base has no site-packages")  # fmt: skip
-        content = {
-            path: text.encode("utf-8", "replace") for path, text in edited(files, answer).items()
-        }
+        content = {path: text.encode("utf-8", "replace") for path, text in files.items()}
         calls = [encode([test["call"]]) for test in tests]
         said = await self._programs.values(harness(facts["imports"]), ENTRY, calls, content)
         found_all = [of_value(t["expected"], each) for t, each in zip(tests, said, strict=True)]
         number = len(facts["fail_to_pass"])
         return _verdict(tests, {LISTS[0]: found_all[:number], LISTS[1]: found_all[number:]})
+
+
+def in_turns(task: Task) -> Task:
+    """A task to be worked on with tools instead of answered at once."""
+    prompt = f"{task.prompt}\n\nOr mend it with the tools, and submit; then no block is needed."
+    return dataclasses.replace(task, prompt=prompt, tools=TOOLS)
+
+
+class _ByTask:
+    """The environment of a task that has tools, or of one that has none."""
+
+    def __init__(self, once: Environment, turns: Environment) -> None:
+        self._once, self._turns = once, turns
+        self._chosen = once
+
+    async def reset(self, task: Task) -> Step:
+        self._chosen = self._turns if task.tools else self._once
+        return await self._chosen.reset(task)
+
+    async def step(self, action: Message) -> Step:
+        return await self._chosen.step(action)
+
+    async def verify(self) -> Verdict:
+        return await self._chosen.verify()
 
 
 def _verdict(tests: list[dict[str, Any]], found: dict[str, list[dict[str, Any]]]) -> Verdict:
