@@ -1,7 +1,7 @@
 """Harbor task directories: read as tasks, run in containers, and written from ours.
 
-A directory holds ``task.toml``, ``instruction.md``, ``environment/Dockerfile``, ``tests/test.sh``
-and perhaps ``solution/solve.sh``; the verifier leaves ``/logs/verifier/reward.txt`` (a number) or
+A directory holds ``task.toml``, ``instruction.md``, ``environment/Dockerfile``, a folder of tests
+with ``test.sh``, and perhaps a ``solution``; the verifier leaves ``/logs/verifier/reward.txt`` (a number) or
 ``reward.json`` (an object of numbers). Their images name absolute places, so a container engine is
 needed, docker or podman, without network; without one the verdict is *unknown*. The tests are
 copied into the container after the candidate has ended and all it started, into a folder it never
@@ -26,6 +26,7 @@ from megatron_k2.gym.judging import NotJudged, SingleAnswerDomain
 from megatron_k2.gym.protocol import Task, Verdict, right, wrong
 
 NAME = "harbor"
+TESTS, VERIFIER, SOLVER = "tests", "test.sh", "solve.sh"
 ENGINES = ("docker", "podman")
 _SCRIPT = re.compile(r"```(?:bash|sh|shell)?[ \t]*\n(.*?)```", re.DOTALL)
 _BUILD_SECONDS = 600.0
@@ -37,7 +38,7 @@ def read_directory(folder: Path) -> Task:
     Raises:
         UserError: a file is missing, or ``task.toml`` is none.
     """
-    for name in ("task.toml", "instruction.md", "environment/Dockerfile", "tests/test.sh"):
+    for name in ("task.toml", "instruction.md", "environment/Dockerfile", f"{TESTS}/{VERIFIER}"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} is no Harbor task: {name} is missing")
     try:
@@ -50,7 +51,7 @@ def read_directory(folder: Path) -> Task:
     }
     reference = {
         "folder": str(folder.resolve()),
-        "tests_sha256": sha256_of_files([p for p in (folder / "tests").iterdir() if p.is_file()]),
+        "tests_sha256": sha256_of_files([p for p in (folder / TESTS).iterdir() if p.is_file()]),
         "seconds": seconds,
     }
     prompt = (folder / "instruction.md").read_text("utf-8")
@@ -90,9 +91,9 @@ class Harbor(SingleAnswerDomain):
         if not (script := script_of(answer)):
             return wrong("the answer holds no shell script")
         folder = Path(task.reference["folder"])
-        tests = [path for path in (folder / "tests").iterdir() if path.is_file()]
+        tests = [path for path in (folder / TESTS).iterdir() if path.is_file()]
         if sha256_of_files(tests) != task.reference["tests_sha256"]:
-            raise NotJudged(f"{folder / 'tests'} has changed since the task was read")
+            raise NotJudged(f"{folder / TESTS} has changed since the task was read")
         async with self._free:
             return await self._in_container(folder, script, task.reference["seconds"])
 
@@ -107,8 +108,10 @@ class Harbor(SingleAnswerDomain):
             # What the candidate left running ends here, and cannot wait for the verifier's reward.
             await self._call(["restart", "-t", "0", name], 120)
             await self._call(["exec", name, "mkdir", "-p", "/logs/verifier"], 60)
-            await self._call(["cp", str(folder / "tests"), f"{name}:/tests"], 60)
-            _, log = await self._exec(name, ["bash", "/tests/test.sh"], seconds["verifier"], b"")
+            await self._call(["cp", str(folder / TESTS), f"{name}:/tests"], 60)
+            _, log = await self._exec(
+                name, ["bash", f"/{TESTS}/{VERIFIER}"], seconds["verifier"], b""
+            )
             reward = await self._reward(name)
         finally:
             await self._call(["rm", "-f", name], 60, may_fail=True)
@@ -198,17 +201,17 @@ def write_directory(
     """
     if folder.exists():
         raise UserError(f"{folder} exists; choose a new folder")
-    if "test.sh" not in tests:
-        raise UserError(f"tests {sorted(tests)}: expected test.sh among them")
+    if VERIFIER not in tests:
+        raise UserError(f"tests {sorted(tests)}: expected {VERIFIER} among them")
     files = {
         "task.toml": 'version = "1.0"\n\n[agent]\ntimeout_sec = 600.0\n\n[verifier]\n'
         "timeout_sec = 600.0\n",
         "instruction.md": instruction,
         "environment/Dockerfile": dockerfile,
-        **{f"tests/{name}": text for name, text in tests.items()},
+        **{f"{TESTS}/{name}": text for name, text in tests.items()},
     }
     if solution:
-        files["solution/solve.sh"] = solution
+        files[f"solution/{SOLVER}"] = solution
     for name, text in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
