@@ -13,6 +13,7 @@ from megatron_k2.gym.episode import Bounds, play
 from megatron_k2.gym.protocol import Domain, Task
 from megatron_k2.rl.ledger import Ledger
 from megatron_k2.rl.policy import EnginePolicy, Speaker
+from megatron_k2.rl.rollouts import all_of
 from megatron_k2.rl.task_sets import TaskSet
 
 TEMPERATURES = {"sampled": 1.0, "greedy": 0.0}
@@ -64,7 +65,7 @@ class HeldOut:
                     for k in range(number)
                 ]
                 if calls:
-                    results |= _means(f"eval/{task_set.name}/{name}", await asyncio.gather(*calls))
+                    results |= _means(f"eval/{task_set.name}/{name}", await all_of(calls))
         self._ledger.evaluated(iteration, results)
         return results
 

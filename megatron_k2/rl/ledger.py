@@ -4,7 +4,8 @@ Records, in ``journal.py``'s file:
 
     run         what may not change: seed, size of a group, task sets
     begin       an iteration, its version of the weights, the prompts that were drawn for it
-    answer      one finished answer, a failure or a time-out as well: never decided again
+    answer      one finished answer, a failure or a time-out as well: never decided again, unless
+                it turns out to lie beyond the cut, where nothing has happened yet
     iteration   the cut: groups that are trained on, with their rewards; answers left unfinished
     evaluation  what held-out prompts gave
 

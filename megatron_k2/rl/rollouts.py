@@ -13,7 +13,7 @@ instead, which spares the repetition and is lost with the process.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,7 +135,7 @@ class Collector:
         clock = Clock([place.group.prompt.ordinal for place in places], self._plan.cut)
         waiting = [n for n, place in enumerate(places) if not self._is_known(n, place, clock)]
         room = asyncio.Semaphore(self._plan.concurrency)
-        await _all_of([self._answered(n, places[n], clock, room, iteration) for n in waiting])
+        await all_of([self._answered(n, places[n], clock, room, iteration) for n in waiting])
         await self._settle(iteration, version, places, clock)
 
     def _check_engine(self, version: int) -> None:
@@ -286,11 +286,11 @@ def _check_version(iteration: int, recorded: int | None, given: int) -> None:
         )
 
 
-async def _all_of(calls: list[Any]) -> None:
-    """Wait for all; where one raises, the others end first."""
+async def all_of[T](calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """What all give, in their order; where one raises, the others are ended first."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
-        await asyncio.gather(*tasks)
+        return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()

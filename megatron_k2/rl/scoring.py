@@ -9,11 +9,16 @@ An answer of which nothing is known has no reward and no parts: it is missing fr
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from megatron_k2.chat.completion import parse_completion
+from megatron_k2.chat.lexer import IdLexer
+from megatron_k2.chat.template import Renderer
 from megatron_k2.gym.protocol import Task
-from megatron_k2.records.rollouts import End
+from megatron_k2.records.rollouts import JUDGED, End
 from megatron_k2.rewards.record import Reward, combined
+from megatron_k2.rewards.rubric import RubricReward
 from megatron_k2.rl.answers import Answer
 from megatron_k2.rl.task_sets import TaskSet
+from megatron_k2.rl.transcript import Transcript
 
 
 class Score(NamedTuple):
@@ -60,6 +65,37 @@ async def scores(
         parts = {} if verdict is None else {"verdict": verdict, **shaping}
         found.append(Score(reward, parts))
     return found
+
+
+class RubricJudge:
+    """A critic's rubric as a group's reward: of the last turn's text, by answers that ended.
+
+    Args:
+        reward: the critic; its scalars are 0 to 1.
+        renderer: of the run; it reads ids.
+    """
+
+    def __init__(self, reward: RubricReward, renderer: Renderer) -> None:
+        self._reward, self._renderer = reward, renderer
+
+    async def __call__(self, task: Task, answers: Sequence[Answer]) -> list[float | None]:
+        """See ``GroupReward``.
+
+        Raises:
+            EngineError: the critic does not answer.
+        """
+        found: list[float | None] = [None] * len(answers)
+        places = [place for place, each in enumerate(answers) if each.end in JUDGED]
+        if places:
+            texts = [self._text(answers[place]) for place in places]
+            judged = await self._reward.score(task.prompt, texts)
+            for place, reward in zip(places, judged.rewards, strict=True):
+                found[place] = reward.correctness
+        return found
+
+    def _text(self, answer: Answer) -> str:
+        ids = Transcript.of(answer.segments).drawn(-1)
+        return parse_completion(IdLexer(self._renderer.tokenizer), ids, "tolerant").content
 
 
 def _toggled(

@@ -12,15 +12,15 @@ another order holds out the same.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megatron_k2.errors import UserError
 from megatron_k2.files import sha256_of_json
-from megatron_k2.gym.protocol import Task
-from megatron_k2.gym.registry import generator_named, nearest
+from megatron_k2.gym.protocol import Domain, Task
+from megatron_k2.gym.registry import generator_named, nearest, open_domain
 from megatron_k2.gym.task_sets import read_set, read_tasks
 from megatron_k2.rewards.budget import PENALTY, Budget
 from megatron_k2.rl.schedule import Temperature, Toggle
@@ -153,3 +153,24 @@ def _tasks(row: Mapping[str, Any], path: Path) -> list[Task]:
         return read_set(place)[1] if place.is_dir() else read_tasks(place)
     generator = generator_named(str(row["generator"]))
     return list(generator.sample(int(row["number"]), int(row.get("seed", 0))))
+
+
+async def open_domains(
+    task_sets: Sequence[TaskSet],
+    *,
+    sandbox: str | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> dict[str, Domain]:
+    """The domains of all tasks, by name; the caller closes them.
+
+    Args:
+        task_sets: of the run.
+        sandbox: back-end by name, for those that run programs.
+        tell: is called with what takes time.
+
+    Raises:
+        UserError: see ``gym.registry.open_domain``.
+    """
+    tasks = (task for each in task_sets for task in (*each.tasks, *each.held_out))
+    names = sorted({task.domain for task in tasks})
+    return {name: await open_domain(name, sandbox=sandbox, tell=tell) for name in names}

@@ -7,6 +7,7 @@ from them: its actions are played again, its last turn goes on where it ended.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 from megatron_k2.rl.record import Routes, Segment
@@ -75,7 +76,8 @@ class Transcript:
         self.routes.append(routes)
 
     def drawn(self, turn: int) -> list[int]:
-        """Ids that a turn drew."""
+        """Ids that a turn drew; turn -1 is the last."""
+        turn %= len(self.turns)
         end = self.turns[turn + 1] if turn + 1 < len(self.turns) else len(self.ids)
         return self.ids[self.drawings[turn] : end]
 
@@ -90,13 +92,8 @@ class Transcript:
 
     def segments(self) -> tuple[Segment, ...]:
         """For a ledger or a trainer; an answer that never had a prompt begins with an empty one."""
-        starts = sorted({*self.turns, *self.drawings, *self._changes()})
-        ends = [*starts[1:], len(self.ids)]
-        found = [
-            self._segment(begin, end)
-            for begin, end in zip(starts, ends, strict=True)
-            if begin < end
-        ]
+        places = sorted({*self.turns, *self.drawings, *self._changes(), len(self.ids)})
+        found = [self._segment(begin, end) for begin, end in pairwise(places)]
         return tuple(found) or (Segment(()),)
 
     def _changes(self) -> list[int]:

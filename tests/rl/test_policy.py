@@ -110,6 +110,36 @@ def test_a_cut_hangs_on_its_place_alone_and_not_on_how_far_the_answer_had_gone()
         assert cut_to(whole, first) == cut_to(cut, first)
 
 
+def turn_ids(*calls):
+    """A turn as K2 writes it: calls, or words."""
+    if not calls:
+        return [*map(ord, "done"), END]
+    message = Message("assistant", tool_calls=calls)
+    ids = RENDERER.render([Message("user", ""), message]).ids
+    return ids[ids.index(SPECIAL["<|tool_calls_section_begin|>"]) :]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.62, 0.9, 0.99])
+def test_calls_that_were_made_before_a_cut_are_made_again_and_lead_to_the_same_state(share):
+    from megatron_k2.gym.tool_use.env import ToolUse
+    from megatron_k2.gym.tool_use.generators import ToolUseGenerator, as_calls
+
+    task = ToolUseGenerator("book").sample(1, 3)[0]
+    calls = as_calls([(name, arguments) for name, arguments in task.reference["solution"]])
+    rows = [*(turn_ids(call) for call in calls), turn_ids()]
+    domain, number = ToolUse(), sum(map(len, rows))
+    engine = Saying(*rows)
+    _, policy = played(
+        engine, task, meter=Metered(int(share * number)), environment=domain.environment()
+    )
+    assert policy.is_cut_off
+    kept = Transcript.of(cut_to(policy.transcript.segments(), int(share * number)))
+    rollout, again = played(engine, task, kept, environment=domain.environment())
+    assert (rollout.end, rollout.reward) == (End.OVER, 1.0)
+    expected = played(Saying(*rows), task, environment=domain.environment())[1]
+    assert again.transcript.segments() == expected.transcript.segments()
+
+
 def test_an_environment_that_says_something_else_fails_by_name():
     engine, task = three_turns()
     kept = cut_to(played(engine, task)[1].transcript.segments(), 7)
@@ -237,3 +267,8 @@ def test_a_segment_is_of_one_version_and_temperature():
     assert Transcript.of((read, old, new)).segments() == (read, old, new)
     assert cut_to((read, old, new), 2) == (read, old, Segment((5,), (-1.0,), 5, 0.8))
     assert cut_to((read, old, new), 0) == ()
+
+
+def test_an_answer_without_a_prompt_is_a_prompt_of_nothing():
+    assert Transcript().segments() == (Segment(()),)
+    assert Transcript.of((Segment(()),)).segments() == (Segment(()),)
