@@ -3,10 +3,11 @@
     journal.jsonl          a record a line: hash of (the line before's hash, this line's text), text
     payload/0000012.bin    what records of segment 12 refer to, compressed
 
-A record is durable when ``append`` returns, and its payloads before it. A kill leaves at most a
-last line that is not whole: it is cut off, with a sentence, and what it said is done again. Any
-other line or payload that is not as it was written is refused: what follows from it cannot be
-known. Payload files of old segments may be removed; the lines stay, and are small.
+A kill leaves at most a last line that is not whole: it is cut off, with a sentence, and what it
+said is done again. Any other line or payload that is not as it was written is refused: what follows
+from it cannot be known. A machine that loses power keeps what was written before the last durable
+record, payloads included. Payload files of old segments may be removed; the lines stay, and are
+small.
 """
 
 import hashlib
@@ -151,17 +152,23 @@ class Journal:
         """One again."""
         return json.loads(self._line(number)[1])
 
-    def append(self, record: dict[str, Any]) -> int:
-        """Write a record, durably; its number."""
+    def append(self, record: dict[str, Any], *, is_durable: bool = True) -> int:
+        """Write a record; its number.
+
+        Args:
+            record: JSON.
+            is_durable: whether it, and all before it, is on disk when this returns.
+        """
         text = json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         encoded = text.encode()
         chain = _chained(self._chain, encoded)
-        if self._payload is not None:
+        if self._payload is not None and is_durable:
             os.fsync(self._payload.fileno())
         offset = self._stream.tell()
         try:
             _write_all(self._stream, chain.encode() + b" " + encoded + b"\n")
-            os.fsync(self._stream.fileno())
+            if is_durable:
+                os.fsync(self._stream.fileno())
         except OSError:  # a full disk: half a line must not get a successor
             self._stream.truncate(offset)
             self._stream.seek(offset)
@@ -171,7 +178,7 @@ class Journal:
         return len(self._offsets) - 1
 
     def put(self, segment: int, content: Any) -> Ref:
-        """Write a payload, JSON; durable with the next record."""
+        """Write a payload, JSON; durable with the next durable record."""
         packed = zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 1)
         if self._payload is None or self._segment != segment:
             self.close_payload()

@@ -16,68 +16,23 @@ are of. What lies after the last such record was the iteration under way: its an
 rest of it is sampled again, from the last cut.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_k2.errors import UserError
 from megatron_k2.lock.directory import hold
+from megatron_k2.records.rollouts import JUDGED
 from megatron_k2.rl.answers import Answer, answer_from, segments_to_object
 from megatron_k2.rl.curriculum import Prompt, Stream
+from megatron_k2.rl.in_play import Finished, FinishedGroup, OpenGroup, open_group_from
 from megatron_k2.rl.journal import Journal, Position, Ref, Sizes
+from megatron_k2.rl.plan import Iteration
 from megatron_k2.rl.record import Group, Segment, Trajectory, segment_from
-from megatron_k2.rl.scoring import Score
 
 SCHEMA_VERSION = 1
-
-
-@dataclass
-class OpenGroup:
-    """A prompt that was drawn and not trained on yet."""
-
-    prompt: Prompt
-    answers: dict[int, Ref] = field(default_factory=dict)
-    """Those that earlier iterations finished, by k."""
-    states: dict[int, Ref] = field(default_factory=dict)
-    """Beginnings of those that earlier iterations cut off, by k."""
-
-    def to_object(self) -> dict[str, Any]:
-        """JSON."""
-        return {**vars(self), "prompt": dict(vars(self.prompt))}
-
-
-def _open_group(row: Mapping[str, Any]) -> OpenGroup:
-    answers, states = (
-        {int(k): Ref(*ref) for k, ref in row[name].items()} for name in ("answers", "states")
-    )
-    return OpenGroup(Prompt(**row["prompt"]), answers, states)
-
-
-@dataclass(frozen=True)
-class FinishedGroup:
-    """A group at the cut that trains on it."""
-
-    prompt: Prompt
-    answers: tuple[Ref, ...]
-    scores: tuple[Score, ...]
-    verdicts: tuple[float | None, ...]
-    lengths: tuple[int, ...]
-    num_format_errors: int
-
-    def to_object(self) -> dict[str, Any]:
-        """JSON."""
-        return {**vars(self), "prompt": dict(vars(self.prompt))}
-
-
-@dataclass(frozen=True)
-class Finished:
-    """An answer that the iteration under way has finished."""
-
-    num_steps: int
-    """Tokens that it drew in this iteration."""
-    ref: Ref
 
 
 class Ledger:
@@ -86,7 +41,7 @@ class Ledger:
     Args:
         folder: of the run; one process at a time.
         stream: new; it learns what the ledger knows.
-        terms: what may not change in a run beside the task sets: seed, size of a group.
+        terms: what may not change in a run beside the task sets: ``seed``, ``group_size``.
         tell: is called with sentences of what was mended.
 
     Raises:
@@ -102,12 +57,13 @@ class Ledger:
     ) -> None:
         self._held = ExitStack()
         self._held.enter_context(hold(folder, "reinforcement learning"))
-        self._folder, self._stream = folder, stream
+        self._folder, self._stream, self._tell = folder, stream, tell
         self._journal = Journal(folder, tell)
         self.open_groups: dict[int, OpenGroup] = {}
         """By ordinal: all that were drawn and not trained on."""
-        self.finished: dict[tuple[int, int], Finished] = {}
-        """By ordinal and k: answers of the iteration under way."""
+        self.finished: defaultdict[int, dict[int, Finished]] = defaultdict(dict)
+        """By ordinal, by k: answers of the iteration under way."""
+        self._group_size = terms["group_size"]
         self._iterations: list[int] = []
         self._evaluations: dict[int, int] = {}
         self._begun: dict[str, Any] | None = None
@@ -144,20 +100,22 @@ class Ledger:
                     self._next_ordinal = prompt.ordinal + 1
             case "answer":
                 ref = Ref(*record["answer"])
-                self.finished[record["ordinal"], record["k"]] = Finished(record["num_steps"], ref)
+                finished = Finished(record["num_steps"], ref)
+                self.finished[record["ordinal"]][record["k"]] = finished
             case "iteration":
                 self._iterations.append(number)
                 for row in record["groups"]:
                     prompt = Prompt(**row["prompt"])
                     self._stream.answered(prompt, row["verdicts"], row["lengths"])
-                groups = map(_open_group, record["open"])
+                groups = map(open_group_from, record["open"])
                 self.open_groups = {each.prompt.ordinal: each for each in groups}
-                self.finished, self._begun = {}, None
+                self.finished.clear()
+                self._begun = None
             case "evaluation":
                 self._evaluations[record["iteration"]] = number
 
-    def _add(self, record: dict[str, Any]) -> None:
-        self._learn(self._journal.append(record), record)
+    def _add(self, record: dict[str, Any], *, is_durable: bool = True) -> None:
+        self._learn(self._journal.append(record, is_durable=is_durable), record)
 
     @property
     def num_iterations(self) -> int:
@@ -185,33 +143,58 @@ class Ledger:
         return None if self._begun is None else int(self._begun["version"])
 
     def answer(self, prompt: Prompt, k: int, num_steps: int, answer: Answer) -> None:
-        """An answer is finished."""
+        """An answer is finished; durable with the last of its group, or where it failed."""
         ref = self._journal.put(self.num_iterations, answer.to_object())
         row = {"ordinal": prompt.ordinal, "k": k, "num_steps": num_steps, "answer": ref}
-        self._add({"kind": "answer", **row, "end": answer.end, "reason": answer.reason})
+        group = self.open_groups[prompt.ordinal]
+        num_known = len(group.answers.keys() | self.finished[prompt.ordinal].keys() | {k})
+        self._add(
+            {"kind": "answer", **row, "end": answer.end, "reason": answer.reason},
+            is_durable=num_known == self._group_size or answer.end not in JUDGED,
+        )
+
+    def finished_answer(self, prompt: Prompt, k: int) -> tuple[int, Answer] | None:
+        """Steps and content of an answer that the iteration under way has; ``None``: it has none.
+
+        One whose payload a power cut took was handed out to nobody: it is played again.
+        """
+        found = self.finished[prompt.ordinal].get(k)
+        if found is None:
+            return None
+        try:
+            return found.num_steps, self.read_answer(found.ref)
+        except UserError as problem:
+            self._tell(f"answer {k} to prompt {prompt.ordinal} is played again: {problem}")
+            return None
 
     def keep(self, segments: tuple[Segment, ...]) -> Ref:
         """A beginning that is to be resumed; durable with the next record."""
         return self._journal.put(self.num_iterations, segments_to_object(segments))
 
     def end(
-        self, groups: Iterable[FinishedGroup], still_open: Iterable[OpenGroup], **facts: Any
+        self,
+        version: int,
+        groups: Iterable[FinishedGroup],
+        still_open: Iterable[OpenGroup],
+        facts: Mapping[str, Any],
     ) -> None:
-        """The cut: what is trained on, and what goes on."""
+        """The cut: what is trained on, what goes on, and what is to be told of it."""
         self._add(
             {
                 "kind": "iteration",
                 "iteration": self.num_iterations,
-                **facts,
+                "version": version,
+                "facts": dict(facts),
                 "groups": [each.to_object() for each in groups],
                 "open": [each.to_object() for each in still_open],
             }
         )
 
-    def iteration(self, iteration: int) -> tuple[dict[str, Any], tuple[Group, ...]]:
-        """What was handed out: its record, and its groups in the order of their ordinals."""
-        record = self._journal.record(self._iterations[iteration])
-        return record, tuple(self._group(row) for row in record["groups"])
+    def iteration(self, number: int, *, is_replayed: bool) -> Iteration:
+        """What is handed out, now or again."""
+        record = self._journal.record(self._iterations[number])
+        groups = tuple(self._group(row) for row in record["groups"])
+        return Iteration(number, record["version"], groups, record["facts"], is_replayed)
 
     def _group(self, row: Mapping[str, Any]) -> Group:
         found = []
@@ -287,7 +270,7 @@ class Ledger:
                 yield from row["answers"]
         for group in self.open_groups.values():
             yield from (*group.answers.values(), *group.states.values())
-        yield from (each.ref for each in self.finished.values())
+        yield from (each.ref for row in self.finished.values() for each in row.values())
 
     def close(self) -> None:
         """Let another process have it."""

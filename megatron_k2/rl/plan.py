@@ -50,7 +50,8 @@ class Iteration:
     groups: tuple[Group, ...]
     """In the order of their ordinals; may be none where ``num_steps`` ended it."""
     facts: Mapping[str, Any]
-    """Of the cut: ``num_steps``, ``temperatures``, ``num_cut_off``, ``num_dropped_tokens``,
-    ``num_tokens``, ``num_format_errors``, ``num_left_out``."""
+    """Of the cut: ``num_steps``, at which it was; ``num_cut_off``, answers that go on after it;
+    ``num_tokens``, drawn and kept; ``num_dropped_tokens``; ``num_format_errors``, turns of the
+    groups; and by task set ``temperatures`` and ``num_left_out``, tasks out of the curriculum."""
     is_replayed: bool
     """Whether it was handed out before this process began."""

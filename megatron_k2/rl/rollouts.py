@@ -25,7 +25,8 @@ from megatron_k2.records.rollouts import JUDGED, End, Rollout
 from megatron_k2.rl.answers import Answer
 from megatron_k2.rl.curriculum import Prompt, Stream
 from megatron_k2.rl.cut import Clock, Settled
-from megatron_k2.rl.ledger import FinishedGroup, Ledger, OpenGroup
+from megatron_k2.rl.in_play import FinishedGroup, OpenGroup
+from megatron_k2.rl.ledger import Ledger
 from megatron_k2.rl.plan import Iteration, Plan
 from megatron_k2.rl.policy import EnginePolicy, Speaker
 from megatron_k2.rl.scoring import GroupReward, scores
@@ -116,9 +117,9 @@ class Collector:
             )
         if iteration == self._ledger.num_iterations:
             await self._sample(iteration, version)
-        facts, groups = self._ledger.iteration(iteration)
-        _check_version(iteration, facts["version"], version)
-        return Iteration(iteration, version, groups, facts, iteration < self._num_before)
+        found = self._ledger.iteration(iteration, is_replayed=iteration < self._num_before)
+        _check_version(iteration, found.version, version)
+        return found
 
     async def _sample(self, iteration: int, version: int) -> None:
         """One iteration, into the ledger."""
@@ -164,11 +165,11 @@ class Collector:
         if (state := place.group.states.get(k)) is not None:
             place.transcript = Transcript.of(self._ledger.read_state(state))
             place.num_before = place.transcript.num_sampled
-        found = self._ledger.finished.get((prompt.ordinal, k))
+        found = self._ledger.finished_answer(prompt, k)
         if found is None:
             return False
-        place.answer = self._ledger.read_answer(found.ref)
-        clock.draw(number, found.num_steps)
+        num_steps, place.answer = found
+        clock.draw(number, num_steps)
         clock.finish(number)
         return True
 
@@ -223,24 +224,23 @@ class Collector:
         done = [await self._scored(each, iteration) for each in whole]
         num_kept = sum(left.num_steps for left in settled)
         sets = self._stream.task_sets.values()
-        self._ledger.end(
-            done,
-            (each for each in groups.values() if each not in whole),
-            version=version,
-            num_steps=int(num_steps),
-            temperatures={each.name: each.temperature.at(iteration) for each in sets},
-            num_cut_off=sum(not left.is_finished for left in settled),
-            num_tokens=num_kept,
-            num_dropped_tokens=num_drawn - num_kept,
-            num_format_errors=sum(each.num_format_errors for each in done),
-            num_left_out=self._stream.num_left_out,
-        )
+        facts = {
+            "num_steps": int(num_steps),
+            "temperatures": {each.name: each.temperature.at(iteration) for each in sets},
+            "num_cut_off": sum(not left.is_finished for left in settled),
+            "num_tokens": num_kept,
+            "num_dropped_tokens": num_drawn - num_kept,
+            "num_format_errors": sum(each.num_format_errors for each in done),
+            "num_left_out": self._stream.num_left_out,
+        }
+        still_open = (each for each in groups.values() if each not in whole)
+        self._ledger.end(version, done, still_open, facts)
 
     def _carry(self, group: OpenGroup, place: _Place, left: Settled) -> None:
         """What the cut leaves of one answer, into its group."""
         prompt, k = place.group.prompt, place.k
         if left.is_finished:
-            group.answers[k] = self._ledger.finished[prompt.ordinal, k].ref
+            group.answers[k] = self._ledger.finished[prompt.ordinal][k].ref
             return
         answer = place.answer
         segments = place.transcript.segments() if answer is None else answer.segments

@@ -56,7 +56,8 @@ class Resampling(Ledger):
         number = json.loads(path.read_text())["iteration"] if path.exists() else 0
         if number < self.num_iterations:
             del self._iterations[number:]
-            self._begun, self.finished = None, {}
+            self._begun = None
+            self.finished.clear()
 
 
 class Newest(Ledger):
@@ -64,7 +65,8 @@ class Newest(Ledger):
 
     def __init__(self, *more):
         super().__init__(*more)
-        self.open_groups, self.finished, self._begun = {}, {}, None
+        self.open_groups, self._begun = {}, None
+        self.finished.clear()
 
 
 class Stopped(Exception):  # noqa: N818
@@ -78,12 +80,12 @@ def stopped(folder, ledger_class, rng):
         number = [rng.randint(5, 60)]
 
         class Stops(ledger_class):
-            def _add(self, record):
+            def _add(self, record, **more):
                 number[0] -= 1
                 if not number[0]:
                     self.close()
                     raise Stopped
-                super()._add(record)
+                super()._add(record, **more)
 
         return Stops
 

@@ -1,9 +1,13 @@
 """What a ledger says of a run: terms, cursor, checkpoints, sizes."""
 
+import os
+
 import pytest
 
 from megatron_k2.errors import UserError
-from megatron_k2.rl.journal import JOURNAL
+from megatron_k2.records.rollouts import End
+from megatron_k2.rl.journal import JOURNAL, PAYLOAD
+from megatron_k2.rl.ledger import Ledger
 from tests.rl.collecting import made, two_sets
 
 
@@ -77,3 +81,53 @@ def test_payloads_that_no_checkpoint_needs_are_removed(tmp_path):
         assert again.collect(number).groups == whole.collect(number).groups
     with pytest.raises(UserError, match="was removed, and is needed"):
         again.collect(0)
+
+
+def test_an_answer_of_the_iteration_under_way_that_a_power_cut_took_is_played_again(tmp_path):
+    class Stopped(Exception):  # noqa: N818
+        pass
+
+    class Stops(Ledger):
+        def end(self, *more, **facts):
+            raise Stopped
+
+    expected = filled(tmp_path / "whole", 1)[1]
+    m = made(tmp_path / "cut", ledger_class=Stops)
+    with pytest.raises(Stopped):
+        m.collect(0)
+    m.close()
+    payload = tmp_path / "cut" / PAYLOAD / "0000000.bin"
+    os.truncate(payload, payload.stat().st_size // 2)
+    told = []
+    again = made(tmp_path / "cut", tell=told.append)
+    assert again.collect(0).groups == expected[0].groups
+    assert any("is played again" in each for each in told)
+
+
+def test_damage_to_what_was_handed_out_is_refused(tmp_path):
+    m, _ = filled(tmp_path, 2)
+    payload = tmp_path / PAYLOAD / "0000000.bin"
+    os.truncate(payload, payload.stat().st_size // 2)
+    with pytest.raises(UserError, match="are not as they were written"):
+        m.collect(0)
+
+
+def test_what_is_durable_when(tmp_path, monkeypatch):
+    m, synced = made(tmp_path), []
+    append = m.ledger._journal.append
+
+    def noted(record, *, is_durable=True):
+        synced.append((record["kind"], record.get("end"), is_durable))
+        return append(record, is_durable=is_durable)
+
+    monkeypatch.setattr(m.ledger._journal, "append", noted)
+    for number in range(6):
+        m.collect(number)
+    assert {each for each in synced if each[0] != "answer"} == {
+        ("begin", None, True),
+        ("iteration", None, True),
+    }
+    answers = [each for each in synced if each[0] == "answer"]
+    assert all(is_durable for _, end, is_durable in answers if end == End.ENVIRONMENT)
+    num = sum(is_durable for _, end, is_durable in answers if end != End.ENVIRONMENT)
+    assert 0 < num < len(answers) / 2

@@ -6,6 +6,7 @@ would break: a ledger that goes on at its newest ordinal, one that forgets what 
 
 import asyncio
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from megatron_k2.errors import UserError
 from megatron_k2.records.rollouts import End
 from megatron_k2.rewards.budget import Budget
 from megatron_k2.rl.collected import metrics, repeats
-from megatron_k2.rl.cut import Cut
+from megatron_k2.rl.cut import Clock, Cut, Settled
 from megatron_k2.rl.ledger import Ledger
 from megatron_k2.rl.objective import advantages
 from megatron_k2.rl.plan import Plan
@@ -47,6 +48,22 @@ def undisturbed(tmp_path_factory):
 def test_which_groups_come_out_hangs_on_no_speed(tmp_path, undisturbed, concurrency):
     plan, engine = replace(PLAN, concurrency=concurrency), DrawingEngine(jitter=0.0005)
     assert text(collected(tmp_path, plan=plan, engine=engine)) == text(undisturbed)
+
+
+class WallClock(Clock):
+    """Ends where so many groups are whole by the clock on the wall."""
+
+    def _latest_end(self):
+        return -math.inf
+
+    def settled(self):
+        return 0, [Settled(run.steps, run.is_finished) for run in self._runs]
+
+
+def test_a_cut_by_the_clock_on_the_wall_is_found(tmp_path, undisturbed, monkeypatch):
+    monkeypatch.setattr("megatron_k2.rl.rollouts.Clock", WallClock)
+    found = [text(collected(tmp_path / str(n), plan=replace(PLAN, concurrency=n))) for n in (1, 8)]
+    assert found[0] != found[1]
 
 
 def test_other_slots_seeds_and_weights_give_others(tmp_path, undisturbed):
@@ -247,7 +264,7 @@ def test_an_engine_that_dies_takes_nothing_that_was_finished(tmp_path, undisturb
     m = made(tmp_path, engine=engine)
     with pytest.raises(EngineError, match="out of memory"):
         m.collect(0)
-    finished = {f"{ordinal}/{k}" for ordinal, k in m.ledger.finished}
+    finished = {f"{n}/{k}" for n, row in m.ledger.finished.items() for k in row}
     assert finished
     with pytest.raises(EngineError, match="dead"):
         m.collect(0)
