@@ -33,7 +33,7 @@ def lines(folder):
 
 
 def test_twenty_kills_change_nothing(tmp_path, undisturbed):
-    words = [sys.executable, "-m", "tests.rl.learning", tmp_path, "0.15", "20", "1"]
+    words = [sys.executable, "-m", "tests.rl.learning", tmp_path, "0.1", "20", "1"]
     ended = subprocess.run(
         [str(word) for word in words], cwd=REPOSITORY, capture_output=True, text=True, timeout=100
     )
