@@ -15,6 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from megatron_k2.errors import UserError
+from megatron_k2.gym.protocol import Task
 from megatron_k2.rl.task_sets import TaskSet
 
 LEAST_SHARE = 0.02
@@ -75,11 +76,17 @@ class Stream:
         self._seed, self._curriculum = seed, curriculum or Curriculum()
         self._known: dict[tuple[str, str], _Known] = {}
         self._order: dict[str, list[str]] = {}
+        self._tasks: dict[tuple[str, str], Task] = {}
         for each in task_sets:
+            self._tasks |= {(each.name, task.id): task for task in each.tasks}
             ids = [task.id for task in each.tasks]
             random.Random(f"{seed}/{each.name}").shuffle(ids)
             self._order[each.name] = ids
             self._known |= {(each.name, name): _Known() for name in ids}
+
+    def task(self, task_set: str, task_id: str) -> Task:
+        """What a prompt, or a group, is of."""
+        return self._tasks[task_set, task_id]
 
     def drawn(self, prompt: Prompt) -> None:
         """A prompt was drawn, now or before a restart."""

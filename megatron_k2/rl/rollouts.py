@@ -20,7 +20,7 @@ from typing import Any
 from megatron_k2.engine.protocol import EngineError
 from megatron_k2.errors import UserError
 from megatron_k2.gym.episode import play
-from megatron_k2.gym.protocol import Domain, Task
+from megatron_k2.gym.protocol import Domain
 from megatron_k2.records.rollouts import JUDGED, End, Rollout
 from megatron_k2.rl.answers import Answer
 from megatron_k2.rl.curriculum import Prompt, Stream
@@ -89,9 +89,7 @@ class Collector:
         self._plan, self._stream, self._speaker = plan, stream, speaker
         self._domains, self._ledger, self._judges = domains, ledger, judges or {}
         self._num_before = ledger.num_iterations
-        self._tasks: dict[tuple[str, str], Task] = {}
         for each in stream.task_sets.values():
-            self._tasks |= {(each.name, task.id): task for task in each.tasks}
             if missing := {task.domain for task in each.tasks} - set(domains):
                 raise UserError(f"task set {each.name!r}: domain {missing.pop()!r} is not open")
             if each.reward == "rubric" and each.name not in self._judges:
@@ -192,7 +190,7 @@ class Collector:
     ) -> tuple[Rollout | None, EnginePolicy]:
         """The episode, once more where its environment failed; no rollout: it was cut off."""
         prompt = place.group.prompt
-        task = self._tasks[prompt.task_set, prompt.task_id]
+        task = self._stream.task(prompt.task_set, prompt.task_id)
         temperature = self._stream.task_sets[prompt.task_set].temperature.at(iteration)
         name = f"{prompt.ordinal}/{place.k}"
         number = 0
@@ -253,7 +251,7 @@ class Collector:
         answers = [self._ledger.read_answer(ref) for ref in refs]
         found = await scores(
             self._stream.task_sets[prompt.task_set],
-            self._tasks[prompt.task_set, prompt.task_id],
+            self._stream.task(prompt.task_set, prompt.task_id),
             answers,
             iteration,
             self._stream.toggle_budget(prompt),

@@ -17,6 +17,7 @@ from megatron_k2.records.rollouts import JUDGED, End
 from megatron_k2.rewards.record import Reward, combined
 from megatron_k2.rewards.rubric import RubricReward
 from megatron_k2.rl.answers import Answer
+from megatron_k2.rl.record import Segment
 from megatron_k2.rl.task_sets import TaskSet
 from megatron_k2.rl.transcript import Transcript
 
@@ -87,15 +88,17 @@ class RubricJudge:
         found: list[float | None] = [None] * len(answers)
         places = [place for place, each in enumerate(answers) if each.end in JUDGED]
         if places:
-            texts = [self._text(answers[place]) for place in places]
+            texts = [final_text(answers[place].segments, self._renderer) for place in places]
             judged = await self._reward.score(task.prompt, texts)
             for place, reward in zip(places, judged.rewards, strict=True):
                 found[place] = reward.correctness
         return found
 
-    def _text(self, answer: Answer) -> str:
-        ids = Transcript.of(answer.segments).drawn(-1)
-        return parse_completion(IdLexer(self._renderer.tokenizer), ids, "tolerant").content
+
+def final_text(segments: Sequence[Segment], renderer: Renderer) -> str:
+    """What an answer's last turn says, calls left out."""
+    ids = Transcript.of(segments).drawn(-1)
+    return parse_completion(IdLexer(renderer.tokenizer), ids, "tolerant").content
 
 
 def _toggled(
