@@ -76,9 +76,8 @@ class Control:
             return task.result()
         finally:
             stop.cancel()
-            if not task.done():
-                task.cancel()
-                task.add_done_callback(_drop)
+            task.cancel()
+            task.add_done_callback(_drop)  # done it may be too, where the caller is cancelled
 
     async def turn(self, until: float) -> None:
         """Wait while paused.

@@ -1,6 +1,7 @@
 """Episodes whose policy or environment raises, hangs, answers late or nonsense: a record each."""
 
 import asyncio
+import gc
 import time
 
 import pytest
@@ -302,3 +303,22 @@ def test_a_record_that_is_not_one_is_refused():
         rollout_from({name: value for name, value in row.items() if name != "end"})
     with pytest.raises(UserError, match="num_tries=0"):
         Bounds(num_tries=0)
+
+
+@pytest.mark.parametrize("num_turns", [1, 2, 3])
+def test_what_a_call_raised_is_not_left_over_where_its_caller_is_cancelled(num_turns):
+    async def cancelled():
+        said = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, found: said.append(found))
+        call = Control().within(raises(None), float("inf"), what="a call")
+        waiting = asyncio.ensure_future(call)
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        del waiting
+        gc.collect()
+        await asyncio.sleep(0)
+        return said
+
+    assert asyncio.run(cancelled()) == []
