@@ -1,11 +1,12 @@
 """Harbor task directories: read as tasks, run in containers, and written from ours.
 
 A directory holds ``task.toml``, ``instruction.md``, ``environment/Dockerfile``, a folder of tests
-with ``test.sh``, and perhaps a ``solution``; the verifier leaves ``/logs/verifier/reward.txt`` (a number) or
-``reward.json`` (an object of numbers). Their images name absolute places, so a container engine is
-needed, docker or podman, without network; without one the verdict is *unknown*. The tests are
-copied into the container after the candidate has ended and all it started, into a folder it never
-saw; the programs that the tests call are those it leaves, which the format cannot prevent.
+with ``test.sh``, and perhaps a ``solution``; the verifier leaves a number in
+``/logs/verifier/reward.txt`` or an object of numbers in ``reward.json``. Their images name absolute
+places, so a container engine is needed, docker or podman, without network; without one the verdict
+is *unknown*. The tests are copied into the container after the candidate has ended and all it
+started, into a folder it never saw; the programs that the tests call are those it leaves, which the
+format cannot prevent.
 
 An answer is a shell script: what an agent would have typed.
 """
