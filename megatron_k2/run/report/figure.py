@@ -43,7 +43,7 @@ def draw(run: "Run") -> bytes:
         ("Tokens per second", _speed),
     ]
     for axis, (title, panel) in zip(axes.flat, panels, strict=True):
-        _style(axis, title)
+        style(axis, title)
         panel(axis, run, steps)
     for axis in axes[1]:
         axis.set_xlabel("step", color=GREY, fontsize=9)
@@ -72,7 +72,8 @@ def smoothed(values: Sequence[float]) -> np.ndarray:
     return result
 
 
-def _style(axis: Any, title: str) -> None:
+def style(axis: Any, title: str) -> None:
+    """A panel as this house draws it: title at the left, no frame, faint lines."""
     axis.set_title(title, loc="left", fontsize=10.5, color=INK, fontweight="bold", pad=9)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
