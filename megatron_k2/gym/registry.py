@@ -2,7 +2,9 @@
 
 import difflib
 import functools
+import importlib
 from collections.abc import Callable, Iterable
+from typing import cast
 
 from megatron_k2.errors import UserError
 from megatron_k2.fidelity.statements import Asker
@@ -68,7 +70,8 @@ async def open_domain(
     """A domain, ready to judge.
 
     Args:
-        name: one of ``DOMAINS``.
+        name: one of ``DOMAINS``; or ``module:factory`` of the caller's own, called without
+            arguments.
         num_workers: processes, or programs at one time.
         deadline: of a verdict; of one run, for programs.
         sandbox: back-end by name; the strongest that passes its suite by default.
@@ -78,6 +81,8 @@ async def open_domain(
     Raises:
         UserError: no such domain; no sandbox for one that needs it.
     """
+    if ":" in name:
+        return _of_module(name)
     if name in ASKED:
         return ASKED[name][0](asker)
     if name in CHECKED:
@@ -89,6 +94,20 @@ async def open_domain(
     backend = backend_named(sandbox) if sandbox else await default_backend(tell)
     limits = Limits(deadline.cpu_seconds, deadline.wall_seconds) if deadline else None
     return SANDBOXED[name][0](backend, limits, num_slots=num_workers)
+
+
+def _of_module(name: str) -> Domain:
+    module, _, factory = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), factory)()
+    except (ImportError, AttributeError, ValueError, TypeError) as problem:
+        raise UserError(
+            f"domain {name!r}: {problem}; expected MODULE:FACTORY of a module that Python finds "
+            "(PYTHONPATH), called without arguments"
+        ) from None
+    if missing := [each for each in ("judge", "environment", "close") if not hasattr(found, each)]:
+        raise UserError(f"domain {name!r} has no {missing[0]!r}; see gym/protocol.py")
+    return cast(Domain, found)
 
 
 def generators() -> dict[str, Callable[[], Generator]]:

@@ -162,6 +162,22 @@ def test_names_that_are_not_known_have_one_like_them():
     assert set(DOMAINS) == checked | asked | {"coding", "coded_instructions", "swe", "tool_use"}
 
 
+def test_a_domain_of_the_users_own(tmp_path, monkeypatch):
+    (tmp_path / "own_domain.py").write_text(
+        "from megatron_k2.gym.protocol import SingleTurn, right\n"
+        "class Own:\n    name = 'own'\n    async def judge(self, task, answer): return right('x')\n"
+        "    def environment(self): return SingleTurn(self)\n    async def close(self): pass\n"
+        "def half(): return object()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    domain = asyncio.run(open_domain("own_domain:Own"))
+    task = Task("own_domain:Own", "?", {})
+    assert asyncio.run(domain.judge(task, "x")).reward == 1.0
+    for name in ("own_domain:Other", "no_such_module:Own", "own_domain:half", ":", "own_domain:"):
+        with pytest.raises(UserError, match="domain"):
+            asyncio.run(open_domain(name))
+
+
 def test_verify_gives_a_verdict_a_line_in_the_order_of_the_file(tmp_path, capsys):
     rows = [
         {"reference": "1/2", "answer": r"\boxed{0.5}"},

@@ -1,0 +1,89 @@
+"""The two domains of ``run.sh``: a tool that is really called, and documentation told by heart."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo_sft"))
+from make_set import TOOLS
+
+from megatron_k2.gym.judging import SingleAnswerDomain
+from megatron_k2.gym.protocol import Environment, Step, Task, Verdict, right, wrong
+from megatron_k2.records.messages import Message, ToolCall
+
+FUNCTIONS = {tool.name: tool for tool in TOOLS}
+MOST_CALLS = 4
+
+
+def called(call: ToolCall) -> str:
+    """A call's result as JSON text; what is wrong with it is an answer too."""
+    tool = FUNCTIONS.get(call.name)
+    if tool is None:
+        return json.dumps({"error": f"no tool {call.name!r}"})
+    try:
+        given = json.loads(call.arguments)
+        if not isinstance(given, dict) or set(given) != set(tool.arguments):
+            raise ValueError(f"expected {', '.join(tool.arguments)}")
+        return json.dumps(tool.run(*(_number(given[name]) for name in tool.arguments)))
+    except (ArithmeticError, TypeError, ValueError) as problem:
+        return json.dumps({"error": str(problem)[:100]})
+
+
+def _number(value: Any) -> Any:
+    """Small integers, or a short list of them: a model's arguments are not trusted to be."""
+    values = value if isinstance(value, list) else [value]
+    if not 0 < len(values) <= 8 or not all(type(x) is int and abs(x) < 10**4 for x in values):
+        raise ValueError(f"{str(value)[:40]}: expected integers below 10,000")
+    return value
+
+
+class Calls(SingleAnswerDomain):
+    """A question, calls in K2's format, their results, an answer in words with the right one."""
+
+    name = "domains:Calls"
+
+    async def _judged(self, task: Task, answer: str) -> Verdict:
+        wanted = f"It is {task.reference['result']}."
+        return right(answer) if answer.strip() == wanted else wrong(f"{answer[:80]!r}, {wanted!r}")
+
+    def environment(self) -> Environment:
+        """Turns until one calls nothing."""
+        return _Episode(self)
+
+
+class _Episode:
+    def __init__(self, domain: Calls) -> None:
+        self._domain, self._task = domain, Task(domain.name, "", {})
+        self._answer, self._results = "", list[str]()
+
+    async def reset(self, task: Task) -> Step:
+        self._task, self._answer, self._results = task, "", []
+        return Step((Message("user", task.prompt),))
+
+    async def step(self, action: Message) -> Step:
+        said = []
+        for call in action.tool_calls[:MOST_CALLS]:
+            self._results.append(called(call))
+            said.append(Message("tool", self._results[-1], name=call.name, tool_call_id=call.id))
+        self._answer = action.content
+        return Step(tuple(said), not said or len(self._results) >= MOST_CALLS)
+
+    async def verify(self) -> Verdict:
+        """Right where the result was computed by a tool, and then told."""
+        if self._results != [self._task.reference["result"]]:
+            return wrong(f"called: {self._results}; wanted: {self._task.reference['result']}")
+        return await self._domain.judge(self._task, self._answer)
+
+
+class Documented(SingleAnswerDomain):
+    """A function's signature and the first line of its documentation, to the letter."""
+
+    name = "domains:Documented"
+
+    async def _judged(self, task: Task, answer: str) -> Verdict:
+        wanted = task.reference["text"]
+        if answer.strip() == wanted:
+            return right("to the letter")
+        same = next((i for i, (a, b) in enumerate(zip(answer, wanted, strict=False)) if a != b), 0)
+        return wrong(f"from letter {same}: {answer[same : same + 40]!r}, not {wanted[same:][:40]!r}")
