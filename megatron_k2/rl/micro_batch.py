@@ -34,6 +34,7 @@ class MicroBatch:
     behaviour: Tensor
     nll_weight: Tensor
     routes: Tensor | None
+    """On the host: of K2's 60 layers they are a kilobyte a token."""
     advantage: Tensor
     weight: Tensor
     lengths: Tensor
@@ -88,7 +89,7 @@ def micro_batch(rows: Rows, *, replays: bool) -> MicroBatch:
     packed.loss_weight = (parts["is_trained"] | (parts["nll_weight"] > 0)).sum()
     routes = None
     if replays and rows.routes is not None:
-        routes = torch.from_numpy(rows.routes[held]).long().to(device)
+        routes = torch.from_numpy(rows.routes[held])
     return MicroBatch(**parts, packed=packed, routes=routes)
 
 

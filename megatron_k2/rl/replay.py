@@ -119,8 +119,8 @@ class Replay:
 
         Args:
             stage: one of those it was made with.
-            routes: [s / CP, MoE layers of the model, top-k] on the stage's device, -1 in rows
-                without a record; ``None``: none of the pack's has one.
+            routes: [s / CP, MoE layers of the model, top-k] of any integers, on any device; -1 in
+                rows without a record. ``None``: none of the pack's has one.
 
         Raises:
             UserError: of a model with another number of MoE layers.
@@ -130,6 +130,8 @@ class Replay:
                 f"routes of {routes.shape[1]} MoE layers are on record, this model has "
                 f"{self._num_layers}; the engine serves another model"
             )
+        if routes is not None:
+            routes = routes.to(next(stage.parameters()).device, non_blocking=True)
         if routes is not None and self._tensor_group is not None:
             routes = routes.chunk(self._tensor_group.size())[self._tensor_group.rank()]
         is_training = torch.is_grad_enabled()

@@ -36,7 +36,7 @@ class Rows:
     """The engine's log-probability of it, at temperature 1."""
     nll_weight: NDArray[np.float32]
     """Of the PTX term."""
-    routes: NDArray[np.int32] | None
+    routes: NDArray[np.int16] | None
     """[s, MoE layers, top-k]: experts of the token that is read; -1 where none were recorded.
     ``None``: of the whole pack none."""
     advantage: NDArray[np.float32]
@@ -107,7 +107,7 @@ def rows(source: Source, room: Room, version: int, *, keeps_old: bool = False) -
     )
 
 
-def _blank_routes(answers: tuple[Answer, ...], num_rows: int) -> NDArray[np.int32] | None:
+def _blank_routes(answers: tuple[Answer, ...], num_rows: int) -> NDArray[np.int16] | None:
     shapes = {
         (len(segment.routes[0]), len(segment.routes[0][0]))
         for each in answers
@@ -116,7 +116,7 @@ def _blank_routes(answers: tuple[Answer, ...], num_rows: int) -> NDArray[np.int3
     }
     if len(shapes) > 1:
         raise UserError(f"routes of {sorted(shapes)} MoE layers and experts in one pack")
-    return np.full((num_rows, *shapes.pop()), -1, np.int32) if shapes else None
+    return np.full((num_rows, *shapes.pop()), -1, np.int16) if shapes else None
 
 
 def _ptx_rows(curated: Pack, room: Room) -> Rows:
