@@ -15,7 +15,7 @@ from megatron_k2.presets import ModelPreset, get_preset
 from megatron_k2.rl.learner import Learner
 from megatron_k2.rl.loop import Iteration, Side, run
 from megatron_k2.rl.settings import LearnerSettings, settings_from
-from megatron_k2.run.metrics import JsonLines, MetricsWriter
+from megatron_k2.run.metrics import METRICS_FILE, JsonLines, MetricsWriter, read_records
 from megatron_k2.sft.dataset import Packs
 from megatron_k2.sft.sets import open_packs, row_multiple
 from megatron_k2.training.hooks import TrainingHooks
@@ -45,7 +45,7 @@ def learn(config: Any, make_side: MakeSide, hooks: TrainingHooks) -> None:
     )
     side = make_side(args) if args.rank == 0 else None
     is_last = args.rank == args.world_size - 1
-    writer = _Writer(Path(args.save)) if args.save and is_last else None
+    writer = _Writer(Path(args.save), learner.number) if args.save and is_last else None
     asyncio.run(
         run(
             learner,
@@ -110,15 +110,23 @@ def _ptx(args: Namespace, settings: LearnerSettings) -> Packs | None:
 
 
 class _Writer:
-    """An iteration's records, a line a mini-batch, on disk before the next iteration begins."""
+    """An iteration's records, a line a mini-batch, on disk before the next iteration begins.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: of the run.
+        number: of the last mini-batch that a resumed run has behind it.
+    """
+
+    def __init__(self, directory: Path, number: int) -> None:
         self._steps = MetricsWriter(directory)
         self._lines = JsonLines(directory / RL_METRICS_FILE)
+        before = [r for r in read_records(directory / METRICS_FILE) if r.iteration <= number]
+        self._num_tokens = before[-1].consumed_tokens if before else 0
 
     def write(self, found: Iteration) -> None:
+        """Both files, TensorBoard and W&B where Megatron's flags ask for them."""
         learnt = found.learnt
-        shared = {
+        shared: dict[str, Any] = {
             "mismatch": dataclasses.asdict(learnt.mismatch),
             "old_seconds": learnt.old_seconds,
             "step_seconds": learnt.step_seconds,
@@ -128,7 +136,23 @@ class _Writer:
             fields = dataclasses.asdict(update)
             measured = fields.pop("measured") or {}
             if update.measured is not None:
-                self._steps.write(update.measured.step)
+                self._num_tokens += update.num_tokens
+                step = update.measured.step
+                self._steps.write(dataclasses.replace(step, consumed_tokens=self._num_tokens))
                 del measured["step"]
-            line = {"iteration": fields.pop("number"), "round": found.number}
+            number = fields.pop("number")
+            _draw(number, {**fields, **measured, **shared["mismatch"]})
+            line = {"iteration": number, "round": found.number}
             self._lines.append(line | fields | measured | shared)
+
+
+def _draw(number: int, values: dict[str, Any]) -> None:
+    """Numbers as curves, for whoever watches."""
+    from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+    named = {f"rl/{name}": float(value) for name, value in values.items() if value is not None}
+    if (tensorboard := get_tensorboard_writer()) is not None:
+        for name, value in named.items():
+            tensorboard.add_scalar(name, value, number)
+    if (wandb := get_wandb_writer()) is not None:
+        wandb.log(named, number)

@@ -2,6 +2,7 @@
 
 from megatron_k2.errors import UserError
 from megatron_k2.flags.words import last_value
+from megatron_k2.rl.flags import FUSED_ROUTER
 from megatron_k2.run.flags import RunFlags
 from megatron_k2.training.preflight import check_run
 
@@ -48,9 +49,9 @@ def check_rl(flags: RunFlags, world_size: int) -> None:
 
 
 def _check_fused_router(flags: RunFlags) -> None:
-    if "--moe-router-fusion" in flags and "--no-router-replay" not in flags:
+    if FUSED_ROUTER in flags and "--no-router-replay" not in flags:
         raise UserError(
-            "--moe-router-fusion: the fused router takes no choice from outside, and replay is on; "
+            f"{FUSED_ROUTER}: the fused router takes no choice from outside, and replay is on; "
             "drop it, or add --no-router-replay"
         )
 

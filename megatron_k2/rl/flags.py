@@ -17,6 +17,8 @@ from megatron_k2.flags.words import last_value
 from megatron_k2.rl.settings import Form, Objective
 
 PTX_DATA = "--ptx-data"
+FUSED_ROUTER = "--moe-router-fusion"
+"""Transformer Engine's, which takes no choice of experts from outside."""
 ITERATIONS, PROMPTS, GROUP_SIZE = 100, 32, 8
 """Choices; K2's are not published. OpenKimi takes 512 prompts of 16 answers, slime 128 of 8."""
 WARMUP_STEPS = 10
@@ -114,7 +116,10 @@ def expand(argv: list[str], *, cuda: bool) -> list[str]:
     flags = [*DEFAULTS, *_start(typed), *_schedule(typed)]
     if "--optimizer-cpu-offload" not in typed:  # which would have to read states back
         flags.append("--log-muon-steps")
-    return expand_pretraining([*flags, *typed], cuda=cuda)
+    expanded = expand_pretraining([*flags, *typed], cuda=cuda)
+    if FUSED_ROUTER in typed or "--no-router-replay" in typed:
+        return expanded
+    return [word for word in expanded if word != FUSED_ROUTER]  # a machine's default, not asked for
 
 
 def _renamed(word: str) -> str:

@@ -10,6 +10,7 @@ and leaves weights, optimizer and schedule as they are.
 
 import dataclasses
 import sys
+import time
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
@@ -119,10 +120,16 @@ class Stepper:
         self._args.curr_iteration = number - 1
         self._args.consumed_train_samples += self._args.global_batch_size
         is_taken, measured = False, None
+        begin = time.perf_counter()
         if batch.is_live:
             reports = self._gradients(batch, micros)
             is_taken, grad_norm = self._optimizer_step()
             measured = self._recorded(batch, reports, number, grad_norm, is_taken=is_taken)
+            seconds = time.perf_counter() - begin  # of this step alone, rollouts are not its own
+            step = dataclasses.replace(
+                measured.step, seconds=seconds, tokens_per_second=batch.num_tokens / seconds
+            )
+            measured = dataclasses.replace(measured, step=step)
         return Update(
             number=number,
             version=self.version,
@@ -204,7 +211,7 @@ class Stepper:
             entropy=found["entropy"] / tokens,
             log_ratio=found["log_ratio"] / tokens,
             kl=found["kl"] / tokens,
-            step=dataclasses.replace(record, tokens_per_second=batch.num_tokens / record.seconds),
+            step=record,
         )
 
     def _take_record(self, record: StepRecord, _: Tensor) -> None:

@@ -55,6 +55,12 @@ def test_settings_are_the_defaults_where_nothing_is_said():
     assert not found.replays_routes
 
 
+def test_a_gpus_fused_router_gives_way_to_replay():
+    te = [*PRESET, "--transformer-impl", "transformer_engine"]
+    assert "--moe-router-fusion" not in expand(te, cuda=True)
+    assert "--moe-router-fusion" in expand([*te, "--no-router-replay"], cuda=True)
+
+
 def test_a_run_of_defaults_is_accepted():
     _checked()
     _checked("--use-distributed-optimizer", world_size=2)

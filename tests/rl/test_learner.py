@@ -36,6 +36,7 @@ RUN = f"""
     --iterations {ITERATIONS} --prompts-per-iteration 4 --group-size 4 --mini-batches 2
     --policy-tau 1.5 --save-interval 9 --qk-clip-threshold 0.02 --adam-eps 1e-5
 """.split()
+OVERLAP = "--overlap-grad-reduce --ddp-bucket-size 20000".split()
 EACH = "--save-interval 1".split()
 PP4 = "--pipeline-model-parallel-size 4".split()
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
@@ -65,7 +66,7 @@ LAYOUTS = {
         "CP2, per token": CP2,
         "CP2, token": CP2,
         "CP2, replay": CP2,
-        "DP2 ZeRO-1, window": ZERO,
+        "DP2 ZeRO-1 overlapped, window": [*ZERO, *OVERLAP],
         "DP2 ZeRO-1, PTX": ZERO,
     },
     4: {"PP4": PP4, "TP2xCP2": [*TP2, *CP2], "TP2xPP2, PTX": [*TP2, *PP2]},
@@ -326,10 +327,13 @@ def test_a_run_that_was_ended_goes_on_as_if_it_had_not_been(runs):
     a, b = (_tensors(directory, wanted=wanted) for directory in (found, expected))
     assert all(a[key].equal(b[key]) for key in b)
     lines = [
-        [{k: v for k, v in line.items() if "seconds" not in k and k != "step"} for line in each]
-        for each in (_lines(found), _lines(expected))
+        [{k: v for k, v in line.items() if "second" not in k} for line in each]
+        for read in (_lines, _steps)
+        for each in (read(found), read(expected))
     ]
     assert lines[0] == lines[1]
+    assert lines[2] == lines[3]
+    assert lines[2][-1]["consumed_tokens"] == sum(line["num_tokens"] for line in lines[0])
     told = json.loads((_at(runs, "stopped out") / "collector.json").read_text())
     assert told == {"asked": [[2, 4]], "commits": [2]}
 
