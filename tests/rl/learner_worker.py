@@ -226,7 +226,26 @@ def _masks_ignore_versions(stack):
         _put(stack, module, "is_kept", lambda segment, version, keeps_old: segment.is_sampled)
 
 
+def _a_stage_sends_what_it_held(stack):
+    """What SkyRL #1345 reports: a pipeline stage gives out what it cached at the first round."""
+    from megatron_k2.weight_sync import source
+
+    original, first = source.pieces_of, {}
+
+    def pieces_of(stages, rank):
+        if rank == 0:
+            return original(stages, rank)
+        if not first:
+            first.update(
+                (box, tensor.clone()) for box, tensor in dict(original(stages, rank)).items()
+            )
+        return first
+
+    _put(stack, source, "pieces_of", pieces_of)
+
+
 WRONG = {
+    "a stage sends what it held": _a_stage_sends_what_it_held,
     "one answer a pack": _one_answer_a_pack,
     "dead groups count": _dead_groups_count,
     "shares squared alone": _shares_squared_alone,

@@ -1,6 +1,6 @@
 """Whole runs from the same recorded rollouts at every layout, against one rank; the reports' tests.
 
-Three iterations of two mini-batches each, segments of two versions, MuonClip with QK-Clip at work.
+Two iterations of two mini-batches each, segments of two versions, MuonClip with QK-Clip at work.
 Bounds are pretraining's (``tests/parallel/test_layouts.py``): losses 1e-6 relative, weights 1e-6
 absolute at a rate of the report's size. The oracle of packs is a run with one answer a pack.
 
@@ -31,7 +31,7 @@ from tests.weight_sync.worker import expected_of
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 BOUND = 1e-6
-ITERATIONS = 3
+ITERATIONS = 2
 RUN = f"""
     --iterations {ITERATIONS} --prompts-per-iteration 4 --group-size 4 --mini-batches 2
     --policy-tau 1.5 --save-interval 9 --qk-clip-threshold 0.02 --adam-eps 1e-5
@@ -59,17 +59,16 @@ LAYOUTS = {
         "TP2+SP, LoRA": TP2,
         "EP2": EP2,
         "EP2, replay, experts again": [*EP2, *MOE],
-        "PP2": [*PP2, *EACH],
+        "PP2": PP2,
         "PP2, replay, whole layers again": [*PP2, *FULL],
         "PP2xVPP2, PTX": VPP2,
         "CP2": CP2,
-        "CP2, per token": CP2,
         "CP2, token": CP2,
         "CP2, replay": CP2,
         "DP2 ZeRO-1 overlapped, window": [*ZERO, *OVERLAP],
         "DP2 ZeRO-1, PTX": ZERO,
     },
-    4: {"PP4": PP4, "TP2xCP2": [*TP2, *CP2], "TP2xPP2, PTX": [*TP2, *PP2]},
+    4: {"PP4": PP4, "TP2xPP2, PTX": [*TP2, *PP2]},
 }
 ALL = [name for layouts in LAYOUTS.values() for name in layouts]
 
@@ -127,11 +126,14 @@ def runs(request, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("rl")
     write_set(root / "set")
     for name, has_routes in (("groups", False), ("with_routes", True)):
-        _write(root / f"{name}.json", [_lagging(s, has_routes=has_routes) for s in range(3)])
+        _write(
+            root / f"{name}.json", [_lagging(s, has_routes=has_routes) for s in range(ITERATIONS)]
+        )
+    _write(root / "six.json", [iteration(seed) for seed in range(6)])
     live = [[g for g in _lagging(s) if g.is_live] for s in range(ITERATIONS)]
     _write(root / "live.json", live)
     _write(root / "dead.json", [_dead(0)])
-    _write(root / "then_dead.json", [_lagging(0), _dead(1), _dead(2)])
+    _write(root / "then_dead.json", [_lagging(0), _dead(1)])
     run_ranks("tests.rl.learner_worker", 1, _on_one_rank(root), root / "logs1", request.param)
     for world_size, layouts in LAYOUTS.items():
         cases = [_case(root, name, flags, _kind(name)) for name, flags in layouts.items()]
@@ -173,11 +175,15 @@ def _on_one_rank(root: Path) -> list[dict]:
 
 def _further(root: Path) -> dict[int, list[dict]]:
     """Of two ranks and of four."""
-    stopped = _case(root, "stopped", [*ZERO, *EACH], "PTX", stops=2)
+    stopped = _case(root, "stopped", [*ZERO, *EACH], "PTX", stops=1)
     samples = {"samples": True}
+    five = [*PP2, *"--iterations 6 --mini-batches 1 --save-interval 1".split()]
+    six = {"groups": str(root / "six.json")}
     one = "--iterations 1 --prompts-per-iteration 2 --mini-batches 1 --seq-length 64".split()
     return {
         2: [
+            _case(root, "PP2, five", five, "") | six,
+            _case(root, "PP2, five, stale", five, "", wrong="a stage sends what it held") | six,
             _case(root, "shares", CP2, "", wrong="shares squared alone"),
             stopped,
             {name: value for name, value in stopped.items() if name != "stops"},
@@ -277,16 +283,16 @@ def test_a_batch_without_a_live_group_takes_no_step_nor_does_ptx_alone(runs):
     """Weights, momenta and schedule to the bit; the wrong variant moves them by PTX alone."""
     wanted = r"^(optimizer\.|decoder|embedding|output_layer)"
     for name, is_same in (("then dead", True), ("dead groups count", False)):
-        before, after = (_tensors(_at(runs, name), number, wanted) for number in (2, 6))
+        before, after = (_tensors(_at(runs, name), number, wanted) for number in (2, 4))
         assert any(key.startswith("optimizer.") for key in before)
         assert all(before[key].equal(after[key]) for key in before) is is_same
     lines = _lines(_at(runs, "then dead"))
     assert [(line["is_taken"], line["version"]) for line in lines] == [
         *((True, 1), (True, 2)),
-        *[(False, 2)] * 4,
+        *[(False, 2)] * 2,
     ]
     asked = json.loads((_at(runs, "then dead out") / "collector.json").read_text())["asked"]
-    assert asked == [[0, 0], [1, 2], [2, 2]]
+    assert asked == [[0, 0], [1, 2]]
 
 
 def test_prediction_layers_learn_and_leave_the_trunk_alone(runs):
@@ -294,15 +300,15 @@ def test_prediction_layers_learn_and_leave_the_trunk_alone(runs):
     trunk = _tensors(_at(runs, "one rank, no MTP"))
     with_heads = _tensors(_at(runs, "one rank, MTP"))
     assert _difference(with_heads, trunk) == 0
-    start, end = (
-        _tensors(runs / n, i, r"^mtp") for n, i in (("start_MTP", 2), ("one_rank__MTP", 6))
-    )
+    start = _tensors(runs / "start_MTP", 2, r"^mtp")
+    end = _tensors(_at(runs, "one rank, MTP"), wanted=r"^mtp")
+    assert start
     assert _difference(end, start) > 100 * BOUND
     assert _difference(_tensors(_at(runs, "heads move the trunk")), trunk) > 100 * BOUND
 
 
 def test_segments_of_an_older_version_are_masked(runs):
-    """slime #1445: three iterations whose answers were begun a version before."""
+    """slime #1445: an iteration whose first answers were begun a version before."""
     lines = _lines(_at(runs, "one rank, ")), _lines(_at(runs, "masks ignore versions"))
     trained = [[line["num_trained_tokens"] for line in found] for found in lines]
     assert trained[0][:2] == trained[1][:2]
@@ -335,7 +341,7 @@ def test_a_run_that_was_ended_goes_on_as_if_it_had_not_been(runs):
     assert lines[2] == lines[3]
     assert lines[2][-1]["consumed_tokens"] == sum(line["num_tokens"] for line in lines[0])
     told = json.loads((_at(runs, "stopped out") / "collector.json").read_text())
-    assert told == {"asked": [[2, 4]], "commits": [2]}
+    assert told == {"asked": [[1, 2]], "commits": [1]}
 
 
 def test_an_optimizer_that_is_reset_is_one_that_never_stepped(runs):
@@ -346,12 +352,13 @@ def test_an_optimizer_that_is_reset_is_one_that_never_stepped(runs):
 
 def test_after_every_update_the_engine_holds_the_checkpoints_bits(runs, tmp_path):
     """SkyRL #1345: stale caches of a pipeline's collectives. To the bit, never "it changed"."""
-    for iteration_number in (1, 2):
-        held = torch.load(_at(runs, "PP2 out") / f"engine_{iteration_number}.pt")
-        out = tmp_path / str(iteration_number)
-        export(
-            _at(runs, "PP2") / f"iter_{2 * iteration_number:07d}", out, ExportOptions(dtype="fp32")
-        )
-        expected = expected_of(out, 0)
-        assert held.keys() == expected.keys()
-        assert all(held[name].equal(expected[name]) for name in held)
+    for name in ("PP2, five", "PP2, five, stale"):
+        differing = []
+        for number in range(1, 6):
+            held = torch.load(_at(runs, f"{name} out") / f"engine_{number}.pt")
+            out = tmp_path / name / str(number)
+            export(_at(runs, name) / f"iter_{number:07d}", out, ExportOptions(dtype="fp32"))
+            expected = expected_of(out, 0)
+            assert held.keys() == expected.keys()
+            differing.append(sum(not held[key].equal(expected[key]) for key in held))
+        assert (sum(differing) == 0) is (name == "PP2, five")
