@@ -52,7 +52,6 @@ def learn(config: Any, make_side: MakeSide, hooks: TrainingHooks) -> None:
             source,
             side,
             iterations=args.iterations,
-            save_interval=args.save_interval if args.save else None,
             show=writer.write if writer is not None else lambda _iteration: None,
         )
     )

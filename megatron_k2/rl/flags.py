@@ -13,7 +13,7 @@ from megatron_k2.errors import UserError
 from megatron_k2.flags.megatron import SFT_DATA, add_k2_arguments
 from megatron_k2.flags.megatron import expand as expand_pretraining
 from megatron_k2.flags.schedule import FRACTION
-from megatron_k2.flags.words import last_value
+from megatron_k2.flags.words import last_value, take
 from megatron_k2.rl.settings import Form, Objective
 
 PTX_DATA = "--ptx-data"
@@ -112,7 +112,7 @@ def expand(argv: list[str], *, cuda: bool) -> list[str]:
     Raises:
         UserError: counts that do not divide, or what ``flags.megatron.expand`` refuses.
     """
-    typed = [_renamed(word) for word in argv]
+    typed = _in_mini_batches([_renamed(word) for word in argv])
     flags = [*DEFAULTS, *_start(typed), *_schedule(typed)]
     if "--optimizer-cpu-offload" not in typed:  # which would have to read states back
         flags.append("--log-muon-steps")
@@ -125,6 +125,16 @@ def expand(argv: list[str], *, cuda: bool) -> list[str]:
 def _renamed(word: str) -> str:
     name, is_given, value = word.partition("=")
     return f"{SFT_DATA}{is_given}{value}" if name == PTX_DATA else word
+
+
+def _in_mini_batches(typed: Sequence[str]) -> list[str]:
+    """What was counted in iterations of sampling as Megatron counts: in optimizer steps."""
+    mini_batches, words = _count(typed, "--mini-batches", 1), list(typed)
+    for name in ("--save-interval", "--exit-interval"):
+        if last_value(words, name) is not None:
+            number = _count(words, name, 1) * mini_batches
+            words = [*take(words, name)[1], name, str(number)]
+    return words
 
 
 def _start(typed: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -39,6 +39,15 @@ class Learnt:
     step_seconds: float
 
 
+class Ended(NamedTuple):
+    """The end of an iteration."""
+
+    is_saved: bool
+    """It is in a checkpoint that is whole."""
+    must_end: bool
+    """Megatron's ``--exit-...`` flags: a signal, the duration, an interval."""
+
+
 class Learner:
     """What trains, on every rank; all methods are collective.
 
@@ -58,7 +67,7 @@ class Learner:
         settings: LearnerSettings,
         ptx: Packs | None = None,
     ) -> None:
-        self._args, self._settings, self._ptx = args, settings, ptx
+        self._args, self._hooks, self._settings, self._ptx = args, hooks, settings, ptx
         self.stages = built[0]
         self._replay = _replay_of(self.stages) if settings.replays_routes else None
         self._stepper = Stepper(args, hooks, built, settings.objective, self._replay)
@@ -140,22 +149,23 @@ class Learner:
         )
         return [micro.with_old(old) for micro, old in zip(micros, olds, strict=True)]
 
-    def save(self) -> None:
-        """A checkpoint of this point, by Megatron's function; mini-batches are its iterations.
+    def end_iteration(self, *, is_last: bool) -> Ended:
+        """Save where it is due, by Megatron's functions and flags, and decide whether to go on.
+
+        Args:
+            is_last: of the run, which is saved in any case.
 
         Raises:
-            UserError: it could not be written.
+            UserError: a checkpoint could not be written.
         """
         from megatron.training import training
 
-        training.save_checkpoint_and_time(
-            self.number,
-            self.stages,
-            self._stepper.optimizer,
-            self._stepper.scheduler,
-            self._args.num_floating_point_operations_so_far,
-            {},
-        )
+        state = (self.stages, self._stepper.optimizer, self._stepper.scheduler)
+        num_flops = self._args.num_floating_point_operations_so_far
+        must_end = training.checkpoint_and_decide_exit(*state, self.number, num_flops, {}, None)
+        if is_last and self._args.save and self._hooks.last_save != self.number:
+            training.save_checkpoint_and_time(self.number, *state, num_flops, {})
+        return Ended(self._hooks.last_save == self.number, must_end)
 
 
 def _replay_of(stages: list[Any]) -> Replay:

@@ -59,17 +59,15 @@ async def run(
     side: Side | None,
     *,
     iterations: int,
-    save_interval: int | None,
     show: Callable[[Iteration], None],
 ) -> None:
-    """From where the learner is to the end.
+    """From where the learner is to the end, or to where Megatron's ``--exit-...`` flags end it.
 
     Args:
         learner: of this rank.
         source: of the learner's weights.
         side: on rank 0; ``None`` elsewhere.
         iterations: of the whole run.
-        save_interval: iterations between checkpoints, the last is always saved; ``None``: none.
         show: takes each iteration when it is done, on every rank; it may raise to end the run.
 
     Raises:
@@ -86,11 +84,11 @@ async def run(
         if learner.version != version:
             sync = await _synced(source, side, learner.version)
         show(Iteration(number, groups, learnt, sync))
-        is_last = number + 1 == iterations
-        if save_interval is not None and (is_last or (number + 1) % save_interval == 0):
-            learner.save()
-            if side is not None:
-                side.collector.committed(number)
+        ended = learner.end_iteration(is_last=number + 1 == iterations)
+        if ended.is_saved and side is not None:
+            side.collector.committed(number)
+        if ended.must_end:
+            return
 
 
 async def _synced(source: WeightSource, side: Side | None, version: int) -> Round:

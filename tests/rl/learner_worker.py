@@ -6,7 +6,6 @@ engine held at each collection (``engine_N.pt``) and what the collector was aske
 
 - ``samples``: the engine itself answers, with another selection bias than the trainer's, so that
   its routes are others;
-- ``stops``: the iteration at whose collection every rank ends;
 - ``wrong``: the name of a mistake, see ``WRONG``.
 """
 
@@ -57,7 +56,7 @@ class Seen(Scripted):
 
     def __init__(self, case, weights):
         super().__init__(recorded(case["groups"]))
-        self._out, self._weights, self._stops = Path(case["out"]), weights, case.get("stops")
+        self._out, self._weights = Path(case["out"]), weights
         self._out.mkdir(parents=True, exist_ok=True)
 
     async def collect(self, iteration, version):
@@ -130,28 +129,12 @@ def run_case(case):
     with contextlib.ExitStack() as stack:
         if "wrong" in case:
             WRONG[case["wrong"]](stack)
-        if "stops" in case:
-            _stop_at(stack, case["stops"])
         run([*MODEL, *case["flags"]], program(make_side))
 
 
 def _put(stack, owner, name, value):
     stack.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
-
-
-def _stop_at(stack, iteration):
-    """All ranks end, between two iterations, as a job does that is ended from outside."""
-    from megatron_k2.rl.learner import Learner
-
-    learn = Learner.learn
-
-    def until(self, groups):
-        if self.iteration == iteration:
-            sys.exit(0)
-        return learn(self, groups)
-
-    _put(stack, Learner, "learn", until)
 
 
 def _one_answer_a_pack(stack):

@@ -41,6 +41,13 @@ def test_counts_become_megatrons_and_routers_are_left_alone():
     assert "--muonclip" in flags
 
 
+def test_intervals_count_iterations_of_sampling():
+    typed = [*PRESET, *"--mini-batches 4 --save-interval 5 --exit-interval=10".split()]
+    flags = expand(typed, cuda=False)
+    assert last_value(flags, "--save-interval") == "20"
+    assert last_value(flags, "--exit-interval") == "40"
+
+
 def test_ptx_data_is_the_name_of_packed_sets():
     flags = expand([*PRESET, "--ptx-data", "0.5", "a", "0.5", "b", "--ptx-weight", "1"], cuda=False)
     assert read_flags(flags).sft_data == ("0.5", "a", "0.5", "b")

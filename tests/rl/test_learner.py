@@ -175,7 +175,8 @@ def _on_one_rank(root: Path) -> list[dict]:
 
 def _further(root: Path) -> dict[int, list[dict]]:
     """Of two ranks and of four."""
-    stopped = _case(root, "stopped", [*ZERO, *EACH], "PTX", stops=1)
+    stopped = _case(root, "stopped", ZERO, "PTX")
+    exits = {**stopped, "flags": [*stopped["flags"], "--exit-interval", "1"]}
     samples = {"samples": True}
     five = [*PP2, *"--iterations 6 --mini-batches 1 --save-interval 1".split()]
     six = {"groups": str(root / "six.json")}
@@ -185,8 +186,8 @@ def _further(root: Path) -> dict[int, list[dict]]:
             _case(root, "PP2, five", five, "") | six,
             _case(root, "PP2, five, stale", five, "", wrong="a stage sends what it held") | six,
             _case(root, "shares", CP2, "", wrong="shares squared alone"),
+            exits,
             stopped,
-            {name: value for name, value in stopped.items() if name != "stops"},
             _case(root, "TP2 sampled", [*TP2, *one], "") | samples,
             _case(root, "PP2 sampled", [*PP2, *one], "") | samples,
             _case(root, "no replay", [*TP2, *one, "--no-router-replay"], "") | samples,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_k2.engine.protocol import EngineError, UpdateCode, UpdateError
+from megatron_k2.rl.learner import Ended
 from megatron_k2.rl.loop import Side, run
 from tests.rl.recorded import Scripted, iteration
 from tests.support.single_rank import one_rank
@@ -15,8 +16,8 @@ from tests.support.single_rank import one_rank
 class Learner:
     """Takes a step where told to; notes what it did."""
 
-    def __init__(self, log, takes, iteration=0):
-        self.log, self.takes = log, takes
+    def __init__(self, log, takes, iteration=0, saves=(), ends=None):
+        self.log, self.takes, self.saves, self.ends = log, takes, saves, ends
         self.iteration, self.version = iteration, sum(takes[:iteration])
 
     def learn(self, groups):
@@ -24,8 +25,12 @@ class Learner:
         self.version += self.takes[self.iteration]
         self.iteration += 1
 
-    def save(self):
-        self.log.append("save")
+    def end_iteration(self, *, is_last):
+        assert is_last is (self.iteration == len(self.takes))
+        is_saved = self.iteration in self.saves
+        if is_saved:
+            self.log.append("save")
+        return Ended(is_saved, self.iteration == self.ends)
 
 
 class Engine:
@@ -69,18 +74,17 @@ class Noted(Scripted):
         self.log.append(f"commit {iteration}")
 
 
-def _run(takes, *, begin=0, fails="", save_interval=2, show=lambda _: None):
+def _run(takes, *, begin=0, fails="", saves=(2, 3), ends=None, show=lambda _: None):
     log = []
     side = Side(Noted(log), Engine(log, fails))
     with one_rank():
         try:
             asyncio.run(
                 run(
-                    Learner(log, takes, begin),
+                    Learner(log, takes, begin, saves, ends),
                     Source(),
                     side,
                     iterations=len(takes),
-                    save_interval=save_interval,
                     show=show,
                 )
             )
@@ -90,7 +94,7 @@ def _run(takes, *, begin=0, fails="", save_interval=2, show=lambda _: None):
 
 
 def test_collect_learn_sync_and_commit_what_a_checkpoint_holds():
-    """No sync where no step was taken; the last iteration is always saved."""
+    """No sync where no step was taken."""
     assert _run([1, 0, 2]) == [
         *("sync 0", "collect 0 at 0", "learn 4", "sync 1"),
         *("collect 1 at 1", "learn 4", "save", "commit 1"),
@@ -105,7 +109,7 @@ def test_a_resumed_run_gives_the_engine_its_weights_first():
 
 
 def test_weights_that_did_not_arrive_end_the_run_before_anything_is_sampled():
-    log = _run([1, 1], fails="1", save_interval=1)
+    log = _run([1, 1], fails="1", saves=(1, 2))
     assert log[-1] == "weights of version 1 did not arrive: other bits"
     assert "save" not in log
     assert "collect 1 at 1" not in log
@@ -116,12 +120,17 @@ def test_whoever_watches_may_end_the_run_before_it_is_saved():
         assert (found.number, found.sync.version, len(found.groups)) == (0, "1", 4)
         raise EngineError("enough")
 
-    log = _run([1, 1], save_interval=1, show=stop)
+    log = _run([1, 1], saves=(1, 2), show=stop)
     assert log[-2:] == ["sync 1", "enough"]
 
 
+def test_megatrons_exit_flags_end_it_when_what_is_saved_is_committed():
+    log = _run([1, 1, 1], saves=(2,), ends=2)
+    assert log[-3:] == ["sync 2", "save", "commit 1"]
+
+
 def test_without_a_place_to_save_nothing_is_committed():
-    log = _run([1], save_interval=None)
+    log = _run([1], saves=())
     assert not any(line in ("save", "commit 0") for line in log)
 
 
