@@ -25,6 +25,7 @@ def check_rl(flags: RunFlags, world_size: int) -> None:
     Raises:
         UserError: naming the value, what was expected, and the way out.
     """
+    _check_answers(flags, world_size)
     check_run(flags, world_size)
     for flag, reason in _REFUSED.items():
         if flag in flags:
@@ -46,6 +47,16 @@ def check_rl(flags: RunFlags, world_size: int) -> None:
         )
     _check_fused_router(flags)
     _check_ptx(flags)
+
+
+def _check_answers(flags: RunFlags, world_size: int) -> None:
+    """Packs are dealt out unevenly, but Megatron's global batch, which counts answers, is not."""
+    answers, ranks = flags.global_batch_size or 0, flags.layout(world_size).data_parallel
+    if ranks and answers % ranks:
+        raise UserError(
+            f"{answers} answers a step (--prompts-per-iteration x --group-size / --mini-batches): "
+            f"expected a multiple of the {ranks} data-parallel ranks"
+        )
 
 
 def _check_fused_router(flags: RunFlags) -> None:

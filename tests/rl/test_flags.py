@@ -95,6 +95,11 @@ def test_what_does_not_go_is_refused_with_the_way_out(typed, expected):
         _checked(*typed.split())
 
 
+def test_answers_that_do_not_divide_are_named_by_the_flags_that_made_them():
+    with pytest.raises(UserError, match=r"256 answers a step .*multiple of the 3 data-parallel"):
+        _checked(world_size=3)
+
+
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
