@@ -13,6 +13,7 @@ from megatron_k2.checkpoint.hf.config import preset_from_args
 from megatron_k2.errors import UserError
 from megatron_k2.presets import ModelPreset, get_preset
 from megatron_k2.rl.learner import Learner
+from megatron_k2.rl.learnt import Learnt, metrics
 from megatron_k2.rl.loop import Iteration, Side, run
 from megatron_k2.rl.settings import LearnerSettings, settings_from
 from megatron_k2.run.metrics import METRICS_FILE, JsonLines, MetricsWriter, read_records
@@ -139,17 +140,16 @@ class _Writer:
                 step = update.measured.step
                 self._steps.write(dataclasses.replace(step, consumed_tokens=self._num_tokens))
                 del measured["step"]
-            number = fields.pop("number")
-            _draw(number, {**fields, **measured, **shared["mismatch"]})
-            line = {"iteration": number, "round": found.number}
+            line = {"iteration": fields.pop("number"), "round": found.number}
             self._lines.append(line | fields | measured | shared)
+        _draw(learnt)
 
 
-def _draw(number: int, values: dict[str, Any]) -> None:
-    """Numbers as curves, for whoever watches."""
+def _draw(learnt: Learnt) -> None:
+    """Curves, for whoever watches."""
     from megatron.training import get_tensorboard_writer, get_wandb_writer
 
-    named = {f"rl/{name}": float(value) for name, value in values.items() if value is not None}
+    named, number = metrics(learnt), learnt.updates[-1].number
     if (tensorboard := get_tensorboard_writer()) is not None:
         for name, value in named.items():
             tensorboard.add_scalar(name, value, number)

@@ -7,7 +7,6 @@ schedules run every pass, its functions save and load.
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megatron.core import mpu
@@ -16,27 +15,17 @@ from megatron.core.utils import get_model_config
 
 from megatron_k2.optimizer.forget import forget
 from megatron_k2.rl.batch import Batch, Room, plan
+from megatron_k2.rl.learnt import Learnt
 from megatron_k2.rl.micro_batch import MicroBatch, micro_batch
-from megatron_k2.rl.old_logprobs import Mismatch, mismatch, old_logprobs
+from megatron_k2.rl.old_logprobs import mismatch, old_logprobs
 from megatron_k2.rl.record import Group
 from megatron_k2.rl.replay import Replay
 from megatron_k2.rl.rows import rows
 from megatron_k2.rl.settings import LearnerSettings
-from megatron_k2.rl.update import Stepper, Update
+from megatron_k2.rl.update import Stepper
 from megatron_k2.sft.dataset import Packs
 from megatron_k2.sft.sets import row_multiple
 from megatron_k2.training.hooks import TrainingHooks
-
-
-@dataclass(frozen=True)
-class Learnt:
-    """An iteration's work."""
-
-    mismatch: Mismatch
-    updates: tuple[Update, ...]
-    old_seconds: float
-    """Of building packs and the forward pass before the first step."""
-    step_seconds: float
 
 
 class Ended(NamedTuple):

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from megatron_k2.engine.protocol import Engine, EngineError
-from megatron_k2.rl.learner import Learner, Learnt
+from megatron_k2.rl.learner import Learner
+from megatron_k2.rl.learnt import Learnt
 from megatron_k2.rl.record import Group
 from megatron_k2.weight_sync.push import Round, push
 from megatron_k2.weight_sync.source import WeightSource

@@ -7,7 +7,6 @@ that the same version drew; the difference is numerical, and an alarm's business
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,21 +15,9 @@ import torch.distributed as dist
 from megatron.core import mpu
 from torch import Tensor
 
+from megatron_k2.rl.learnt import Mismatch
 from megatron_k2.rl.micro_batch import MicroBatch, Old, forward, scored_twice
 from megatron_k2.rl.replay import Replay
-
-
-@dataclass(frozen=True)
-class Mismatch:
-    """Trainer against engine at temperature 1, in nats a token, over an iteration's batches."""
-
-    num_tokens: int
-    mean_absolute: float
-    largest: float
-    mean: float
-    """Of log pi - log mu; under 0 where the engine was surer of what it drew."""
-    kl: float
-    """Mean of (rho - 1 - log rho), rho = pi / mu: an estimate of KL(mu | pi), never negative."""
 
 
 def old_logprobs(

@@ -12,7 +12,6 @@ import dataclasses
 import sys
 import time
 from argparse import Namespace
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,6 +23,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_k2.rl.batch import Batch
+from megatron_k2.rl.learnt import Measured, Update
 from megatron_k2.rl.micro_batch import MicroBatch
 from megatron_k2.rl.old_logprobs import everyones
 from megatron_k2.rl.replay import Replay
@@ -32,46 +32,6 @@ from megatron_k2.rl.step import SUMS, forward_step
 from megatron_k2.run.metrics import StepRecord
 from megatron_k2.training.hooks import TrainingHooks
 from megatron_k2.training.step_log import StepLog
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What the passes of a step showed; means are over trained tokens of the global batch."""
-
-    loss: float
-    """What was differentiated: the objective and the weighted NLL. Its value means little."""
-    objective: float
-    ptx_nll: float | None
-    """Nats per token of the PTX packs, where there are any."""
-    entropy: float
-    """Of the policy at the temperature of each token, in nats."""
-    log_ratio: float
-    """Of log pi / pi_old, before the step."""
-    kl: float
-    """An estimate of KL(pi_old | pi), never negative."""
-    step: StepRecord
-    """Gradient norm, maximum logits, clips, loads, update RMS."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """One mini-batch, and the step it took."""
-
-    number: int
-    """Of the mini-batch in the run, from 1: Megatron's iteration."""
-    version: int
-    """Optimizer steps behind the weights, after it."""
-    is_taken: bool
-    """Whether there was a step: not without a live group, nor with a gradient that is no number."""
-    num_groups: int
-    num_live_groups: int
-    num_answers: int
-    """Of live groups."""
-    num_trained_tokens: int
-    num_tokens: int
-    """Rows of all packs that are not padding."""
-    measured: Measured | None
-    """``None`` where no pass was run."""
 
 
 class Stepper:
