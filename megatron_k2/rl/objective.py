@@ -21,14 +21,12 @@ that micro-batches and data-parallel ranks add up to the loss of the whole.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_k2.errors import UserError
-
-LengthScale = Literal["sum", "per_token"]
+from megatron_k2.rl.settings import LengthScale
 
 
 @dataclass(frozen=True)
@@ -140,6 +138,7 @@ def token_loss(
     log_ratio: Tensor,
     mask: Tensor,
     sample: Tensor,
+    lengths: Tensor,
     found: Advantages,
     tau: float,
     length_scale: LengthScale = "per_token",
@@ -152,6 +151,7 @@ def token_loss(
         log_ratio: [tokens], as in ``sequence_log_ratios``.
         mask: [tokens]; segments of older versions stay in.
         sample: [tokens].
+        lengths: [n] tokens in the mask of each answer, of all context-parallel ranks.
         found: the n answers' advantages and weights.
         tau: more than 0.
         length_scale: the module's docstring; the mean over an answer's tokens by default.
@@ -165,7 +165,6 @@ def token_loss(
     _check(tau)
     kept = torch.where(mask, log_ratio, 0.0)
     where = torch.where(mask, sample, 0)
-    lengths = torch.zeros_like(found.values).index_add(0, where, mask.to(found.values.dtype))
     each = -found.values[where] * kept + tau / 2 * kept.square()
     if behaviour is not None:
         each = each * torch.where(mask, behaviour, 0.0).detach().exp().clamp(max=ratio_cap)

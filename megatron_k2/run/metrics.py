@@ -106,8 +106,8 @@ class MetricsWriter:
     """Appends records to a run's files, each on disk before the next step is shown."""
 
     def __init__(self, directory: Path) -> None:
-        self._steps = _JsonLines(directory / METRICS_FILE)
-        self._heads = _JsonLines(directory / MAX_LOGITS_FILE)
+        self._steps = JsonLines(directory / METRICS_FILE)
+        self._heads = JsonLines(directory / MAX_LOGITS_FILE)
 
     def write(self, record: StepRecord) -> None:
         """Append ``record``; the first call drops what an earlier run wrote past it."""
@@ -119,7 +119,7 @@ class MetricsWriter:
         self._heads.append({"iteration": iteration, "max_logits": rounded})
 
 
-class _JsonLines:
+class JsonLines:
     """A file of objects with an ``iteration``, in order, without those past a resume."""
 
     def __init__(self, path: Path) -> None:
@@ -127,6 +127,7 @@ class _JsonLines:
         self._is_trimmed = False
 
     def append(self, fields: dict[str, Any]) -> None:
+        """One more line, on disk; the first drops what an earlier run wrote from there on."""
         if not self._is_trimmed:
             self._drop_from(fields["iteration"])
             self._is_trimmed = True

@@ -72,7 +72,12 @@ CHECKS = (
     Check("packed = documents alone", ("sft/test_packed_training.py",)),
     Check("adapters = merged weights", ("sft/lora/test_model.py",)),
     Check("adapters at every layout", ("sft/lora/test_layouts.py",)),
-    Check("RL's loss and log-probabilities", ("rl",), is_quick=True),
+    Check(
+        "RL's loss, routes replayed",
+        ("rl/test_objective.py", "rl/test_logprobs.py", "rl/test_replay.py"),
+        is_quick=True,
+    ),
+    Check("RL at every layout = one rank", ("rl/test_learner.py",)),
     Check("bf16 masters, MTP layers", ("parallel/test_bf16_and_mtp.py",)),
     Check("save, load at another layout", ("parallel/test_reshard.py",)),
     Check("killed rank, exact resume", ("training/test_resume.py",)),

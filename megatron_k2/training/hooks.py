@@ -136,6 +136,11 @@ class TrainingHooks:
             step = next(step for step in self._saved if step > last)  # they end in order
             raise unwritten(Path(self.args.save), step, error) from error
 
+    @property
+    def last_save(self) -> int | None:
+        """Step of the last checkpoint that this run began; ``None`` before the first."""
+        return self._saved[-1] if self._saved else None
+
     def nothing_to_do(self) -> str | None:
         """Why a run ended without a step, in a sentence; ``None`` if it took one or saved none."""
         args = self.args

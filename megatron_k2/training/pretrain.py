@@ -1,9 +1,11 @@
 """``torchrun -m megatron_k2.training.pretrain <flags>``: Megatron's own training loop, our model.
 
 There is no loop here: flags are expanded, checked, parsed by Megatron, and handed to
-``megatron.training.pretrain`` with a model config, a forward step and a data provider.
+``megatron.training.pretrain`` with a model config, a forward step and a data provider. A
+``Program`` may bring a loop of its own; the start of a run is the same for all.
 """
 
+import argparse
 import os
 import socket
 import sys
@@ -40,9 +42,17 @@ def _pretraining_providers() -> tuple[Any, Any]:
     return datasets_provider, forward_step
 
 
+def _megatron_loop(config: Any, providers: tuple[Any, Any], _hooks: Any) -> None:
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+
+    datasets_provider, forward_step = providers
+    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+
+
 @dataclass(frozen=True)
 class Program:
-    """What a kind of training brings to Megatron's loop; the rest of a run is the same for all."""
+    """What a kind of training brings to a run; the rest is the same for all."""
 
     name: str
     """What its messages begin with."""
@@ -51,9 +61,15 @@ class Program:
     check: Callable[[RunFlags, int], None]
     """Refuses what cannot run, given the ranks; see ``training.preflight.check_run``."""
     providers: Callable[[], tuple[Any, Any]]
-    """Imports and returns Megatron's datasets provider and forward step."""
+    """Imports and returns what ``loop`` is given, for Megatron's its datasets provider and forward
+    step."""
     prepare: Callable[[RunFlags], list[str]]
     """What rank 0 does before all others begin; returns what is to be said of the run."""
+    arguments: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] = add_k2_arguments
+    """Declares what Megatron's parser does not know."""
+    loop: Callable[[Any, tuple[Any, Any], Any], None] = _megatron_loop
+    """The training itself: Megatron's configurations, what ``providers`` returned, the hooks, which
+    are entered (``training.hooks.TrainingHooks``)."""
 
 
 PRETRAIN = Program("pretrain", expand, check_run, _pretraining_providers, lambda _flags: [])
@@ -160,8 +176,7 @@ def _put_in_order(flags: RunFlags, world_size: int) -> list[str]:
 
 
 def _pretrain(terminal: TextIO | None, program: Program) -> None:
-    from megatron.core.enums import ModelType
-    from megatron.training import get_tokenizer, pretrain, set_startup_timestamps
+    from megatron.training import get_tokenizer, set_startup_timestamps
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
@@ -170,9 +185,9 @@ def _pretrain(terminal: TextIO | None, program: Program) -> None:
     from megatron_k2.run.report.summary import finish
     from megatron_k2.training.hooks import TrainingHooks, training_hooks
 
-    datasets_provider, forward_step = program.providers()
+    providers = program.providers()
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
-    args = parse_and_validate_args(extra_args_provider=add_k2_arguments)
+    args = parse_and_validate_args(extra_args_provider=program.arguments)
     if args.muonclip and not args.use_distributed_optimizer:
         args.optimizer = "muonclip"  # Megatron's closed list of choices is behind us
     model_config = model_config_from_args(args, get_tokenizer().vocab_size)
@@ -180,7 +195,7 @@ def _pretrain(terminal: TextIO | None, program: Program) -> None:
     writer = MetricsWriter(Path(args.save)) if args.save else None
     hooks = TrainingHooks(args, terminal, writer)
     with training_hooks(hooks):
-        pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+        program.loop(config, providers, hooks)
     if args.rank == args.world_size - 1:
         if (sentence := hooks.nothing_to_do()) is not None:
             print(sentence, file=terminal)

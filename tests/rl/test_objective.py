@@ -147,8 +147,8 @@ def test_token_form_is_the_sequence_form_at_length_one_and_not_beyond():
         mask[kept] = True
         lengths = torch.bincount(sample[mask], minlength=6)
 
-        def tokens(x, mask=mask):
-            return token_loss(_ratios(x, ids, old), mask, sample, found, TAU, "sum")
+        def tokens(x, mask=mask, lengths=lengths):
+            return token_loss(_ratios(x, ids, old), mask, sample, lengths, found, TAU, "sum")
 
         def sequences(x, mask=mask, lengths=lengths):
             sums = sequence_log_ratios(_ratios(x, ids, old), mask, sample, 6)
@@ -209,9 +209,10 @@ def test_tokens_outside_the_mask_may_be_anything():
     found = advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
     sums = sequence_log_ratios(ratios, mask, sample, 2)
     assert sums.tolist() == [0.5, -0.25]
+    lengths = torch.tensor([1, 1])
     losses = [
-        sequence_loss(sums, torch.tensor([1, 1]), found, TAU),
-        token_loss(ratios, mask, sample, found, TAU, behaviour=ratios.detach()),
+        sequence_loss(sums, lengths, found, TAU),
+        token_loss(ratios, mask, sample, lengths, found, TAU, behaviour=ratios.detach()),
         window_loss(ratios, mask, sample, found, TAU, (-1.0, 1.0), 2),
     ]
     for loss in losses:
@@ -237,7 +238,7 @@ def test_a_trajectory_of_three_versions_by_hand():
     assert slope.tolist() == pytest.approx([0, 0, 0, 0, -0.1, -0.1, 0.25])
     behaviour = torch.tensor([1.0, 0.5, 0.0, -0.5, 0.0, 0.0, 0.0])
     everything = torch.ones(7, dtype=torch.bool)
-    loss = token_loss(ratio, everything, sample, found, 0.5, "sum", behaviour)
+    loss = token_loss(ratio, everything, sample, torch.tensor([6, 1]), found, 0.5, "sum", behaviour)
     (slope,) = torch.autograd.grad(loss, ratio)
     importance = behaviour.exp().clamp(max=2)
     assert importance[0] == 2

@@ -1,0 +1,164 @@
+"""The trainer's side of an iteration: pi_old of what was sampled, then a step a mini-batch.
+
+Model and optimizer are Megatron's (``setup_model_and_optimizer`` with this package's hooks), its
+schedules run every pass, its functions save and load.
+"""
+
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from megatron.core import mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+
+from megatron_k2.optimizer.forget import forget
+from megatron_k2.rl.batch import Batch, Room, plan
+from megatron_k2.rl.learnt import Learnt
+from megatron_k2.rl.micro_batch import MicroBatch, micro_batch
+from megatron_k2.rl.old_logprobs import mismatch, old_logprobs
+from megatron_k2.rl.record import Group
+from megatron_k2.rl.replay import Replay
+from megatron_k2.rl.rows import rows
+from megatron_k2.rl.settings import LearnerSettings
+from megatron_k2.rl.update import Stepper
+from megatron_k2.sft.dataset import Packs
+from megatron_k2.sft.sets import row_multiple
+from megatron_k2.training.hooks import TrainingHooks
+
+
+class Ended(NamedTuple):
+    """The end of an iteration."""
+
+    is_saved: bool
+    """It is in a checkpoint that is whole."""
+    must_end: bool
+    """Megatron's ``--exit-...`` flags: a signal, the duration, an interval."""
+
+
+class Learner:
+    """What trains, on every rank; all methods are collective.
+
+    Args:
+        args: Megatron's and ours.
+        hooks: through which the optimizer was built.
+        built: model chunks, optimizer and scheduler of ``setup_model_and_optimizer``.
+        settings: of the objective and what goes with it.
+        ptx: the stream of curated packs; ``None``: there is none.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        hooks: TrainingHooks,
+        built: tuple[list[Any], Any, Any],
+        settings: LearnerSettings,
+        ptx: Packs | None = None,
+    ) -> None:
+        self._args, self._hooks, self._settings, self._ptx = args, hooks, settings, ptx
+        self.stages = built[0]
+        self._replay = _replay_of(self.stages) if settings.replays_routes else None
+        self._stepper = Stepper(args, hooks, built, settings.objective, self._replay)
+        is_interleaved = len(self.stages) > 1
+        self._room = Room(
+            num_rows=args.seq_length,
+            num_ranks=mpu.get_data_parallel_world_size(),
+            multiple=row_multiple(args.context_parallel_size),
+            count_multiple=args.pipeline_model_parallel_size if is_interleaved else 1,
+        )
+        self.number = int(args.iteration)
+        """Mini-batches behind the weights, those without a step included: Megatron's iteration."""
+
+    @property
+    def iteration(self) -> int:
+        """The next one, from 0."""
+        return self.number // self._settings.mini_batches
+
+    @property
+    def version(self) -> int:
+        """Optimizer steps behind the weights."""
+        return self._stepper.version
+
+    def learn(self, groups: Sequence[Group]) -> Learnt:
+        """One iteration: pi_old of every mini-batch by today's weights, then their steps.
+
+        Args:
+            groups: the same on every rank.
+
+        Raises:
+            UserError: answers that do not fit a pack, or of another model.
+        """
+        if self._settings.resets_optimizer:
+            forget(self._stepper.optimizer)
+        begin = time.perf_counter()
+        batches = [self._planned(part, i) for i, part in enumerate(self._parts(groups))]
+        prepared = [self._prepared(batch) for batch in batches]
+        flat = [micro for micros in prepared for micro in micros]
+        found = mismatch(flat)
+        middle = time.perf_counter()
+        updates = []
+        for batch, micros in zip(batches, prepared, strict=True):
+            self.number += 1
+            updates.append(self._stepper.step(batch, micros, self.number))
+        return Learnt(found, tuple(updates), middle - begin, time.perf_counter() - middle)
+
+    def _parts(self, groups: Sequence[Group]) -> list[Sequence[Group]]:
+        """Mini-batches, by ordinal; groups of one stay together."""
+        ordered = sorted(groups, key=lambda group: group.ordinal)
+        count = self._settings.mini_batches
+        cuts = [len(ordered) * i // count for i in range(count + 1)]
+        return [ordered[cuts[i] : cuts[i + 1]] for i in range(count)]
+
+    def _planned(self, groups: Sequence[Group], place: int) -> Batch:
+        size = self._settings.ptx_packs if self._ptx is not None else 0
+        first = (self.number + place) * size
+        return plan(
+            groups,
+            self._room,
+            self.version,
+            keeps_old=self._settings.objective.keeps_old,
+            ptx=[self._ptx[first + i] for i in range(size)] if self._ptx is not None else (),
+        )
+
+    def _prepared(self, batch: Batch) -> list[MicroBatch]:
+        """This rank's packs, with pi_old on the last stage."""
+        if not batch.is_live:
+            return []
+        keeps_old = self._settings.objective.keeps_old
+        micros = [
+            micro_batch(
+                rows(source, self._room, batch.version, keeps_old=keeps_old),
+                replays=self._replay is not None,
+            )
+            for source in batch.shares[mpu.get_data_parallel_rank()]
+        ]
+        olds = old_logprobs(
+            get_forward_backward_func(), self.stages, micros, self._replay, self._args.seq_length
+        )
+        return [micro.with_old(old) for micro, old in zip(micros, olds, strict=True)]
+
+    def end_iteration(self, *, is_last: bool) -> Ended:
+        """Save where it is due, by Megatron's functions and flags, and decide whether to go on.
+
+        Args:
+            is_last: of the run, which is saved in any case.
+
+        Raises:
+            UserError: a checkpoint could not be written.
+        """
+        from megatron.training import training
+
+        state = (self.stages, self._stepper.optimizer, self._stepper.scheduler)
+        num_flops = self._args.num_floating_point_operations_so_far
+        must_end = training.checkpoint_and_decide_exit(*state, self.number, num_flops, {}, None)
+        if is_last and self._args.save and self._hooks.last_save != self.number:
+            training.save_checkpoint_and_time(self.number, *state, num_flops, {})
+        return Ended(self._hooks.last_save == self.number, must_end)
+
+
+def _replay_of(stages: list[Any]) -> Replay:
+    config = get_model_config(stages[0])
+    group = mpu.get_tensor_model_parallel_group()
+    is_split = config.sequence_parallel and group.size() > 1
+    return Replay(stages, config.moe_layer_freq, group if is_split else None)

@@ -1,0 +1,107 @@
+"""The loop, on one screen: collect, score, update, sync.
+
+Rank 0 alone has the engine and what collects; every rank trains. A group comes with its rewards:
+scoring goes on while others are still sampled, so it is the collector's.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from megatron_k2.engine.protocol import Engine, EngineError
+from megatron_k2.rl.learner import Learner
+from megatron_k2.rl.learnt import Learnt
+from megatron_k2.rl.record import Group
+from megatron_k2.weight_sync.push import Round, push
+from megatron_k2.weight_sync.source import WeightSource
+
+
+class Collector(Protocol):
+    """What samples and scores, on rank 0."""
+
+    async def collect(self, iteration: int, version: int) -> Sequence[Group]:
+        """Groups to learn from, judged.
+
+        Args:
+            iteration: from 0; the one after the last that was committed, or any since.
+            version: of the weights that the engine serves.
+        """
+        ...
+
+    def committed(self, iteration: int) -> None:
+        """What was collected up to this iteration is in a checkpoint that is whole."""
+        ...
+
+
+@dataclass(frozen=True)
+class Side:
+    """What rank 0 has beside its part of the model."""
+
+    collector: Collector
+    engine: Engine
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one turn did; on every rank the same."""
+
+    number: int
+    groups: tuple[Group, ...]
+    learnt: Learnt
+    sync: Round | None
+    """``None``: no step was taken, so the engine has these weights already."""
+
+
+async def run(
+    learner: Learner,
+    source: WeightSource,
+    side: Side | None,
+    *,
+    iterations: int,
+    show: Callable[[Iteration], None],
+) -> None:
+    """From where the learner is to the end, or to where Megatron's ``--exit-...`` flags end it.
+
+    Args:
+        learner: of this rank.
+        source: of the learner's weights.
+        side: on rank 0; ``None`` elsewhere.
+        iterations: of the whole run.
+        show: takes each iteration when it is done, on every rank; it may raise to end the run.
+
+    Raises:
+        EngineError: the engine could not take over the weights.
+    """
+    if learner.iteration < iterations:
+        await _synced(source, side, learner.version)
+    for number in range(learner.iteration, iterations):
+        version = learner.version
+        mine = None if side is None else await side.collector.collect(number, version)
+        groups = _everyones(mine)
+        learnt = learner.learn(groups)
+        sync = None
+        if learner.version != version:
+            sync = await _synced(source, side, learner.version)
+        show(Iteration(number, groups, learnt, sync))
+        ended = learner.end_iteration(is_last=number + 1 == iterations)
+        if ended.is_saved and side is not None:
+            side.collector.committed(number)
+        if ended.must_end:
+            return
+
+
+async def _synced(source: WeightSource, side: Side | None, version: int) -> Round:
+    found = await push(source, None if side is None else side.engine, str(version))
+    if not found.is_whole:
+        raise EngineError(f"weights of version {version} did not arrive: {found.detail}")
+    return found
+
+
+def _everyones(mine: Sequence[Group] | None) -> tuple[Group, ...]:
+    """Rank 0's groups, on every rank."""
+    box: list[Any] = [None if mine is None else tuple(mine)]
+    dist.broadcast_object_list(box, src=0)
+    groups: tuple[Group, ...] = box[0]
+    return groups

@@ -1,0 +1,137 @@
+"""One pack as rows: what is read, what is asked for, and what is known of what is asked for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_k2.errors import UserError
+from megatron_k2.model.packed import PackLayout, lay_out
+from megatron_k2.rl.batch import Answer, Room, Source, is_kept
+from megatron_k2.sft.dataset import Pack, PackShape, rows_of
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One pack, whole, on the host; arrays are [s] unless said otherwise.
+
+    What is said of a row's label, the token that it is asked for, is 0 where there is none.
+    """
+
+    layout: PackLayout
+    tokens: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    sample: NDArray[np.int64]
+    """Answer of the pack that the label is part of, from 0."""
+    is_trained: NDArray[np.bool_]
+    """In the answer's mask."""
+    is_current: NDArray[np.bool_]
+    """Drawn by the weights that are pi_old, so that the engine's number and the trainer's are of
+    one model."""
+    temperature: NDArray[np.float32]
+    """It was drawn at; 1 elsewhere."""
+    behaviour: NDArray[np.float32]
+    """The engine's log-probability of it, at temperature 1."""
+    nll_weight: NDArray[np.float32]
+    """Of the PTX term."""
+    routes: NDArray[np.int16] | None
+    """[s, MoE layers, top-k]: experts of the token that is read; -1 where none were recorded.
+    ``None``: of the whole pack none."""
+    advantage: NDArray[np.float32]
+    """[answers of the pack]"""
+    weight: NDArray[np.float32]
+    """[answers]"""
+    lengths: NDArray[np.int64]
+    """[answers] tokens in the mask."""
+
+
+_BLANK = {
+    "tokens": np.int64,
+    "labels": np.int64,
+    "sample": np.int64,
+    "is_trained": np.bool_,
+    "is_current": np.bool_,
+    "behaviour": np.float32,
+    "nll_weight": np.float32,
+}
+
+
+def rows(source: Source, room: Room, version: int, *, keeps_old: bool = False) -> Rows:
+    """A pack's rows.
+
+    Args:
+        source: what it holds.
+        room: as in ``plan``.
+        version: as in ``plan``.
+        keeps_old: as in ``plan``.
+
+    Raises:
+        UserError: routes of two shapes.
+    """
+    if source.ptx is not None:
+        return _ptx_rows(source.ptx, room)
+    lengths = [len(each.trajectory.token_ids) - 1 for each in source.answers]
+    layout = lay_out(lengths, room.num_rows, room.multiple)
+    found: dict[str, Any] = {name: np.zeros(room.num_rows, dtype) for name, dtype in _BLANK.items()}
+    temperature = np.ones(room.num_rows, np.float32)
+    routes = _blank_routes(source.answers, room.num_rows)
+    for number, (answer, start) in enumerate(zip(source.answers, layout.bounds, strict=False)):
+        tokens = np.array(answer.trajectory.token_ids)
+        here = slice(start, start + len(tokens) - 1)
+        found["tokens"][here], found["labels"][here] = tokens[:-1], tokens[1:]
+        found["sample"][here] = number
+        at = start - 1  # of the row that is asked for the segment's first token
+        for segment in answer.trajectory.segments:
+            size = len(segment.token_ids)
+            asked = slice(at, at + size)
+            if segment.is_sampled:
+                found["is_trained"][asked] = is_kept(segment, version, keeps_old)
+                found["is_current"][asked] = segment.weight_version == version
+                found["behaviour"][asked] = segment.logprobs
+                temperature[asked] = segment.temperature
+            if routes is not None and segment.routes:
+                count = min(len(segment.routes), start + len(tokens) - 1 - (at + 1))
+                routes[at + 1 : at + 1 + count] = segment.routes[:count]
+            at += size
+    return Rows(
+        layout=layout,
+        position_ids=layout.positions(),
+        temperature=temperature,
+        routes=routes,
+        advantage=np.array([each.advantage for each in source.answers], np.float32),
+        weight=np.array([each.weight for each in source.answers], np.float32),
+        lengths=np.array([each.num_trained for each in source.answers], np.int64),
+        **found,
+    )
+
+
+def _blank_routes(answers: tuple[Answer, ...], num_rows: int) -> NDArray[np.int16] | None:
+    shapes = {
+        (len(segment.routes[0]), len(segment.routes[0][0]))
+        for each in answers
+        for segment in each.trajectory.segments
+        if segment.routes
+    }
+    if len(shapes) > 1:
+        raise UserError(f"routes of {sorted(shapes)} MoE layers and experts in one pack")
+    return np.full((num_rows, *shapes.pop()), -1, np.int16) if shapes else None
+
+
+def _ptx_rows(curated: Pack, room: Room) -> Rows:
+    """A pack of curated data; ``sft.dataset`` lays it out."""
+    parts = rows_of(curated, PackShape(room.num_rows, room.multiple))
+    found: dict[str, Any] = {name: np.zeros(room.num_rows, dtype) for name, dtype in _BLANK.items()}
+    found |= {name: parts[name].numpy() for name in ("tokens", "labels")}
+    found["nll_weight"] = parts["loss_mask"].numpy()
+    return Rows(
+        layout=PackLayout(tuple(parts["lengths"].tolist()), tuple(parts["cu_seqlens"].tolist())),
+        position_ids=parts["position_ids"].numpy(),
+        temperature=np.ones(room.num_rows, np.float32),
+        routes=None,
+        advantage=np.zeros(0, np.float32),
+        weight=np.zeros(0, np.float32),
+        lengths=np.zeros(0, np.int64),
+        **found,
+    )

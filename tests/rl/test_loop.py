@@ -1,0 +1,139 @@
+"""The loop itself, over strict stand-ins of what it calls: order, syncs, commits, a failed sync."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_k2.engine.protocol import EngineError, UpdateCode, UpdateError
+from megatron_k2.rl.learner import Ended
+from megatron_k2.rl.loop import Side, run
+from tests.rl.recorded import Scripted, iteration
+from tests.support.single_rank import one_rank
+
+
+class Learner:
+    """Takes a step where told to; notes what it did."""
+
+    def __init__(self, log, takes, iteration=0, saves=(), ends=None):
+        self.log, self.takes, self.saves, self.ends = log, takes, saves, ends
+        self.iteration, self.version = iteration, sum(takes[:iteration])
+
+    def learn(self, groups):
+        self.log.append(f"learn {len(groups)}")
+        self.version += self.takes[self.iteration]
+        self.iteration += 1
+
+    def end_iteration(self, *, is_last):
+        assert is_last is (self.iteration == len(self.takes))
+        is_saved = self.iteration in self.saves
+        if is_saved:
+            self.log.append("save")
+        return Ended(is_saved, self.iteration == self.ends)
+
+
+class Engine:
+    """Takes all weights, or fails at a version."""
+
+    def __init__(self, log, fails=""):
+        self.log, self.fails, self.version = log, fails, ""
+
+    async def update_weights(self, weights, version, manifest=None):
+        assert [name for name, _ in weights] == ["w"]
+        if version == self.fails:
+            raise UpdateError(UpdateCode.CHECKSUM, "other bits")
+        self.version = version
+        self.log.append(f"sync {version}")
+
+    def health(self):
+        return SimpleNamespace(weight_version=self.version)
+
+
+class Source:
+    """One tensor, on the only rank."""
+
+    is_root, group = True, None
+
+    def tensors(self):
+        yield "w", torch.zeros(2)
+
+
+class Noted(Scripted):
+    """Writes into the same log."""
+
+    def __init__(self, log):
+        super().__init__([iteration(seed) for seed in range(4)])
+        self.log = log
+
+    async def collect(self, iteration, version):
+        self.log.append(f"collect {iteration} at {version}")
+        return await super().collect(iteration, version)
+
+    def committed(self, iteration):
+        self.log.append(f"commit {iteration}")
+
+
+def _run(takes, *, begin=0, fails="", saves=(2, 3), ends=None, show=lambda _: None):
+    log = []
+    side = Side(Noted(log), Engine(log, fails))
+    with one_rank():
+        try:
+            asyncio.run(
+                run(
+                    Learner(log, takes, begin, saves, ends),
+                    Source(),
+                    side,
+                    iterations=len(takes),
+                    show=show,
+                )
+            )
+        except EngineError as error:
+            log.append(str(error))
+    return log
+
+
+def test_collect_learn_sync_and_commit_what_a_checkpoint_holds():
+    """No sync where no step was taken."""
+    assert _run([1, 0, 2]) == [
+        *("sync 0", "collect 0 at 0", "learn 4", "sync 1"),
+        *("collect 1 at 1", "learn 4", "save", "commit 1"),
+        *("collect 2 at 1", "learn 4", "sync 3", "save", "commit 2"),
+    ]
+
+
+def test_a_resumed_run_gives_the_engine_its_weights_first():
+    log = _run([1, 1, 1], begin=2)
+    assert log[:2] == ["sync 2", "collect 2 at 2"]
+    assert _run([1, 1, 1], begin=3) == []
+
+
+def test_weights_that_did_not_arrive_end_the_run_before_anything_is_sampled():
+    log = _run([1, 1], fails="1", saves=(1, 2))
+    assert log[-1] == "weights of version 1 did not arrive: other bits"
+    assert "save" not in log
+    assert "collect 1 at 1" not in log
+
+
+def test_whoever_watches_may_end_the_run_before_it_is_saved():
+    def stop(found):
+        assert (found.number, found.sync.version, len(found.groups)) == (0, "1", 4)
+        raise EngineError("enough")
+
+    log = _run([1, 1], saves=(1, 2), show=stop)
+    assert log[-2:] == ["sync 1", "enough"]
+
+
+def test_megatrons_exit_flags_end_it_when_what_is_saved_is_committed():
+    log = _run([1, 1, 1], saves=(2,), ends=2)
+    assert log[-3:] == ["sync 2", "save", "commit 1"]
+
+
+def test_without_a_place_to_save_nothing_is_committed():
+    log = _run([1], saves=())
+    assert not any(line in ("save", "commit 0") for line in log)
+
+
+@pytest.mark.parametrize("takes", [[0], [0, 0]])
+def test_an_engine_is_synced_once_where_nothing_is_learnt(takes):
+    assert sum(line.startswith("sync") for line in _run(takes)) == 1
