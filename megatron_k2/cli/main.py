@@ -20,6 +20,7 @@ VERBS = {
     "data": "prepare: text to Megatron indexed datasets; chat: dialogues to packed sequences",
     "pretrain": "train a preset on Megatron's own loop (any Megatron flag may follow)",
     "sft": "fine-tune on packed dialogues, on the same loop",
+    "rl": "reinforcement learning on tasks that are judged, sampled by the embedded engine",
     "launch": "run a recipe: on this machine (CPU twins) or as a Slurm job",
     "convert": "checkpoints between Hugging Face and Megatron, both ways",
     "evaluate": "loss and perplexity of a Megatron checkpoint on a dataset",

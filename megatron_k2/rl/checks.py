@@ -1,8 +1,12 @@
 """What a run of reinforcement learning refuses before anything expensive."""
 
+from pathlib import Path
+
 from megatron_k2.errors import UserError
 from megatron_k2.flags.words import last_value
 from megatron_k2.rl.flags import FUSED_ROUTER
+from megatron_k2.rl.rails import rails_from
+from megatron_k2.rl.task_sets import read_task_sets
 from megatron_k2.run.flags import RunFlags
 from megatron_k2.training.preflight import check_run
 
@@ -47,6 +51,31 @@ def check_rl(flags: RunFlags, world_size: int) -> None:
         )
     _check_fused_router(flags)
     _check_ptx(flags)
+
+
+def check_embedded(flags: RunFlags, world_size: int) -> None:
+    """Refuse what the embedded side would find out when the model is built: files, rails, sets.
+
+    Args:
+        flags: of the run, expanded.
+        world_size: ranks that will be started.
+
+    Raises:
+        UserError: as ``check_rl``.
+    """
+    for flag, what in (
+        ("--save", "the ledger of what was sampled lies in it"),
+        ("--tasks", "a file of task sets (docs/rl.md)"),
+        ("--chat-tokenizer", "the tokenizer that the model was fine-tuned with"),
+    ):
+        if (value := last_value(flags.words, flag)) is None:
+            raise UserError(f"missing {flag}: {what}")
+        if flag != "--save" and not Path(value).exists():
+            raise UserError(f"{flag} {value} does not exist; expected {what}")
+    read_task_sets(Path(last_value(flags.words, "--tasks") or ""))
+    places = [n for n, word in enumerate(flags.words) if word == "--rail"]
+    rails_from([flags.words[n + 1] for n in places if n + 1 < len(flags.words)])
+    check_rl(flags, world_size)
 
 
 def _check_answers(flags: RunFlags, world_size: int) -> None:

@@ -46,6 +46,8 @@ def add_rl_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         "--mini-batches", type=int, default=1, help="optimizer steps an iteration (default 1)"
     )
     _add_objective(group)
+    _add_sampling(group)
+    _add_watching(group)
     group.add_argument(
         "--ptx-packs", type=int, default=1, help=f"packs of {PTX_DATA} in each step (default 1)"
     )
@@ -100,6 +102,27 @@ def _add_objective(group: argparse._ArgumentGroup) -> None:
         default=default.ptx_weight,
         help=f"of the NLL per token of {PTX_DATA}; independent of tau (default 0)",
     )
+
+
+def _add_sampling(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--tasks", metavar="FILE.json", help="task sets to train on (rl/task_sets.py)")
+    add("--chat-tokenizer", metavar="DIR", help="of K2's chat format")
+    add("--groups-in-play", type=int, metavar="M", help="prompts at once (default 1.5 x prompts)")
+    add("--engine-slots", type=int, metavar="S", help="answers decoded at once (default: all, 64)")
+    add("--max-decode-steps", type=int, metavar="N", help="that end an iteration before its groups")
+    add("--batch-invariant", action="store_true", help="the same bits whatever else is sampled")
+    add("--sandbox", help="back-end for programs; default: the strongest")
+    add("--critic", metavar="FILE.json", help="calibration of the critic, for rubric rewards")
+    add("--force-critic", action="store_true", help="take a critic that is below its bar")
+
+
+def _add_watching(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--eval-every", type=int, default=10, help="iterations between held-out tries (0: none)")
+    add("--eval-samples", type=int, default=1, help="of each held-out task at temperature 1")
+    add("--rail", action="append", default=[], metavar="NAME=BOUND", help="see docs/rl.md; or off")
+    add("--on-alarm", choices=["stop", "warn", "off"], default="stop", help="(default: stop)")
 
 
 def expand(argv: list[str], *, cuda: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""One line an iteration, ``metrics.jsonl`` in the ledger's folder: all of a run's RL metrics.
+"""One line an iteration, ``metrics.jsonl`` in a run's folder of RL: all of its metrics.
 
 A run that went on from a checkpoint writes the iterations after it again; the last line of an
 iteration is the one that counts, and a torn last line counts for nothing.
@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_k2.errors import UserError
 
@@ -23,22 +23,27 @@ class Row(NamedTuple):
     version: int
     """Of the weights that it was sampled by."""
     metrics: Mapping[str, float]
+    position: Mapping[str, Any] = {}
+    """Of the ledger behind it."""
 
 
 class History:
-    """What a run has shown so far.
+    """What a run has shown so far; every rank may hold it, one writes.
 
     Args:
-        folder: of the run's ledger.
+        folder: of the run's RL; ``None``: nothing is kept.
         up_to: iterations that the checkpoint holds; later ones are forgotten. ``None``: all stay.
+        writes: whether this one keeps rows on disk.
 
     Raises:
         UserError: a line that is none, and is not the last.
     """
 
-    def __init__(self, folder: Path, up_to: int | None = None) -> None:
-        self._path = folder / METRICS
-        rows = {row.iteration: row for row in read_history(folder)}
+    def __init__(
+        self, folder: Path | None, up_to: int | None = None, *, writes: bool = True
+    ) -> None:
+        self._path = folder / METRICS if folder and writes else None
+        rows = {row.iteration: row for row in (read_history(folder) if folder else [])}
         self._rows = {n: row for n, row in rows.items() if up_to is None or n < up_to}
 
     @property
@@ -52,9 +57,12 @@ class History:
         return [self._rows[number] for number in sorted(self._rows)]
 
     def add(self, row: Row) -> None:
-        """Keep an iteration; on disk when this returns."""
+        """Keep an iteration; on disk when this returns, where this one writes."""
+        self._rows[row.iteration] = row
+        if self._path is None:
+            return
         finite = {name: value for name, value in row.metrics.items() if math.isfinite(value)}
-        said = {"iteration": row.iteration, "version": row.version, "metrics": finite}
+        said = {**row._asdict(), "metrics": finite, "position": dict(row.position)}
         broken = {n: repr(value) for n, value in row.metrics.items() if not math.isfinite(value)}
         if broken:
             said["broken"] = broken
@@ -63,7 +71,6 @@ class History:
             stream.write(("\n" if torn else "") + json.dumps(said) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
-        self._rows[row.iteration] = row
 
 
 def _ends_well(path: Path) -> bool:
@@ -91,9 +98,8 @@ def read_history(folder: Path) -> list[Row]:
         try:
             said = json.loads(line)
             broken = {name: float(text) for name, text in said.get("broken", {}).items()}
-            found[said["iteration"]] = Row(
-                int(said["iteration"]), int(said["version"]), said["metrics"] | broken
-            )
+            metrics, number = said["metrics"] | broken, int(said["iteration"])
+            found[number] = Row(number, int(said["version"]), metrics, said["position"])
         except (ValueError, KeyError, TypeError) as problem:
             if not line.startswith("{") or line.endswith("}"):
                 raise UserError(f"{path}:{number}: not an iteration's metrics: {problem}") from None

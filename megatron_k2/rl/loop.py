@@ -4,8 +4,9 @@ Rank 0 alone has the engine and what collects; every rank trains. A group comes 
 scoring goes on while others are still sampled, so it is the collector's.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -18,10 +19,21 @@ from megatron_k2.weight_sync.push import Round, push
 from megatron_k2.weight_sync.source import WeightSource
 
 
+@dataclass(frozen=True)
+class Collected:
+    """What rank 0 has for an iteration; handed to every rank."""
+
+    groups: tuple[Group, ...]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of the sampling, and of what else was tried with these weights."""
+    position: Mapping[str, Any] = field(default_factory=dict)
+    """Which record of groups they are from, JSON; it belongs to whatever trains on them."""
+
+
 class Collector(Protocol):
     """What samples and scores, on rank 0."""
 
-    async def collect(self, iteration: int, version: int) -> Sequence[Group]:
+    async def collect(self, iteration: int, version: int) -> Collected:
         """Groups to learn from, judged.
 
         Args:
@@ -32,6 +44,10 @@ class Collector(Protocol):
 
     def committed(self, iteration: int) -> None:
         """What was collected up to this iteration is in a checkpoint that is whole."""
+        ...
+
+    async def close(self) -> None:
+        """The run ends, by itself or by an error."""
         ...
 
 
@@ -48,10 +64,13 @@ class Iteration:
     """What one turn did; on every rank the same."""
 
     number: int
-    groups: tuple[Group, ...]
+    version: int
+    """Of the weights that it began with."""
+    collected: Collected
     learnt: Learnt
     sync: Round | None
     """``None``: no step was taken, so the engine has these weights already."""
+    collect_seconds: float
 
 
 async def run(
@@ -78,13 +97,15 @@ async def run(
         await _synced(source, side, learner.version)
     for number in range(learner.iteration, iterations):
         version = learner.version
+        began = time.perf_counter()
         mine = None if side is None else await side.collector.collect(number, version)
-        groups = _everyones(mine)
-        learnt = learner.learn(groups)
+        collected = _everyones(mine)
+        seconds = time.perf_counter() - began
+        learnt = learner.learn(collected.groups)
         sync = None
         if learner.version != version:
             sync = await _synced(source, side, learner.version)
-        show(Iteration(number, groups, learnt, sync))
+        show(Iteration(number, version, collected, learnt, sync, seconds))
         ended = learner.end_iteration(is_last=number + 1 == iterations)
         if ended.is_saved and side is not None:
             side.collector.committed(number)
@@ -99,9 +120,9 @@ async def _synced(source: WeightSource, side: Side | None, version: int) -> Roun
     return found
 
 
-def _everyones(mine: Sequence[Group] | None) -> tuple[Group, ...]:
-    """Rank 0's groups, on every rank."""
-    box: list[Any] = [None if mine is None else tuple(mine)]
+def _everyones(mine: Collected | None) -> Collected:
+    """Rank 0's, on every rank."""
+    box: list[Any] = [mine]
     dist.broadcast_object_list(box, src=0)
-    groups: tuple[Group, ...] = box[0]
-    return groups
+    found: Collected = box[0]
+    return found

@@ -87,7 +87,7 @@ def curves(
 
 
 def page_rows(
-    groups: Sequence[Group], iteration: int, text_of: Callable[[Sequence[int]], str]
+    groups: Sequence[Group], iteration: int, text_of: Callable[[list[int]], str]
 ) -> list[Mapping[str, Any]]:
     """Answers of an iteration as the page of trajectories shows them.
 
@@ -121,15 +121,13 @@ def _outcome(trajectory: Trajectory) -> str:
     return "right" if trajectory.parts.get("verdict", 0.0) >= 1 else "wrong"
 
 
-def _messages(
-    trajectory: Trajectory, text_of: Callable[[Sequence[int]], str]
-) -> list[dict[str, str]]:
+def _messages(trajectory: Trajectory, text_of: Callable[[list[int]], str]) -> list[dict[str, str]]:
     """Stretches of one origin; what older versions drew is shown apart from what newer ones did."""
     return [
         {
             "role": "assistant" if segment.is_sampled else "user",
             "name": f"version {segment.weight_version}" if segment.is_sampled else "",
-            "content": text_of(segment.token_ids),
+            "content": text_of(list(segment.token_ids)),
         }
         for segment in trajectory.segments
     ]

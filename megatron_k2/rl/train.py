@@ -1,25 +1,31 @@
-"""Reinforcement learning as a ``Program``: Megatron's start, our loop.
+"""``torchrun -m megatron_k2.rl.train <flags>``: reinforcement learning; Megatron's start, our loop.
 
 Flags are expanded, checked and parsed as pretraining's are, and the model is built, loaded and
 saved by Megatron's own functions; ``rl/loop.py`` takes the place of its training loop.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from megatron_k2.rl.checks import check_rl
+from megatron_k2.rl.checks import check_embedded, check_rl
 from megatron_k2.rl.flags import add_rl_arguments, expand
-from megatron_k2.training.pretrain import Program
+from megatron_k2.run.flags import RunFlags
+from megatron_k2.training.pretrain import Program, main
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from megatron_k2.presets import ModelPreset
     from megatron_k2.rl.assembly import MakeSide
+    from megatron_k2.rl.loop import Side
 
 
-def program(make_side: "MakeSide") -> Program:
+def program(make_side: "MakeSide", check: Callable[[RunFlags, int], None] = check_rl) -> Program:
     """Reinforcement learning with what ``make_side`` makes on rank 0."""
     return Program(
         "rl",
         expand,
-        check_rl,
+        check,
         lambda: (make_side, None),
         lambda _flags: [],
         arguments=add_rl_arguments,
@@ -31,3 +37,15 @@ def _loop(config: Any, providers: tuple[Any, None], hooks: Any) -> None:
     from megatron_k2.rl.assembly import learn
 
     learn(config, providers[0], hooks)
+
+
+async def _embedded(args: "Namespace", preset: "ModelPreset", iteration: int) -> "Side":
+    from megatron_k2.rl.side import make_side
+
+    return await make_side(args, preset, iteration)
+
+
+RL = program(_embedded, check_embedded)
+
+if __name__ == "__main__":
+    main(RL)

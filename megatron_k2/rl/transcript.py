@@ -82,12 +82,14 @@ class Transcript:
         return self.ids[self.drawings[turn] : end]
 
     def fill_routes(self, routes: Iterable[Routes | None]) -> None:
-        """Routes of all tokens that have been an input; those that are known stay.
+        """Routes of all tokens that have been an input, by the engine's last reading of them.
 
-        They stay because they are of the weights that drew what came after them.
+        An answer that is resumed is read again by newer weights, and what they draw then hangs on
+        where *they* sent its beginning: with the routes of the weights before, a trainer's
+        log-probabilities of the new tokens were off by up to 0.6 nats.
         """
         for place, found in enumerate(routes):
-            if self.routes[place] is None:
+            if found is not None:
                 self.routes[place] = found
 
     def segments(self) -> tuple[Segment, ...]:

@@ -89,9 +89,11 @@ class Sampled(Scripted):
                 tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
         answers = [self._answer(number, version) for number in range(8)]
         found = await asyncio.gather(*answers)
+        from megatron_k2.rl.loop import Collected
         from megatron_k2.rl.record import Group
 
-        return [Group(i, "toy", str(i), tuple(found[4 * i : 4 * i + 4])) for i in range(2)]
+        groups = (Group(i, "toy", str(i), tuple(found[4 * i : 4 * i + 4])) for i in range(2))
+        return Collected(tuple(groups))
 
     async def _answer(self, number, version):
         from megatron_k2.engine.protocol import Request, SamplingParams
@@ -120,7 +122,7 @@ def run_case(case):
     from megatron_k2.rl.train import program
     from megatron_k2.training.pretrain import run
 
-    def make_side(args):
+    async def make_side(args, preset, iteration):
         engine, weights = local_engine(args)
         if case.get("samples"):
             return loop.Side(Sampled(engine, weights), engine)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_k2.records.rollouts import End
+from megatron_k2.rl.loop import Collected
 from megatron_k2.rl.record import Group, Segment, Trajectory
 
 VOCAB_SIZE = 128
@@ -81,9 +82,12 @@ class Scripted:
         self.asked: list[tuple[int, int]] = []
         self.commits: list[int] = []
 
-    async def collect(self, iteration: int, version: int) -> Sequence[Group]:
+    async def collect(self, iteration: int, version: int) -> Collected:
         self.asked.append((iteration, version))
-        return stamped(self._iterations[iteration], version)
+        return Collected(tuple(stamped(self._iterations[iteration], version)))
 
     def committed(self, iteration: int) -> None:
         self.commits.append(iteration)
+
+    async def close(self) -> None:
+        """Nothing is open."""

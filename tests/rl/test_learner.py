@@ -216,7 +216,9 @@ def _difference(a: dict, b: dict) -> float:
 
 
 def _lines(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "rl_metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (directory / "rl" / "updates.jsonl").read_text().splitlines()
+    ]
 
 
 def _steps(directory: Path) -> list[dict]:

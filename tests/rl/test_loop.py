@@ -117,7 +117,7 @@ def test_weights_that_did_not_arrive_end_the_run_before_anything_is_sampled():
 
 def test_whoever_watches_may_end_the_run_before_it_is_saved():
     def stop(found):
-        assert (found.number, found.sync.version, len(found.groups)) == (0, "1", 4)
+        assert (found.number, found.sync.version, len(found.collected.groups)) == (0, "1", 4)
         raise EngineError("enough")
 
     log = _run([1, 1], saves=(1, 2), show=stop)

@@ -206,7 +206,7 @@ class Routing(Saying):
             yield Output(output.tokens, given, output.finish_reason, output.stop_id)
 
 
-def test_every_token_but_the_last_has_the_route_of_the_weights_that_read_it_first():
+def test_every_token_but_the_last_has_the_route_of_its_last_reading():
     row = [*map(ord, "12"), END]
     engine, task = Routing(row), tasks(1, 2)[0]
     policy = EnginePolicy(Speaker(engine, RENDERER, 3, returns_routed_experts=True), "0/0", 1.0)
@@ -214,7 +214,7 @@ def test_every_token_but_the_last_has_the_route_of_the_weights_that_read_it_firs
     routes = policy.transcript.routes
     assert [route[0][0] for route in routes[:-3]] == list(range(len(routes) - 3))
     first = len(engine.requests[0].prompt)
-    assert {route[0][1] for route in routes[:first]} == {0}  # 1 where the second overwrote them
+    assert {route[0][1] for route in routes[:first]} == {1}  # 0: the weights before, which are gone
     segments = policy.transcript.segments()
     assert [len(each.token_ids) - len(each.routes) for each in segments[:-1]] == [0, 0, 0]
 

@@ -1,0 +1,188 @@
+"""What rank 0 has beside its part of the model: the engine, what collects, what is held out.
+
+The engine here is the embedded one, in this process: it is given every weight before it answers
+anything, so that nothing is read twice. Another one is another ``MakeSide``.
+"""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from megatron_k2.chat.template import Renderer
+from megatron_k2.data.tokenizer import load_tokenizer
+from megatron_k2.engine.local.core import Core
+from megatron_k2.engine.local.engine import LocalEngine
+from megatron_k2.engine.local.weights import Weights
+from megatron_k2.engine.protocol import Engine
+from megatron_k2.errors import UserError
+from megatron_k2.gym.protocol import Domain
+from megatron_k2.presets import ModelPreset
+from megatron_k2.rewards.calibration import read_calibration
+from megatron_k2.rewards.rubric import RubricReward
+from megatron_k2.rl.collected import metrics
+from megatron_k2.rl.critic import EngineJudge
+from megatron_k2.rl.curriculum import Stream
+from megatron_k2.rl.cut import Cut
+from megatron_k2.rl.held_out import HeldOut
+from megatron_k2.rl.history import read_history
+from megatron_k2.rl.ledger import Ledger
+from megatron_k2.rl.loop import Collected, Side
+from megatron_k2.rl.plan import Plan
+from megatron_k2.rl.policy import Speaker
+from megatron_k2.rl.rollouts import Collector
+from megatron_k2.rl.scoring import GroupReward, RubricJudge
+from megatron_k2.rl.task_sets import TaskSet, open_domains, read_task_sets
+
+FOLDER = "rl"
+"""Of a run's RL, in ``--save``."""
+LEDGER = "ledger"
+
+
+class Sampling:
+    """Collects, tries what is held out, says where the ledger is.
+
+    Args:
+        collector: of the run.
+        held_out: of the run.
+        every: iterations between two evaluations; the first is of the weights it starts from.
+        ledger: of both.
+        domains: to be closed.
+        engine: to be closed.
+    """
+
+    def __init__(
+        self,
+        collector: Collector,
+        held_out: HeldOut,
+        every: int,
+        ledger: Ledger,
+        domains: Mapping[str, Domain],
+        engine: Engine,
+    ) -> None:
+        self._collector, self._held_out, self._every = collector, held_out, every
+        self._ledger, self._domains, self._engine = ledger, domains, engine
+
+    async def collect(self, iteration: int, version: int) -> Collected:
+        """See ``loop.Collector``."""
+        tried = {}
+        if self._every and iteration % self._every == 0:
+            tried = await self._held_out.evaluate(iteration)
+        found = await self._collector.collect(iteration, version)
+        position = self._ledger.position(iteration + 1)
+        return Collected(found.groups, {**metrics(found), **tried}, position)
+
+    def committed(self, iteration: int) -> None:
+        """Nothing needs what only checkpoints before the last would read again but the last."""
+        self._ledger.prune(iteration + 1)
+
+    async def close(self) -> None:
+        """Everything, whatever one of them does."""
+        self._ledger.close()
+        for domain in self._domains.values():
+            await domain.close()
+        await self._engine.close()
+
+
+async def make_side(args: Namespace, preset: ModelPreset, iteration: int) -> Side:
+    """The embedded engine, and the collector over ``--tasks``.
+
+    Args:
+        args: Megatron's and ours.
+        preset: of the model.
+        iteration: that the learner goes on with.
+
+    Raises:
+        UserError: task sets, tokenizer or ledger are not what the run needs.
+    """
+    sets = read_task_sets(Path(args.tasks))
+    renderer = Renderer(load_tokenizer(args.chat_tokenizer))
+    _check_vocabulary(renderer, preset, args.chat_tokenizer)
+    plan = plan_of(args)
+    engine = LocalEngine(_core(args, preset, plan.cut.num_slots))
+    folder = Path(args.save) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    stream = Stream(sets, args.seed)
+    terms = {"seed": args.seed, "group_size": args.group_size}
+    ledger = Ledger(folder / LEDGER, stream, terms, lambda text: print(text, flush=True))
+    _check_position(ledger, folder, iteration)
+    speaker = Speaker(engine, renderer, args.seed, returns_routed_experts=not args.no_router_replay)
+    domains = await open_domains(sets, sandbox=args.sandbox)
+    judges = _judges(args, sets, engine, renderer)
+    collector = Collector(plan, stream, speaker, domains, ledger, judges)
+    held_out = HeldOut(
+        sets, speaker, domains, ledger, args.eval_samples, plan.concurrency, plan.bounds
+    )
+    sampling = Sampling(collector, held_out, args.eval_every, ledger, domains, engine)
+    return Side(sampling, engine)
+
+
+def plan_of(args: Namespace) -> Plan:
+    """How much is sampled, by the flags; ``--groups-in-play`` is half as many again by default.
+
+    Raises:
+        UserError: counts that do not go together.
+    """
+    prompts = args.prompts_per_iteration
+    in_play = args.groups_in_play or prompts + prompts // 2
+    slots = args.engine_slots or min(in_play * args.group_size, 64)
+    cut = Cut(prompts, slots, args.max_decode_steps)
+    return Plan(args.group_size, cut, in_play, concurrency=max(2 * slots, 64))
+
+
+def _core(args: Namespace, preset: ModelPreset, num_slots: int) -> Core:
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    device = torch.device("cuda", torch.cuda.current_device()) if _has_cuda() else "cpu"
+    weights = Weights(preset, dtype, torch.device(device))
+    return Core(
+        weights,
+        num_slots=num_slots,
+        max_length=args.seq_length,
+        version="none",
+        is_batch_invariant=args.batch_invariant,
+    )
+
+
+def _has_cuda() -> bool:
+    """Not ``torch.cuda.is_available``, which a host without one answers for."""
+    return torch.version.cuda is not None and Path("/dev/nvidiactl").exists()
+
+
+def _check_vocabulary(renderer: Renderer, preset: ModelPreset, path: str) -> None:
+    most = max(renderer.control.by_name.values())
+    if most >= preset.vocab_size:
+        raise UserError(
+            f"--chat-tokenizer {path}: a control token has id {most}, and the model "
+            f"{preset.vocab_size:,} ids; give the tokenizer that it was trained with"
+        )
+
+
+def _check_position(ledger: Ledger, folder: Path, iteration: int) -> None:
+    """The checkpoint's iterations are of this ledger."""
+    rows = [row for row in read_history(folder) if row.iteration == iteration - 1]
+    if rows and rows[0].position:
+        ledger.check_position(rows[0].position)
+    if iteration > ledger.num_iterations:
+        raise UserError(
+            f"the checkpoint has trained on {iteration} iterations and {folder / LEDGER} holds "
+            f"{ledger.num_iterations}; give the folder that belongs to it"
+        )
+
+
+def _judges(
+    args: Namespace, sets: tuple[TaskSet, ...], engine: Engine, renderer: Renderer
+) -> dict[str, GroupReward]:
+    """The actor as its own critic, for the sets that a rubric rewards."""
+    names = [each.name for each in sets if each.reward == "rubric"]
+    if not names:
+        return {}
+    if args.critic is None:
+        raise UserError(
+            f"task set {names[0]!r} is rewarded by a rubric; give --critic FILE.json of "
+            "'megatron-k2 critic calibrate --output', by which the critic may be trusted"
+        )
+    calibration = read_calibration(Path(args.critic))
+    calibration.require_trusted(is_forced=args.force_critic)
+    reward = RubricReward(EngineJudge(engine, renderer), correction=calibration.correction)
+    return {name: RubricJudge(reward, renderer) for name in names}
