@@ -11,7 +11,7 @@ from megatron_k2.engine.local.model import LatentModel, Step
 from megatron_k2.engine.local.sampling import choose, scored
 from megatron_k2.engine.local.scheduler import Scheduler, Sequence
 from megatron_k2.engine.local.weights import Weights
-from megatron_k2.engine.protocol import FinishReason, Output, Request, Token
+from megatron_k2.engine.protocol import FinishReason, Limits, Output, Request, Token
 from megatron_k2.engine.transfer.manifest import Manifest
 from megatron_k2.errors import UserError
 
@@ -60,6 +60,11 @@ class Core:
         self.scheduler = Scheduler(
             num_slots, max(step_tokens, num_slots), shares_prefixes=shares_prefixes
         )
+
+    @property
+    def limits(self) -> Limits:
+        """Fixed for the core's life."""
+        return Limits(self.weights.preset.vocab_size, self.max_length, len(self.scheduler.running))
 
     @property
     def has_work(self) -> bool:

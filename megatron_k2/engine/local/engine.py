@@ -9,16 +9,11 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from megatron_k2.checkpoint.hf.config_keys import expert_groups
-from megatron_k2.checkpoint.hf.release import Release, open_release
-from megatron_k2.engine.local.core import STEP_TOKENS, Core
-from megatron_k2.engine.local.weights import Weights, tensors_of
+from megatron_k2.engine.local.core import Core
 from megatron_k2.engine.protocol import (
     EngineError,
     Health,
@@ -61,47 +56,10 @@ class LocalEngine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    @classmethod
-    def from_export(
-        cls,
-        folder: Path,
-        *,
-        num_slots: int,
-        max_length: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        weight_version: str = "0",
-        step_tokens: int = STEP_TOKENS,
-        memory_bytes: int | None = None,
-        is_batch_invariant: bool = False,
-    ) -> "LocalEngine":
-        """Serve a Hugging Face directory: an export, or a release in bf16, fp32 or block FP8.
-
-        What may be given is ``Core``'s.
-
-        Raises:
-            UserError: the directory is none, not this model's, or does not fit.
-        """
-        release, groups = open_export(folder, max_length)
-        weights = Weights(release.preset, dtype, torch.device(device), groups)
-        weights.load(tensors_of(release.source))
-        return cls(
-            Core(
-                weights,
-                num_slots=num_slots,
-                max_length=max_length,
-                version=weight_version,
-                step_tokens=step_tokens,
-                memory_bytes=memory_bytes,
-                is_batch_invariant=is_batch_invariant,
-            )
-        )
-
     @property
     def limits(self) -> Limits:
         """See the protocol."""
-        core = self._core
-        return Limits(core.weights.preset.vocab_size, core.max_length, len(core.scheduler.running))
+        return self._core.limits
 
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """See the protocol."""
@@ -288,19 +246,6 @@ def code_of(error: Exception) -> UpdateCode:
         case UserError():
             return UpdateCode.WEIGHTS
     return UpdateCode.SOURCE
-
-
-def open_export(folder: Path, max_length: int) -> tuple[Release, tuple[int, int]]:
-    """A Hugging Face directory, and its groups of experts.
-
-    Raises:
-        UserError: it is none, not this model's, or slots of ``max_length`` are too long for it.
-    """
-    release = open_release(folder)
-    longest = release.preset.max_position_embeddings
-    if max_length > longest:
-        raise UserError(f"slots of {max_length} tokens: this model reads up to {longest}")
-    return release, expert_groups(release.source.config)
 
 
 def _put_all(pairs: list[tuple[_Stream, Output]]) -> None:

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from megatron_k2.engine.local import worker
 from megatron_k2.engine.local.core import STEP_TOKENS, require_room
-from megatron_k2.engine.local.engine import code_of, open_export
+from megatron_k2.engine.local.engine import code_of
 from megatron_k2.engine.local.invariant import whole_tiles
-from megatron_k2.engine.local.weights import Weights, tensors_of
+from megatron_k2.engine.local.opened import model_for
+from megatron_k2.engine.local.weights import Weights
 from megatron_k2.engine.protocol import (
     EngineError,
     Health,
@@ -84,7 +85,7 @@ class PoolEngine:
             self._await_ready(member)
 
     @classmethod
-    def from_export(
+    def from_directory(
         cls,
         folder: Path,
         *,
@@ -97,23 +98,24 @@ class PoolEngine:
         memory_bytes: int | None = None,
         is_batch_invariant: bool = False,
     ) -> Self:
-        """Serve a Hugging Face directory; ``num_slots`` are shared out among the processes.
+        """Serve a run or a Hugging Face directory; the processes share ``num_slots`` out.
 
         Raises:
-            UserError: see ``LocalEngine.from_export``; or a process does not start.
+            UserError: see ``opened.core_of``; or a process does not start.
         """
         if not 1 <= num_processes <= num_slots:
             raise UserError(f"{num_processes} processes for {num_slots} slots: 1 to {num_slots}")
-        release, groups = open_export(folder, max_length)
+        model = model_for(folder, max_length)
         each = -(-num_slots // num_processes)
         files = Path(tempfile.mkdtemp(prefix="megatron-k2-weights-"))
         try:
-            weights = Weights(release.preset, dtype, torch.device("cpu"), groups, files)
+            groups = model.expert_groups
+            weights = Weights(model.preset, dtype, torch.device("cpu"), groups, files)
             length = whole_tiles(max_length) if is_batch_invariant else max_length
             require_room(weights, each * num_processes, length, memory_bytes)
-            weights.load(tensors_of(release.source))
+            weights.load(model.tensors())
             share = worker.Share(
-                release.preset,
+                model.preset,
                 dtype,
                 groups,
                 files,
