@@ -46,7 +46,16 @@ def pool_of(
         weights = Weights(preset, torch.float32, torch.device("cpu"), folder=files)
         weights.load(tensors)
         share = Share(
-            preset, torch.float32, (1, 1), files, batch, core.max_length, "0", STEP_TOKENS, False
+            preset,
+            torch.float32,
+            (1, 1),
+            files,
+            batch,
+            core.max_length,
+            "0",
+            STEP_TOKENS,
+            False,
+            None,
         )
         return PoolEngine(weights, share, count)
     finally:

@@ -1,6 +1,7 @@
 """``megatron-k2 serve``: an OpenAI-compatible server over the embedded engine."""
 
 import argparse
+import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -111,7 +112,8 @@ def _run(arguments: argparse.Namespace, api_key: str | None, weights: "BucketFol
     from megatron_k2.engine.server.service import Service
 
     limits, memory, folder = _limits(arguments), arguments.memory_gb, arguments.load
-    tokenizer = load_tokenizer(_tokenizer_of(folder, arguments.tokenizer))
+    load = functools.partial(load_tokenizer, _tokenizer_of(folder, arguments.tokenizer))
+    tokenizer = load()
     longest = open_model(folder).preset.max_position_embeddings
     options: dict[str, Any] = {
         "num_slots": arguments.num_slots,
@@ -121,11 +123,15 @@ def _run(arguments: argparse.Namespace, api_key: str | None, weights: "BucketFol
         "is_batch_invariant": arguments.batch_invariant,
     }
     if arguments.processes == 1:
-        engine: Engine = LocalEngine(core_of(folder, device=arguments.device, **options))
+        engine: Engine = LocalEngine(
+            core_of(folder, device=arguments.device, tokenizer=lambda: tokenizer, **options)
+        )
     elif arguments.device != "cpu":
         raise UserError(f"--processes {arguments.processes}: on a CPU alone; leave it or --device")
     else:
-        engine = PoolEngine.from_directory(folder, num_processes=arguments.processes, **options)
+        engine = PoolEngine.from_directory(
+            folder, num_processes=arguments.processes, tokenizer=load, **options
+        )
     name = arguments.name or arguments.load.resolve().name
     service = Service(engine, tokenizer, name, limits)
     app = make_app(service, api_key=api_key, has_admin=arguments.admin, weights=weights)

@@ -61,6 +61,10 @@ class LocalEngine:
         """See the protocol."""
         return self._core.limits
 
+    def check_grammar(self, grammar: str) -> None:
+        """See the protocol."""
+        self._core.compiled(grammar)
+
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """See the protocol."""
         check_request(request, self.limits)

@@ -1,10 +1,13 @@
 """The embedded engine's core over a directory: a run, or a Hugging Face one."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from megatron_k2.checkpoint.stored_model import StoredModel, open_model
+from megatron_k2.data.tokenizer import Tokenizer
+from megatron_k2.engine.constrained import Grammars
 from megatron_k2.engine.local.core import STEP_TOKENS, Core
 from megatron_k2.engine.local.weights import Weights
 from megatron_k2.errors import UserError
@@ -35,6 +38,7 @@ def core_of(
     step_tokens: int = STEP_TOKENS,
     memory_bytes: int | None = None,
     is_batch_invariant: bool = False,
+    tokenizer: Callable[[], Tokenizer] | None = None,
 ) -> Core:
     """Weights loaded; block FP8 and adapters are made whole as they are read.
 
@@ -49,6 +53,7 @@ def core_of(
         step_tokens: most rows of a step.
         memory_bytes: that weights and slots may take.
         is_batch_invariant: see ``Core``.
+        tokenizer: gives the model's, of which answers are held to grammars; None: to none.
 
     Raises:
         UserError: see ``model_for``, or it does not fit.
@@ -64,4 +69,10 @@ def core_of(
         step_tokens=step_tokens,
         memory_bytes=memory_bytes,
         is_batch_invariant=is_batch_invariant,
+        grammars=grammars_of(model, tokenizer),
     )
+
+
+def grammars_of(model: StoredModel, tokenizer: Callable[[], Tokenizer] | None) -> Grammars | None:
+    """What answers of a model can be held to."""
+    return None if tokenizer is None else Grammars(tokenizer, model.preset.vocab_size)

@@ -21,11 +21,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from megatron_k2.data.tokenizer import Tokenizer
 from megatron_k2.engine.local import worker
-from megatron_k2.engine.local.core import STEP_TOKENS, require_room
+from megatron_k2.engine.local.core import NO_GRAMMARS, STEP_TOKENS, require_room
 from megatron_k2.engine.local.engine import code_of
 from megatron_k2.engine.local.invariant import whole_tiles
-from megatron_k2.engine.local.opened import model_for
+from megatron_k2.engine.local.opened import grammars_of, model_for
 from megatron_k2.engine.local.weights import Weights
 from megatron_k2.engine.protocol import (
     EngineError,
@@ -73,7 +74,7 @@ class PoolEngine:
     """
 
     def __init__(self, weights: Weights, share: worker.Share, num_processes: int) -> None:
-        self._weights, self._version = weights, share.version
+        self._weights, self._version, self._grammars = weights, share.version, share.grammars
         self.limits = Limits(
             share.preset.vocab_size, share.max_length, share.num_slots * num_processes
         )
@@ -97,8 +98,11 @@ class PoolEngine:
         step_tokens: int = STEP_TOKENS,
         memory_bytes: int | None = None,
         is_batch_invariant: bool = False,
+        tokenizer: Callable[[], Tokenizer] | None = None,
     ) -> Self:
         """Serve a run or a Hugging Face directory; the processes share ``num_slots`` out.
+
+        ``tokenizer`` is pickled; what else may be given is ``opened.core_of``'s.
 
         Raises:
             UserError: see ``opened.core_of``; or a process does not start.
@@ -124,6 +128,7 @@ class PoolEngine:
                 weight_version,
                 step_tokens,
                 is_batch_invariant,
+                grammars_of(model, tokenizer),
             )
             return cls(weights, share, num_processes)
         finally:
@@ -147,13 +152,15 @@ class PoolEngine:
             ) from None
         threading.Thread(target=self._read, args=(member,), daemon=True).start()
 
+    def check_grammar(self, grammar: str) -> None:
+        """See the protocol; a process compiles what it is asked for once more."""
+        if self._grammars is None:
+            raise UserError(NO_GRAMMARS)
+        self._grammars.compiled(grammar)
+
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """See the protocol."""
         check_request(request, self.limits)
-        if request.constraint is not None:
-            raise UserError(
-                "an engine of several processes holds no answer to a grammar; serve with one"
-            )
         if any(request.id in member.streams for member in self._members):
             raise UserError(f"request id {request.id!r} is in flight already")
         member = self._chosen()

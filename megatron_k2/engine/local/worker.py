@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megatron_k2.engine.constrained import Grammars
 from megatron_k2.engine.local.core import Core
 from megatron_k2.engine.local.engine import LocalEngine
 from megatron_k2.engine.local.weights import Weights
@@ -40,6 +41,7 @@ class Share:
     version: str
     step_tokens: int
     is_batch_invariant: bool
+    grammars: Grammars | None
 
 
 class _Outbox:
@@ -79,6 +81,7 @@ def main(connection: Connection, share: Share) -> None:
         version=share.version,
         step_tokens=share.step_tokens,
         is_batch_invariant=share.is_batch_invariant,
+        grammars=share.grammars,
     )
     connection.send([("ready",)])
     if fault := asyncio.run(_serve(connection, LocalEngine(core))):
@@ -130,6 +133,8 @@ def _forget(answers: dict[str, asyncio.Task[None]], name: str, task: asyncio.Tas
 
 async def _generate(engine: LocalEngine, request: Request, outbox: _Outbox) -> None:
     try:
+        if request.grammar is not None:  # the engine's own thread then finds it compiled
+            await asyncio.to_thread(engine.check_grammar, request.grammar)
         async with aclosing(engine.generate(request)) as outputs:
             async for output in outputs:
                 outbox.put("output", request.id, output)

@@ -4,6 +4,8 @@ The oracle computes the whole sequence anew for each token. Random weights make 
 where the two differ, the margin of the two best logits must be below 1e-4.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -66,6 +68,33 @@ def test_200_greedy_answers_are_transformers(model, device):
     assert set(ends) == set(prompts)
     for name, prompt in prompts.items():
         same_or_near_tie(model, prompt, found[name])
+
+
+class GivenUp:
+    """Grammars of which each constraint is given up at its third token."""
+
+    def compiled(self, grammar):
+        constraint = GivenUp()
+        constraint.fault, constraint.left = "", 2
+        return constraint
+
+    def allowed(self):
+        self.fault = "" if self.left else "too complex"
+        return torch.arange(96) == (5 if self.left else 1)
+
+    def accept(self, token):
+        self.left -= 1
+
+
+def test_a_grammar_given_up_is_said_with_the_token_that_ends_the_answer(model):
+    core = core_of(model, grammars=GivenUp())
+    core.add(Request("a", (3, 4), replace(GREEDY, stop_token_ids=(1,)), "start: /x/"))
+    outputs = [output for _ in range(3) for _, output in core.step()]
+    assert [[t.id for t in output.tokens] for output in outputs] == [[5], [5], [1]]
+    assert [output.fault for output in outputs] == ["", "", "too complex"]
+    assert outputs[-1].finish_reason == "stop"
+    with pytest.raises(UserError, match="without a tokenizer"):
+        core_of(model).add(Request("a", (3,), GREEDY, "start: /x/"))
 
 
 def test_an_answer_ends_at_a_stop_token_which_is_its_last(model):

@@ -141,7 +141,7 @@ def test_what_cannot_be_is_refused(pool, loop, tmp_path):
     with pytest.raises(UserError, match="7 processes for 6 slots"):
         PoolEngine.from_directory(tmp_path, num_processes=7, **SLOTS)
     with pytest.raises(UserError, match="holds no answer to a grammar"):
-        loop.run(answer(pool, Request("a", (1,), constraint=object())))
+        loop.run(answer(pool, Request("a", (1,), grammar="start: /x/")))
     with pytest.raises(UserError, match="are more than the 512"):
         loop.run(answer(pool, Request("a", (1,) * 500, LONG)))
 
