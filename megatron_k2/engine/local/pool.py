@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_k2.data.tokenizer import Tokenizer
 from megatron_k2.engine.local import worker
 from megatron_k2.engine.local.core import NO_GRAMMARS, STEP_TOKENS, require_room
-from megatron_k2.engine.local.engine import code_of
+from megatron_k2.engine.local.core_thread import code_of
 from megatron_k2.engine.local.invariant import whole_tiles
 from megatron_k2.engine.local.opened import grammars_of, model_for
 from megatron_k2.engine.local.weights import Weights
@@ -289,10 +289,10 @@ class PoolEngine:
             if member.loop is not None and not member.loop.is_closed():
                 member.loop.call_soon_threadsafe(self._bury, member)
 
-    def _take(self, member: _Member, messages: list[tuple[Any, ...]]) -> None:
+    def _take(self, member: _Member, messages: tuple[tuple[Any, ...], ...]) -> None:
         for message in messages:
             match message:
-                case ("output" | "failed", name, found):
+                case ("output", name, found):
                     if (stream := member.streams.get(name)) is not None:
                         stream.put_nowait(found)
                 case ("done", number, found, error):
