@@ -45,6 +45,22 @@ class Share:
     grammars: Grammars | None
 
 
+def core_over(share: Share) -> Core:
+    """A core over weights in files."""
+    weights = Weights(
+        share.preset, share.dtype, torch.device("cpu"), share.expert_groups, share.folder
+    )
+    return Core(
+        weights,
+        num_slots=share.num_slots,
+        max_length=share.max_length,
+        version=share.version,
+        step_tokens=share.step_tokens,
+        is_batch_invariant=share.is_batch_invariant,
+        grammars=share.grammars,
+    )
+
+
 def main(connection: Connection, share: Share) -> None:
     """Map the weights, say so, work until the pipe closes.
 
@@ -54,20 +70,7 @@ def main(connection: Connection, share: Share) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to all; the pool ends this one
     torch.set_num_threads(1)
-    weights = Weights(
-        share.preset, share.dtype, torch.device("cpu"), share.expert_groups, share.folder
-    )
-    core = Core(
-        weights,
-        num_slots=share.num_slots,
-        max_length=share.max_length,
-        version=share.version,
-        step_tokens=share.step_tokens,
-        is_batch_invariant=share.is_batch_invariant,
-        grammars=share.grammars,
-    )
-    fault = _Worker(connection, core).obey()
-    if fault:
+    if fault := _Worker(connection, core_over(share)).obey():
         raise SystemExit(f"a process of the engine ends: {fault}")
 
 
