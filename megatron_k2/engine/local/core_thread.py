@@ -50,13 +50,14 @@ class CoreThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def add(self, request: Request) -> Future[None]:
-        """Begin an answer."""
+    def add(self, *requests: Request) -> Future[None]:
+        """Begin answers, all of them before the next step."""
 
         def begin() -> None:
             self.require_ready()
-            self.core.add(request)
-            self._open.add(request.id)
+            for request in requests:
+                self.core.add(request)
+                self._open.add(request.id)
 
         return self._send(begin)
 

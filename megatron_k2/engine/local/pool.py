@@ -12,9 +12,6 @@ import shutil
 import tempfile
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +23,7 @@ from megatron_k2.engine.local import worker
 from megatron_k2.engine.local.core import NO_GRAMMARS, STEP_TOKENS, require_room
 from megatron_k2.engine.local.core_thread import code_of
 from megatron_k2.engine.local.invariant import whole_tiles
+from megatron_k2.engine.local.member import Member
 from megatron_k2.engine.local.opened import grammars_of, model_for
 from megatron_k2.engine.local.weights import Weights
 from megatron_k2.engine.protocol import (
@@ -40,28 +38,6 @@ from megatron_k2.engine.protocol import (
 )
 from megatron_k2.engine.transfer.manifest import Manifest
 from megatron_k2.errors import UserError
-
-
-@dataclass(eq=False)
-class _Member:
-    """A process as the pool sees it."""
-
-    number: int
-    process: BaseProcess
-    connection: Connection
-    streams: dict[str, "asyncio.Queue[Output | Exception]"] = field(default_factory=dict)
-    calls: dict[int, "asyncio.Future[Any]"] = field(default_factory=dict)
-    is_alive: bool = True
-    loop: asyncio.AbstractEventLoop | None = None
-    """Set when it is first used."""
-
-    def send(self, *command: Any) -> None:
-        """Hand it a command; one that has died gets none."""
-        if self.is_alive:
-            try:
-                self.connection.send(command)
-            except OSError:
-                pass  # it is just dying: its reader reports it
 
 
 class PoolEngine:
@@ -134,15 +110,15 @@ class PoolEngine:
         finally:
             shutil.rmtree(files)  # mapped by all who need them; nothing is left behind
 
-    def _started(self, number: int, share: worker.Share) -> _Member:
+    def _started(self, number: int, share: worker.Share) -> Member:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=worker.main, args=(theirs, share), daemon=True)
         process.start()
         theirs.close()
-        return _Member(number, process, ours)
+        return Member(number, process, ours)
 
-    def _await_ready(self, member: _Member) -> None:
+    def _await_ready(self, member: Member) -> None:
         try:
             member.connection.recv()
         except EOFError:
@@ -180,7 +156,7 @@ class PoolEngine:
             if not is_ended:
                 member.send("leave", request.id)
 
-    def _chosen(self) -> _Member:
+    def _chosen(self) -> Member:
         """The process with fewest requests."""
         living = self._living()
         if self._fault or not living:
@@ -189,7 +165,7 @@ class PoolEngine:
         found.loop = asyncio.get_running_loop()
         return found
 
-    def _living(self) -> list[_Member]:
+    def _living(self) -> list[Member]:
         return [member for member in self._members if member.is_alive]
 
     async def _all(self, method: str, *arguments: Any) -> list[Any]:
@@ -272,13 +248,13 @@ class PoolEngine:
         for member in self._members:
             member.process.join()
 
-    def _fail(self, member: _Member, error: EngineError) -> None:
+    def _fail(self, member: Member, error: EngineError) -> None:
         for stream in member.streams.values():
             stream.put_nowait(error)
 
     # What follows runs on a thread of its own for each process, but for what it hands to the loop.
 
-    def _read(self, member: _Member) -> None:
+    def _read(self, member: Member) -> None:
         try:
             while True:
                 messages = member.connection.recv()
@@ -289,7 +265,7 @@ class PoolEngine:
             if member.loop is not None and not member.loop.is_closed():
                 member.loop.call_soon_threadsafe(self._bury, member)
 
-    def _take(self, member: _Member, messages: tuple[tuple[Any, ...], ...]) -> None:
+    def _take(self, member: Member, messages: tuple[tuple[Any, ...], ...]) -> None:
         for message in messages:
             match message:
                 case ("output", name, found):
@@ -304,7 +280,7 @@ class PoolEngine:
                     else:
                         future.set_exception(error)
 
-    def _bury(self, member: _Member) -> None:
+    def _bury(self, member: Member) -> None:
         """Tell those who wait for a process that has died."""
         member.process.join()
         code = member.process.exitcode

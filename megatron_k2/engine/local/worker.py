@@ -1,12 +1,13 @@
 """One process of ``pool.PoolEngine``: an embedded engine at the other end of a pipe.
 
-Commands come as tuples: ``("generate", request)``, ``("leave", id)``, ``("call", number, method,
-arguments)``. What goes back are tuples of ``("output", id, output or error)``, those of one step
-together, and ``("done", number, result, error or None)``. No event loop stands between: the core's
-thread writes into the pipe.
+Commands come in lists, those of one turn of the pool's event loop together: ``("generate",
+request)``, ``("leave", id)``, ``("call", number, method, arguments)``. What goes back are tuples of
+``("output", id, output or error)``, those of one step together, and ``("done", number, result,
+error or None)``. No event loop stands between: the core's thread writes into the pipe.
 """
 
 import contextlib
+import itertools
 import queue
 import signal
 import threading
@@ -14,6 +15,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -80,38 +82,44 @@ class _Worker:
     def __init__(self, connection: Connection, core: Core) -> None:
         self._connection, self._core = connection, core
         self._sending = threading.Lock()
-        self._commands: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[list[tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._thread = CoreThread(core, self._deliver)
 
     def obey(self) -> str:
         """Work until the pipe closes, or the core is of no use; why it is of none."""
         threading.Thread(target=self._read, daemon=True).start()
         self._send(("ready",))
-        while (command := self._commands.get()) is not None:
-            match command:
-                case ("generate", request):
-                    self._begin(request)
-                case ("leave", name):
-                    self._thread.leave(name)
-                case ("call", number, method, arguments):
-                    self._call(number, method, arguments)
+        while (commands := self._commands.get()) is not None:
+            for kind, group in itertools.groupby(commands, key=itemgetter(0)):
+                match kind:
+                    case "generate":
+                        self._begin([request for _, request in group])
+                    case "leave":
+                        for _, name in group:
+                            self._thread.leave(name)
+                    case "call":
+                        for _, number, method, arguments in group:
+                            self._call(number, method, arguments)
         fault = self._thread.health().detail
         self._thread.close()
         self._thread.join()
         return fault
 
-    def _begin(self, request: Request) -> None:
-        def tell(error: BaseException | None) -> None:
-            if error is not None:
+    def _begin(self, requests: list[Request]) -> None:
+        sound = []
+        for request in requests:
+            try:
+                if request.grammar is not None:  # here, while the core goes on; it is kept for it
+                    self._core.compiled(request.grammar)
+                sound.append(request)
+            except UserError as error:
                 self._send(("output", request.id, error))
 
-        try:
-            if request.grammar is not None:  # here, while the core goes on; it finds it compiled
-                self._core.compiled(request.grammar)
-        except UserError as error:
-            tell(error)
-        else:
-            self._thread.add(request).add_done_callback(lambda done: tell(done.exception()))
+        def tell(done: Future[None]) -> None:
+            if (error := done.exception()) is not None:
+                self._send(*(("output", request.id, error) for request in sound))
+
+        self._thread.add(*sound).add_done_callback(tell)
 
     def _call(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
         """A verb of the core's thread, or the CPU seconds that this process has taken."""

@@ -125,6 +125,29 @@ def test_samples_of_one_prompt_share_its_rows(model):
         assert [t.id for t in alone[request.id]] == [t.id for t in together[request.id]]
 
 
+def test_drawn_answers_are_the_same_alone_and_in_a_crowd(model):
+    """In the default mode: equal tokens, log-probabilities to 1e-5, but after a near-tie."""
+    requests = [
+        Request(
+            str(i), tuple(tokens(3 + 5 * i, i)), SamplingParams(max_tokens=20, seed=i, top_p=0.9)
+        )
+        for i in range(12)
+    ]
+    crowd, _, _ = run(core_of(model, step_tokens=16), requests)
+    parted = 0
+    for request in requests:
+        alone = run(core_of(model), [request])[0][request.id]
+        for ours, theirs in zip(crowd[request.id], alone, strict=True):
+            if ours.id != theirs.id:
+                parted += 1
+                break
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+    assert parted <= 1, "a draw between two tokens, nearer than rounding, is rare"
+    swapped = replace(requests[0], params=replace(requests[0].params, seed=99))
+    other = run(core_of(model), [swapped])[0]["0"]
+    assert [t.id for t in other] != [t.id for t in crowd["0"]]
+
+
 def test_a_dialogues_next_turn_computes_only_what_is_new(model):
     core, prompt = core_of(model), tokens(40)
     first, _, _ = run(core, [Request("a", tuple(prompt), GREEDY)])
