@@ -3,9 +3,10 @@
 Greedy, fp32, log-probabilities of the sampled tokens on either side, YaRN on; interleaved in one
 process with one thread, medians of CPU seconds. Beside it: K samples of one prompt with and without
 sharing its rows, with the ceiling that prefill and decode seconds leave; and the floor of a decode
-step, the bytes of weights and cache it must read over the memory's measured bandwidth. Where asked
-for: what the batch-invariant mode costs, its answers in the batch compared with each alone; and
-what several processes bring (``rollout_processes.py``).
+step, the bytes of weights and cache it must read over the memory's measured bandwidth, and its
+products with weights over the peak of a large one. Where asked for: what the batch-invariant mode
+costs, its answers in the batch compared with each alone; and what several processes bring
+(``rollout_processes.py``).
 
     python benchmarks/rollout.py [--load HF_DIR] [--preset k2-mini] [--seed 0]
     python benchmarks/rollout.py --prompts --samples 0 --invariant 64 512 --processes 2
@@ -120,8 +121,20 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * 4 / min(seconds() for _ in range(5))
 
 
+def gemm_peak() -> float:
+    """FLOP a second of a large product, the best of five."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+
+    def seconds() -> float:
+        begin = time.process_time()
+        a @ b
+        return time.process_time() - begin
+
+    return 2 * 1024**3 / min(seconds() for _ in range(5))
+
+
 def print_floor(core: Core, batch: int, prompt: int, new: int) -> None:
-    """Seconds of a decode step that reading alone takes."""
+    """What reading alone, and the products with weights alone, leave of a decode step."""
     p = core.weights.preset
     expert = 3 * p.hidden_size * p.moe_ffn_hidden_size * 4
     missed = (1 - p.moe_router_topk / p.num_moe_experts) ** batch
@@ -129,10 +142,13 @@ def print_floor(core: Core, batch: int, prompt: int, new: int) -> None:
     row = p.num_layers * (p.kv_lora_rank + p.qk_pos_emb_head_dim) * 4
     read = core.weights.num_bytes - p.vocab_size * p.hidden_size * 4 - unread
     read += batch * (prompt + new / 2) * row
-    bandwidth = copy_bandwidth()
+    bandwidth, peak = copy_bandwidth(), gemm_peak()
+    idle = p.num_moe_layers * (p.num_moe_experts - p.moe_router_topk) * expert
+    work = (core.weights.num_bytes - p.vocab_size * p.hidden_size * 4 - idle) / 4 * 2
     print(
         f"floor: {read / 1e6:.1f} MB a step over {bandwidth / 1e9:.1f} GB/s = "
-        f"{batch * bandwidth / read:,.0f} tokens a second"
+        f"{batch * bandwidth / read:,.0f} tokens a second; {work / 1e6:.1f} MFLOP a token over "
+        f"{peak / 1e9:.0f} GFLOP/s = {peak / work:,.0f}"
     )
 
 

@@ -16,14 +16,13 @@ from megatron_k2.chat.control import IM_END
 from megatron_k2.chat.lexer import IdLexer
 from megatron_k2.chat.template import Renderer
 from megatron_k2.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_k2.engine.mcore.generate import greedy
-from megatron_k2.engine.mcore.ranks import opened_model, process_group
-from megatron_k2.engine.mcore.saved_args import read_saved_args
-from megatron_k2.parallel.layout import Layout
+from megatron_k2.engine.local.offline import answers
+from megatron_k2.engine.local.opened import core_of
+from megatron_k2.engine.protocol import SamplingParams
 from megatron_k2.quiet import quieten
 from megatron_k2.records.read import message_from, tool_from
 
-MAX_NEW_TOKENS = 64
+MAX_NEW_TOKENS, NUM_SLOTS = 64, 16
 PARTS = ("held_out", "other_module")
 
 
@@ -56,33 +55,30 @@ def main(arguments: argparse.Namespace) -> int:
     quieten()
     tokenizer = load_tokenizer(arguments.tokenizer)
     renderer = Renderer(tokenizer)
-    directory, saved = read_saved_args(arguments.run, None)
-    layout, result = Layout(1), {}
-    with process_group() as device, opened_model(directory, saved, layout) as model:
-        for part in PARTS:
-            lines = (arguments.set / f"{part}.jsonl").read_text().splitlines()
-            tests = [json.loads(line) for line in lines]
-            answers = greedy(
-                model,
-                [prompt_of(test, renderer) for test in tests],
-                layout=layout,
-                max_new_tokens=MAX_NEW_TOKENS,
-                device=device,
-                eod_id=tokenizer.special_ids[IM_END],
-            )
-            rows = [
-                {"question": test["messages"][0]["content"]}
-                | judged(answer, test["expected"], tokenizer)
-                for test, answer in zip(tests, answers, strict=True)
-            ]
-            result[part] = {
-                "format": share(rows, "format"),
-                "exact": share(rows, "exact"),
-                "answers": rows,
-            }
-            print(f"{part}: format {share(rows, 'format'):.0%}, exact {share(rows, 'exact'):.0%}")
-            for row in rows[:2]:
-                print(f"  {row['question']}\n    {row['text']}")
+    greedy = SamplingParams(
+        MAX_NEW_TOKENS, temperature=0, stop_token_ids=(tokenizer.special_ids[IM_END],)
+    )
+    parts, result = {}, {}
+    for part in PARTS:
+        lines = (arguments.set / f"{part}.jsonl").read_text().splitlines()
+        tests = [json.loads(line) for line in lines]
+        parts[part] = tests, [prompt_of(test, renderer) for test in tests]
+    longest = max(len(prompt) for _, prompts in parts.values() for prompt in prompts)
+    core = core_of(arguments.run, num_slots=NUM_SLOTS, max_length=longest + MAX_NEW_TOKENS)
+    for part, (tests, prompts) in parts.items():
+        rows = [
+            {"question": test["messages"][0]["content"]}
+            | judged(answer, test["expected"], tokenizer)
+            for test, answer in zip(tests, answers(core, prompts, greedy), strict=True)
+        ]
+        result[part] = {
+            "format": share(rows, "format"),
+            "exact": share(rows, "exact"),
+            "answers": rows,
+        }
+        print(f"{part}: format {share(rows, 'format'):.0%}, exact {share(rows, 'exact'):.0%}")
+        for row in rows[:2]:
+            print(f"  {row['question']}\n    {row['text']}")
     arguments.out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return 0
 

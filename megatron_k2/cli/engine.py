@@ -19,14 +19,14 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="check")
     check = verbs.add_parser("check", help="does an engine compute what its weights say?")
     add = check.add_argument
-    add("--engine", required=True, metavar="URL|HF_DIR", help="a server, or a directory to load")
+    add("--engine", required=True, metavar="URL|DIR", help="a server, or what to load")
     add("--reference", type=Path, required=True, metavar="RUN|HF_DIR")
     add("--tolerance", type=float, default=1e-3, help="of a log-probability (default: %(default)s)")
     add("--text", type=Path, metavar="FILE", help="probe; without it, ids drawn by --seed")
     add("--tokenizer", type=Path, metavar="PATH", help="of --text (default: the reference's)")
     add("--weight-version", metavar="V", help="that the engine's tokens must be tagged with")
     add("--api-key-env", metavar="NAME", help="environment variable that holds the server's key")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="to load HF_DIR in")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="to load DIR in")
     add("--seed", type=int, default=0)
     return parser
 
@@ -71,7 +71,7 @@ def _text_probes(arguments: argparse.Namespace) -> list[tuple[int, ...]]:
     from megatron_k2.checkpoint.hf.reader import is_hf_directory
     from megatron_k2.data.tokenizer import load_tokenizer
     from megatron_k2.engine import check
-    from megatron_k2.engine.mcore.saved_args import read_saved_args, tokenizer_path
+    from megatron_k2.engine.mcore.saved_args import plain_saved_args, tokenizer_path
 
     if arguments.text is None:
         return []
@@ -79,7 +79,7 @@ def _text_probes(arguments: argparse.Namespace) -> list[tuple[int, ...]]:
         raise UserError(f"--text {arguments.text}: no such file")
     path = arguments.tokenizer or arguments.reference
     if not is_hf_directory(arguments.reference):
-        saved = read_saved_args(arguments.reference, None)[1]
+        saved = plain_saved_args(arguments.reference, None)[1]
         path = tokenizer_path(saved, arguments.tokenizer)
     text = arguments.text.read_text(encoding="utf-8", errors="replace")
     ids = load_tokenizer(path).encode(text[: 1 << 16])
@@ -105,20 +105,22 @@ async def _scored(
     else:
         import torch
 
-        from megatron_k2.checkpoint.hf.release import open_release
+        from megatron_k2.checkpoint.stored_model import open_model
         from megatron_k2.engine.local.engine import LocalEngine
+        from megatron_k2.engine.local.opened import core_of
 
         folder = Path(arguments.engine)
         if not folder.is_dir():
             raise UserError(f"--engine {folder}: expected http://host:port, or a directory")
-        longest = open_release(folder).preset.max_position_embeddings
+        longest = open_model(folder).preset.max_position_embeddings
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-        engine = LocalEngine.from_export(
+        core = core_of(
             folder,
             num_slots=len(prompts),
             max_length=min(longest, _LENGTH),
             dtype=dtypes[arguments.dtype],
         )
+        engine = LocalEngine(core)
     try:
         return await check.scored_by(engine, prompts)
     finally:

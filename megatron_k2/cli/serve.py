@@ -1,10 +1,9 @@
 """``megatron-k2 serve``: an OpenAI-compatible server over the embedded engine."""
 
 import argparse
+import functools
 import importlib.util
 import os
-import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,23 +72,20 @@ def _limits(arguments: argparse.Namespace) -> "ServerLimits":
     return ServerLimits(body_bytes, arguments.max_requests, arguments.deadline)
 
 
-def _exported(load: Path, tokenizer: Path | None, scratch: str) -> Path:
-    """``load`` itself, or a run of Megatron's exported into a folder that ends with the server."""
+def _tokenizer_of(load: Path, given: Path | None) -> Path:
+    """Where the tokenizer lies: as given, in a Hugging Face directory, or where a run had it.
+
+    Raises:
+        UserError: nothing is there, or a run does not say.
+    """
     from megatron_k2.checkpoint.hf.reader import is_hf_directory
-    from megatron_k2.cli import convert
-    from megatron_k2.engine.mcore.saved_args import read_saved_args, tokenizer_path
+    from megatron_k2.engine.mcore.saved_args import plain_saved_args, tokenizer_path
 
     if not load.is_dir():
         raise UserError(f"--load {load}: no such directory; expected a Hugging Face one, or a run")
     if is_hf_directory(load):
-        return load
-    target = Path(scratch) / "hf"
-    print(f"megatron-k2 serve: exporting {load}", file=sys.stderr, flush=True)
-    path = tokenizer_path(read_saved_args(load, None)[1], tokenizer)
-    flags = ["--dtype", "fp32", "--model-type", "deepseek_v3", "--tokenizer", str(path)]
-    if convert.main(["export", str(load), str(target), *flags]):
-        raise UserError(f"--load {load} could not be exported; the reason stands above")
-    return target
+        return given or load
+    return tokenizer_path(plain_saved_args(load, None)[1], given)
 
 
 def _weights_folder(arguments: argparse.Namespace) -> "BucketFolder | None":
@@ -102,26 +98,23 @@ def _weights_folder(arguments: argparse.Namespace) -> "BucketFolder | None":
     return BucketFolder(arguments.weights_dir)
 
 
-def _run(
-    arguments: argparse.Namespace,
-    folder: Path,
-    api_key: str | None,
-    weights: "BucketFolder | None",
-) -> int:
+def _run(arguments: argparse.Namespace, api_key: str | None, weights: "BucketFolder | None") -> int:
     import asyncio
 
     import torch
 
-    from megatron_k2.checkpoint.hf.release import open_release
+    from megatron_k2.checkpoint.stored_model import open_model
     from megatron_k2.data.tokenizer import load_tokenizer
     from megatron_k2.engine.local.engine import LocalEngine
+    from megatron_k2.engine.local.opened import core_of
     from megatron_k2.engine.local.pool import PoolEngine
     from megatron_k2.engine.server.app import listening, make_app
     from megatron_k2.engine.server.service import Service
 
-    limits, memory = _limits(arguments), arguments.memory_gb
-    longest = open_release(folder).preset.max_position_embeddings
-    tokenizer = load_tokenizer(arguments.tokenizer or folder)
+    limits, memory, folder = _limits(arguments), arguments.memory_gb, arguments.load
+    load = functools.partial(load_tokenizer, _tokenizer_of(folder, arguments.tokenizer))
+    tokenizer = load()
+    longest = open_model(folder).preset.max_position_embeddings
     options: dict[str, Any] = {
         "num_slots": arguments.num_slots,
         "max_length": arguments.max_length or min(longest, 4096),
@@ -130,11 +123,15 @@ def _run(
         "is_batch_invariant": arguments.batch_invariant,
     }
     if arguments.processes == 1:
-        engine: Engine = LocalEngine.from_export(folder, device=arguments.device, **options)
+        engine: Engine = LocalEngine(
+            core_of(folder, device=arguments.device, tokenizer=lambda: tokenizer, **options)
+        )
     elif arguments.device != "cpu":
         raise UserError(f"--processes {arguments.processes}: on a CPU alone; leave it or --device")
     else:
-        engine = PoolEngine.from_export(folder, num_processes=arguments.processes, **options)
+        engine = PoolEngine.from_directory(
+            folder, num_processes=arguments.processes, tokenizer=load, **options
+        )
     name = arguments.name or arguments.load.resolve().name
     service = Service(engine, tokenizer, name, limits)
     app = make_app(service, api_key=api_key, has_admin=arguments.admin, weights=weights)
@@ -164,7 +161,4 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     _require_packages()
     api_key = _api_key(arguments)
-    weights = _weights_folder(arguments)
-    with tempfile.TemporaryDirectory(prefix="megatron-k2-serve-") as scratch:
-        folder = _exported(arguments.load, arguments.tokenizer, scratch)
-        return _run(arguments, folder, api_key, weights)
+    return _run(arguments, api_key, _weights_folder(arguments))

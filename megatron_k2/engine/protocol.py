@@ -71,7 +71,12 @@ class SamplingParams:
 
 
 class Constraint(Protocol):
-    """What one answer may consist of; the engine asks it before each token, on its own thread."""
+    """What one answer may consist of, asked before each token where the answer is computed."""
+
+    @property
+    def fault(self) -> str:
+        """Why it was given up; the answer is ended there. Empty: it was not."""
+        ...
 
     def allowed(self) -> Tensor:
         """Tokens that may come next, [vocabulary] bool on the CPU, at least one."""
@@ -90,8 +95,9 @@ class Request:
     """Unique among those in flight; what ``abort`` names."""
     prompt: tuple[int, ...]
     params: SamplingParams = SamplingParams()
-    constraint: Constraint | None = None
-    """Of this answer alone. Log-probabilities stay those of the model, before it."""
+    grammar: str | None = None
+    """Of ``engine/grammar.py``: what the answer may be. Log-probabilities stay those of the model,
+    before it."""
 
 
 class Candidate(NamedTuple):
@@ -129,6 +135,8 @@ class Output:
     """Of the last output."""
     stop_id: int | None = None
     """Which of ``stop_token_ids`` ended it."""
+    fault: str = ""
+    """Why the answer is held to its grammar no longer."""
 
 
 class Limits(NamedTuple):
@@ -213,11 +221,20 @@ class Engine(Protocol):
         """Fixed for the engine's life."""
         ...
 
+    def check_grammar(self, grammar: str) -> None:
+        """Refuse what no answer of this engine can be held to; from any thread, since it compiles.
+
+        Raises:
+            UserError: with the reason.
+        """
+        ...
+
     def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """The answer, as it grows. Closing it early ends the request.
 
         Raises:
-            UserError: the request cannot fit, or names tokens that do not exist; at the first step.
+            UserError: the request cannot fit, names tokens that do not exist, or has a grammar that
+                ``check_grammar`` refuses; at the first step.
             EngineError: the engine died, or its weights are not whole.
         """
         ...

@@ -85,11 +85,15 @@ class ScriptedEngine:
             return answer_of(request.prompt, request.params, self.limits.vocab_size)
         return [Token(i, -0.5, (), self._version) for i in given][: request.params.max_tokens]
 
+    def check_grammar(self, grammar: str) -> None:
+        """See the protocol: none."""
+        raise UserError("a scripted engine's answers are held to no grammar")
+
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """See the protocol."""
         check_request(request, self.limits)
-        if request.constraint is not None:
-            raise UserError("a scripted engine's answers are held to no grammar")
+        if request.grammar is not None:
+            self.check_grammar(request.grammar)
         fails = _drawn("fault", request.id) / 2**64 < self._faults.error_rate
         stops, tokens = request.params.stop_token_ids, self._answer(request)
         prompt = self._prompt_tokens(request)

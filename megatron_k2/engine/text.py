@@ -22,11 +22,12 @@ class TextPieces:
 
     Args:
         decoder: the tokenizer.
+        before: what the row follows; its text is not given out.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, before: Sequence[int] = ()) -> None:
         self._decoder = decoder
-        self._before: list[int] = []
+        self._before = list(before)
         self._open: list[int] = []
 
     def feed(self, ids: Sequence[int]) -> str:

@@ -26,24 +26,17 @@ def side(workload: str, checkpoint: str) -> dict[str, Any]:
     from megatron_k2.engine.mcore.generate import generate
     from megatron_k2.engine.mcore.ranks import opened_model, process_group
     from megatron_k2.engine.mcore.saved_args import read_saved_args
+    from megatron_k2.engine.protocol import SamplingParams
     from megatron_k2.parallel.layout import Layout
 
+    greedy = SamplingParams(NEW_TOKENS[workload], temperature=0)
     directory, saved = read_saved_args(Path(checkpoint), None)
     generator = torch.Generator().manual_seed(2)
     prompts = torch.randint(2, K2_TINY.vocab_size, (PROMPTS, PROMPT_TOKENS), generator=generator)
     answers, gaps = [], []
     with process_group() as device, opened_model(directory, saved, Layout()) as model:
         for prompt in prompts.tolist():
-            new = list(
-                generate(
-                    model,
-                    prompt,
-                    layout=Layout(),
-                    max_new_tokens=NEW_TOKENS[workload],
-                    device=device,
-                    temperature=0.0,
-                )
-            )
+            new = list(generate(model, prompt, greedy, layout=Layout(), device=device))
             whole = torch.tensor([prompt + new], device=device)
             logits = model.whole_logits(whole, slice(PROMPT_TOKENS - 1, whole.shape[1] - 1))[0]
             best = logits.topk(2).values.cpu()

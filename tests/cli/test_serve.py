@@ -56,10 +56,22 @@ def export(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def run(export, tmp_path_factory):
+    """The same model as a run has it."""
+    from megatron_k2.checkpoint.convert.import_hf import ImportOptions, import_hf
+
+    directory = tmp_path_factory.mktemp("run") / "run"
+    import_hf(export, directory, ImportOptions())
+    return directory
+
+
 @needs_extra
-def test_slots_that_do_not_fit_are_refused(capsys, export):
-    said = refused(capsys, "--load", str(export), "--memory-gb", "0.0001")
-    assert "16 slots x" in said
+def test_slots_that_do_not_fit_are_refused(capsys, export, run):
+    little = ("--memory-gb", "0.0001")
+    assert "16 slots x" in refused(capsys, "--load", str(export), *little)
+    assert "16 slots x" in refused(capsys, "--load", str(run), "--tokenizer", str(export), *little)
+    assert "no tokenizer found" in refused(capsys, "--load", str(run))
 
 
 @needs_extra

@@ -72,9 +72,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def grammars(tokenizer):
     pytest.importorskip("llguidance", reason="needs the extra grammar")
-    return Grammars(
-        tokenizer, tokenizer.vocab_size + SPARE, tokenizer.special_ids[IM_END]
-    )  # fmt: skip
+    return Grammars(lambda: tokenizer, tokenizer.vocab_size + SPARE)
 
 
 def is_valid(value, schema, root=None):
@@ -253,7 +251,7 @@ def test_a_grammar_given_up_ends_the_answer(tokenizer):
 def test_without_llguidance_it_says_what_to_install(tokenizer, monkeypatch):
     monkeypatch.setattr(constrained.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install 'megatron-k2\[grammar\]'"):
-        Grammars(tokenizer, 400, 3)
+        Grammars(lambda: tokenizer, 400).compiled('start: "a"\n')
 
 
 def test_bytes_of_tokens_are_what_they_encode(tokenizer, tmp_path):

@@ -33,6 +33,18 @@ def test_a_character_that_never_ends_is_a_replacement():
     assert pieces.close() == "ab�"
 
 
+def test_what_a_text_follows_is_not_given_out():
+    class Spaced:
+        """A word's first letter takes a space where something stands before it."""
+
+        def decode(self, ids):
+            return " ".join("abc"[i] for i in ids)
+
+    assert TextPieces(Spaced()).feed([1]) == "b"
+    pieces = TextPieces(Spaced(), [0])
+    assert [pieces.feed([1]), pieces.feed([2]), pieces.close()] == [" b", " c", ""]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_text_is_cut_at_the_first_stop_string(seed):
     draw, text = random.Random(seed), "aab abc abd END xyz"

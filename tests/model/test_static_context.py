@@ -76,3 +76,46 @@ def test_rows_at_the_beginning_of_the_keys_are_found(monkeypatch):
         attention, "Segment", lambda first, count, _position: Segment(first, count, 0)
     )
     assert difference() > 1e-3
+
+
+class Numbers:
+    """A tokenizer whose text is the ids."""
+
+    vocab_size, eod, bos = SMALL.vocab_size, -1, None
+
+    def tokenize(self, text):
+        return [int(word) for word in text.split()]
+
+    def detokenize(self, ids, **_):
+        return " ".join(map(str, ids))
+
+
+def test_megatrons_static_engine_answers_greedily():
+    from megatron.core.inference.contexts import StaticInferenceContext
+    from megatron.core.inference.engines.static_engine import StaticInferenceEngine
+    from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
+        GPTInferenceWrapper,
+    )
+    from megatron.core.inference.sampling_params import SamplingParams
+    from megatron.core.inference.text_generation_controllers.text_generation_controller import (
+        TextGenerationController,
+    )
+
+    model = build(SMALL).eval()
+    randomise(model)
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(SMALL.vocab_size, (BATCH, PROMPT), generator=generator).tolist()
+    expected = []
+    with torch.no_grad():
+        for ids in map(list, prompts):
+            for _ in range(NEW):
+                positions = torch.arange(len(ids), device=here())[None]
+                logits = model(torch.tensor([ids], device=here()), positions, None)
+                ids.append(int(logits[0, -1].argmax()))
+            expected.append(ids[PROMPT:])
+    wrapped = GPTInferenceWrapper(model, StaticInferenceContext(BATCH, PROMPT + NEW))
+    controller = TextGenerationController(wrapped, Numbers())
+    engine = StaticInferenceEngine(controller, legacy=True)
+    params = SamplingParams(top_k=1, num_tokens_to_generate=NEW, termination_id=-1)
+    answers = engine.generate([" ".join(map(str, ids)) for ids in prompts], sampling_params=params)
+    assert [answer.generated_tokens.tolist() for answer in answers] == expected

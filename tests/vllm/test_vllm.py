@@ -28,6 +28,7 @@ from megatron_k2.checkpoint.names.mapping import classic_from_transformers  # no
 from megatron_k2.cli.main import main  # noqa: E402
 from megatron_k2.engine import check  # noqa: E402
 from megatron_k2.engine.local.engine import LocalEngine  # noqa: E402
+from megatron_k2.engine.local.opened import core_of  # noqa: E402
 from megatron_k2.engine.remote.endpoints import Endpoint  # noqa: E402
 from megatron_k2.engine.remote.engine import RemoteEngine  # noqa: E402
 from megatron_k2.presets import YarnScaling  # noqa: E402
@@ -128,7 +129,7 @@ def _is_up(url):
 async def greedy(folder, url, vocab_size):
     """Of both engines: prompts, greedy answers and their scores."""
     remote = await RemoteEngine.connect([Endpoint(url)], vocab_size=vocab_size)
-    ours = LocalEngine.from_export(folder, num_slots=4, max_length=LENGTH)
+    ours = LocalEngine(core_of(folder, num_slots=4, max_length=LENGTH))
     try:
         probes = check.drawn_probes(vocab_size, seed=1)
         return await check.scored_by(remote, probes), await check.scored_by(ours, probes)

@@ -30,18 +30,10 @@ from megatron_k2.checkpoint.convert.export_shards import (
     plan_shards,
     write_shard,
 )
-from megatron_k2.checkpoint.convert.source_trail import SCALES_FILE, find_source_release
-from megatron_k2.checkpoint.hf.config import (
-    generation_config,
-    hf_config,
-    preset_from_args,
-    without_yarn,
-)
-from megatron_k2.checkpoint.hf.language_model import language_config
+from megatron_k2.checkpoint.hf.config import generation_config
 from megatron_k2.checkpoint.hf.model_card import model_card
-from megatron_k2.checkpoint.hf.preset import config_like
 from megatron_k2.checkpoint.hf.quantization import BlockFp8, quantization_like
-from megatron_k2.checkpoint.hf.reader import INDEX, read_json
+from megatron_k2.checkpoint.hf.reader import INDEX
 from megatron_k2.checkpoint.hf.release_files import (
     CHAT_TEMPLATE,
     GENERATION_CONFIG,
@@ -54,6 +46,7 @@ from megatron_k2.checkpoint.lora.adapters import AdapterSource, is_adapters
 from megatron_k2.checkpoint.names.audit import require_clean
 from megatron_k2.checkpoint.names.mapping import expand
 from megatron_k2.checkpoint.names.selection import Selection
+from megatron_k2.checkpoint.run_config import run_config, settle_preset, template_of
 from megatron_k2.checkpoint.stream.jobs import (
     Job,
     JobDirectory,
@@ -65,9 +58,10 @@ from megatron_k2.checkpoint.stream.jobs import (
     run_jobs,
 )
 from megatron_k2.checkpoint.torch_dist.reader import MegatronSource
+from megatron_k2.checkpoint.torch_dist.source_trail import SCALES_FILE, find_source_release
 from megatron_k2.errors import UserError
 from megatron_k2.files import write_atomically
-from megatron_k2.presets import ModelPreset, get_preset
+from megatron_k2.presets import ModelPreset
 from megatron_k2.run.iterations import find_iteration
 
 
@@ -111,38 +105,6 @@ class ExportResult:
     """FP8 blocks by ``kept`` (source's scale and codes) and ``fresh``; empty without FP8."""
     has_power_of_two_scales: bool
     """Fresh scales are amax / 448 rounded up to a power of two, not as it is."""
-
-
-def settle_preset(saved: Any, name: str | None, use_yarn: bool | None) -> ModelPreset:
-    """The shape of the checkpoint: the preset, changed by the run's flags where it saved them.
-
-    Args:
-        saved: Megatron's ``args`` of the run, or None.
-        name: the preset's name, or None to take ``args.preset``.
-        use_yarn: whether the position encoding is YaRN's; None to take ``args.rope_type``.
-
-    Raises:
-        UserError: if name or YaRN are in neither place.
-    """
-    name = name or getattr(saved, "preset", None)
-    if name is None:
-        raise UserError("the checkpoint saved no preset name; give one with --preset")
-    base = get_preset(name)
-    preset = base if saved is None else preset_from_args(saved, base)
-    if use_yarn is False:
-        return without_yarn(preset)
-    if use_yarn is None and getattr(saved, "rope_type", None) is None and base.yarn is not None:
-        raise UserError(
-            f"preset '{name}' can be trained with and without YaRN and the checkpoint does not "
-            "say which; give --yarn or --no-yarn"
-        )
-    if use_yarn and preset.yarn is None:
-        if base.yarn is None:
-            raise UserError(f"--yarn: preset '{name}' has no YaRN parameters")
-        return dataclasses.replace(
-            preset, yarn=base.yarn, max_position_embeddings=base.max_position_embeddings
-        )
-    return preset
 
 
 def export(
@@ -237,14 +199,12 @@ def _planned(megatron_dir: Path, options: ExportOptions) -> _Plan:
     source_release = find_source_release(megatron_dir, source, options.source_release)
     files = files_along(options.tokenizer, source_release)
     preset = settle_preset(source.args, options.preset, options.use_yarn)
-    template = None
-    if source_release is not None:
-        template = language_config(read_json(source_release / "config.json"))
+    template = template_of(source_release)
     fp8 = quantization_like(template) if options.dtype == "fp8" else None
     config = _config(source, preset, options, template, fp8)
     require_clean(source.shapes, preset, only=options.only)
-    if adapters is not None and (unmatched := adapters.unmatched(list(expand(preset)))):
-        raise UserError(f"{megatron_dir}: no linear of the model is {unmatched[0]}")
+    if adapters is not None:
+        adapters.require_matched(list(expand(preset)))
     jobs = plan_shards(
         options.only.take(expand(preset)),
         preset.num_layers + preset.num_mtp_layers,
@@ -280,31 +240,11 @@ def _config(
     fp8: BlockFp8 | None,
 ) -> dict[str, Any]:
     dtype = "fp32" if options.dtype == "fp32" else "bf16"
-    if template is not None:
-        config = config_like(template, preset, model_type=options.model_type, dtype=dtype)
-    else:
-        config = hf_config(preset, model_type=options.model_type or "kimi_k2", dtype=dtype)
-        config |= _expert_groups(source.args) | _tokens_of_another_vocabulary(preset)
+    kind = options.model_type
+    config = run_config(source.args, preset, template, model_type=kind, dtype=dtype)
     if fp8 is not None:
         config["quantization_config"] = fp8.config
     return config
-
-
-def _tokens_of_another_vocabulary(preset: ModelPreset) -> dict[str, None]:
-    """The preset's bos and eos are not those of a run with another vocabulary than its own.
-
-    Said as null: without the keys transformers takes 0 and 1.
-    """
-    if preset.vocab_size == get_preset(preset.name).vocab_size:
-        return {}
-    return {"bos_token_id": None, "eos_token_id": None}
-
-
-def _expert_groups(saved: Any) -> dict[str, int]:
-    """DeepSeek-V3's two-stage choice, which the preset has no field for."""
-    groups = getattr(saved, "moe_router_num_groups", None)
-    chosen = getattr(saved, "moe_router_group_topk", None)
-    return {"n_group": groups, "topk_group": chosen} if groups and chosen else {}
 
 
 def _conversion_record(plan: _Plan, options: ExportOptions) -> dict[str, Any]:

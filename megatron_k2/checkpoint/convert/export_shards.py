@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -30,7 +29,7 @@ from megatron_k2.checkpoint.hf.writer import (
     write_rows,
 )
 from megatron_k2.checkpoint.lora.adapters import AdapterSource
-from megatron_k2.checkpoint.lora.merged import MergedSource
+from megatron_k2.checkpoint.lora.merged import MergedSource, RowSource
 from megatron_k2.checkpoint.names.mapping import Pair, expand
 from megatron_k2.checkpoint.stream.jobs import Job, Receipt, naming_the_file
 from megatron_k2.checkpoint.stream.output_file import OutputFile
@@ -59,21 +58,6 @@ class ExportInputs:
     """A checkpoint of adapters to merge in."""
     preset: ModelPreset | None = None
     """Of the model; says which weights the adapters belong to."""
-
-
-class RowSource(Protocol):
-    """Where a shard's rows come from: a ``MegatronSource``, or one with adapters merged in."""
-
-    directory: Path
-
-    def dtype(self, name: str) -> Dtype:
-        """How one tensor is stored."""
-
-    def read(self, name: str, rows: slice, *, is_computed: bool) -> Rows:
-        """Rows of one tensor, by its name in ``rules``; not to be written to.
-
-        ``is_computed``: whether they are computed with, and not only written out.
-        """
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from megatron_k2.checkpoint.convert.import_files import (
     find_destinations,
     write_file,
 )
-from megatron_k2.checkpoint.convert.source_trail import SCALES_FILE, SOURCE_DIR
 from megatron_k2.checkpoint.hf.audit import (
     SourceAudit,
     audit_source,
@@ -54,6 +53,7 @@ from megatron_k2.checkpoint.stream.jobs import (
 )
 from megatron_k2.checkpoint.stream.rows import Dtype
 from megatron_k2.checkpoint.torch_dist.imported_args import imported_args
+from megatron_k2.checkpoint.torch_dist.source_trail import SCALES_FILE, SOURCE_DIR
 from megatron_k2.checkpoint.torch_dist.writer import (
     Destination,
     chunk_from,

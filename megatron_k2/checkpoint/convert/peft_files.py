@@ -12,13 +12,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from megatron_k2.checkpoint.convert.export_hf import settle_preset
 from megatron_k2.checkpoint.hf.reader import read_json
 from megatron_k2.checkpoint.lora.adapters import AdapterSource
 from megatron_k2.checkpoint.lora.peft_format import CONFIG, WEIGHTS, peft_config, peft_tensors
 from megatron_k2.checkpoint.lora.peft_import import Imported, megatron_adapters
 from megatron_k2.checkpoint.names.mapping import Pair, expand
 from megatron_k2.checkpoint.names.megatron_keys import STACKED_EXPERTS
+from megatron_k2.checkpoint.run_config import settle_preset
 from megatron_k2.checkpoint.stream.jobs import JobDirectory, require_free_or_finished
 from megatron_k2.checkpoint.stream.rows import Rows, rows_of
 from megatron_k2.checkpoint.torch_dist import archive
@@ -71,8 +71,7 @@ def export_peft(adapters: AdapterSource, peft_dir: Path, preset: str | None) -> 
     lost = [
         pair.megatron for pair in every if pair.layer >= shape.num_layers and adapters.has(pair)
     ]
-    if unmatched := adapters.unmatched(every):
-        raise UserError(f"{adapters.source.directory}: no linear of the model is {unmatched[0]}")
+    adapters.require_matched(every)
     tensors = peft_tensors(adapters, pairs)
     config = peft_config(adapters, pairs)
     job = _job(peft_dir, adapters.source.directory / ".metadata", config)

@@ -108,11 +108,16 @@ class AdapterSource:
         a, b = (self.tensor(f"{linear_of(pair)}{name}") for name in (LORA_A, LORA_B))
         return factors_of(pair, a, b)
 
-    def unmatched(self, pairs: list[Pair]) -> list[str]:
-        """Adapters of linears that are not among ``pairs``."""
+    def require_matched(self, pairs: list[Pair]) -> None:
+        """Refuse adapters of linears that are not among ``pairs``.
+
+        Raises:
+            UserError: naming one.
+        """
         known = {linear_of(pair) for pair in pairs}
         names = (name.removesuffix(LORA_A) for name in self.source.locations if LORA_A in name)
-        return sorted(name for name in names if name not in known)
+        if unmatched := sorted(name for name in names if name not in known):
+            raise UserError(f"{self.source.directory}: no linear of the model is {unmatched[0]}")
 
     def tensor(self, name: str) -> "Tensor":
         """One factor, fp32.

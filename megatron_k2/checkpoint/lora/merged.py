@@ -1,7 +1,7 @@
 """A base and its adapters read as one checkpoint: ``W + (alpha / rank) B A`` in fp32."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from megatron_k2.checkpoint.lora.adapters import AdapterSource, whole_product
 from megatron_k2.checkpoint.names.mapping import Pair
@@ -10,6 +10,21 @@ from megatron_k2.checkpoint.torch_dist.reader import MegatronSource
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class RowSource(Protocol):
+    """Where rows of a run's tensors come from: its checkpoint, or one with adapters merged in."""
+
+    directory: Path
+
+    def dtype(self, name: str) -> Dtype:
+        """How one tensor is stored."""
+
+    def read(self, name: str, rows: slice, *, is_computed: bool) -> Rows:
+        """Rows of one tensor, by its name in ``rules``; not to be written to.
+
+        ``is_computed``: whether they are computed with, and not only written out.
+        """
 
 
 class MergedSource:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from megatron_k2.checkpoint.block_fp8.convert import dequantized
 from megatron_k2.checkpoint.block_fp8.layout import SCALE_SUFFIX, block_rows, scale_shape
-from megatron_k2.checkpoint.convert.export_hf import settle_preset
 from megatron_k2.checkpoint.hf.reader import HfSource, is_hf_directory
 from megatron_k2.checkpoint.hf.rotary_rows import in_pairs
 from megatron_k2.checkpoint.hf.writer import row_chunks
 from megatron_k2.checkpoint.names.mapping import expand
 from megatron_k2.checkpoint.names.selection import Selection
+from megatron_k2.checkpoint.run_config import settle_preset
 from megatron_k2.checkpoint.stream.rows import Dtype
 from megatron_k2.checkpoint.torch_dist.reader import MegatronSource
 from megatron_k2.errors import UserError

@@ -2,22 +2,25 @@
 
 import secrets
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from megatron_k2.engine.constrained import Grammars
 from megatron_k2.engine.local.invariant import InvariantModel, whole_tiles
 from megatron_k2.engine.local.model import LatentModel, Step
 from megatron_k2.engine.local.sampling import choose, scored
 from megatron_k2.engine.local.scheduler import Scheduler, Sequence
 from megatron_k2.engine.local.weights import Weights
-from megatron_k2.engine.protocol import FinishReason, Output, Request, Token
+from megatron_k2.engine.protocol import Constraint, FinishReason, Limits, Output, Request, Token
 from megatron_k2.engine.transfer.manifest import Manifest
 from megatron_k2.errors import UserError
 
 STEP_TOKENS = 1024
 """Rows of a step, unless there are more slots: enough for large products, and a reader of a long
 prompt makes others wait for no more than so many tokens."""
+NO_GRAMMARS = "this engine was started without a tokenizer, so that it holds no answer to a grammar"
 _GIB = 2**30
 
 
@@ -34,6 +37,7 @@ class Core:
         shares_prefixes: whether prompts take over rows that others have computed.
         is_batch_invariant: whether a request's tokens and log-probabilities are the same bits
             whatever else is computed; slower.
+        grammars: what answers can be held to; None: to nothing.
 
     Raises:
         UserError: they do not fit.
@@ -50,10 +54,12 @@ class Core:
         memory_bytes: int | None = None,
         shares_prefixes: bool = True,
         is_batch_invariant: bool = False,
+        grammars: Grammars | None = None,
     ) -> None:
         length = whole_tiles(max_length) if is_batch_invariant else max_length
         require_room(weights, num_slots, length, memory_bytes)
         self.weights, self.version, self.max_length = weights, version, max_length
+        self._grammars = grammars
         model = InvariantModel if is_batch_invariant else LatentModel
         self._model = model(weights, num_slots, length)
         self._samples_apart = is_batch_invariant
@@ -62,15 +68,35 @@ class Core:
         )
 
     @property
+    def limits(self) -> Limits:
+        """Fixed for the core's life."""
+        return Limits(self.weights.preset.vocab_size, self.max_length, len(self.scheduler.running))
+
+    @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return bool(self.scheduler.waiting or self.scheduler.going)
 
     def add(self, request: Request) -> None:
-        """Queue a request that ``protocol.check_request`` has passed."""
+        """Queue a request that ``protocol.check_request`` has passed.
+
+        Raises:
+            UserError: its answer cannot be held to its grammar.
+        """
         seed = request.params.seed
         own = secrets.randbits(62) if seed is None else seed
-        self.scheduler.waiting.append(Sequence(request, own))
+        constraint = None if request.grammar is None else self.compiled(request.grammar)
+        self.scheduler.waiting.append(Sequence(request, own, constraint=constraint))
+
+    def compiled(self, grammar: str) -> Constraint:
+        """What holds an answer to a grammar; from any thread.
+
+        Raises:
+            UserError: see ``Grammars.compiled``, or this core has none.
+        """
+        if self._grammars is None:
+            raise UserError(NO_GRAMMARS)
+        return self._grammars.compiled(grammar)
 
     def abort(self, ids: Iterable[str] | None) -> list[tuple[str, Output]]:
         """End requests; what was held of their answers comes with the end."""
@@ -189,6 +215,8 @@ class Core:
         for sequence, token in zip(sampled, self._scored(logits, ids, wanted), strict=True):
             reason, stop = self._take(sequence, token)
             output = self._output(sequence, [token], reason, stop)
+            if sequence.constraint is not None and sequence.constraint.fault:
+                output = replace(output, fault=sequence.constraint.fault)
             if output.tokens or output.prompt_tokens or output.finish_reason:
                 outputs.append((sequence.request.id, output))
         return outputs
@@ -197,8 +225,8 @@ class Core:
         """Append a sampled token; whether and by what it ends the answer."""
         params = sequence.request.params
         sequence.ids.append(token.id)
-        if sequence.request.constraint is not None:
-            sequence.request.constraint.accept(token.id)
+        if sequence.constraint is not None:
+            sequence.constraint.accept(token.id)
         if token.id in params.stop_token_ids:
             self.scheduler.release(sequence)
             return "stop", token.id

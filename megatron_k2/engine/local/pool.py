@@ -12,20 +12,20 @@ import shutil
 import tempfile
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from megatron_k2.data.tokenizer import Tokenizer
 from megatron_k2.engine.local import worker
-from megatron_k2.engine.local.core import STEP_TOKENS, require_room
-from megatron_k2.engine.local.engine import code_of, open_export
+from megatron_k2.engine.local.core import NO_GRAMMARS, STEP_TOKENS, require_room
+from megatron_k2.engine.local.core_thread import code_of
 from megatron_k2.engine.local.invariant import whole_tiles
-from megatron_k2.engine.local.weights import Weights, tensors_of
+from megatron_k2.engine.local.member import Member
+from megatron_k2.engine.local.opened import grammars_of, model_for
+from megatron_k2.engine.local.weights import Weights
 from megatron_k2.engine.protocol import (
     EngineError,
     Health,
@@ -40,28 +40,6 @@ from megatron_k2.engine.transfer.manifest import Manifest
 from megatron_k2.errors import UserError
 
 
-@dataclass(eq=False)
-class _Member:
-    """A process as the pool sees it."""
-
-    number: int
-    process: BaseProcess
-    connection: Connection
-    streams: dict[str, "asyncio.Queue[Output | Exception]"] = field(default_factory=dict)
-    calls: dict[int, "asyncio.Future[Any]"] = field(default_factory=dict)
-    is_alive: bool = True
-    loop: asyncio.AbstractEventLoop | None = None
-    """Set when it is first used."""
-
-    def send(self, *command: Any) -> None:
-        """Hand it a command; one that has died gets none."""
-        if self.is_alive:
-            try:
-                self.connection.send(command)
-            except OSError:
-                pass  # it is just dying: its reader reports it
-
-
 class PoolEngine:
     """See the module.
 
@@ -72,7 +50,7 @@ class PoolEngine:
     """
 
     def __init__(self, weights: Weights, share: worker.Share, num_processes: int) -> None:
-        self._weights, self._version = weights, share.version
+        self._weights, self._version, self._grammars = weights, share.version, share.grammars
         self.limits = Limits(
             share.preset.vocab_size, share.max_length, share.num_slots * num_processes
         )
@@ -84,7 +62,7 @@ class PoolEngine:
             self._await_ready(member)
 
     @classmethod
-    def from_export(
+    def from_directory(
         cls,
         folder: Path,
         *,
@@ -96,24 +74,28 @@ class PoolEngine:
         step_tokens: int = STEP_TOKENS,
         memory_bytes: int | None = None,
         is_batch_invariant: bool = False,
+        tokenizer: Callable[[], Tokenizer] | None = None,
     ) -> Self:
-        """Serve a Hugging Face directory; ``num_slots`` are shared out among the processes.
+        """Serve a run or a Hugging Face directory; the processes share ``num_slots`` out.
+
+        ``tokenizer`` is pickled; what else may be given is ``opened.core_of``'s.
 
         Raises:
-            UserError: see ``LocalEngine.from_export``; or a process does not start.
+            UserError: see ``opened.core_of``; or a process does not start.
         """
         if not 1 <= num_processes <= num_slots:
             raise UserError(f"{num_processes} processes for {num_slots} slots: 1 to {num_slots}")
-        release, groups = open_export(folder, max_length)
+        model = model_for(folder, max_length)
         each = -(-num_slots // num_processes)
         files = Path(tempfile.mkdtemp(prefix="megatron-k2-weights-"))
         try:
-            weights = Weights(release.preset, dtype, torch.device("cpu"), groups, files)
+            groups = model.expert_groups
+            weights = Weights(model.preset, dtype, torch.device("cpu"), groups, files)
             length = whole_tiles(max_length) if is_batch_invariant else max_length
             require_room(weights, each * num_processes, length, memory_bytes)
-            weights.load(tensors_of(release.source))
+            weights.load(model.tensors())
             share = worker.Share(
-                release.preset,
+                model.preset,
                 dtype,
                 groups,
                 files,
@@ -122,20 +104,21 @@ class PoolEngine:
                 weight_version,
                 step_tokens,
                 is_batch_invariant,
+                grammars_of(model, tokenizer),
             )
             return cls(weights, share, num_processes)
         finally:
             shutil.rmtree(files)  # mapped by all who need them; nothing is left behind
 
-    def _started(self, number: int, share: worker.Share) -> _Member:
+    def _started(self, number: int, share: worker.Share) -> Member:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=worker.main, args=(theirs, share), daemon=True)
         process.start()
         theirs.close()
-        return _Member(number, process, ours)
+        return Member(number, process, ours)
 
-    def _await_ready(self, member: _Member) -> None:
+    def _await_ready(self, member: Member) -> None:
         try:
             member.connection.recv()
         except EOFError:
@@ -145,13 +128,15 @@ class PoolEngine:
             ) from None
         threading.Thread(target=self._read, args=(member,), daemon=True).start()
 
+    def check_grammar(self, grammar: str) -> None:
+        """See the protocol; a process compiles what it is asked for once more."""
+        if self._grammars is None:
+            raise UserError(NO_GRAMMARS)
+        self._grammars.compiled(grammar)
+
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """See the protocol."""
         check_request(request, self.limits)
-        if request.constraint is not None:
-            raise UserError(
-                "an engine of several processes holds no answer to a grammar; serve with one"
-            )
         if any(request.id in member.streams for member in self._members):
             raise UserError(f"request id {request.id!r} is in flight already")
         member = self._chosen()
@@ -171,7 +156,7 @@ class PoolEngine:
             if not is_ended:
                 member.send("leave", request.id)
 
-    def _chosen(self) -> _Member:
+    def _chosen(self) -> Member:
         """The process with fewest requests."""
         living = self._living()
         if self._fault or not living:
@@ -180,7 +165,7 @@ class PoolEngine:
         found.loop = asyncio.get_running_loop()
         return found
 
-    def _living(self) -> list[_Member]:
+    def _living(self) -> list[Member]:
         return [member for member in self._members if member.is_alive]
 
     async def _all(self, method: str, *arguments: Any) -> list[Any]:
@@ -263,13 +248,13 @@ class PoolEngine:
         for member in self._members:
             member.process.join()
 
-    def _fail(self, member: _Member, error: EngineError) -> None:
+    def _fail(self, member: Member, error: EngineError) -> None:
         for stream in member.streams.values():
             stream.put_nowait(error)
 
     # What follows runs on a thread of its own for each process, but for what it hands to the loop.
 
-    def _read(self, member: _Member) -> None:
+    def _read(self, member: Member) -> None:
         try:
             while True:
                 messages = member.connection.recv()
@@ -280,10 +265,10 @@ class PoolEngine:
             if member.loop is not None and not member.loop.is_closed():
                 member.loop.call_soon_threadsafe(self._bury, member)
 
-    def _take(self, member: _Member, messages: list[tuple[Any, ...]]) -> None:
+    def _take(self, member: Member, messages: tuple[tuple[Any, ...], ...]) -> None:
         for message in messages:
             match message:
-                case ("output" | "failed", name, found):
+                case ("output", name, found):
                     if (stream := member.streams.get(name)) is not None:
                         stream.put_nowait(found)
                 case ("done", number, found, error):
@@ -295,7 +280,7 @@ class PoolEngine:
                     else:
                         future.set_exception(error)
 
-    def _bury(self, member: _Member) -> None:
+    def _bury(self, member: Member) -> None:
         """Tell those who wait for a process that has died."""
         member.process.join()
         code = member.process.exitcode

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_k2.engine.local.model import Chunk, Step
 from megatron_k2.engine.local.sampling import Row, uniform
-from megatron_k2.engine.protocol import Request, Token
+from megatron_k2.engine.protocol import Constraint, Request, Token
 
 MIN_SHARED = 16
 """Tokens below which a prefix is not worth a copy."""
@@ -37,6 +37,7 @@ class Sequence:
     held: list[Token] = field(default_factory=list)
     """Sampled, but not yet routed: not given out yet."""
     has_given_prompt: bool = False
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         self.ids = list(self.request.prompt)
@@ -59,8 +60,7 @@ class Sequence:
 
     def row(self) -> Row:
         """For the sampler."""
-        constraint = self.request.constraint
-        allowed = None if constraint is None else constraint.allowed()
+        allowed = None if self.constraint is None else self.constraint.allowed()
         draw = uniform(self.seed, len(self.ids))
         return Row(self.request.params, draw, self.ids, allowed)
 

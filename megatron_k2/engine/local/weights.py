@@ -5,7 +5,7 @@ are the same copy, and nothing is held twice.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -13,9 +13,6 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from megatron_k2.checkpoint.block_fp8 import reference
-from megatron_k2.checkpoint.block_fp8.layout import SCALE_SUFFIX
-from megatron_k2.checkpoint.hf.reader import HfSource
 from megatron_k2.errors import UserError
 from megatron_k2.presets import ModelPreset
 
@@ -215,16 +212,3 @@ class Weights:
             raise UserError(
                 f"{len(open_places):,} weights never came, '{next(iter(open_places))}' among them"
             )
-
-
-def tensors_of(source: HfSource) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a Hugging Face directory; block FP8 is dequantised to bf16.
-
-    A tensor shares memory with its file's mapping: copy it, do not keep or write to it.
-    """
-    for name in source.weights:
-        tensor = source.read(name, is_computed=True).tensor()
-        if tensor.dtype == torch.float8_e4m3fn:
-            scales = source.read(name + SCALE_SUFFIX, is_computed=True).tensor()
-            tensor = reference.dequantize(tensor, scales)
-        yield name, tensor

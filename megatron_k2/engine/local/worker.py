@@ -1,25 +1,29 @@
 """One process of ``pool.PoolEngine``: an embedded engine at the other end of a pipe.
 
-Commands come as tuples: ``("generate", request)``, ``("leave", id)``, ``("call", number, method,
-arguments)``. What goes back is gathered and sent once a turn of the event loop, as a list of
-``("output", id, output)``, ``("failed", id, error)`` and ``("done", number, error or None)``.
+Commands come in lists, those of one turn of the pool's event loop together: ``("generate",
+request)``, ``("leave", id)``, ``("call", number, method, arguments)``. What goes back are tuples of
+``("output", id, output or error)``, those of one step together, and ``("done", number, result,
+error or None)``. No event loop stands between: the core's thread writes into the pipe.
 """
 
-import asyncio
+import contextlib
+import itertools
+import queue
 import signal
 import threading
 import time
-from contextlib import aclosing
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_k2.engine.constrained import Grammars
 from megatron_k2.engine.local.core import Core
-from megatron_k2.engine.local.engine import LocalEngine
+from megatron_k2.engine.local.core_thread import CoreThread, Deliveries
 from megatron_k2.engine.local.weights import Weights
 from megatron_k2.engine.protocol import EngineError, Request
 from megatron_k2.errors import UserError
@@ -40,24 +44,23 @@ class Share:
     version: str
     step_tokens: int
     is_batch_invariant: bool
+    grammars: Grammars | None
 
 
-class _Outbox:
-    """Messages of one turn of the event loop, sent together."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection, self._messages = connection, list[tuple[Any, ...]]()
-        self._loop = asyncio.get_running_loop()
-
-    def put(self, *message: Any) -> None:
-        """Send it before long."""
-        if not self._messages:
-            self._loop.call_soon(self._flush)
-        self._messages.append(message)
-
-    def _flush(self) -> None:
-        messages, self._messages = self._messages, []
-        self._connection.send(messages)
+def core_over(share: Share) -> Core:
+    """A core over weights in files."""
+    weights = Weights(
+        share.preset, share.dtype, torch.device("cpu"), share.expert_groups, share.folder
+    )
+    return Core(
+        weights,
+        num_slots=share.num_slots,
+        max_length=share.max_length,
+        version=share.version,
+        step_tokens=share.step_tokens,
+        is_batch_invariant=share.is_batch_invariant,
+        grammars=share.grammars,
+    )
 
 
 def main(connection: Connection, share: Share) -> None:
@@ -69,83 +72,81 @@ def main(connection: Connection, share: Share) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to all; the pool ends this one
     torch.set_num_threads(1)
-    weights = Weights(
-        share.preset, share.dtype, torch.device("cpu"), share.expert_groups, share.folder
-    )
-    core = Core(
-        weights,
-        num_slots=share.num_slots,
-        max_length=share.max_length,
-        version=share.version,
-        step_tokens=share.step_tokens,
-        is_batch_invariant=share.is_batch_invariant,
-    )
-    connection.send([("ready",)])
-    if fault := asyncio.run(_serve(connection, LocalEngine(core))):
+    if fault := _Worker(connection, core_over(share)).obey():
         raise SystemExit(f"a process of the engine ends: {fault}")
 
 
-async def _serve(connection: Connection, engine: LocalEngine) -> str:
-    """Obey until the pipe closes, or the engine is of no use; why it is of none."""
-    loop, outbox = asyncio.get_running_loop(), _Outbox(connection)
-    commands: asyncio.Queue[tuple[Any, ...] | None] = asyncio.Queue()
+class _Worker:
+    """Commands to the core's thread, and what comes of them into the pipe."""
 
-    def read() -> None:
+    def __init__(self, connection: Connection, core: Core) -> None:
+        self._connection, self._core = connection, core
+        self._sending = threading.Lock()
+        self._commands: queue.SimpleQueue[list[tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._thread = CoreThread(core, self._deliver)
+
+    def obey(self) -> str:
+        """Work until the pipe closes, or the core is of no use; why it is of none."""
+        threading.Thread(target=self._read, daemon=True).start()
+        self._send(("ready",))
+        while (commands := self._commands.get()) is not None:
+            for kind, group in itertools.groupby(commands, key=itemgetter(0)):
+                match kind:
+                    case "generate":
+                        self._begin([request for _, request in group])
+                    case "leave":
+                        for _, name in group:
+                            self._thread.leave(name)
+                    case "call":
+                        for _, number, method, arguments in group:
+                            self._call(number, method, arguments)
+        fault = self._thread.health().detail
+        self._thread.close()
+        self._thread.join()
+        return fault
+
+    def _begin(self, requests: list[Request]) -> None:
+        sound = []
+        for request in requests:
+            try:
+                if request.grammar is not None:  # here, while the core goes on; it is kept for it
+                    self._core.compiled(request.grammar)
+                sound.append(request)
+            except UserError as error:
+                self._send(("output", request.id, error))
+
+        def tell(done: Future[None]) -> None:
+            if (error := done.exception()) is not None:
+                self._send(*(("output", request.id, error) for request in sound))
+
+        self._thread.add(*sound).add_done_callback(tell)
+
+    def _call(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
+        """A verb of the core's thread, or the CPU seconds that this process has taken."""
+        if method == "cpu_seconds":
+            self._send(("done", number, time.process_time(), None))
+            return
+
+        def tell(done: Future[None]) -> None:
+            error = done.exception()
+            self._send(("done", number, None, error and EngineError(str(error))))
+
+        getattr(self._thread, method)(*arguments).add_done_callback(tell)
+
+    def _send(self, *messages: tuple[Any, ...]) -> None:
+        with self._sending, contextlib.suppress(OSError):  # the pool is gone: the reader sees it
+            self._connection.send(messages)
+
+    # What follows runs on the thread that reads, or on the core's.
+
+    def _read(self) -> None:
         try:
             while True:
-                loop.call_soon_threadsafe(commands.put_nowait, connection.recv())
+                self._commands.put(self._connection.recv())
         except (EOFError, OSError):
-            loop.call_soon_threadsafe(commands.put_nowait, None)
+            self._commands.put(None)
 
-    def ended(_: asyncio.Task[None]) -> None:
-        if not engine.health().is_ready:
-            commands.put_nowait(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    answers: dict[str, asyncio.Task[None]] = {}
-    calls: set[asyncio.Task[None]] = set()
-    while (command := await commands.get()) is not None:
-        match command:
-            case ("generate", request):
-                task = asyncio.create_task(_generate(engine, request, outbox))
-                answers[request.id] = task
-                task.add_done_callback(partial(_forget, answers, request.id))
-                task.add_done_callback(ended)
-            case ("leave", name):
-                if name in answers:
-                    answers.pop(name).cancel()
-            case ("call", number, method, arguments):
-                call = asyncio.create_task(_call(engine, number, method, arguments, outbox))
-                calls.add(call)
-                call.add_done_callback(calls.discard)
-    fault = engine.health().detail
-    await engine.close()
-    return fault
-
-
-def _forget(answers: dict[str, asyncio.Task[None]], name: str, task: asyncio.Task[None]) -> None:
-    if answers.get(name) is task:  # else the name is another's by now
-        del answers[name]
-
-
-async def _generate(engine: LocalEngine, request: Request, outbox: _Outbox) -> None:
-    try:
-        async with aclosing(engine.generate(request)) as outputs:
-            async for output in outputs:
-                outbox.put("output", request.id, output)
-    except (UserError, EngineError) as error:
-        outbox.put("failed", request.id, error)
-
-
-async def _call(
-    engine: LocalEngine, number: int, method: str, arguments: tuple[Any, ...], outbox: _Outbox
-) -> None:
-    """A verb of the engine, or the CPU seconds that this process has taken."""
-    try:
-        if method == "cpu_seconds":
-            found: Any = time.process_time()
-        else:
-            found = await getattr(engine, method)(*arguments)
-        outbox.put("done", number, found, None)
-    except Exception as error:
-        outbox.put("done", number, None, EngineError(str(error)))
+    def _deliver(self, deliveries: Deliveries) -> None:
+        self._send(*(("output", name, found) for name, found in deliveries))
+        if not self._thread.health().is_ready:
+            self._commands.put(None)

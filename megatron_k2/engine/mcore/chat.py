@@ -1,17 +1,16 @@
 """A dialogue with a model of ours: turns in, streamed answers out, tool calls left to the person.
 
-In-process and uncached, as ``generate`` is. A turn the model sampled stays in the dialogue by its
-own ids. Nothing a model says is executed: its calls are shown, and whoever sits there answers them.
+In-process, as ``generate`` is. A turn the model sampled stays in the dialogue by its own ids, so a
+cache goes on where it stopped. Nothing a model says is executed: its calls are shown, and whoever
+sits there answers them.
 """
 
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
 
 from megatron_k2.chat.completion import Completion, CompletionParser, CompletionStream, Event
 from megatron_k2.chat.control import IM_END
@@ -19,11 +18,10 @@ from megatron_k2.chat.dialogue import Dialogue
 from megatron_k2.chat.lexer import IdLexer
 from megatron_k2.chat.template import Renderer
 from megatron_k2.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_k2.engine.mcore.generate import generate
-from megatron_k2.engine.mcore.jobs import check_length, round_up
-from megatron_k2.engine.mcore.model import InferenceModel
+from megatron_k2.engine.mcore.jobs import check_length, round_up, sampling_params
 from megatron_k2.engine.mcore.options import check_chat, layout_of
-from megatron_k2.engine.mcore.saved_args import check_model, read_saved_args, tokenizer_path
+from megatron_k2.engine.mcore.saved_args import check_model, plain_saved_args, tokenizer_path
+from megatron_k2.engine.protocol import SamplingParams
 from megatron_k2.errors import UserError
 from megatron_k2.parallel.layout import Layout
 from megatron_k2.records.messages import Message, ToolSpec
@@ -31,6 +29,10 @@ from megatron_k2.records.read import message_from, tool_from
 
 Ask = Callable[[str], str | None]
 """Shows a prompt and reads a line; ``None`` at the end."""
+
+
+Continue = Callable[[Sequence[int], SamplingParams], Iterator[int]]
+"""A prompt's new tokens, one by one: of whatever holds the model."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def chat_job(args: Namespace, world_size: int) -> ChatJob:
     """
     check_chat(args)
     layout = layout_of(args, world_size)
-    directory, saved = read_saved_args(args.load, args.iteration)
+    directory, saved = plain_saved_args(args.load, args.iteration)
     tokenizer = load_tokenizer(tokenizer_path(saved, args.tokenizer, args.data))
     tools = tuple(_records(args.tools, tool_from)) if args.tools else ()
     messages = list(_records(args.messages, message_from)) if args.messages else []
@@ -98,17 +100,15 @@ class Talk:
     """One dialogue with a model, on every rank alike.
 
     Args:
-        model: at any layout.
+        continued: the model.
         job: see ``chat_job``.
         args: of the command line: temperature, top-p, length, seed.
-        device: of this rank.
         show: takes each event of an answer as it comes.
     """
 
-    model: InferenceModel
+    continued: Continue
     job: ChatJob
     args: Namespace
-    device: torch.device
     show: Callable[[Event], None]
     num_answers: int = 0
     dialogue: Dialogue = field(init=False)
@@ -123,20 +123,12 @@ class Talk:
             UserError: where it would leave the model's positions.
         """
         tokenizer, args = self.job.tokenizer, self.args
-        tokens = generate(
-            self.model,
-            list(self.dialogue.prompt()),
-            layout=self.job.layout,
-            max_new_tokens=args.max_new_tokens,
-            device=self.device,
-            eod_id=tokenizer.special_ids[IM_END],
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=args.seed + self.num_answers,
-        )
+        prompt = self.dialogue.prompt()
+        check_length(len(prompt), args.max_new_tokens, self.job.saved.max_position_embeddings)
+        params = sampling_params(args, tokenizer.special_ids[IM_END], self.num_answers)
         stream = CompletionStream(IdLexer(tokenizer), CompletionParser("tolerant", self.job.tools))
         sampled = []
-        for token in tokens:
+        for token in self.continued(prompt, params):
             sampled.append(token)
             for event in stream.feed([token]):
                 self.show(event)

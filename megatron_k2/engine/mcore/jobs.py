@@ -14,7 +14,8 @@ import numpy as np
 from megatron_k2.data.indexed import read_tokens
 from megatron_k2.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_k2.engine.mcore.options import check_evaluate, check_generate, layout_of
-from megatron_k2.engine.mcore.saved_args import check_model, read_saved_args
+from megatron_k2.engine.mcore.saved_args import check_model, plain_saved_args
+from megatron_k2.engine.protocol import SamplingParams
 from megatron_k2.errors import UserError
 from megatron_k2.parallel.layout import Layout
 
@@ -41,6 +42,7 @@ class GenerateJob:
     layout: Layout
     tokenizer: Tokenizer
     prompt: list[int]
+    params: SamplingParams
 
 
 def evaluate_job(args: argparse.Namespace, world_size: int) -> EvaluateJob:
@@ -51,7 +53,7 @@ def evaluate_job(args: argparse.Namespace, world_size: int) -> EvaluateJob:
     """
     manifest = check_evaluate(args)
     layout = layout_of(args, world_size)
-    directory, saved = read_saved_args(args.load, args.iteration)
+    directory, saved = plain_saved_args(args.load, args.iteration)
     seq_length = args.seq_length or saved.seq_length
     check_model(
         saved,
@@ -80,7 +82,7 @@ def generate_job(args: argparse.Namespace, world_size: int) -> GenerateJob:
     tokenizer = load_tokenizer(check_generate(args))
     layout = layout_of(args, world_size)
     prompt = tokenizer.encode(args.prompt)
-    directory, saved = read_saved_args(args.load, args.iteration)
+    directory, saved = plain_saved_args(args.load, args.iteration)
     check_length(len(prompt), args.max_new_tokens, saved.max_position_embeddings)
     check_model(
         saved,
@@ -89,7 +91,30 @@ def generate_job(args: argparse.Namespace, world_size: int) -> GenerateJob:
         data_vocab=tokenizer.vocab_size,
         data="the tokenizer",
     )
-    return GenerateJob(directory, saved, layout, tokenizer, prompt)
+    params = sampling_params(args, tokenizer.eod_id)
+    return GenerateJob(directory, saved, layout, tokenizer, prompt, params)
+
+
+def sampling_params(
+    args: argparse.Namespace, end_id: int | None, num_before: int = 0
+) -> SamplingParams:
+    """What the command line says about the next token.
+
+    Args:
+        args: of ``generate`` or ``chat``.
+        end_id: ends an answer.
+        num_before: answers of the same dialogue; each draws by a seed of its own.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+    return SamplingParams(
+        max_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed + num_before,
+        stop_token_ids=() if end_id is None else (end_id,),
+    )
 
 
 def check_length(num_prompt: int, max_new_tokens: int, max_length: int) -> None:

@@ -48,8 +48,6 @@ class InferenceModel:
     """One: virtual stages would only shorten a pipeline's bubble."""
     vocab_size: int
     """V: the tokenizer's ids, without the padding that TP adds to the vocabulary."""
-    max_length: int
-    """Tokens the rotary frequencies were trained for."""
 
     def run(self, batches: list[dict[str, Tensor]], collect: Collect) -> list[Any]:
         """Forward micro-batches of equal shape through all stages.
@@ -146,4 +144,4 @@ def load_model(directory: Path, args: Namespace) -> InferenceModel:
     # What a checkpoint lacks has failed in load(); _extra_state belongs to Transformer Engine.
     model.load_state_dict({key: loaded[key] for key in state}, strict=False)
     model.eval()
-    return InferenceModel(stages, args.vocab_size, args.max_position_embeddings)
+    return InferenceModel(stages, args.vocab_size)

@@ -1,6 +1,8 @@
 """Each rank of ``evaluate``, ``generate``, ``chat``: ``python -m megatron_k2.engine.mcore.ranks``.
 
-The process group, the model, the work, the output of rank 0.
+The process group, the model, the work, the output of rank 0. Text of one rank comes from the
+embedded engine; loss and logits are Megatron's own at any number of ranks, since they are what a
+run, an export and an engine are judged by.
 """
 
 import argparse
@@ -30,6 +32,8 @@ from megatron_k2.quiet import quieten
 if TYPE_CHECKING:
     import torch
 
+    from megatron_k2.engine.local.core import Core
+    from megatron_k2.engine.mcore.chat import Continue
     from megatron_k2.engine.mcore.evaluate import Evaluation
     from megatron_k2.engine.mcore.jobs import EvaluateJob
     from megatron_k2.engine.mcore.model import InferenceModel
@@ -74,6 +78,50 @@ def opened_model(directory: Path, saved: Namespace, layout: Layout) -> Iterator[
         yield model
 
 
+@contextlib.contextmanager
+def continuing(
+    directory: Path, saved: Namespace, layout: Layout, length: int
+) -> "Iterator[Continue]":
+    """What continues prompts: the embedded engine on one rank, Megatron's model over several.
+
+    A model that is spread over ranks has no cache, and is computed anew for each token.
+
+    Args:
+        directory: the checkpoint.
+        saved: its run's arguments, without Megatron's classes.
+        layout: over the ranks there are.
+        length: most tokens of a prompt and its answer.
+    """
+    import functools
+
+    if layout.world_size == 1:
+        from megatron_k2.engine.local.offline import continued
+
+        yield functools.partial(continued, _core(directory, saved, length))
+        return
+    from megatron_k2.engine.mcore.generate import generate
+    from megatron_k2.engine.mcore.saved_args import read_saved_args
+
+    _, saved = read_saved_args(directory, None)
+    with process_group() as device, opened_model(directory, saved, layout) as model:
+        yield functools.partial(generate, model, layout=layout, device=device)
+
+
+def _core(directory: Path, saved: Namespace, length: int) -> "Core":
+    """The engine with one slot, in the precision of the run."""
+    import torch
+
+    from megatron_k2.engine.local.opened import core_of
+
+    return core_of(
+        directory,
+        num_slots=1,
+        max_length=length,
+        dtype=torch.bfloat16 if saved.bf16 else torch.float32,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+
+
 def world_size() -> int:
     """Number of ranks that torchrun started; 1 for a process started by hand."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -87,9 +135,11 @@ def is_first_rank() -> bool:
 def run_evaluate(args: argparse.Namespace) -> None:
     """``evaluate``: loss of a split, or a dump of logits."""
     from megatron_k2.engine.mcore.jobs import evaluate_job
+    from megatron_k2.engine.mcore.saved_args import read_saved_args
 
     job = evaluate_job(args, world_size())
-    with process_group() as device, opened_model(job.directory, job.saved, job.layout) as model:
+    _, saved = read_saved_args(job.directory, None)
+    with process_group() as device, opened_model(job.directory, saved, job.layout) as model:
         if args.dump_logits is None:
             _evaluate(args, job, model, device)
         else:
@@ -158,26 +208,17 @@ def _dump_logits(
 
 def run_generate(args: argparse.Namespace) -> None:
     """``generate``: the prompt and what follows it, on rank 0's stdout."""
-    from megatron_k2.engine.mcore.generate import generate, text_pieces
     from megatron_k2.engine.mcore.jobs import generate_job
+    from megatron_k2.engine.text import TextPieces
 
     job = generate_job(args, world_size())
-    with process_group() as device, opened_model(job.directory, job.saved, job.layout) as model:
-        tokens = generate(
-            model,
-            job.prompt,
-            layout=job.layout,
-            max_new_tokens=args.max_new_tokens,
-            device=device,
-            eod_id=job.tokenizer.eod_id,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=args.seed,
-        )
+    length = len(job.prompt) + args.max_new_tokens
+    with continuing(job.directory, job.saved, job.layout, length) as continued:
+        pieces = TextPieces(job.tokenizer, job.prompt)
         _print(args.prompt)
-        for piece in text_pieces(job.tokenizer, job.prompt, tokens):
-            _print(piece)
-        _print("\n")
+        for token in continued(job.prompt, job.params):
+            _print(pieces.feed([token]))
+        _print(pieces.close() + "\n")
 
 
 def run_chat(args: argparse.Namespace) -> None:
@@ -185,8 +226,9 @@ def run_chat(args: argparse.Namespace) -> None:
     from megatron_k2.engine.mcore.chat import Talk, chat_job, read_line, shown
 
     job = chat_job(args, world_size())
-    with process_group() as device, opened_model(job.directory, job.saved, job.layout) as model:
-        talk = Talk(model, job, args, device, lambda e: None if args.json else _print(shown(e)))
+    length = job.saved.max_position_embeddings
+    with continuing(job.directory, job.saved, job.layout, length) as continued:
+        talk = Talk(continued, job, args, lambda e: None if args.json else _print(shown(e)))
         if args.prompt is None and args.messages is None:
             talk.converse(read_line)
             return

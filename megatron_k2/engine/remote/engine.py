@@ -94,19 +94,22 @@ class RemoteEngine:
             await client.close()
             raise
 
+    def check_grammar(self, grammar: str) -> None:
+        """See the protocol: none."""
+        raise UserError(
+            "a grammar is not sent to an engine behind HTTP; hold the answer to a schema by the "
+            "server's own tools or response_format, or generate with an engine of this process"
+        )
+
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """See the protocol; the answer comes at once.
 
         Raises:
-            UserError: also of a request with a constraint, which cannot be sent.
+            UserError: also of a request with a grammar, which is not sent.
         """
         check_request(request, self.limits)
-        if request.constraint is not None:
-            raise UserError(
-                "a constraint lives in this process and cannot be sent to an engine behind HTTP; "
-                "hold the answer to a schema by the server's own tools or response_format, or "
-                "generate with an engine of this process"
-            )
+        if request.grammar is not None:
+            self.check_grammar(request.grammar)
         if request.id in self._tasks:
             raise UserError(f"request id {request.id!r} is in flight already")
         if self._fault:

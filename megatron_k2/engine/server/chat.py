@@ -13,7 +13,6 @@ from megatron_k2.chat.call_ids import guessed_name
 from megatron_k2.chat.completion import Completion, CompletionParser, CompletionStream, Event
 from megatron_k2.chat.control import IM_END
 from megatron_k2.chat.lexer import IdLexer
-from megatron_k2.engine.constrained import GrammarConstraint
 from megatron_k2.engine.protocol import SamplingParams, Token
 from megatron_k2.engine.server.bodies import ChatBody
 from megatron_k2.engine.server.completions import usage
@@ -43,7 +42,7 @@ class Asked:
     params: SamplingParams
     stops: tuple[str, ...]
     num_choices: int
-    constraint: GrammarConstraint | None
+    grammar: str | None
 
 
 async def settled(service: Service, body: ChatBody) -> Asked:
@@ -73,11 +72,11 @@ def asked(service: Service, body: ChatBody) -> Asked:
     if not params.max_tokens:
         raise UserError("max_tokens 0: nothing is asked for")
     stops, grammar = tuple(body.stops), grammar_of(service, body, messages, tools)
-    constraint = None if grammar is None else service.grammars.compiled(grammar)
-    if constraint is not None:
+    if grammar is not None:
+        service.engine.check_grammar(grammar)
         end = service.renderer.control.by_name[IM_END]
         params = replace(params, stop_token_ids=(*params.stop_token_ids, end))
-    return Asked(tuple(rendered.ids), tools, params, stops, body.n or 1, constraint)
+    return Asked(tuple(rendered.ids), tools, params, stops, body.n or 1, grammar)
 
 
 class Reader:
@@ -152,8 +151,7 @@ async def answered(
 ) -> AsyncGenerator[tuple[Delta, Piece], None]:
     """Deltas of one choice; the last has ``finish_reason`` in its piece."""
     reader = Reader(service, one.tools, one.stops)
-    constraint = None if one.constraint is None else one.constraint.fresh()
-    pieces = service.answer(name, one.prompt, one.params, constraint=constraint)
+    pieces = service.answer(name, one.prompt, one.params, grammar=one.grammar)
     end = service.tokenizer.special_ids.get(IM_END)
     try:
         async for piece in pieces:

@@ -10,7 +10,6 @@ from typing import Any
 from megatron_k2.chat.control import IM_END
 from megatron_k2.chat.template import Renderer
 from megatron_k2.data.tokenizer import Tokenizer
-from megatron_k2.engine.constrained import GrammarConstraint, Grammars
 from megatron_k2.engine.protocol import Engine, FinishReason, Request, SamplingParams, Token
 from megatron_k2.engine.text import StopStrings, TextPieces
 from megatron_k2.errors import UserError
@@ -83,19 +82,6 @@ class Service:
         self.limits = limits or ServerLimits()
         self.num_running = 0
         self._renderer: Renderer | None = None
-        self._grammars: Grammars | None = None
-
-    @property
-    def grammars(self) -> Grammars:
-        """What answers can be held to.
-
-        Raises:
-            UserError: the tokenizer has no control tokens, or see ``Grammars``.
-        """
-        if self._grammars is None:
-            end = self.renderer.control.by_name[IM_END]
-            self._grammars = Grammars(self.tokenizer, self.engine.limits.vocab_size, end)
-        return self._grammars
 
     @property
     def renderer(self) -> Renderer:
@@ -165,7 +151,7 @@ class Service:
         prompt: Sequence[int],
         params: SamplingParams,
         stops: Sequence[str] = (),
-        constraint: GrammarConstraint | None = None,
+        grammar: str | None = None,
     ) -> AsyncGenerator[Piece, None]:
         """One answer as it grows; leaving early ends it in the engine.
 
@@ -180,11 +166,11 @@ class Service:
         self.num_running += 1
         text, stop = TextPieces(self.tokenizer), StopStrings(stops)
         try:
-            outputs = self.engine.generate(Request(name, tuple(prompt), params, constraint))
+            outputs = self.engine.generate(Request(name, tuple(prompt), params, grammar))
             async with aclosing(outputs):
                 async for output in outputs:
-                    if constraint is not None and constraint.fault:
-                        raise UserError(f"the schema was given up: {constraint.fault[:300]}")
+                    if output.fault:
+                        raise UserError(f"the schema was given up: {output.fault[:300]}")
                     shown = [t.id for t in output.tokens]
                     if output.stop_id is not None:
                         shown = shown[:-1]

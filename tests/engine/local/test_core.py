@@ -4,6 +4,8 @@ The oracle computes the whole sequence anew for each token. Random weights make 
 where the two differ, the margin of the two best logits must be below 1e-4.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,6 +70,33 @@ def test_200_greedy_answers_are_transformers(model, device):
         same_or_near_tie(model, prompt, found[name])
 
 
+class GivenUp:
+    """Grammars of which each constraint is given up at its third token."""
+
+    def compiled(self, grammar):
+        constraint = GivenUp()
+        constraint.fault, constraint.left = "", 2
+        return constraint
+
+    def allowed(self):
+        self.fault = "" if self.left else "too complex"
+        return torch.arange(96) == (5 if self.left else 1)
+
+    def accept(self, token):
+        self.left -= 1
+
+
+def test_a_grammar_given_up_is_said_with_the_token_that_ends_the_answer(model):
+    core = core_of(model, grammars=GivenUp())
+    core.add(Request("a", (3, 4), replace(GREEDY, stop_token_ids=(1,)), "start: /x/"))
+    outputs = [output for _ in range(3) for _, output in core.step()]
+    assert [[t.id for t in output.tokens] for output in outputs] == [[5], [5], [1]]
+    assert [output.fault for output in outputs] == ["", "", "too complex"]
+    assert outputs[-1].finish_reason == "stop"
+    with pytest.raises(UserError, match="without a tokenizer"):
+        core_of(model).add(Request("a", (3,), GREEDY, "start: /x/"))
+
+
 def test_an_answer_ends_at_a_stop_token_which_is_its_last(model):
     prompt = tuple(tokens(9))
     free, _, _ = run(core_of(model), [Request("a", prompt, GREEDY)])
@@ -94,6 +123,29 @@ def test_samples_of_one_prompt_share_its_rows(model):
     for request in requests:
         alone, _, _ = run(core_of(model), [request])
         assert [t.id for t in alone[request.id]] == [t.id for t in together[request.id]]
+
+
+def test_drawn_answers_are_the_same_alone_and_in_a_crowd(model):
+    """In the default mode: equal tokens, log-probabilities to 1e-5, but after a near-tie."""
+    requests = [
+        Request(
+            str(i), tuple(tokens(3 + 5 * i, i)), SamplingParams(max_tokens=20, seed=i, top_p=0.9)
+        )
+        for i in range(12)
+    ]
+    crowd, _, _ = run(core_of(model, step_tokens=16), requests)
+    parted = 0
+    for request in requests:
+        alone = run(core_of(model), [request])[0][request.id]
+        for ours, theirs in zip(crowd[request.id], alone, strict=True):
+            if ours.id != theirs.id:
+                parted += 1
+                break
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+    assert parted <= 1, "a draw between two tokens, nearer than rounding, is rare"
+    swapped = replace(requests[0], params=replace(requests[0].params, seed=99))
+    other = run(core_of(model), [swapped])[0]["0"]
+    assert [t.id for t in other] != [t.id for t in crowd["0"]]
 
 
 def test_a_dialogues_next_turn_computes_only_what_is_new(model):

@@ -10,6 +10,7 @@ from megatron_k2.checkpoint.hf.config import hf_config
 from megatron_k2.checkpoint.names.mapping import classic_from_transformers
 from megatron_k2.engine.local.core import Core
 from megatron_k2.engine.local.engine import LocalEngine
+from megatron_k2.engine.local.opened import core_of
 from megatron_k2.engine.protocol import EngineError, Request, SamplingParams
 from megatron_k2.errors import UserError
 from tests.engine.local.models import TINY, reference, tokens, weights_of
@@ -171,7 +172,7 @@ def test_an_export_is_served(model, tmp_path):
     (tmp_path / "config.json").write_text(config)
 
     async def body(first):
-        second = LocalEngine.from_export(tmp_path, num_slots=2, max_length=96)
+        second = LocalEngine(core_of(tmp_path, num_slots=2, max_length=96))
         assert second.limits == (96, 96, 2)
         found = await answer(second, "a", tokens(9))
         await second.close()
@@ -180,7 +181,7 @@ def test_an_export_is_served(model, tmp_path):
     served, direct = scenario(model, body)
     assert served == direct
     with pytest.raises(UserError, match="this model reads up to"):
-        LocalEngine.from_export(tmp_path, num_slots=2, max_length=1 << 20)
+        core_of(tmp_path, num_slots=2, max_length=1 << 20)
 
 
 def test_an_exports_groups_of_experts_are_read(tmp_path):
@@ -191,6 +192,6 @@ def test_an_exports_groups_of_experts_are_read(tmp_path):
     save_file({k: v.contiguous() for k, v in named.items()}, tmp_path / "model.safetensors")
     config = hf_config(preset, model_type="deepseek_v3") | {"n_group": 4, "topk_group": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    engine = LocalEngine.from_export(tmp_path, num_slots=1, max_length=96)
+    engine = LocalEngine(core_of(tmp_path, num_slots=1, max_length=96))
     assert engine._core.weights.expert_groups == (4, 2)
     asyncio.run(engine.close())

@@ -14,7 +14,7 @@ import torch
 from megatron_k2.engine.local import experts as experts_module
 from megatron_k2.engine.local import model as model_module
 from megatron_k2.engine.local.model import Chunk, LatentModel, Step, is_absorption_cheaper
-from megatron_k2.engine.local.weights import Weights, tensors_of
+from megatron_k2.engine.local.weights import Weights
 from megatron_k2.errors import UserError
 from tests.engine.local.models import SHAPES, TINY, reference, tokens, weights_of
 from tests.support.devices import DEVICES, on_device
@@ -190,6 +190,7 @@ def test_a_release_in_block_fp8_is_dequantised(tmp_path):
 
     from megatron_k2.checkpoint.block_fp8 import reference as blocks
     from megatron_k2.checkpoint.hf.reader import HfSource
+    from megatron_k2.checkpoint.stored_model import tensors_of
 
     weight = torch.randn(256, 130)
     codes, scales = blocks.quantize(weight)

@@ -42,7 +42,7 @@ def loop():
 @pytest.fixture(scope="module")
 def pool(model, loop, tmp_path_factory):
     folder = saved(model, TINY, tmp_path_factory.mktemp("export"))
-    found = PoolEngine.from_export(folder, num_processes=2, **SLOTS)
+    found = PoolEngine.from_directory(folder, num_processes=2, **SLOTS)
     yield found
     loop.run(found.close())
     assert not found.health().is_ready
@@ -139,9 +139,9 @@ def test_a_failed_update_refuses_until_one_succeeds(pool, loop, model):
 
 def test_what_cannot_be_is_refused(pool, loop, tmp_path):
     with pytest.raises(UserError, match="7 processes for 6 slots"):
-        PoolEngine.from_export(tmp_path, num_processes=7, **SLOTS)
+        PoolEngine.from_directory(tmp_path, num_processes=7, **SLOTS)
     with pytest.raises(UserError, match="holds no answer to a grammar"):
-        loop.run(answer(pool, Request("a", (1,), constraint=object())))
+        loop.run(answer(pool, Request("a", (1,), grammar="start: /x/")))
     with pytest.raises(UserError, match="are more than the 512"):
         loop.run(answer(pool, Request("a", (1,) * 500, LONG)))
 
@@ -152,7 +152,7 @@ def test_a_process_whose_step_fails_ends(model, loop, tmp_path):
     object.__setattr__(broken.params, "temperature", "hot")
 
     async def body():
-        own = PoolEngine.from_export(saved(model, TINY, tmp_path), num_processes=2, **SLOTS)
+        own = PoolEngine.from_directory(saved(model, TINY, tmp_path), num_processes=2, **SLOTS)
         with pytest.raises(EngineError, match="a step failed"):
             await answer(own, broken)
         while not own.health().detail:

@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from megatron_k2.chat.control import IM_END
 from megatron_k2.chat.template import Renderer
@@ -35,18 +34,15 @@ def tokenizer(directory):
 class Scripted:
     """A model that says what it is told, and notes what it was asked."""
 
-    max_length = 4096
-
     def __init__(self, answers):
-        self.answers, self.asked = [list(answer) for answer in answers], []
+        self.answers, self.asked = iter(answers), []
 
-    def whole_logits(self, tokens, last):
-        if not self.asked or self.left == []:
-            self.asked.append(tokens[0, : last.stop].tolist())
-            self.left = list(self.answers[len(self.asked) - 1])
-        logits = torch.zeros(1, 1, 1000)
-        logits[0, 0, self.left.pop(0)] = 1.0
-        return logits
+    def __call__(self, prompt, params):
+        self.asked.append(list(prompt))
+        for token in list(next(self.answers))[: params.max_tokens]:
+            yield token
+            if token in params.stop_token_ids:
+                return
 
 
 def answer_ids(tokenizer, message):
@@ -57,10 +53,11 @@ def answer_ids(tokenizer, message):
 
 
 def talk_of(tokenizer, model, messages=(), seen=None):
-    job = ChatJob(None, None, Layout(1), tokenizer, (TOOL,), tuple(messages))
+    saved = SimpleNamespace(max_position_embeddings=4096)
+    job = ChatJob(None, saved, Layout(1), tokenizer, (TOOL,), tuple(messages))
     args = SimpleNamespace(max_new_tokens=200, temperature=0, top_p=1.0, seed=0)
     show = (lambda event: seen.append(shown(event))) if seen is not None else lambda _event: None
-    return Talk(model, job, args, torch.device("cpu"), show)
+    return Talk(model, job, args, show)
 
 
 def test_an_answer_is_streamed_parsed_and_kept_by_its_own_ids(tokenizer):

@@ -2,7 +2,8 @@
 
 The checkpoint is saved on one rank, with 97 ids, which TP2 pads to 98: the extra row is not in the
 checkpoint and must not enter the softmax. On GPUs the reference stays transformers on the CPU. Not
-exercised: bf16, TP with EP, more than two ranks.
+exercised: bf16, TP with EP, more than two ranks. The embedded engine reads the same checkpoint; the
+uncached model is its oracle.
 """
 
 import json
@@ -13,7 +14,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, pad
 
-from tests.engine.mcore.worker import NEW_TOKENS, SEQ_LENGTH, answers
+from megatron_k2.engine.local.offline import answers as answers_of
+from megatron_k2.engine.local.offline import continued
+from megatron_k2.engine.local.opened import core_of
+from megatron_k2.engine.protocol import Request, SamplingParams
+from tests.engine.mcore.worker import DRAWN, GREEDY, NEW_TOKENS, SEQ_LENGTH, answers, windows
 from tests.support.checkpoint_writer import fork_result_queue
 from tests.support.devices import require
 from tests.support.distributed import BACKENDS, run_ranks
@@ -150,6 +155,34 @@ def test_every_layout_gives_one_ranks_tokens_on_every_rank(ranks, one, name, kin
         assert found[kind] == one[kind]
 
 
+@pytest.fixture(scope="module")
+def core(root):
+    """The embedded engine over the checkpoint, without an export."""
+    return core_of(root / "run", num_slots=4, max_length=SEQ_LENGTH + 1)
+
+
+def test_the_engine_continues_as_the_uncached_model(core, one):
+    assert list(continued(core, PROMPT, GREEDY)) == one["greedy"]
+    assert list(continued(core, PROMPT, DRAWN)) == one["drawn"]
+    assert answers_of(core, [PROMPT] * 6, DRAWN) == [one["drawn"]] * 6
+    other_seed = replace(DRAWN, seed=4)
+    assert list(continued(core, PROMPT, other_seed)) != one["drawn"], "a draw hangs on the seed"
+
+
+def test_the_engine_scores_tokens_as_the_uncached_model(core, one):
+    rows, params = windows(TOKENS), SamplingParams(max_tokens=0, prompt_logprobs=0)
+    for number, row in enumerate(rows.tolist()):
+        core.add(Request(str(number), tuple(row), params))
+    found = {}
+    while core.has_work:
+        found |= {int(name): output.prompt_tokens for name, output in core.step()}
+    scored = torch.tensor([[token.logprob for token in found[i][1:]] for i in range(len(rows))])
+    expected = torch.tensor(one["scores"])
+    assert scored.shape == expected.shape == (4, SEQ_LENGTH - 1)
+    assert (scored - expected).abs().max() < 1e-5
+    assert (scored - expected.roll(1, 1)).abs().max() > 1
+
+
 def test_greedy_tokens_are_transformers(one, hf):
     prompt = torch.tensor([PROMPT])
     found = hf.generate(
@@ -180,6 +213,39 @@ def test_the_command_evaluates_dumps_logits_and_writes_json(root, one, hf, capsy
     assert compared.max_abs_difference < 1e-5 * compared.max_abs_reference
     assert main([*common, "--seq-length", "40", "--max-tokens", "50"]) == 0
     assert "50 tokens" in capsys.readouterr().out
+
+
+def test_the_commands_text_is_the_engines(root, core, one, capsys, monkeypatch):
+    from megatron_k2.engine.mcore import jobs
+    from megatron_k2.engine.mcore.ranks import main
+
+    monkeypatch.setattr(jobs, "load_tokenizer", lambda path: Numbers())
+    words = [
+        "--load",
+        str(root / "run"),
+        "--tokenizer",
+        "none",
+        "--prompt",
+        Numbers().decode(PROMPT),
+    ]
+    length = ["--max-new-tokens", str(NEW_TOKENS)]
+    assert main(["generate", *words, *length, "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == Numbers().decode(PROMPT + one["greedy"]) + "\n"
+    drawn = ["--temperature", "1", "--top-p", "0.9", "--seed", "3"]
+    assert main(["generate", *words, *length, *drawn]) == 0
+    assert capsys.readouterr().out == Numbers().decode(PROMPT + one["drawn"]) + "\n"
+
+
+class Numbers:
+    """A tokenizer whose text is the ids."""
+
+    vocab_size, eod_id = 97, None
+
+    def encode(self, text):
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids):
+        return "".join(f" {i}" for i in ids)
 
 
 def test_wrong_inputs_are_refused_in_a_sentence(root, capsys):

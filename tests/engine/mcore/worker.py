@@ -9,15 +9,19 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from megatron_k2.engine.protocol import SamplingParams
 from megatron_k2.parallel.layout import Layout
 
 SEQ_LENGTH = 32
 NEW_TOKENS = 6
+GREEDY = SamplingParams(NEW_TOKENS, temperature=0)
+DRAWN = SamplingParams(NEW_TOKENS, temperature=1.0, top_p=0.9, seed=3)
 
 
 def answers(case: dict, device) -> dict:
-    """Loss, greedy and drawn tokens of the checkpoint at the case's layout."""
+    """Loss, log-probabilities, greedy and drawn tokens of the checkpoint at the case's layout."""
     from megatron_k2.engine.mcore.evaluate import evaluate
     from megatron_k2.engine.mcore.generate import generate
     from megatron_k2.engine.mcore.ranks import opened_model
@@ -28,15 +32,26 @@ def answers(case: dict, device) -> dict:
     with opened_model(directory, saved, layout) as model:
         tokens = np.array(case["tokens"])
         loss = evaluate(model, tokens, seq_length=SEQ_LENGTH, micro_batch_size=2, device=device)
-        settings = {"layout": layout, "max_new_tokens": NEW_TOKENS, "device": device}
-        greedy = generate(model, case["prompt"], temperature=0, **settings)
-        drawn = generate(model, case["prompt"], temperature=1.0, top_p=0.9, seed=3, **settings)
+        greedy = generate(model, case["prompt"], GREEDY, layout=layout, device=device)
+        drawn = generate(model, case["prompt"], DRAWN, layout=layout, device=device)
         return {
             "loss": loss.loss_nats,
             "num_tokens": loss.num_tokens,
             "greedy": list(greedy),
             "drawn": list(drawn),
+            "scores": scores(model, windows(case["tokens"]), device).tolist(),
         }
+
+
+def windows(tokens) -> torch.Tensor:
+    """Some rows of ids, [b, SEQ_LENGTH]."""
+    return torch.tensor(tokens[: 4 * SEQ_LENGTH]).view(4, SEQ_LENGTH)
+
+
+def scores(model, rows: torch.Tensor, device) -> torch.Tensor:
+    """Log-probabilities of every token of the rows but the first, [b, SEQ_LENGTH - 1]."""
+    logprobs = model.whole_logits(rows.to(device)).log_softmax(-1).cpu()
+    return logprobs[:, :-1].gather(2, rows[:, 1:, None])[..., 0]
 
 
 def main() -> None:

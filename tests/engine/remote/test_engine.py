@@ -123,20 +123,10 @@ def test_answers_are_the_engines_own(model, tokenizer, tmp_path):
             assert essence(ours) == essence(theirs), asked
 
 
-class Anything:
-    """A constraint that allows every token."""
-
-    def allowed(self):
-        return torch.ones(96, dtype=torch.bool)
-
-    def accept(self, token):
-        pass
-
-
-def test_a_constraint_is_refused_and_nothing_sent(model, tokenizer, tmp_path):
+def test_a_grammar_is_refused_and_nothing_sent(model, tokenizer, tmp_path):
     async def body(engine, _held):
-        held_to_it = Request("r", (1, 2), SamplingParams(max_tokens=1), Anything())
-        with pytest.raises(UserError, match=r"a constraint lives in this process.*response_format"):
+        held_to_it = Request("r", (1, 2), SamplingParams(max_tokens=1), "start: /x/")
+        with pytest.raises(UserError, match=r"a grammar is not sent.*response_format"):
             await anext(engine.generate(held_to_it))
         assert engine.health().num_running == 0
         assert (await answer(engine, (1, 2), max_tokens=1)).tokens, "without one it goes"

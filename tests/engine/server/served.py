@@ -11,6 +11,7 @@ import uvicorn
 
 from megatron_k2.data.hf_tokenizer import train_byte_bpe
 from megatron_k2.data.tokenizer import load_tokenizer
+from megatron_k2.engine.constrained import Grammars
 from megatron_k2.engine.local.core import Core
 from megatron_k2.engine.local.engine import LocalEngine
 from megatron_k2.engine.local.weights import Weights
@@ -32,7 +33,8 @@ def random_engine(tokenizer):
     generator = torch.Generator().manual_seed(0)
     places = weights._places.items()
     weights.load([(n, 0.05 * torch.randn(p.shape, generator=generator)) for n, p in places])
-    return LocalEngine(Core(weights, num_slots=6, max_length=2048))
+    grammars = Grammars(lambda: tokenizer, preset.vocab_size)
+    return LocalEngine(Core(weights, num_slots=6, max_length=2048, grammars=grammars))
 
 
 @contextlib.contextmanager

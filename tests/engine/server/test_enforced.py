@@ -148,6 +148,6 @@ def test_where_it_cannot_be_enforced_it_is_refused(tokenizer, monkeypatch):
         route = f"{own}/v1/chat/completions"
         assert "held to no grammar" in httpx.post(route, json=body).text
     monkeypatch.setattr(constrained.importlib.util, "find_spec", lambda _: None)
-    with served(lambda: ScriptedEngine(400), tokenizer) as (own, _):
+    with served(lambda: random_engine(tokenizer), tokenizer) as (own, _):
         found = httpx.post(f"{own}/v1/chat/completions", json=body)
         assert (found.status_code, "megatron-k2[grammar]" in found.text) == (400, True)

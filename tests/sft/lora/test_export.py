@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_k2.checkpoint.convert.export_hf import settle_preset
 from megatron_k2.checkpoint.names.mapping import expand
+from megatron_k2.checkpoint.run_config import settle_preset
+from megatron_k2.checkpoint.stored_model import open_model
 from megatron_k2.checkpoint.torch_dist.reader import MegatronSource
 from megatron_k2.cli.main import main
 from megatron_k2.engine.mcore.compare_logits import logits_of
@@ -83,6 +84,12 @@ def test_a_merge_equals_a_dense_one_to_the_last_bit(root):
     moved = [n for n, w in weights(root / "base-hf").items() if not torch.equal(w, found[n])]
     assert len(moved) > 90
     assert not [n for n in moved if "norm" in n or n.endswith(("gate.weight", "lm_head.weight"))]
+
+
+def test_an_engine_reads_the_merge_without_an_export(root):
+    expected, read = weights(root / "merged"), dict(open_model(root / "run").tensors())
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(read[name], expected[name]) for name in expected)
 
 
 def test_alpha_applied_twice_or_a_transposed_product_differ(root):
