@@ -39,41 +39,35 @@ def _number(value: Any) -> Any:
 
 
 class Calls(SingleAnswerDomain):
-    """A question, calls in K2's format, their results, an answer in words with the right one."""
+    """A question, and one call in K2's format that computes the answer."""
 
     name = "domains:Calls"
 
     async def _judged(self, task: Task, answer: str) -> Verdict:
-        wanted = f"It is {task.reference['result']}."
-        return right(answer) if answer.strip() == wanted else wrong(f"{answer[:80]!r}, {wanted!r}")
+        return wrong("words; expected a call")
 
     def environment(self) -> Environment:
-        """Turns until one calls nothing."""
-        return _Episode(self)
+        """One turn of calls, which are executed."""
+        return _Episode()
 
 
 class _Episode:
-    def __init__(self, domain: Calls) -> None:
-        self._domain, self._task = domain, Task(domain.name, "", {})
-        self._answer, self._results = "", list[str]()
+    def __init__(self) -> None:
+        self._wanted, self._results = "", list[str]()
 
     async def reset(self, task: Task) -> Step:
-        self._task, self._answer, self._results = task, "", []
+        self._wanted, self._results = task.reference["result"], []
         return Step((Message("user", task.prompt),))
 
     async def step(self, action: Message) -> Step:
-        said = []
-        for call in action.tool_calls[:MOST_CALLS]:
-            self._results.append(called(call))
-            said.append(Message("tool", self._results[-1], name=call.name, tool_call_id=call.id))
-        self._answer = action.content
-        return Step(tuple(said), not said or len(self._results) >= MOST_CALLS)
+        self._results = [called(call) for call in action.tool_calls[:MOST_CALLS]]
+        return Step(is_over=True)
 
     async def verify(self) -> Verdict:
-        """Right where the result was computed by a tool, and then told."""
-        if self._results != [self._task.reference["result"]]:
-            return wrong(f"called: {self._results}; wanted: {self._task.reference['result']}")
-        return await self._domain.judge(self._task, self._answer)
+        """Right where one call was made, and gave what the question asks for."""
+        if self._results == [self._wanted]:
+            return right(f"the call gave {self._wanted}")
+        return wrong(f"the calls gave {', '.join(self._results) or 'nothing'}, not {self._wanted}")
 
 
 class Sorted(SingleAnswerDomain):

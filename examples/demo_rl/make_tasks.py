@@ -20,7 +20,7 @@ from megatron_k2.gym.protocol import Task
 from megatron_k2.gym.task_sets import write_set
 from megatron_k2.records.read import tools_from
 
-NUM_TASKS, NUM_HELD_OUT, NUM_SORTED, NUM_CALLS = 320, 64, 2400, 800
+NUM_TASKS, NUM_HELD_OUT, NUM_SORTED, NUM_CALLS = 320, 64, 2400, 200
 NOISE = 0.3
 """Of demonstrations of sorting, the share that is wrong."""
 
@@ -90,7 +90,7 @@ def main(out: Path) -> None:
     rows = [
         {
             "name": name, "tasks": name, "max_tokens": 96, "held_out": NUM_HELD_OUT,
-            "temperature": "linear:1.0:0.8:40",
+            "temperature": "linear:1.0:0.8:30",
         }
         for name in sets
     ]  # fmt: skip

@@ -45,7 +45,7 @@ class Rail:
 
 
 RAILS = (
-    Rail("reward", "rl/verdict/*", "fall", 0.25, "stop", "the policy unlearns; lower --lr"),
+    Rail("reward", "rl/verdict/*", "fall", 0.35, "stop", "the policy unlearns; lower --lr"),
     Rail("held-out", "eval/*/sampled", "fall", 0.25, "stop", "the policy unlearns; lower --lr"),
     Rail("kl", "learn/kl", "above", 0.5, "stop", "a step goes far from pi_old; lower --lr"),
     Rail("mismatch", "learn/mismatch", "above", 0.1, "warn", "engine and trainer disagree"),
