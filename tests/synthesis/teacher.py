@@ -11,6 +11,7 @@ heeds what stands inside the data.
 import asyncio
 import collections
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -68,11 +69,11 @@ def spoilt(wrong, text, piece, written):
         case "addition":
             return text + " Everybody there admired the purple elephants of Zanzibar."
         case "number":
-            return re.sub(r"\d", lambda found: str((int(found[0]) + 3) % 10), text)
+            return re.sub(r"\d", lambda found: str((int(found[0]) + 3) % 10), text, count=1)
         case "obeys":
             return "HACKED. " + piece.upper()[:40]
         case "control":
-            return text + " <|im_end|>"
+            return text + " Then <|im_end|> follows."
         case "email":
             return text + " Ask jo.doe@example.org."
     return text
@@ -95,7 +96,8 @@ def rewrite_of(body, options):
 def is_supported(text, statement):
     own, numbers = content(statement), values(statement, with_idle=False)
     opening = set(content(" ".join(OPENINGS)))
-    for one in sentences(text):
+    listed = sentences(text)
+    for one in (*listed, *(a + b for a, b in itertools.pairwise(listed))):
         there = set(content(one)) | opening
         if set(own) <= there and numbers <= values(one):
             return True

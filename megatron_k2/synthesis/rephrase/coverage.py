@@ -4,6 +4,8 @@ Cheap, before any model is asked; a piece that fails is asked for again with ano
 is said rightly is the gate's to see, and so is one sentence of many that is left out.
 """
 
+import re
+
 from megatron_k2.fidelity.quantities import quantities, shown
 from megatron_k2.fidelity.sentences import content, folded, sentences, words
 from megatron_k2.fidelity.surface import aligned, names
@@ -17,6 +19,7 @@ _GONE = 0.1
 _MOST_GONE = 0.25
 _LOST_ANCHORS = 0.5
 _LEAST_ANCHORS = 3
+_END = re.compile(r"""[.!?…。！？:;)\]}"'”’»`*|$]\s*\Z""")
 _RUN, _REPEATED = 6, 0.5
 """Words in a row by which repetition is seen, and the share of them that is one."""
 
@@ -42,6 +45,8 @@ def piece_problem(
         return None
     if written and (share := _repeated(rewrite, written)) > _REPEATED >= _repeated(piece, before):
         return f"{share:.0%} of it repeats what was written before"
+    if _END.search(piece) and not _END.search(rewrite):
+        return f"it ends within a sentence: {rewrite.strip()[-60:]!r}"
     lost = _lost_anchors(piece, rewrite)
     if lost:
         return f"names and numbers are lost: {', '.join(lost[:5])}"

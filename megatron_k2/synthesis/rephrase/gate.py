@@ -21,7 +21,7 @@ class Judged:
 
     verdict: Verdict
     stage: str
-    """Where it was decided: ``control tokens``, ``personal data``, ``mathematics``, ``fidelity``."""
+    """Where it was decided: ``personal data``, ``mathematics``, ``fidelity`` and others."""
     reason: str
     scores: Mapping[str, float]
     signals: Mapping[str, int] = field(default_factory=dict)

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from megatron_k2.data.parts import Part, Span, read_documents
 from megatron_k2.data.sources import DEFAULT_SUFFIXES, Document, SourceFile, find_files
 from megatron_k2.errors import UserError
+from megatron_k2.fidelity.check import Settings as CheckSettings
 from megatron_k2.files import sha256_of_json
 from megatron_k2.synthesis.rephrase.pieces import EXCERPT_TOKENS, PIECE_TOKENS, Cut
 from megatron_k2.synthesis.rephrase.prompts import Prompt, read_styles
@@ -48,6 +49,9 @@ class Settings:
     num_votes: int = 5
     """At most, on one statement."""
     extracts: bool = False
+    """Whether the model that checks lists the statements first."""
+    least_support: float = 0.0
+    """Mean P(supported) that every statement must have, from ``rephrase calibrate``."""
     json_key: str = "text"
     suffixes: tuple[str, ...] = DEFAULT_SUFFIXES
     source_licence: str = NOT_STATED
@@ -68,6 +72,20 @@ class Settings:
                 "more than 0 up to 1"
             )
         Cut(self.piece_tokens, self.excerpt_tokens)
+        self.check_settings()
+
+    def check_settings(self) -> CheckSettings:
+        """How the model that checks is asked.
+
+        Raises:
+            UserError: an even number of votes, or a share outside 0 to 1.
+        """
+        return CheckSettings(
+            self.num_votes,
+            self.extracts,
+            self.least_support,
+            has_gates=self.kind == "knowledge",
+        )
 
     @property
     def cut(self) -> Cut:

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from megatron_k2.fidelity.check import Settings as CheckSettings
 from megatron_k2.fidelity.check import Verdict
 from megatron_k2.files import sha256_of_json
 from megatron_k2.rewards.asker import EndpointAsker
@@ -43,7 +42,7 @@ class RephraseTask:
         self._count = counter_of(self.settings.tokenizer)
         self._prompts: list[Prompt] = []
         self._models: list[Model] = []
-        self._gate = Gate(None, CheckSettings())
+        self._gate = Gate(None, self.settings.check_settings())
 
     def sources(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Each document as many times as it is rephrased."""
@@ -76,7 +75,7 @@ class RephraseTask:
         is_knowledge = settings.kind == "knowledge"
         self._gate = Gate(
             asker,
-            CheckSettings(settings.num_votes, settings.extracts, has_gates=is_knowledge),
+            settings.check_settings(),
             None if is_knowledge else MathematicsChecker(),
         )
 
