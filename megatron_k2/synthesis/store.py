@@ -110,6 +110,20 @@ class Store:
         row = (item.hash, item.source, text)
         return self._write("insert or ignore into item values(?,?,?)", row) > 0
 
+    def items(self) -> Iterator[Item]:
+        """Every item, by its hash."""
+        for name, source, payload in self._db.execute(
+            "select hash, source, payload from item order by hash"
+        ):
+            yield Item(name, source, json.loads(payload))
+
+    def item(self, name: bytes) -> Item | None:
+        """The one of this hash."""
+        row = self._db.execute(
+            "select source, payload from item where hash = ?", (name,)
+        ).fetchone()
+        return None if row is None else Item(name, row[0], json.loads(row[1]))
+
     def items_left(self) -> Iterator[Item]:
         """Items that have not ended, by their hash; those that end meanwhile may be left out."""
         last = b""

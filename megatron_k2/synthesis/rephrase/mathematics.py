@@ -32,6 +32,7 @@ _ARITHMETIC = re.compile(
     r"(?P<left>[-+*/×·÷^().\d\s]*\d[-+*/×·÷^().\d\s]*)=(?P<right>\s*-?\d+(?:\.\d+)?)"
 )
 _FOREIGN_NUMBER = re.compile(r"(?<![\w.,])\d+(?:[.\u00a0\u202f ]\d{3})*(?:,\d+)?(?![\w])")
+_RELATION = re.compile(r"(<=|>=|=|<|>|\\(?:leq?|geq?|neq?|approx|equiv|sim|in|subset)(?![a-z]))")
 _VARIABLE = re.compile(r"[A-Za-z]{1,2}")
 _MOST_CANDIDATES = 8
 """Formulae of a rewrite that one of its source's is compared with by algebra."""
@@ -104,6 +105,16 @@ class MathematicsChecker:
         return f"the final answer {answer[:60]!r} is {str(found)[:60]!r} in the rewrite"
 
     async def _are_equal(self, gold: str, found: str) -> bool:
+        """Side by side: of two equations, algebra alone compares what is right of the sign."""
+        left, right = _RELATION.split(gold), _RELATION.split(found)
+        if len(left) != len(right) or left[1::2] != right[1::2]:
+            return False
+        for a, b in zip(left[::2], right[::2], strict=True):
+            if _normal(a) != _normal(b) and not await self._is_same(a, b):
+                return False
+        return True
+
+    async def _is_same(self, gold: str, found: str) -> bool:
         verdict = await self._domain.judge(
             Task(NAME, "", {"reference": gold}), f"\\boxed{{{found}}}"
         )
