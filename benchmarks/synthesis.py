@@ -80,8 +80,6 @@ def engine(folder: Path, url: str, number: int, concurrency: int) -> tuple[float
             (ended,) = store.execute("select count(*) from ended").fetchone()
             assert ended == number
             store.execute("delete from ended")
-            store.execute("delete from item")
-            store.execute("delete from meta")
     return rates[0], rates[1], walls[0]
 
 

@@ -63,7 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
         begin(arguments.output, job)
         distribute(arguments.output, job, job.made_task())
         is_whole = ENGINES[arguments.engine](arguments, job)
-        return _ended(arguments, job) if is_whole else 130
+        if not is_whole:
+            return 0 if arguments.engine == "slurm" else 130
+        return _ended(arguments, job)
 
 
 def _job(arguments: argparse.Namespace) -> "Job":
@@ -144,6 +146,30 @@ def _local(arguments: argparse.Namespace, job: "Job") -> bool:
     return run_local(arguments.output, job, arguments.concurrency)
 
 
+def _slurm(arguments: argparse.Namespace, job: "Job") -> bool:
+    """Submit the shards that have items left; none has: it is whole."""
+    from megatron_k2.launch.array import render_array
+    from megatron_k2.launch.cluster import Cluster, read_profile
+    from megatron_k2.launch.jobs import give_to_sbatch
+    from megatron_k2.synthesis.work.local import worker_command
+    from megatron_k2.synthesis.work.merge import shards_left
+
+    left = shards_left(arguments.output, job)
+    if not left:
+        return True
+    cluster = Cluster() if arguments.profile is None else read_profile(arguments.profile)
+    each = max(arguments.concurrency // len(left), 1)
+    words, flags = worker_command(arguments.output.resolve(), each)
+    name = f"rephrase-{arguments.output.resolve().name}"
+    script = render_array(name, arguments.output, words, flags, left, cluster)
+    if arguments.dry_run:
+        print(script, end="")
+        return False
+    number = give_to_sbatch(script, str(arguments.output), "array.sbatch")
+    print(f"job {number}: {len(left)} shards; the same command merges them once it has ended")
+    return False
+
+
 def _ended(arguments: argparse.Namespace, job: "Job") -> int:
     """Merge and say what there is."""
     from megatron_k2.synthesis.work.merge import (
@@ -176,5 +202,5 @@ def _ended(arguments: argparse.Namespace, job: "Job") -> int:
     return int(left > 0)
 
 
-ENGINES = {"local": _local}
-"""What works on all shards; whether they have all ended by themselves."""
+ENGINES = {"local": _local, "slurm": _slurm}
+"""What works on all shards; whether they have all been worked through."""

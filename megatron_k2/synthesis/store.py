@@ -23,7 +23,6 @@ COMMIT_SECONDS = 0.2
 PAGE = 512
 """Items that are read at one time."""
 _SCHEMA = """
-create table if not exists meta(name text primary key, value text) without rowid;
 create table if not exists item(
     hash blob primary key, source text not null, payload text not null) without rowid;
 create table if not exists answer(
@@ -73,17 +72,15 @@ class Store:
                 self._db.execute("pragma journal_mode=wal")
                 self._db.execute("pragma synchronous=normal")
                 self._db.executescript(_SCHEMA)
+            self._db.execute("select 1 from ended limit 1").fetchone()
         except sqlite3.Error as error:
+            if "locked" in str(error):
+                raise UserError(f"{path} is being worked on; wait until that has ended") from None
             raise UserError(f"{path}: {error}; expected a shard's store") from None
 
-    def meta(self, name: str) -> str | None:
-        """A note on the shard."""
-        row = self._db.execute("select value from meta where name=?", (name,)).fetchone()
-        return None if row is None else str(row[0])
-
-    def set_meta(self, name: str, value: str) -> None:
-        """Note it, and commit."""
-        self._write("insert or replace into meta values(?,?)", (name, value))
+    def clear_items(self) -> None:
+        """Forget the items of a distribution that was broken off; answers stay."""
+        self._write("delete from item", ())
         self.commit()
 
     def answer(self, key: bytes) -> Any | None:

@@ -47,6 +47,11 @@ def _from_the_checkout():
         os.environ["PYTHONPATH"] = before
 
 
+def worker(folder, concurrency, *more):
+    words, flags = worker_command(folder, concurrency)
+    return [sys.executable, *words, "0", *flags, *more]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     with teacher(echo=True) as (url, _):
@@ -70,7 +75,7 @@ def test_kill_minus_9_loses_nothing(tmp_path, undisturbed, share):
     concurrency = 16
     with teacher(**FAULTS, delay=0.02) as (url, counts):
         job = begun(tmp_path, url, NUMBER, **QUICK)
-        command = [sys.executable, *worker_command(tmp_path, "0", concurrency)]
+        command = worker(tmp_path, concurrency)
         process = subprocess.Popen(command)
         while counts().get("answered", 0) < share * NUMBER:
             time.sleep(0.005)
@@ -99,7 +104,7 @@ def test_half_a_minute_of_429_is_sat_out_with_the_policy_of_users(tmp_path, undi
 def test_a_signal_stops_gracefully_and_repeats_nothing(tmp_path, undisturbed):
     with teacher(echo=True, delay=0.02) as (url, counts):
         job = begun(tmp_path, url, NUMBER)
-        command = [sys.executable, *worker_command(tmp_path, "0", 8)]
+        command = worker(tmp_path, 8)
         process = subprocess.Popen(command)
         while counts().get("answered", 0) < 50:
             time.sleep(0.005)
@@ -114,7 +119,7 @@ def test_a_signal_stops_gracefully_and_repeats_nothing(tmp_path, undisturbed):
 def test_a_worker_ends_with_whoever_started_it(tmp_path):
     with teacher(echo=True, delay=0.05) as (url, counts):
         begun(tmp_path, url, NUMBER)
-        command = [sys.executable, *worker_command(tmp_path, "0", 4), "--watch-stdin"]
+        command = worker(tmp_path, 4, "--watch-stdin")
         process = subprocess.Popen(command, stdin=subprocess.PIPE)
         while not counts().get("answered"):
             time.sleep(0.01)
@@ -190,7 +195,7 @@ def test_a_file_that_is_no_store(tmp_path):
 def test_two_workers_are_never_in_one_shard(tmp_path):
     with teacher(echo=True, delay=0.05) as (url, counts):
         begun(tmp_path, url, NUMBER)
-        command = [sys.executable, *worker_command(tmp_path, "0", 4)]
+        command = worker(tmp_path, 4)
         first = subprocess.Popen(command)
         while not counts().get("answered"):
             time.sleep(0.01)
@@ -219,7 +224,7 @@ def test_records_are_read_while_nobody_writes(tmp_path):
     with contextlib.closing(Store(path, is_reader=True)) as store:
         assert [json.loads(text)["n"] for _, text in store.ended("kept")] == [1, 2]
         with pytest.raises(UserError):
-            store.set_meta("x", "y")
+            store.clear_items()
     assert sqlite3.connect(path).execute("select count(*) from ended").fetchone() == (2,)
 
 

@@ -18,10 +18,10 @@ from megatron_k2.errors import UserError
 from megatron_k2.files import write_atomically
 from megatron_k2.synthesis.store import Item, Store
 
-JOB_FILE, STORE_FILE, PROGRESS_FILE = "job.json", "work.sqlite", "progress.json"
+JOB_FILE, ITEMS_FILE = "job.json", "items.json"
+STORE_FILE, PROGRESS_FILE = "work.sqlite", "progress.json"
 KEPT, REJECTED, FAILED = "kept", "rejected", "failed"
 """How an item ends. A failed one had no answer and is worked on again by the next run."""
-_COMPLETE = "items"
 MOST_SHARDS = 1000
 
 
@@ -151,26 +151,31 @@ def begin(folder: Path, job: Job) -> None:
 def distribute(folder: Path, job: Job, task: Task) -> None:
     """Put every item into its shard's store; done before, nothing happens.
 
-    Of sources with the same content the first is kept; ``num_doubles`` says how many went.
+    Of sources with the same content the first is kept; ``items.json`` says how many went.
+
+    Raises:
+        UserError: a source cannot be read, or the disk is full; the next run begins this again.
     """
-    paths = [shard_folder(folder, shard) / STORE_FILE for shard in range(job.num_shards)]
-    if all(path.is_file() and _is_complete(path) for path in paths):
+    if (folder / ITEMS_FILE).is_file():
         return
+    num_items = num_doubles = 0
     with ExitStack() as stack:
         stores = []
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stores.append(stack.enter_context(contextlib.closing(Store(path))))
-        doubles = [0] * job.num_shards
+        for shard in range(job.num_shards):
+            place = shard_folder(folder, shard)
+            place.mkdir(parents=True, exist_ok=True)
+            store = stack.enter_context(contextlib.closing(Store(place / STORE_FILE)))
+            store.clear_items()
+            stores.append(store)
         for source, payload in task.sources():
             item = item_of(source, payload)
-            shard = shard_of(item.hash, job.num_shards)
-            doubles[shard] += not stores[shard].add_item(item)
-        for store, number in zip(stores, doubles, strict=True):
-            store.set_meta(_COMPLETE, "complete")
-            store.set_meta("num_doubles", str(number))
+            is_new = stores[shard_of(item.hash, job.num_shards)].add_item(item)
+            num_items += is_new
+            num_doubles += not is_new
+    record = {"items": num_items, "doubles": num_doubles}
+    write_atomically(folder / ITEMS_FILE, json.dumps(record).encode())
 
 
-def _is_complete(path: Path) -> bool:
-    with contextlib.closing(Store(path)) as store:
-        return store.meta(_COMPLETE) is not None
+def num_doubles(folder: Path) -> int:
+    """Sources that had another's content."""
+    return int(json.loads((folder / ITEMS_FILE).read_bytes())["doubles"])

@@ -20,10 +20,10 @@ from megatron_k2.synthesis.work.worker import STOPPED
 _POLL_SECONDS = 0.05
 
 
-def worker_command(folder: Path, shard: str, concurrency: int) -> list[str]:
-    """The words that start one shard's worker; the shard may be a shell's variable."""
-    words = ["-m", "megatron_k2.synthesis.work.worker", str(folder), shard]
-    return [*words, "--concurrency", str(concurrency)]
+def worker_command(folder: Path, concurrency: int) -> tuple[list[str], list[str]]:
+    """What starts a shard's worker: words after ``python``, and flags after the shard's number."""
+    words = ["-m", "megatron_k2.synthesis.work.worker", str(folder)]
+    return words, ["--concurrency", str(concurrency)]
 
 
 def run_local(folder: Path, job: Job, concurrency: int, num_processes: int | None = None) -> bool:
@@ -69,9 +69,9 @@ def run_local(folder: Path, job: Job, concurrency: int, num_processes: int | Non
 
 
 def _started(folder: Path, shard: int, concurrency: int) -> "subprocess.Popen[bytes]":
-    words = worker_command(folder, str(shard), concurrency)
+    words, flags = worker_command(folder, concurrency)
     return subprocess.Popen(
-        [sys.executable, *words, "--watch-stdin"],
+        [sys.executable, *words, str(shard), *flags, "--watch-stdin"],
         stdin=subprocess.PIPE,  # it ends with this process, however that ends
         stderr=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C reaches this process alone, which decides

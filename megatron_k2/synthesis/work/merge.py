@@ -17,6 +17,7 @@ from megatron_k2.synthesis.work.job import (
     REJECTED,
     STORE_FILE,
     Job,
+    num_doubles,
     shard_folder,
 )
 
@@ -45,8 +46,19 @@ def counts_of(folder: Path, job: Job) -> Counter[str]:
     with ExitStack() as stack:
         for store in _stores(folder, job, stack):
             found.update(store.counts())
-            found["doubles"] += int(store.meta("num_doubles") or 0)
+    found["doubles"] = num_doubles(folder)
     return found
+
+
+def shards_left(folder: Path, job: Job) -> list[int]:
+    """Shards with an item that has not ended for good."""
+    with ExitStack() as stack:
+        counts = [store.counts() for store in _stores(folder, job, stack)]
+    return [
+        shard
+        for shard, found in enumerate(counts)
+        if found.get(KEPT, 0) + found.get(REJECTED, 0) < found["items"]
+    ]
 
 
 def used_of(folder: Path, job: Job) -> dict[str, Used]:
