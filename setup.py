@@ -54,6 +54,8 @@ EXTRAS = {
     "remote": ["aiohttp>=3.10,<4"],
     # Data made by models elsewhere: their client, and answers held to a schema (MIT).
     "synthesis": ["aiohttp>=3.10,<4", "jsonschema>=4.20,<5"],
+    # Shards as tasks of a Ray cluster (Apache-2.0; 331 MB).
+    "ray": ["ray>=2.50,<3"],
     # Answers held to a grammar: llguidance (MIT, no dependencies of its own).
     "grammar": ["llguidance>=1.3,<2"],
     # math-verify compares what is not a number, reasoning-gym makes puzzles (both Apache-2.0);

@@ -146,6 +146,12 @@ def _local(arguments: argparse.Namespace, job: "Job") -> bool:
     return run_local(arguments.output, job, arguments.concurrency)
 
 
+def _ray(arguments: argparse.Namespace, job: "Job") -> bool:
+    from megatron_k2.synthesis.work.ray_engine import run_on_ray
+
+    return run_on_ray(arguments.output.resolve(), job, arguments.concurrency)
+
+
 def _slurm(arguments: argparse.Namespace, job: "Job") -> bool:
     """Submit the shards that have items left; none has: it is whole."""
     from megatron_k2.launch.array import render_array
@@ -202,5 +208,5 @@ def _ended(arguments: argparse.Namespace, job: "Job") -> int:
     return int(left > 0)
 
 
-ENGINES = {"local": _local, "slurm": _slurm}
+ENGINES = {"local": _local, "slurm": _slurm, "ray": _ray}
 """What works on all shards; whether they have all been worked through."""
