@@ -2,15 +2,20 @@
 
 import argparse
 import asyncio
+import contextlib
+import errno
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_k2.cli.endpoint import connected
 from megatron_k2.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from megatron_k2.synthesis.rephrase.settings import Settings
     from megatron_k2.synthesis.work.job import Job
 
@@ -59,13 +64,26 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--concurrency {arguments.concurrency}: expected 1 or more")
     job = _job(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    with hold(arguments.output, "rephrasing"):
+    with hold(arguments.output, "rephrasing"), _full_disk_told(arguments.output):
         begin(arguments.output, job)
         distribute(arguments.output, job, job.made_task())
         is_whole = ENGINES[arguments.engine](arguments, job)
         if not is_whole:
             return 0 if arguments.engine == "slurm" else 130
         return _ended(arguments, job)
+
+
+@contextlib.contextmanager
+def _full_disk_told(folder: Path) -> "Iterator[None]":
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{folder}: {error.strerror}; what was committed is kept, so make room and run the "
+            "same command again"
+        ) from None
 
 
 def _job(arguments: argparse.Namespace) -> "Job":

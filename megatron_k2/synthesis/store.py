@@ -189,7 +189,7 @@ class Store:
         """A full disk as a sentence; the transaction is taken back."""
         try:
             yield
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
             self._num_pending = 0
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("rollback")

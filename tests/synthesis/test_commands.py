@@ -126,7 +126,7 @@ def test_a_mixture_has_lineage_tokens_and_a_blend(folder, capsys):
 
 
 def test_ctrl_c_stops_gracefully_and_the_same_command_goes_on(folder):
-    with teacher(delay=0.05) as (url, counts):
+    with teacher(delay=0.02) as (url, counts):
         words = command(folder, url, "--concurrency", "4")
         process = subprocess.Popen(
             [sys.executable, "-m", "megatron_k2", *words], env=ENVIRONMENT, start_new_session=True

@@ -252,3 +252,17 @@ def test_keys_are_nowhere(tmp_path, monkeypatch):
 
 def test_shards_folders_are_made_by_number(tmp_path):
     assert shard_folder(tmp_path, 7).name == "0007"
+
+
+def test_a_store_that_was_removed_is_seen(tmp_path):
+    with teacher(echo=True) as (url, _):
+        job = begun(tmp_path, url, 40, num_shards=2)
+        assert run_local(tmp_path, job, 8)
+        (shard_folder(tmp_path, 1) / STORE_FILE).unlink()
+        assert run_local(tmp_path, job, 8)
+        with pytest.raises(UserError, match=r"of 40 items.*remove items.json"):
+            counts_of(tmp_path, job)
+        (tmp_path / "items.json").unlink()
+        job = begun(tmp_path, url, 40, num_shards=2)
+        assert run_local(tmp_path, job, 8)
+        assert merged(tmp_path, job).count(b"\n") == 41

@@ -176,6 +176,7 @@ def distribute(folder: Path, job: Job, task: Task) -> None:
     write_atomically(folder / ITEMS_FILE, json.dumps(record).encode())
 
 
-def num_doubles(folder: Path) -> int:
-    """Sources that had another's content."""
-    return int(json.loads((folder / ITEMS_FILE).read_bytes())["doubles"])
+def distributed(folder: Path) -> dict[str, int]:
+    """How many ``items`` there are, and how many ``doubles`` were left out."""
+    found: dict[str, int] = json.loads((folder / ITEMS_FILE).read_bytes())
+    return found

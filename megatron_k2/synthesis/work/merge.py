@@ -13,11 +13,12 @@ from megatron_k2.synthesis.llm.ledger import summed
 from megatron_k2.synthesis.store import Store, Used
 from megatron_k2.synthesis.work.job import (
     FAILED,
+    ITEMS_FILE,
     KEPT,
     REJECTED,
     STORE_FILE,
     Job,
-    num_doubles,
+    distributed,
     shard_folder,
 )
 
@@ -41,12 +42,22 @@ def _stores(folder: Path, job: Job, stack: ExitStack) -> list[Store]:
 
 
 def counts_of(folder: Path, job: Job) -> Counter[str]:
-    """Items by how they ended, ``items`` in all, and ``doubles`` that were left out."""
+    """Items by how they ended, ``items`` in all, and ``doubles`` that were left out.
+
+    Raises:
+        UserError: items are missing, as where a store was removed.
+    """
     found: Counter[str] = Counter()
     with ExitStack() as stack:
         for store in _stores(folder, job, stack):
             found.update(store.counts())
-    found["doubles"] = num_doubles(folder)
+    known = distributed(folder)
+    if found["items"] != known["items"]:
+        raise UserError(
+            f"{folder} holds {found['items']:,} of {known['items']:,} items: a shard's store was "
+            f"removed or replaced; remove {ITEMS_FILE} there, and the same command puts them back"
+        )
+    found["doubles"] = known["doubles"]
     return found
 
 

@@ -127,7 +127,8 @@ class _Shard:
     def tell(self) -> None:
         """Write how it stands, for whoever shows progress."""
         text = json.dumps(asdict(self.tally))
-        (self._folder / PROGRESS_FILE).write_text(text)
+        with contextlib.suppress(OSError):  # a full disk, of which the store will tell
+            (self._folder / PROGRESS_FILE).write_text(text)
 
 
 async def work_shard(folder: Path, shard: int, concurrency: int, stop: asyncio.Event) -> Tally:
