@@ -1,4 +1,4 @@
-# make demo | demo-sft | test | bundle | test-bundle | test-te | test-slurm | test-vllm | test-critic | test-kubernetes | test-ray | test-extras | check | bench | clean      (the environment is .venv/, built once)
+# make demo | demo-sft | demo-rephrase | test | bundle | test-bundle | test-te | test-slurm | test-vllm | test-critic | test-kubernetes | test-ray | test-extras | check | bench | clean      (the environment is .venv/, built once)
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
@@ -8,7 +8,7 @@ SHELL := bash
 TIMED = @TIMEFORMAT="make $@: %R s of wall, %U + %S s of CPU (user + system)"; time
 PYTEST := -m pytest -q --no-showlocals --durations 8 --durations-min 2
 
-.PHONY: venv demo demo-sft lint fast check slow ranks test te-venv test-te launch-venv test-slurm vllm-venv test-vllm critic-venv test-critic kubernetes-venv test-kubernetes ray-venv test-ray \
+.PHONY: venv demo demo-sft demo-rephrase lint fast check slow ranks test te-venv test-te launch-venv test-slurm vllm-venv test-vllm critic-venv test-critic kubernetes-venv test-kubernetes ray-venv test-ray \
         test-extras bundle test-bundle bench clean
 
 venv: $(STAMP)
@@ -123,6 +123,10 @@ critic-venv: $(CRITIC_STAMP)
 
 test-critic: critic-venv
 	$(TIMED) CRITIC_PYTHON=$(CURDIR)/$(CRITIC_PY) $(PY) $(PYTEST) tests/rewards/test_small_model.py
+
+# A small real model rephrases passages of Python's documentation; of that environment too, not of CI.
+demo-rephrase: venv critic-venv
+	bash examples/rephrasing/demo.sh
 
 # The client of a cluster's sandboxes, in an environment of its own over the packages of .venv.
 K8S_VENV := .venv-kubernetes

@@ -3,16 +3,15 @@
 Cold: every item is one request to a scripted endpoint in a process of its own, with faults. Warm:
 the same items again with every answer in the store and no item ended. CPU is of this process and of
 the worker it starts, its start and imports among it; the endpoint's is not. The bare client of the
-same requests is the ceiling. datatrove (its request cache and retries over the same endpoint) runs
-where it is installed.
+same requests is the ceiling. datatrove's inference runner stands beside it where an interpreter
+that has it is named; it is given an endpoint without faults, since one answer of 500 ends it.
 
-    python benchmarks/synthesis.py [--number 20000] [--concurrency 64]
+    python benchmarks/synthesis.py [--number 20000] [--concurrency 64] [--peer-python PYTHON]
 """
 
 import argparse
 import asyncio
 import contextlib
-import importlib.util
 import json
 import os
 import resource
@@ -35,10 +34,10 @@ TASK = "tests.synthesis.echo_task:EchoTask"
 
 
 @contextlib.contextmanager
-def endpoint() -> Iterator[str]:
+def endpoint(options: dict[str, object]) -> Iterator[str]:
     """A scripted one."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.synthesis.teacher", json.dumps(FAULTS)],
+        [sys.executable, "-m", "tests.synthesis.teacher", json.dumps(options)],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         text=True,
@@ -102,24 +101,36 @@ async def bare(url: str, number: int, concurrency: int) -> None:
         await asyncio.gather(*(lane() for _ in range(concurrency)))
 
 
+def peer(options: argparse.Namespace) -> float:
+    """Datatrove's items a CPU second."""
+    script = Path(__file__).with_name("synthesis_peer.py")
+    with endpoint({"echo": True}) as url, tempfile.TemporaryDirectory() as folder:
+        words = [url, str(options.number // 10), str(options.concurrency), folder]
+        done = subprocess.run(
+            [options.peer_python, str(script), *words], capture_output=True, text=True, check=True
+        )
+    return float(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--number", type=int, default=20_000, help="items")
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer-python", metavar="PYTHON", help="an interpreter with datatrove")
     options = parser.parse_args()
     os.environ["PYTHONPATH"] = str(REPOSITORY)
     with machine_lock():
         print_inputs(**vars(options))
         colds, warms, walls, bares = [], [], [], []
         for _ in range(options.rounds):
-            with endpoint() as url:
+            with endpoint(FAULTS) as url:
                 cpu = cpu_seconds()
                 asyncio.run(bare(url, options.number, options.concurrency))
                 bares.append(options.number / (cpu_seconds() - cpu))
             folder = Path(tempfile.mkdtemp(prefix="synthesis-"))
             try:
-                with endpoint() as url:
+                with endpoint(FAULTS) as url:
                     cold, warm, wall = engine(folder, url, options.number, options.concurrency)
             finally:
                 shutil.rmtree(folder)
@@ -128,12 +139,12 @@ def main() -> None:
             walls.append(wall)
         middle = options.rounds // 2
         cold, warm = sorted(colds)[middle], sorted(warms)[middle]
-        if importlib.util.find_spec("datatrove") is None:
-            print("datatrove is not installed: no peer beside the bare client")
+        peers = [peer(options) for _ in range(options.rounds)] if options.peer_python else []
         print_result(
             cold_per_cpu_s=cold,
             warm_per_cpu_s=warm,
             bare_client_per_cpu_s=sorted(bares)[middle],
+            datatrove_per_cpu_s=sorted(peers)[middle] if peers else "not run",
             cold_wall_s=sorted(walls)[middle],
             least_cold=LEAST_COLD,
             least_warm=LEAST_WARM,

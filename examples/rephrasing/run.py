@@ -40,7 +40,7 @@ ARMS = {
 }
 """Rephrasings of each article (0: itself) and epochs over them."""
 COLOURS = ("#888888", "#2467a8", "#2a8a4a")
-SEQUENCE, BATCH = 256, 8
+SEQUENCE = 256
 IGNORED = -1
 
 
@@ -55,12 +55,12 @@ def checked(person: Person, number: int, seed: int) -> str:
 def corpus(arm: str, world: Sequence[Person], repeats: int, seed: int) -> Iterator[list[str]]:
     """The arm's texts, epoch by epoch, each in an order of its own."""
     rephrasings, epochs = ARMS[arm]
+    if rephrasings:
+        texts = [checked(p, n, seed) for p in world for n in range(rephrasings)]
+    else:
+        texts = [article(p) for p in world]
     order = random.Random(f"{arm}/{seed}")
     for _ in range(epochs * repeats):
-        if rephrasings:
-            texts = [checked(p, n, seed) for p in world for n in range(rephrasings)]
-        else:
-            texts = [article(p) for p in world]
         order.shuffle(texts)
         yield texts
 
@@ -106,13 +106,13 @@ def train(
     return seen
 
 
-def text_batches(ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def text_batches(ids: torch.Tensor, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Consecutive windows."""
-    window = SEQUENCE * BATCH
+    window = SEQUENCE * batch
     for start in range(0, len(ids) - window, window):
         yield (
-            ids[start : start + window].view(BATCH, SEQUENCE),
-            ids[start + 1 : start + window + 1].view(BATCH, SEQUENCE),
+            ids[start : start + window].view(batch, SEQUENCE),
+            ids[start + 1 : start + window + 1].view(batch, SEQUENCE),
         )
 
 
@@ -163,12 +163,12 @@ def measured(options: argparse.Namespace, arm: str, seed: int, tokenizer: Any) -
     world = people(options.people, seed)
     rarest = sum(len(tokenizer.encode(article(p))) + 1 for p in world) * 10 * options.repeats
     ids = stream(corpus(arm, world, options.repeats, seed), tokenizer, rarest)
-    steps = (len(ids) - 1) // (SEQUENCE * BATCH)
+    steps = (len(ids) - 1) // (SEQUENCE * options.batch)
     torch.manual_seed(seed)
     shape = ["--seq-length", str(SEQUENCE), "--max-position-embeddings", str(SEQUENCE)]
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints every flag
         model = build(get_preset("k2-tiny"), *shape, "--seed", str(seed + 1))
-    curve = train(model, text_batches(ids), steps, options.lr)
+    curve = train(model, text_batches(ids, options.batch), steps, options.lr)
     half = len(world) // 2
     tuned, held_out = asked(tokenizer, world[:half]), asked(tokenizer, world[half:])
     train(model, question_batches(tuned, seed), options.tune_steps, options.lr / 4)
@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=6, help="of every arm, equally")
     parser.add_argument("--tune-steps", type=int, default=80, help="on questions, 64 each")
+    parser.add_argument("--batch", type=int, default=4, help="sequences a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
