@@ -23,7 +23,8 @@ def report(arguments: argparse.Namespace) -> int:
     if arguments.examples < 0:
         raise UserError(f"--examples {arguments.examples}: expected 0 or more")
     summary = summarized(arguments.run)
-    tables = [*_tables(summary), ("tokens and cost", _costs(arguments))]
+    every = [*_tables(summary), ("tokens and cost", _costs(arguments))]
+    tables = [(title, rows) for title, rows in every if len(rows) > 1]
     for title, rows in tables:
         listed = table(*rows[0], title=title)
         for row in rows[1:]:
@@ -49,10 +50,10 @@ def _tables(summary: "Summary") -> "Iterator[tuple[str, Rows]]":
     signals: Rows = [["signal", "kept", "rejected"]]
     for name, (kept, rejected) in sorted(summary.signals.items()):
         signals.append([name, f"{kept:,}", f"{rejected:,}"])
-    yield "surface signals, of documents that reached the check", signals
+    yield "surface signals", signals
     if (length := summary.length) is not None:
         yield (
-            "tokens of a rewrite over its source's",
+            "tokens over source's",
             [["10 %", "median", "90 %"], [f"{each:.2f}" for each in length]],
         )
     diversity: Rows = [["of the same number of texts", "rewrites", "sources"]]

@@ -355,3 +355,12 @@ def test_a_plan_counts_what_a_run_then_asks(tmp_path):
     assert used.num_requests == counted.requests
     assert used.completion_tokens == pytest.approx(counted.completion_tokens, rel=0.6)
     assert os.path.getsize(tmp_path / "work.sqlite") > 0
+
+
+def test_what_cannot_be_rewritten_is_rejected_before_it_is_asked(tmp_path):
+    code = "```py\n" + "x = 1\n" * 20 + "```\n"
+    endless = "word " * 300
+    found = outcomes(tmp_path, [code, endless], piece_tokens=50, excerpt_tokens=100)
+    assert [record["stage"] for _, _, record in found] == ["size", "size"]
+    assert "code alone" in found[0][2]["reason"]
+    assert "more than an excerpt" in found[1][2]["reason"]

@@ -266,3 +266,15 @@ def test_a_store_that_was_removed_is_seen(tmp_path):
         job = begun(tmp_path, url, 40, num_shards=2)
         assert run_local(tmp_path, job, 8)
         assert merged(tmp_path, job).count(b"\n") == 41
+
+
+def test_a_worker_that_dies_is_named_and_the_rest_is_kept(tmp_path, monkeypatch):
+    job = begun(tmp_path, "http://127.0.0.1:9", 5)
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(UserError, match=r"shard 0 was ended with code 1; .*worker.log"):
+        run_local(tmp_path, job, 8)
+
+
+def test_a_worker_does_without_torch():
+    program = "import sys, megatron_k2.synthesis.work.worker; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -8,6 +8,7 @@ from megatron_k2.fidelity.advisory import score
 from megatron_k2.fidelity.check import Settings, Verdict, check
 from megatron_k2.fidelity.statements import Asker
 from megatron_k2.synthesis.rephrase.mathematics import MathematicsChecker
+from megatron_k2.synthesis.rephrase.pieces import Piece
 from megatron_k2.synthesis.rephrase.rewrite import Pair
 from megatron_k2.synthesis.rephrase.screen import is_abusive, new_control_names, personal_data
 
@@ -39,12 +40,20 @@ class Gate:
     mathematics: MathematicsChecker | None = None
     """Of documents of mathematics."""
 
-    async def source_problem(self, text: str) -> tuple[str, str] | None:
-        """Stage and reason for which a document is not rewritten at all."""
+    async def source_problem(
+        self, text: str, excerpts: Sequence[Sequence[Piece]]
+    ) -> tuple[str, str] | None:
+        """Stage and reason for which a document is not rewritten at all.
+
+        Where no vote on abuse could be read the document goes on: what stands in it is then for the
+        check of its statements alone.
+        """
         if (kind := personal_data(text)) is not None:
             return "personal data", f"the source has {kind}"
-        if self.asker is not None and await is_abusive(self.asker, text):
-            return "abuse", "the model that checks finds abuse or threats in the source"
+        if self.asker is not None:
+            for pieces in excerpts:
+                if await is_abusive(self.asker, "".join(piece.text for piece in pieces)):
+                    return "abuse", "the model that checks finds abuse or threats in the source"
         return None
 
     async def judge(

@@ -21,7 +21,13 @@ _LEAST_ROOM = 256
 
 
 class PieceError(ValueError):
-    """A piece has no rewrite that can stand for it."""
+    """A piece has no rewrite that can stand for it.
+
+    Args:
+        stage: where that was seen.
+        reason: a sentence.
+        written: up to and with what was refused.
+    """
 
     def __init__(self, stage: str, reason: str, written: str) -> None:
         super().__init__(reason)
@@ -88,12 +94,12 @@ class _Asked:
 
     async def rewrite(self, is_translated: bool) -> str:
         """Its text, of the first sample that can stand for the piece."""
-        stage = problem = ""
+        stage = problem = said = ""
         for sample in range(TRIES):
             try:
                 text = await self._sample(sample)
             except SchemaError as error:
-                stage, problem = "schema", str(error)
+                stage, problem, said = "schema", str(error), ""
                 continue
             found = piece_problem(
                 self.piece.text,
@@ -104,9 +110,10 @@ class _Asked:
             )
             if found is None:
                 return text
-            stage, problem = "coverage", found
+            stage, problem, said = "coverage", found, text
         where = self.piece.text.strip()[:60]
-        raise PieceError(stage, f"{problem} (piece {where!r})", self.written)
+        so_far = f"{self.written}\n{said}".strip()
+        raise PieceError(stage, f"{problem} (piece {where!r})", so_far)
 
     async def _sample(self, sample: int) -> str:
         messages = self.prompt.messages(self.excerpt, self.written, self.piece.text)

@@ -11,7 +11,7 @@ from megatron_k2.synthesis.llm.model import Model
 from megatron_k2.synthesis.rephrase.gate import Gate, Judged, lineage_part
 from megatron_k2.synthesis.rephrase.language import language_of
 from megatron_k2.synthesis.rephrase.mathematics import MathematicsChecker
-from megatron_k2.synthesis.rephrase.pieces import counter_of, excerpts
+from megatron_k2.synthesis.rephrase.pieces import Piece, counter_of, excerpts
 from megatron_k2.synthesis.rephrase.prompts import Prompt, chosen
 from megatron_k2.synthesis.rephrase.rewrite import PieceError, rewritten, whole
 from megatron_k2.synthesis.rephrase.settings import Settings, settings_from
@@ -91,12 +91,14 @@ class RephraseTask:
         record = self._lineage(item, content, number, prompt)
         language = "en" if self.settings.kind == "knowledge" else language_of(text)
         record["language"] = language
-        problem = self._language_problem(language) or await self._gate.source_problem(text)
+        cut = excerpts(text, self._count, self.settings.cut)
+        problem = (
+            self._language_problem(language)
+            or self._size_problem(cut)
+            or await self._gate.source_problem(text, cut)
+        )
         if problem is not None:
             return _rejected(record, *problem, "")
-        cut = excerpts(text, self._count, self.settings.cut)
-        if all(piece.is_copied for pieces in cut for piece in pieces):
-            return _rejected(record, "coverage", "it is code alone, which is not rewritten", "")
         is_translated = self.settings.kind == "translation"
         try:
             pairs = await rewritten(
@@ -114,6 +116,15 @@ class RephraseTask:
         if self.settings.kind == "translation" and language in ("en", None):
             said = "English already" if language else "in a language that is not recognised"
             return "translation", f"the source is {said}"
+        return None
+
+    def _size_problem(self, cut: list[list[Piece]]) -> tuple[str, str] | None:
+        pieces = [piece for part in cut for piece in part]
+        if all(piece.is_copied for piece in pieces):
+            return "size", "the source is code alone, which is not rewritten"
+        longest = max(piece.num_tokens for piece in pieces)
+        if longest > self.settings.excerpt_tokens:
+            return "size", f"a sentence or block has {longest} tokens, more than an excerpt"
         return None
 
     def _judged(self, record: dict[str, Any], text: str, rewrite: str, judged: Judged) -> Outcome:

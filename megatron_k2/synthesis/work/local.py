@@ -17,6 +17,8 @@ from megatron_k2.errors import UserError
 from megatron_k2.synthesis.work.job import PROGRESS_FILE, Job, shard_folder
 from megatron_k2.synthesis.work.worker import STOPPED
 
+LOG_FILE = "worker.log"
+"""What a shard's worker said last, below its folder."""
 _POLL_SECONDS = 0.05
 
 
@@ -53,7 +55,7 @@ def run_local(folder: Path, job: Job, concurrency: int, num_processes: int | Non
                     if process.poll() is not None:
                         del running[shard]
                         is_stopped |= process.returncode == STOPPED
-                        problems += _problem(shard, process)
+                        problems += _problem(folder, shard, process.returncode)
                 if stop:
                     is_stopped = True
                     _end(running)
@@ -70,12 +72,13 @@ def run_local(folder: Path, job: Job, concurrency: int, num_processes: int | Non
 
 def _started(folder: Path, shard: int, concurrency: int) -> "subprocess.Popen[bytes]":
     words, flags = worker_command(folder, concurrency)
-    return subprocess.Popen(
-        [sys.executable, *words, str(shard), *flags, "--watch-stdin"],
-        stdin=subprocess.PIPE,  # it ends with this process, however that ends
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C reaches this process alone, which decides
-    )
+    with (shard_folder(folder, shard) / LOG_FILE).open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, *words, str(shard), *flags, "--watch-stdin"],
+            stdin=subprocess.PIPE,  # it ends with this process, however that ends
+            stderr=log,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which decides
+        )
 
 
 def _end(running: "dict[int, subprocess.Popen[bytes]]") -> None:
@@ -84,18 +87,14 @@ def _end(running: "dict[int, subprocess.Popen[bytes]]") -> None:
             process.stdin.close()
 
 
-def _problem(shard: int, process: "subprocess.Popen[bytes]") -> list[str]:
-    assert process.stderr is not None
-    said = process.stderr.read().decode(errors="replace").strip()
-    process.stderr.close()
-    if process.returncode in (0, STOPPED):
+def _problem(folder: Path, shard: int, code: int) -> list[str]:
+    if code in (0, STOPPED):
         return []
-    if process.returncode == 2:
-        return [said]
-    if process.returncode < 0:
-        name = signal.Signals(-process.returncode).name
-        said = f"it was ended by {name}"
-    return [f"shard {shard}: {said}; what was done is kept, run the same command again"]
+    place = shard_folder(folder, shard) / LOG_FILE
+    if code == 2:
+        return [place.read_text(errors="replace").strip()]
+    why = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return [f"shard {shard} was {why}; what was done is kept, run the same command again ({place})"]
 
 
 @contextlib.contextmanager

@@ -5,11 +5,13 @@ needs processors for reading that a small cluster has not got. A task starts the
 a process of its own, as the other engines do: what it did is kept, whoever is killed.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,40 +40,53 @@ def run_on_ray(folder: Path, job: Job, concurrency: int) -> bool:
     Raises:
         UserError: Ray is not installed or does not start, or a worker's own sentence.
     """
-    ray = _started()
-    try:
-        cores = max(int(ray.cluster_resources().get("CPU", 1)), 1)
-        each = max(concurrency // min(cores, job.num_shards), 1)
-        task = ray.remote(num_cpus=1, max_retries=RETRIES)(work_one)
-        found = ray.get([task.remote(str(folder), n, each) for n in range(job.num_shards)])
-    except ray.exceptions.RayError as error:
-        raise UserError(f"Ray: {str(error)[:300]}; what was done is kept, run again") from None
-    finally:
-        ray.shutdown()
+    ray = _ray()
+    with _cluster(ray):
+        found = _results(ray, folder, job, concurrency)
     for shard, (code, said) in enumerate(found):
         if code not in (0, STOPPED):
             raise UserError(said if code == 2 else f"shard {shard} ended with {code}: {said}")
     return all(code == 0 for code, _ in found)
 
 
-def _started() -> Any:
+def _results(ray: Any, folder: Path, job: Job, concurrency: int) -> list[tuple[int, str]]:
+    """Each shard's exit code and what it said."""
+    try:
+        cores = max(int(ray.cluster_resources().get("CPU", 1)), 1)
+        each = max(concurrency // min(cores, job.num_shards), 1)
+        task = ray.remote(num_cpus=1, max_retries=RETRIES)(work_one)
+        refs = [task.remote(str(folder), shard, each) for shard in range(job.num_shards)]
+        found: list[tuple[int, str]] = ray.get(refs)
+        return found
+    except ray.exceptions.RayError as error:
+        raise UserError(f"Ray: {str(error)[:300]}; what was done is kept, run again") from None
+
+
+def _ray() -> Any:
     try:
         import ray
     except ImportError:
         raise UserError("ray is not installed; pip install 'megatron-k2[ray]'") from None
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    here: dict[str, Any] = {}
-    if (
-        "RAY_ADDRESS" not in os.environ
-    ):  # sockets' paths must stay under 108 bytes, so a short folder of its own
-        folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-        here = {"_temp_dir": folder, "object_store_memory": _STORE_BYTES}
-        here["include_dashboard"] = False
-    try:
-        ray.init(log_to_driver=False, logging_level="error", **here)
-    except Exception as error:  # it raises whatever its helpers ran into
-        raise UserError(f"Ray does not start: {str(error)[:300]}; try --engine local") from None
     return ray
+
+
+@contextlib.contextmanager
+def _cluster(ray: Any) -> Iterator[None]:
+    """Connected to one, or one that is started here and ended."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as short:
+        here: dict[str, Any] = {}
+        if "RAY_ADDRESS" not in os.environ:  # paths of its sockets must stay under 108 bytes
+            here = {"_temp_dir": short, "object_store_memory": _STORE_BYTES}
+            here["include_dashboard"] = False
+        try:
+            ray.init(log_to_driver=False, logging_level="error", **here)
+        except Exception as error:  # it raises whatever its helpers ran into
+            raise UserError(f"Ray does not start: {str(error)[:300]}; try --engine local") from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def work_one(folder: str, shard: int, concurrency: int) -> tuple[int, str]:
