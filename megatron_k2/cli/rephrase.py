@@ -24,14 +24,18 @@ def _parser() -> argparse.ArgumentParser:
         description="Pretraining text said again by a model, held to its source.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    plan = verbs.add_parser("plan", help="documents, pieces, requests, tokens, cost; asks nothing")
+    plan = verbs.add_parser(
+        "plan",
+        help="documents, pieces, requests, tokens, cost; asks nothing",
+        description="Takes a run's flags, of which output and endpoint may be left out.",
+    )
     _add_what(plan)
-    plan.add_argument("--no-check", action="store_true", help="without the fidelity check")
+    _add_how(plan, is_needed=False)
     run = verbs.add_parser(
         "run", help="rewrite and judge", description="Killed and run again, it goes on."
     )
     _add_what(run)
-    _add_how(run)
+    _add_how(run, is_needed=True)
     report = verbs.add_parser("report", help="what was kept and why not; an HTML page")
     report.add_argument("run", type=Path, metavar="DIR", help="the --output of a run")
     report.add_argument("--html", type=Path, metavar="FILE.html", help="examples side by side")
@@ -69,10 +73,10 @@ def _add_prices(command: argparse.ArgumentParser) -> None:
             command.add_argument(name, type=float, default=0.0, help="of a million tokens")
 
 
-def _add_how(command: argparse.ArgumentParser) -> None:
+def _add_how(command: argparse.ArgumentParser, *, is_needed: bool) -> None:
     add = command.add_argument
-    add("--output", type=Path, required=True, metavar="DIR")
-    add("--endpoint", metavar="URL", required=True, help="of the model that rewrites")
+    add("--output", type=Path, required=is_needed, metavar="DIR")
+    add("--endpoint", metavar="URL", required=is_needed, help="of the model that rewrites")
     add_model(command)
     add("--temperature", type=float, default=0.7, help="(default %(default)s)")
     add("--top-p", type=float, default=0.95, help="(default %(default)s)")

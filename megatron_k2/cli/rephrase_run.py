@@ -28,7 +28,8 @@ def plan(arguments: argparse.Namespace) -> int:
     from megatron_k2.synthesis.rephrase.plan import planned
     from megatron_k2.terminal import show, table
 
-    settings = _settings(arguments, "", None if arguments.no_check else "")
+    check = None if arguments.no_check else arguments.check_model or ""
+    settings = _settings(arguments, arguments.model or "", check)
     found = planned(settings)
     if not found.num_documents:
         raise UserError(f"--input {arguments.input[0]}: no document with text")
@@ -116,11 +117,7 @@ def _settings(arguments: argparse.Namespace, model: str, check: str | None) -> "
     from megatron_k2.synthesis.rephrase.settings import Settings
 
     names = ("temperature", "top_p", "extracts", "source_licence", "teacher_licence")
-    more = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-    if hasattr(arguments, "votes"):
-        more["num_votes"] = arguments.votes
-    if getattr(arguments, "calibration", None) is not None:
-        more["least_support"] = _threshold(arguments)
+    more = {name: getattr(arguments, name) for name in names}
     return Settings(
         inputs=tuple(str(path) for path in arguments.input),
         model=model,
@@ -134,6 +131,8 @@ def _settings(arguments: argparse.Namespace, model: str, check: str | None) -> "
         tokenizer=arguments.tokenizer,
         json_key=arguments.json_key,
         suffixes=tuple(arguments.suffix),
+        num_votes=arguments.votes,
+        least_support=0.0 if arguments.calibration is None else _threshold(arguments),
         **more,
     )
 

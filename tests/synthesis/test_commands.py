@@ -46,7 +46,9 @@ def records(folder, name="kept.jsonl", output="run"):
 
 def test_plan_asks_nothing_and_counts(folder, capsys):
     words = ["rephrase", "plan", "--input", str(folder / "texts"), "--rephrasings", "3"]
-    assert main([*words, "--prompt-price", "10", "--no-check"]) == 0
+    nowhere = ["--endpoint", "http://127.0.0.1:9", "--output", str(folder / "run")]
+    assert main([*words, *nowhere, "--prompt-price", "10", "--no-check"]) == 0
+    assert not (folder / "run").exists()
     out, error = capsys.readouterr()
     assert f"{len(TEXTS)} documents" in out
     assert "3 rephrasings" in out

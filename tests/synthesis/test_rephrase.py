@@ -364,3 +364,39 @@ def test_what_cannot_be_rewritten_is_rejected_before_it_is_asked(tmp_path):
     assert [record["stage"] for _, _, record in found] == ["size", "size"]
     assert "code alone" in found[0][2]["reason"]
     assert "more than an excerpt" in found[1][2]["reason"]
+
+
+SOLVED = (
+    "A worker earns $12$ crowns an hour for 7 hours at the mill of Dorn. The wage is the product "
+    "of both numbers. The answer is $84$."
+)
+GERMAN = (
+    "Der Radius des Kreises ist 3 und die Fläche ist gleich 28,27, denn wir rechnen mit 3,14159 "
+    "und nicht mit einem Bruch."
+)
+
+
+def test_mathematics_is_kept_where_its_formulae_survive(tmp_path):
+    pytest.importorskip("math_verify")
+    ((_, is_kept, record),) = outcomes(tmp_path / "good", [SOLVED], kind="mathematics")
+    assert is_kept, record["reason"]
+    assert record["prompt"].split("/")[0] in ("note", "worked", "explained", "summary")
+    spoilt = {"wrong": "number"}
+    ((_, is_kept, record),) = outcomes(
+        tmp_path / "bad", [SOLVED], options=spoilt, kind="mathematics"
+    )
+    assert not is_kept
+    assert record["stage"] == "mathematics"
+
+
+def test_a_translation_is_of_another_language_and_into_english(tmp_path):
+    pytest.importorskip("math_verify")
+    found = outcomes(tmp_path, [TEXTS[0], GERMAN, "$x = 3$"], kind="translation")
+    assert [is_kept for _, is_kept, _ in found] == [False] * 3
+    reasons = [record["reason"] for _, _, record in found]
+    assert reasons == [
+        "the source is English already",
+        "the rewrite is not in English",
+        "the source is in a language that is not recognised",
+    ]
+    assert [record["language"] for _, _, record in found] == ["en", "de", None]
