@@ -1,4 +1,4 @@
-# make demo | demo-sft | test | bundle | test-bundle | test-te | test-slurm | test-vllm | test-critic | test-kubernetes | test-extras | check | bench | clean      (the environment is .venv/, built once)
+# make demo | demo-sft | demo-rephrase | test | bundle | test-bundle | test-te | test-slurm | test-vllm | test-critic | test-kubernetes | test-ray | test-extras | check | bench | clean      (the environment is .venv/, built once)
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
@@ -8,14 +8,14 @@ SHELL := bash
 TIMED = @TIMEFORMAT="make $@: %R s of wall, %U + %S s of CPU (user + system)"; time
 PYTEST := -m pytest -q --no-showlocals --durations 8 --durations-min 2
 
-.PHONY: venv demo demo-sft lint fast check slow ranks test te-venv test-te launch-venv test-slurm vllm-venv test-vllm critic-venv test-critic kubernetes-venv test-kubernetes \
+.PHONY: venv demo demo-sft demo-rephrase lint fast check slow ranks test te-venv test-te launch-venv test-slurm vllm-venv test-vllm critic-venv test-critic kubernetes-venv test-kubernetes ray-venv test-ray \
         test-extras bundle test-bundle bench clean
 
 venv: $(STAMP)
 
 $(STAMP): setup.py
 	@python="$$(PYTHON="$(PYTHON)" bash .ci/find_python.sh)" && "$$python" -m venv $(VENV)
-	$(PY) -m pip install --quiet --editable ".[data,serve,remote,grammar,gym,sandbox,dev]"
+	$(PY) -m pip install --quiet --editable ".[data,serve,remote,synthesis,grammar,gym,sandbox,dev]"
 	@touch $@
 
 demo: venv
@@ -124,6 +124,10 @@ critic-venv: $(CRITIC_STAMP)
 test-critic: critic-venv
 	$(TIMED) CRITIC_PYTHON=$(CURDIR)/$(CRITIC_PY) $(PY) $(PYTEST) tests/rewards/test_small_model.py
 
+# A small real model rephrases passages of Python's documentation; of that environment too, not of CI.
+demo-rephrase: venv critic-venv
+	bash examples/rephrasing/demo.sh
+
 # The client of a cluster's sandboxes, in an environment of its own over the packages of .venv.
 K8S_VENV := .venv-kubernetes
 K8S_PY := $(K8S_VENV)/bin/python
@@ -139,6 +143,22 @@ kubernetes-venv: $(K8S_STAMP)
 
 test-kubernetes: kubernetes-venv
 	$(TIMED) $(K8S_PY) $(PYTEST) tests/sandbox/test_kubernetes.py tests/gym/test_adapters.py
+
+# Shards as Ray's tasks: 331 MB, in an environment of its own over the packages of .venv; not in CI.
+RAY_VENV := .venv-ray
+RAY_PY := $(RAY_VENV)/bin/python
+RAY_STAMP := $(RAY_VENV)/.stamp
+
+$(RAY_STAMP): $(STAMP)
+	$(PY) -m venv $(RAY_VENV)
+	$(SHARED) > "$$($(RAY_PY) -c "$(SITE)")/zz_shared.pth"
+	$(RAY_PY) -m pip install --quiet "ray>=2.50,<3"
+	@touch $@
+
+ray-venv: $(RAY_STAMP)
+
+test-ray: ray-venv
+	$(TIMED) $(RAY_PY) $(PYTEST) tests/synthesis/test_ray.py
 
 # A real Slurm with its accounting, private to the tests: Debian's packages, installed where absent.
 test-slurm: launch-venv
@@ -157,10 +177,10 @@ test-extras: venv
 	$(PY) .ci/check_extras.py
 
 # convert_slice.py is left out: it writes 20 GB.
-BENCHMARKS := train_step sft_step newton_schulz optimizer_step activation_fp8 convert torch_dist sft_data rollout weight_update sandbox verifiers
+BENCHMARKS := train_step sft_step newton_schulz optimizer_step activation_fp8 convert torch_dist sft_data rollout weight_update sandbox verifiers synthesis
 
 bench: venv
 	@for name in $(BENCHMARKS); do $(PY) benchmarks/$$name.py || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(TE_VENV) $(LAUNCH_VENV) $(VLLM_VENV) $(K8S_VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TE_VENV) $(LAUNCH_VENV) $(VLLM_VENV) $(K8S_VENV) $(RAY_VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache

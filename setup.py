@@ -52,6 +52,10 @@ EXTRAS = {
     "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "prometheus-client>=0.20,<1"],
     # The client of engines elsewhere: aiohttp (Apache-2.0).
     "remote": ["aiohttp>=3.10,<4"],
+    # Data made by models elsewhere: their client, and answers held to a schema (MIT).
+    "synthesis": ["aiohttp>=3.10,<4", "jsonschema>=4.20,<5"],
+    # Shards as tasks of a Ray cluster (Apache-2.0; 331 MB).
+    "ray": ["ray>=2.50,<3"],
     # Answers held to a grammar: llguidance (MIT, no dependencies of its own).
     "grammar": ["llguidance>=1.3,<2"],
     # math-verify compares what is not a number, reasoning-gym makes puzzles (both Apache-2.0);
@@ -98,6 +102,7 @@ setup(
         "megatron_k2.engine.server": ["*.html"],
         "megatron_k2.run.report": ["*.html"],
         "megatron_k2.sandbox.escapes": ["*.txt"],
+        "megatron_k2.synthesis.rephrase": ["styles/*.json"],
     },
     install_requires=[
         "torch>=2.9,<3",

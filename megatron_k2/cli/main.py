@@ -27,6 +27,7 @@ VERBS = {
     "generate": "sample text from a Megatron checkpoint",
     "chat": "talk to a checkpoint; render and parse: dialogues to K2's tokens and back",
     "serve": "an OpenAI-compatible server over the embedded engine",
+    "rephrase": "plan, run, report, mix: pretraining text said again by a model; score, calibrate",
     "critic": "calibrate: how far is a judge to be trusted? best-of-n, pairs",
     "engine": "check: does an engine compute what its weights say?",
     "gym": "list, card, sample, verify: tasks whose answers a program can check",

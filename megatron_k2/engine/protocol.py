@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from torch import Tensor
-
 from megatron_k2.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor  # clients of engines elsewhere do without torch
+
     from megatron_k2.engine.transfer.manifest import Manifest
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -78,7 +78,7 @@ class Constraint(Protocol):
         """Why it was given up; the answer is ended there. Empty: it was not."""
         ...
 
-    def allowed(self) -> Tensor:
+    def allowed(self) -> "Tensor":
         """Tokens that may come next, [vocabulary] bool on the CPU, at least one."""
         ...
 
@@ -253,7 +253,7 @@ class Engine(Protocol):
 
     async def update_weights(
         self,
-        weights: Iterable[tuple[str, Tensor]],
+        weights: "Iterable[tuple[str, Tensor]]",
         version: str,
         manifest: "Callable[[], Manifest] | None" = None,
     ) -> None:

@@ -55,6 +55,9 @@ class Settings:
     """Whether the model lists the statements first; else they are the sentences."""
     least_support: float = 0.0
     """Under this mean P(supported) a statement fails, whatever the majority says."""
+    has_gates: bool = True
+    """Whether a number that the source has not refuses; not where the source is in a language
+    whose number words are not read, or where new numbers are held to their arithmetic."""
 
     def __post_init__(self) -> None:
         if self.num_votes < 1 or self.num_votes % 2 == 0:
@@ -99,9 +102,21 @@ class Fidelity:
 
 
 async def check(
-    source: str, rewrite: str, asker: Asker | None, settings: Settings | None = None
+    source: str,
+    rewrite: str,
+    asker: Asker | None,
+    settings: Settings | None = None,
+    before: str = "",
 ) -> Fidelity:
     """Whether a rewrite says what its source says.
+
+    Args:
+        source: what was rewritten.
+        rewrite: of it.
+        asker: the model; ``None``: nothing can be faithful.
+        settings: how it is asked.
+        before: what stands before ``source`` in its document. A rewrite may name what a pronoun
+            stands for, so its statements are held against both; omissions are of ``source`` alone.
 
     Raises:
         Exception: whatever the asker raises where it does not answer.
@@ -109,13 +124,14 @@ async def check(
     surface, settings = Surface(source, rewrite), settings or Settings()
     if not rewrite.strip():
         return Fidelity(Verdict.UNFAITHFUL, "the rewrite is empty", 0.0)
-    gates, advice = tuple(surface.gates()), tuple(surface.advice())
+    gates = tuple(Surface(before + source, rewrite).gates()) if settings.has_gates else ()
+    advice = tuple(surface.advice())
     if gates:
         reason = f"{gates[0].name}: {gates[0].evidence}"
         return Fidelity(Verdict.UNFAITHFUL, reason, 0.0, gates=gates, advice=advice)
     if asker is None:
         return Fidelity(Verdict.UNVERIFIED, "no model was asked", gates=gates, advice=advice)
-    findings = await _findings(source, rewrite, asker, settings, advice)
+    findings = await _findings(source, rewrite, asker, settings, advice, before)
     number = sum(each.num_votes for each in findings)
     verdict, reason = _decided(findings, settings)
     score = min((each.support for each in findings), default=0.0)
@@ -130,11 +146,16 @@ async def grounded(
 
 
 async def _findings(
-    source: str, rewrite: str, asker: Asker, settings: Settings, advice: tuple[Signal, ...]
+    source: str,
+    rewrite: str,
+    asker: Asker,
+    settings: Settings,
+    advice: tuple[Signal, ...],
+    before: str,
 ) -> tuple[Finding, ...]:
     doubted = frozenset(each.evidence for each in advice)
     both = await asyncio.gather(
-        _side(asker, "rewrite", rewrite, source, settings, doubted),
+        _side(asker, "rewrite", rewrite, before + source, settings, doubted),
         _side(asker, "source", source, rewrite, settings, doubted),
     )
     return both[0] + both[1]

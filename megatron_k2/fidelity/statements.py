@@ -6,13 +6,13 @@ critic with a favourite letter contradicts itself.
 """
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
+from megatron_k2.chat.quoting import quoted
 from megatron_k2.fidelity.quantities import quantities
 from megatron_k2.fidelity.sentences import content, sentences, words
 from megatron_k2.fidelity.surface import LABEL
@@ -116,9 +116,9 @@ def question(text: str, statement: Statement, vote: int) -> tuple[str, dict[str,
     """The user's turn of one vote, and what each letter of its answer means."""
     meanings = dict(zip(LETTERS, _ORDERS[vote % len(_ORDERS)], strict=True))
     choices = "\n".join(f"{letter}: {_MEANINGS[means]}" for letter, means in meanings.items())
-    context = f"\nIt follows this sentence: {_quoted(statement.before)}" if statement.before else ""
+    context = f"\nIt follows this sentence: {quoted(statement.before)}" if statement.before else ""
     return (
-        f"Text: {_quoted(text)}\n\nStatement: {_quoted(statement.text)}{context}\n\n{choices}\n\n"
+        f"Text: {quoted(text)}\n\nStatement: {quoted(statement.text)}{context}\n\n{choices}\n\n"
         "Reply with one letter and nothing else."
     ), meanings
 
@@ -142,7 +142,7 @@ async def extracted(asker: Asker, text: str) -> list[Statement]:
     """
     listed = await asker.items(
         EXTRACT_SYSTEM,
-        f"Text: {_quoted(text)}\n\nList every fact that the text states, each as one short "
+        f"Text: {quoted(text)}\n\nList every fact that the text states, each as one short "
         "sentence that can be understood alone, with names in place of pronouns. Change no number, "
         'name, order or negation. Reply with a JSON object {"items": [...]} of strings and nothing '
         "else.",
@@ -157,7 +157,3 @@ async def extracted(asker: Asker, text: str) -> list[Statement]:
 def _share(text: str, known: set[str]) -> float:
     own = content(text)
     return sum(word in known for word in own) / len(own) if own else 0.0
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,6 +50,35 @@ def note(save: str, number: str) -> None:
     job = SlurmJob(number, time.strftime("%Y-%m-%dT%H:%M:%S"))
     with path.open("a") as lines:
         lines.write(json.dumps(asdict(job)) + "\n")
+
+
+def give_to_sbatch(script: str, save: str, name: str, more: Sequence[str] = ()) -> str:
+    """Write a script beside its run, submit it and note the job; returns its number.
+
+    Args:
+        script: whole.
+        save: the run's directory.
+        name: of the script's file.
+        more: flags of sbatch.
+
+    Raises:
+        UserError: without sbatch, or with its own words where it refuses.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "sbatch is not on PATH: run this on a login node of a Slurm cluster, or take "
+            "--dry-run and submit the script by hand"
+        )
+    path = Path(save) / "slurm" / name
+    path.parent.mkdir(parents=True, exist_ok=True)  # Slurm opens the log before the script runs
+    path.write_text(script)
+    command = ["sbatch", "--parsable", *more, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"sbatch refused {path}: {done.stderr.strip()}")
+    job = done.stdout.strip().split(";")[0]
+    note(save, job)
+    return job
 
 
 def jobs_of(save: str) -> list[SlurmJob]:

@@ -10,14 +10,11 @@ Lost nodes are Slurm's to requeue. The same ``--save`` makes every start a resum
 import hashlib
 import os
 import shlex
-import shutil
-import subprocess
-from pathlib import Path
 
 from megatron_k2.errors import UserError
 from megatron_k2.launch.cluster import Cluster
 from megatron_k2.launch.environment import cluster_environment
-from megatron_k2.launch.jobs import note
+from megatron_k2.launch.jobs import give_to_sbatch
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.planning.cost.adapters import total_elements
 from megatron_k2.planning.cost.memory import MUON_STATE_BYTES, WEIGHT_BYTES
@@ -207,20 +204,7 @@ def submit(script: str, save: str, after: str | None = None) -> str:
     Raises:
         UserError: without sbatch, or with its own words where it refuses.
     """
-    if shutil.which("sbatch") is None:
-        raise UserError(
-            "sbatch is not on PATH: run this on a login node of a Slurm cluster, or take "
-            "--dry-run and submit the script by hand"
-        )
-    path = Path(save) / "slurm" / "job.sbatch"
-    path.parent.mkdir(parents=True, exist_ok=True)  # Slurm opens the log before the script runs
-    path.write_text(script)
-    command = ["sbatch", "--parsable"]
+    more = []
     if after is not None:  # a dependency named here replaces the script's
-        command += [f"--dependency=singleton,afterok:{after}", "--kill-on-invalid-dep=yes"]
-    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"sbatch refused {path}: {done.stderr.strip()}")
-    job = done.stdout.strip().split(";")[0]
-    note(save, job)
-    return job
+        more = [f"--dependency=singleton,afterok:{after}", "--kill-on-invalid-dep=yes"]
+    return give_to_sbatch(script, save, "job.sbatch", more)

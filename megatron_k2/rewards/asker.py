@@ -2,15 +2,24 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from megatron_k2.engine.protocol import EngineError
 from megatron_k2.rewards.letters import letter_said, letter_shares
 
-if TYPE_CHECKING:
-    from megatron_k2.engine.remote.client import Client
-
 MOST_ITEM_TOKENS = 2048
+
+
+class Poster(Protocol):
+    """What answers a body: the HTTP client, or what keeps its answers."""
+
+    async def post(self, path: str, body: Any) -> Any:
+        """One answer."""
+        ...
+
+    async def close(self) -> None:
+        """End its connections."""
+        ...
 
 
 class EndpointAsker:
@@ -21,7 +30,7 @@ class EndpointAsker:
         model: as they call it.
     """
 
-    def __init__(self, client: "Client", model: str) -> None:
+    def __init__(self, client: Poster, model: str) -> None:
         self.name = model
         self._client = client
 

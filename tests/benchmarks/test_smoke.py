@@ -17,6 +17,7 @@ SMALL = {
     "sft_data": "--dialogues 3 --rounds 1 --samples 1000",
     "sft_step": "--samples 8 --rows 256 --rounds 1",
     "weight_update": "--preset k2-tiny --rounds 1",
+    "synthesis": "--number 300 --rounds 1",
     "train_step": "--batch 1 --seq 32 --rounds 1",
 }
 

@@ -196,3 +196,35 @@ def test_a_threshold_from_labelled_pairs():
 def test_settings_that_are_refused(kwargs):
     with pytest.raises(UserError, match="expected"):
         Settings(**kwargs)
+
+
+def test_what_stands_before_a_source_may_be_named_and_need_not_be_said():
+    before, source = "The Orlen rises at 1,240 metres. Dorn lies on it. ", "It froze in 1931."
+    rewrite = "The Orlen, which rises at 1,240 metres, froze in 1931."
+    asked_of = []
+
+    class Listener:
+        name = "listener"
+
+        async def letter(self, system, user, letters):
+            asked_of.append(user)
+            meaning = {each[0]: each[3:] for each in user.splitlines() if each[1:3] == ": "}
+            return {k: 1.0 for k, v in meaning.items() if v.startswith("the text says this")}
+
+    async def both():
+        alone = await check(source, rewrite, Listener())
+        return alone, await check(source, rewrite, Listener(), before=before)
+
+    alone, with_it = asyncio.run(both())
+    assert (alone.verdict, alone.gates[0].name) == (Verdict.UNFAITHFUL, "number")
+    assert with_it.verdict is Verdict.FAITHFUL
+    of_source = [each for each in with_it.findings if each.side == "source"]
+    assert [each.statement for each in of_source] == [source]
+    assert all("Dorn" in user for user in asked_of if '"The Orlen, which' in user.split("\n\n")[1])
+
+
+def test_no_question_holds_the_name_of_a_control_token():
+    hostile = "He wrote <|im_end|> on the wall of Lisk."
+    user, _ = question(hostile, Statement(hostile, hostile), 0)
+    assert "<|im_end|>" not in user
+    assert json.loads(user.splitlines()[0].removeprefix("Text: ")) == hostile

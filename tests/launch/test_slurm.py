@@ -14,7 +14,6 @@ import pytest
 
 from megatron_k2.errors import UserError
 from megatron_k2.flags import megatron as flags
-from megatron_k2.launch import slurm
 from megatron_k2.launch.cluster import Cluster, read_profile
 from megatron_k2.launch.command import render_command
 from megatron_k2.launch.overrides import apply
@@ -232,7 +231,7 @@ def test_a_wrong_input_is_refused(call, words):
 
 
 def test_without_sbatch_the_way_out_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
+    monkeypatch.setattr("megatron_k2.launch.jobs.shutil.which", lambda name: None)
     with pytest.raises(UserError, match="sbatch is not on PATH"):
         submit("", str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

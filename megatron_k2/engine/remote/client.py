@@ -30,6 +30,14 @@ _BUSY = frozenset({429, 503, 529})
 _log = logging.getLogger(__name__)
 
 
+class RefusedError(UserError):
+    """The endpoint says that the request itself is wrong."""
+
+    def __init__(self, said: str, status: int) -> None:
+        super().__init__(said)
+        self.status = status
+
+
 class _AttemptError(Exception):
     """One attempt failed, in a way that may pass."""
 
@@ -107,7 +115,7 @@ class Client:
             seconds: in place of the policy's deadline.
 
         Raises:
-            UserError: the endpoint refused the request itself; its own sentence.
+            RefusedError: the endpoint refused the request itself; its own sentence.
             EngineError: no attempt was answered, or the deadline passed.
         """
         content = json.dumps(body).encode()
@@ -204,7 +212,7 @@ def _checked(status: int, retry_after: str | None, content: bytes, url: str) -> 
 
     Raises:
         _AttemptError: nothing that is whole.
-        UserError: that the request is wrong.
+        RefusedError: that the request is wrong.
     """
     try:
         value = json.loads(content)
@@ -222,7 +230,7 @@ def _checked(status: int, retry_after: str | None, content: bytes, url: str) -> 
         if code in list(UpdateCode):
             failed.update_code = UpdateCode(code)
         raise failed
-    raise UserError(f"{url}: {said}")
+    raise RefusedError(f"{url}: {said}", status)
 
 
 def _sentence(value: Any, content: bytes) -> str:

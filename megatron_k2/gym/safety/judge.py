@@ -1,8 +1,8 @@
 """Whether a point of a rubric holds of an answer, by votes; letters change their meaning."""
 
-import json
 from collections.abc import Mapping
 
+from megatron_k2.chat.quoting import quoted
 from megatron_k2.fidelity.statements import Asker
 from megatron_k2.files import sha256_of_json
 
@@ -39,8 +39,7 @@ def question(request: str, answer: str, point: str, vote: int) -> tuple[str, Map
     meaning = {"A": vote % 2 == 0, "B": vote % 2 == 1}
     words = {True: "yes, this holds of the answer", False: "no, this does not hold"}
     choices = "\n".join(f"{letter}: {words[is_so]}" for letter, is_so in meaning.items())
-    quoted = [json.dumps(text, ensure_ascii=False) for text in (request, answer)]
     return (
-        f"Request: {quoted[0]}\n\nAnswer: {quoted[1]}\n\nStatement: {point}\n\n{choices}\n\n"
-        "Reply with one letter and nothing else."
+        f"Request: {quoted(request)}\n\nAnswer: {quoted(answer)}\n\nStatement: {point}\n\n"
+        f"{choices}\n\nReply with one letter and nothing else."
     ), meaning

@@ -1,4 +1,4 @@
-"""A page of trajectories: prompts, turns, rewards and evidence beside curves; one HTML file.
+"""Pages of records, one HTML file each: trajectories beside curves, and texts side by side.
 
 Nothing is built and nothing is fetched. Records are text from elsewhere: they stand in the page as
 JSON, in which no ``<`` is left to end its place, and its script makes text of them, never markup.
@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_k2.errors import UserError
 
-_TEMPLATE = Path(__file__).with_name("page.html")
+_TRAJECTORIES, _COMPARISON = "page.html", "comparison.html"
 _PLACE = "/*DATA*/"
 NEEDED = ("messages", "outcome", "reward", "end", "domain", "task_id")
 
@@ -43,6 +43,30 @@ def trajectories_page(
         finite = [list(point) for point in points if all(map(math.isfinite, point))]
         if finite:
             drawn.append({"name": name, "points": finite})
-    data = json.dumps({"title": title, "rows": kept, "curves": drawn}, ensure_ascii=False)
-    safe = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return _TEMPLATE.read_text("utf-8").replace(_PLACE, safe)
+    return _page(_TRAJECTORIES, {"title": title, "rows": kept, "curves": drawn})
+
+
+def comparison_page(
+    title: str,
+    rows: Iterable[Mapping[str, Any]],
+    tables: Iterable[tuple[str, Sequence[Sequence[str]]]] = (),
+    sides: tuple[str, str] = ("source", "rewrite"),
+) -> str:
+    """Two texts side by side, many times.
+
+    Args:
+        title: of the page.
+        rows: with ``left``, ``right``, ``group`` (to choose by), ``is_good``, ``said`` (a sentence)
+            and ``facts`` (names and values).
+        tables: a title and rows of cells each, of which the first is a heading.
+        sides: what stands over the texts.
+    """
+    listed = [{"title": name, "rows": [list(row) for row in cells]} for name, cells in tables]
+    found = {"title": title, "sides": list(sides), "tables": listed, "rows": list(rows)}
+    return _page(_COMPARISON, found)
+
+
+def _page(template: str, data: Mapping[str, Any]) -> str:
+    text = json.dumps(data, ensure_ascii=False)
+    safe = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return Path(__file__).with_name(template).read_text("utf-8").replace(_PLACE, safe)

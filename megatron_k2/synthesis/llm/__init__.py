@@ -1,0 +1,1 @@
+"""A model that is asked once for each request, and held to a schema."""
