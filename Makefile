@@ -1,4 +1,4 @@
-# make demo | demo-sft | demo-rephrase | test | bundle | test-bundle | test-te | test-slurm | test-vllm | test-critic | test-kubernetes | test-ray | test-extras | check | bench | clean      (the environment is .venv/, built once)
+# make demo | demo-sft | demo-rl | demo-rephrase | test | bundle | test-bundle | test-te | test-slurm | test-vllm | test-critic | test-kubernetes | test-ray | test-extras | check | bench | clean      (the environment is .venv/, built once)
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
@@ -8,7 +8,7 @@ SHELL := bash
 TIMED = @TIMEFORMAT="make $@: %R s of wall, %U + %S s of CPU (user + system)"; time
 PYTEST := -m pytest -q --no-showlocals --durations 8 --durations-min 2
 
-.PHONY: venv demo demo-sft demo-rephrase lint fast check slow ranks test te-venv test-te launch-venv test-slurm vllm-venv test-vllm critic-venv test-critic kubernetes-venv test-kubernetes ray-venv test-ray \
+.PHONY: venv demo demo-sft demo-rl demo-rephrase lint fast check slow ranks test te-venv test-te launch-venv test-slurm vllm-venv test-vllm critic-venv test-critic kubernetes-venv test-kubernetes ray-venv test-ray \
         test-extras bundle test-bundle bench clean
 
 venv: $(STAMP)
@@ -25,6 +25,11 @@ demo: venv
 demo-sft: venv
 	@test -f runs/demo/run/latest_checkpointed_iteration.txt || bash examples/demo/run.sh
 	bash examples/demo_sft/run.sh
+
+# From what `make demo-sft` left, which is made first where it is absent.
+demo-rl: venv
+	@test -f runs/demo-sft/run/latest_checkpointed_iteration.txt || $(MAKE) demo-sft
+	bash examples/demo_rl/run.sh
 
 # Tests of one process share the cores by file; what starts ranks runs alone.
 FAST := -m "not slow and not dist and not gpu and not slurm" --numprocesses 2 --dist loadfile
