@@ -18,7 +18,7 @@ def metrics(iteration: Iteration) -> dict[str, float]:
     """Names to numbers; a mean of nothing is left out.
 
     ``rl/reward/<set>``, ``rl/verdict/<set>``, ``rl/tokens/<set>``, ``rl/truncated/<set>``,
-    ``rl/dead_groups`` (share), ``rl/failed/<end>`` (numbers), ``rl/repeating``, ``rl/older_tokens``
+    ``rl/dead_groups`` (share), ``rl/failed/<end>`` (numbers), ``rl/failed_share``, ``rl/repeating``, ``rl/older_tokens``
     (share of drawn tokens of versions before the iteration's), ``rl/surprise`` (mean of -log p of
     drawn tokens, nats: the entropy, as far as they were drawn at temperature 1), the cut's numbers.
     """
@@ -37,6 +37,7 @@ def metrics(iteration: Iteration) -> dict[str, float]:
     answers = [each for group in groups for each in group.trajectories]
     failed = Counter(each.end for each in answers if each.reward is None)
     found |= {f"rl/failed/{end.value}": number for end, number in sorted(failed.items())}
+    found |= _mean("rl/failed_share", (each.reward is None for each in answers))
     known = [each for each in answers if each.reward is not None]
     found |= _mean("rl/dead_groups", (not group.is_live for group in groups))
     found |= _mean("rl/repeating", (repeats(drawn_ids(each)) for each in known))
