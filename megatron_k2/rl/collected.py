@@ -18,9 +18,10 @@ def metrics(iteration: Iteration) -> dict[str, float]:
     """Names to numbers; a mean of nothing is left out.
 
     ``rl/reward/<set>``, ``rl/verdict/<set>``, ``rl/tokens/<set>``, ``rl/truncated/<set>``,
-    ``rl/dead_groups`` (share), ``rl/failed/<end>`` (numbers), ``rl/failed_share``, ``rl/repeating``, ``rl/older_tokens``
-    (share of drawn tokens of versions before the iteration's), ``rl/surprise`` (mean of -log p of
-    drawn tokens, nats: the entropy, as far as they were drawn at temperature 1), the cut's numbers.
+    ``rl/dead_groups`` (share), ``rl/failed/<end>`` (numbers), ``rl/failed_share``,
+    ``rl/repeating``, ``rl/older_tokens`` (share of drawn tokens of versions before the
+    iteration's), ``rl/surprise`` (mean of -log p of drawn tokens, nats: the entropy, as far as they
+    were drawn at temperature 1), the cut's numbers.
     """
     groups = iteration.groups
     found: dict[str, float] = {
