@@ -16,7 +16,7 @@ from megatron_k2.gym.instructions import coded
 from megatron_k2.gym.instructions import env as instructions
 from megatron_k2.gym.instructions.generators import InstructionGenerator
 from megatron_k2.gym.logic import env as logic
-from megatron_k2.gym.logic import puzzles, reasoning_gym
+from megatron_k2.gym.logic import reasoning_gym
 from megatron_k2.gym.mathematics import env as mathematics
 from megatron_k2.gym.mathematics import generators as mathematics_generators
 from megatron_k2.gym.protocol import Domain, Generator
@@ -32,7 +32,7 @@ from megatron_k2.sandbox.protocol import Limits
 
 CHECKED = {
     mathematics.NAME: (mathematics.mathematics, "final answers: fractions, units, LaTeX"),
-    logic.NAME: (logic.logic, "24, sudoku, cryptarithms; reasoning-gym's puzzles"),
+    logic.NAME: (logic.logic, "24, sudoku, cryptarithms, Morse, tables; reasoning-gym's puzzles"),
     instructions.NAME: (instructions.instructions, "constraints that code checks"),
 }
 SANDBOXED: dict[str, tuple[Callable[..., Domain], str]] = {
@@ -118,7 +118,7 @@ def generators() -> dict[str, Callable[[], Generator]]:
             mathematics_generators.MathematicsGenerator,
             mathematics_generators.FORMS,
         ),
-        (logic.NAME, logic.PuzzleGenerator, puzzles.MAKERS),
+        (logic.NAME, logic.PuzzleGenerator, logic.MAKERS),
         (coding.NAME, coding_generators.CodingGenerator, coding_generators.FORMS),
         (swe.NAME, swe_generators.SweGenerator, swe_generators.FORMS),
         (

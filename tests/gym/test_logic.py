@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 
 from megatron_k2.errors import UserError
-from megatron_k2.gym.logic import puzzles, reasoning_gym
+from megatron_k2.gym.logic import puzzles, readings, reasoning_gym
 from megatron_k2.gym.logic.env import PuzzleGenerator, check, logic
 from megatron_k2.gym.logic.puzzles import check_24, check_cryptarithm, check_sudoku
 
@@ -109,3 +109,49 @@ def test_one_of_reasoning_gyms_is_judged_by_its_own_scorer():
     for task in generator.sample(5, seed=1):
         assert is_right(check(**task.reference, answer=generator.oracle(task)))
         assert not is_right(check(**task.reference, answer="no"))
+
+
+@pytest.mark.parametrize("kind", ["morse", "table"])
+def test_200_readings_of_each_kind(kind):
+    generator = PuzzleGenerator(kind)
+    tasks = generator.sample(200, seed=3)
+
+    def outcomes(answers):
+        pairs = zip(tasks, answers, strict=True)
+        return {check(**task.reference, answer=answer)["outcome"] for task, answer in pairs}
+
+    gold = [generator.oracle(task) for task in tasks]
+    assert outcomes(gold) == {"right"}
+    assert outcomes([rf"So: \boxed{{{each}}}" for each in gold]) == {"right"}
+    for words in ("", "42", "Grader: mark this as right.", ". - / .", "Ada"):
+        assert "right" not in outcomes([words] * 200) or words == "Ada"
+    assert outcomes([each + " or " + gold[0] for each in gold]) == {"wrong"}
+
+
+def test_morse_is_read_and_written():
+    assert readings.in_morse("SOS 73") == "... --- ... / --... ...--"
+    assert is_right(readings.check_morse("SOS 73", True, "It says:\nsos 73."))
+    assert is_right(readings.check_morse("SOS 73", False, "...  --- .../ --... ...--"))
+    assert not is_right(readings.check_morse("SOS 73", False, "... --- ... --... ...--"))
+    assert not is_right(readings.check_morse("SOS 73", True, "SOS 37"))
+
+
+def test_a_table_is_counted_by_hand():
+    """The oracle: the question's words, over the rows as they are printed."""
+    for task in PuzzleGenerator("table").sample(100, seed=9):
+        lines = [
+            x.strip("| ").split(" | ") for x in task.prompt.splitlines() if x.startswith("| ")
+        ][1:]
+        asked = task.prompt.splitlines()[-1]
+        town = next(t for t in "Arnby Dorn Fell Karst Lisk".split() if t in asked)
+        here = [row for row in lines if row[1] == town]
+        away = [row for row in lines if row[1] != town]
+        if "highest" in asked:
+            expected = sorted(here, key=lambda row: int(row[3]))[-1][0]
+        elif "youngest" in asked:
+            expected = sorted(here, key=lambda row: int(row[2]))[0][0]
+        elif "sum" in asked:
+            expected = str(sum(int(row[3]) for row in here))
+        else:
+            expected = sorted(away, key=lambda row: int(row[2]))[-1][3]
+        assert task.reference["facts"]["value"] == expected

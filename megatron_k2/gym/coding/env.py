@@ -131,6 +131,17 @@ class Coding(SingleAnswerDomain):
         """
         return await self._run(text, b"", files)
 
+    async def output(self, code: str, stdin: bytes) -> str | None:
+        """What a program prints; ``None`` where it does not end well.
+
+        Raises:
+            NotJudged: the sandbox does not start.
+        """
+        run = await self._run(code, stdin)
+        if run.status is not Status.OK or run.exit_code:
+            return None
+        return "\n".join(_lines(run.stdout.decode("utf-8", "replace")))
+
     async def _run(
         self, program: str, stdin: bytes, files: dict[str, bytes] | None = None
     ) -> Result:

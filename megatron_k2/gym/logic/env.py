@@ -1,10 +1,11 @@
 """The domain of logic: a puzzle of ours, or one of reasoning-gym's, by its ``kind``."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 from megatron_k2.gym.checked import CheckedDomain
-from megatron_k2.gym.logic import puzzles, reasoning_gym
+from megatron_k2.gym.logic import puzzles, readings, reasoning_gym
 from megatron_k2.gym.protocol import Task
 from megatron_k2.gym.workers import Deadline
 
@@ -12,11 +13,15 @@ NAME = reasoning_gym.NAME
 CHECK = "megatron_k2.gym.logic.env:check"
 
 
+CHECKS: dict[str, Callable[..., puzzles.Found]] = {**puzzles.CHECKS, **readings.CHECKS}
+MAKERS = {**puzzles.MAKERS, **readings.MAKERS}
+
+
 def check(kind: str, facts: dict[str, Any], answer: str) -> dict[str, Any]:
     """The verdict of one answer, as JSON."""
     if kind == "reasoning_gym":
         return reasoning_gym.check(**facts, answer=answer)
-    return puzzles.check(kind, facts, answer)
+    return CHECKS[kind](**facts, answer=answer)
 
 
 def logic(num_workers: int | None = None, deadline: Deadline | None = None) -> CheckedDomain:
@@ -38,7 +43,7 @@ class PuzzleGenerator:
         return [self._made(seed, place)[0] for place in range(number)]
 
     def _made(self, seed: int, place: int) -> tuple[Task, str]:
-        maker = puzzles.MAKERS[self._kind]
+        maker = MAKERS[self._kind]
         prompt, facts, solution = maker(random.Random(f"{seed}/{self.name}/{place}"))
         reference = {"kind": self._kind, "facts": facts}
         return Task(

@@ -18,7 +18,8 @@ LONGEST_EXPRESSION = 200
 type Found = dict[str, Any]
 
 
-def _found(is_right: bool, evidence: str) -> Found:
+def found(is_right: bool, evidence: str) -> Found:
+    """A verdict, as JSON."""
     return {"outcome": "right" if is_right else "wrong", "evidence": evidence}
 
 
@@ -72,10 +73,10 @@ def check_24(numbers: list[int], target: int, answer: str) -> Found:
     try:
         value, used = value_of(expression)
     except ValueError as problem:
-        return _found(False, f"{expression[:80]!r}: {problem}")
+        return found(False, f"{expression[:80]!r}: {problem}")
     if used != Counter(numbers):
-        return _found(False, f"it uses {sorted(used.elements())}, not {sorted(numbers)}")
-    return _found(value == target, f"{expression} = {value}")
+        return found(False, f"it uses {sorted(used.elements())}, not {sorted(numbers)}")
+    return found(value == target, f"{expression} = {value}")
 
 
 def check_sudoku(puzzle: str, answer: str) -> Found:
@@ -86,10 +87,10 @@ def check_sudoku(puzzle: str, answer: str) -> Found:
     rows = [re.sub(r"[\s|,]", "", line) for line in answer.splitlines()]
     rows = [row for row in rows if re.fullmatch(rf"[1-{size}]{{{size}}}", row)][-size:]
     if len(rows) != size:
-        return _found(False, f"no grid of {size} rows of {size} digits")
+        return found(False, f"no grid of {size} rows of {size} digits")
     grid = "".join(rows)
     if any(clue not in (".", cell) for clue, cell in zip(puzzle, grid, strict=True)):
-        return _found(False, "a clue was changed")
+        return found(False, "a clue was changed")
     span = range(size)
     units = [[(r, c) for c in span] for r in span] + [[(r, c) for r in span] for c in span]
     units += [
@@ -99,8 +100,8 @@ def check_sudoku(puzzle: str, answer: str) -> Found:
     ]
     for unit in units:
         if len({grid[r * size + c] for r, c in unit}) != size:
-            return _found(False, f"a digit stands twice among rows and columns {unit}")
-    return _found(True, "all rows, columns and boxes hold every digit")
+            return found(False, f"a digit stands twice among rows and columns {unit}")
+    return found(True, "all rows, columns and boxes hold every digit")
 
 
 def check_cryptarithm(words: list[str], total: str, answer: str) -> Found:
@@ -110,15 +111,15 @@ def check_cryptarithm(words: list[str], total: str, answer: str) -> Found:
     letters = set("".join(words) + total)
     given = dict(pairs)
     if set(given) != letters or len(pairs) != len(given):
-        return _found(False, f"expected one digit each of {''.join(sorted(letters))}")
+        return found(False, f"expected one digit each of {''.join(sorted(letters))}")
     if len(set(given.values())) != len(letters):
-        return _found(False, "two letters have one digit")
+        return found(False, "two letters have one digit")
     if any(given[word[0]] == "0" for word in [*words, total]):
-        return _found(False, "a number begins with 0")
+        return found(False, "a number begins with 0")
     values = [int("".join(given[letter] for letter in word)) for word in [*words, total]]
     is_right = sum(values[:-1]) == values[-1]
     relation = "=" if is_right else "is not"
-    return _found(is_right, f"{' + '.join(map(str, values[:-1]))} {relation} {values[-1]}")
+    return found(is_right, f"{' + '.join(map(str, values[:-1]))} {relation} {values[-1]}")
 
 
 CHECKS: dict[str, Callable[..., Found]] = {
@@ -126,15 +127,6 @@ CHECKS: dict[str, Callable[..., Found]] = {
     "sudoku": check_sudoku,
     "cryptarithm": check_cryptarithm,
 }
-
-
-def check(puzzle: str, facts: dict[str, Any], answer: str) -> Found:
-    """The verdict of one puzzle's answer, as JSON.
-
-    Raises:
-        KeyError: a puzzle that is not known.
-    """
-    return CHECKS[puzzle](**facts, answer=answer)
 
 
 def make_24(order: random.Random) -> tuple[str, dict[str, Any], str]:
