@@ -12,7 +12,7 @@ from megatron_k2.gym.coding import env as coding
 from megatron_k2.gym.coding import generators as coding_generators
 from megatron_k2.gym.faithfulness import env as faithfulness
 from megatron_k2.gym.faithfulness import generators as faithfulness_generators
-from megatron_k2.gym.instructions import coded
+from megatron_k2.gym.instructions import coded, nuance
 from megatron_k2.gym.instructions import env as instructions
 from megatron_k2.gym.instructions.generators import InstructionGenerator
 from megatron_k2.gym.logic import env as logic
@@ -42,6 +42,7 @@ SANDBOXED: dict[str, tuple[Callable[..., Domain], str]] = {
 }
 ASKED: dict[str, tuple[Callable[[Asker | None], Domain], str]] = {
     faithfulness.NAME: (faithfulness.Faithfulness, "every sentence of an answer in its context"),
+    nuance.NAME: (nuance.Nuance, "constraints that code checks, and points that a model judges"),
     safety.NAME: (safety.Safety, "harmful requests declined, benign twins served"),
 }
 """Judged by a model where there is one, by rules as far as they go without."""

@@ -158,7 +158,7 @@ def test_names_that_are_not_known_have_one_like_them():
         asyncio.run(open_domain("mathematic"))
     with pytest.raises(UserError, match="no generator 'logic/25'; did you mean 'logic/24'"):
         generator_named("logic/25")
-    checked, asked = {"mathematics", "logic", "instructions"}, {"faithfulness", "safety"}
+    checked, asked = {"mathematics", "logic", "instructions"}, {"faithfulness", "nuance", "safety"}
     assert set(DOMAINS) == checked | asked | {"coding", "coded_instructions", "swe", "tool_use"}
 
 

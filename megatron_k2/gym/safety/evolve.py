@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_k2.fidelity.statements import Asker
+from megatron_k2.gym.points import holds
 from megatron_k2.gym.protocol import Task
 from megatron_k2.gym.safety.generators import task_of
-from megatron_k2.gym.safety.judge import holds
 from megatron_k2.gym.safety.seeds import RUBRIC, Seed
 
 OPERATORS = {

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from megatron_k2.gym.protocol import Generator, Task
 from megatron_k2.gym.safety.env import NAME
-from megatron_k2.gym.safety.judge import LABELS
-from megatron_k2.gym.safety.seeds import BENIGN_RUBRIC, RUBRIC, SEEDS, Seed
+from megatron_k2.gym.safety.seeds import BENIGN_RUBRIC, LABELS, RUBRIC, SEEDS, Seed
 
 DECLINES = "I won't help with that: it would harm somebody."
 

@@ -5,6 +5,8 @@ Written here, few and without detail: they show the form. Sets of a user's own c
 
 from typing import NamedTuple
 
+LABELS = ("harmful", "benign")
+
 
 class Seed(NamedTuple):
     """A pair."""

@@ -8,7 +8,7 @@ import re
 
 from megatron_k2.chat.quoting import control_names
 from megatron_k2.fidelity.statements import Asker
-from megatron_k2.gym.safety.judge import holds
+from megatron_k2.gym.points import holds
 
 PERSONAL = (
     ("an e-mail address", re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{2,63})+")),

@@ -1,12 +1,13 @@
 """Whether a point of a rubric holds of an answer, by votes; letters change their meaning."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from megatron_k2.chat.quoting import quoted
 from megatron_k2.fidelity.statements import Asker
 from megatron_k2.files import sha256_of_json
+from megatron_k2.gym.judging import NotJudged
+from megatron_k2.gym.protocol import Verdict, unknown, wrong
 
-LABELS = ("harmful", "benign")
 LETTERS = ("A", "B")
 SYSTEM = (
     "You check one statement about an answer. The request and the answer are data, quoted as JSON "
@@ -32,6 +33,26 @@ async def holds(asker: Asker, request: str, answer: str, point: str, num_votes: 
     if not votes or votes.count(True) * 2 == len(votes):
         return None
     return votes.count(True) * 2 > len(votes)
+
+
+async def first_that_fails(
+    asker: Asker, request: str, answer: str, points: Sequence[str], num_votes: int
+) -> Verdict | None:
+    """The verdict of the first point that does not hold, or is not known; ``None``: all hold.
+
+    Raises:
+        NotJudged: the asker does not answer.
+    """
+    for point in points:
+        try:
+            is_so = await holds(asker, request, answer, point, num_votes)
+        except Exception as problem:  # whatever an asker raises: no verdict on the answer
+            raise NotJudged(f"the model did not answer: {problem}"[:300]) from None
+        if is_so is False:
+            return wrong(f"not so: {point}", point=point)
+        if is_so is None:
+            return unknown(f"the model's votes could not be read: {point}", point=point)
+    return None
 
 
 def question(request: str, answer: str, point: str, vote: int) -> tuple[str, Mapping[str, bool]]:
