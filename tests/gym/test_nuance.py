@@ -55,7 +55,8 @@ def outcome(answer, critic=None):
         (GOOD, Outcome.RIGHT),
         (GOOD.replace("dear child", "dear all"), Outcome.WRONG),
         (
-            "Bread begins as flour and water. The dough rests. This answer contains words for a child.",
+            "Bread begins as flour and water. The dough rests. This answer contains words for a "
+            "child.",
             Outcome.WRONG,
         ),
         (GOOD * 3, Outcome.WRONG),
