@@ -2,6 +2,7 @@
 
 ``kimi_k2_<phase>_<N>gpu_<hw>``, ``moonlight_16b_a3b_<phase>_<N>gpu_<hw>`` and, for each phase,
 ``kimi_k2_<phase>_cpu`` and ``moonlight_16b_a3b_<phase>_cpu``; ``sft`` and ``lora`` are phases, too.
+``kimi_k2_rl_cpu`` stands alone.
 ``kimi_k2_phases_<N>gpu_<hw>`` and ``kimi_k2_phases_cpu`` are chains of them,
 ``kimi_k2_phases_sft_…`` likewise with fine-tuning behind them.
 """
@@ -17,7 +18,7 @@ from megatron_k2.launch.recipe import Recipe
 from megatron_k2.launch.stage import FineTuning
 from megatron_k2.recipes import kimi_k2, moonlight
 from megatron_k2.recipes.blends import blend_of
-from megatron_k2.recipes.cpu import DATA, cpu_twin, twins
+from megatron_k2.recipes.cpu import DATA, cpu_twin, rl_twin, twins
 
 TWIN_LORA_RANK = 8
 
@@ -55,6 +56,7 @@ def _cpu_twins() -> dict[str, Callable[[], Recipe]]:
         found[name] = functools.partial(
             cpu_twin, name, twin, dialogues, before, stage=FineTuning(), lora_rank=TWIN_LORA_RANK
         )
+    found["kimi_k2_rl_cpu"] = functools.partial(rl_twin, "kimi_k2_rl_cpu")
     return found
 
 

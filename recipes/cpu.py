@@ -4,7 +4,8 @@ from megatron_k2.launch.blend import DataBlend
 from megatron_k2.launch.chat_blend import ChatBlend
 from megatron_k2.launch.policies import CheckpointPolicy, LossPolicy
 from megatron_k2.launch.recipe import Recipe
-from megatron_k2.launch.stage import FineTuning, Pretraining, Stage
+from megatron_k2.launch.stage import FineTuning, Pretraining, ReinforcementLearning, Stage
+from megatron_k2.launch.task_data import TaskData
 from megatron_k2.planning.gpus import Gpu
 from megatron_k2.planning.phases import Phase, scaled_down
 from megatron_k2.planning.request import RunRequest
@@ -16,6 +17,17 @@ SEQ_LENGTH, SEQUENCES_PER_STEP = 64, 32
 """Shape of the first phase's batch: the 128k twin is then one sequence of 2,048 a step."""
 DATA = "runs/synthetic"
 """Directory of the twins' corpora, which every twin shares."""
+RL = Phase(
+    name="rl",
+    source="choice: a toy model's rate; too few steps for it to be seen to learn",
+    tokens=6 * 32 * 128,
+    seq_length=128,
+    tokens_per_step=32 * 128,
+    lr=2e-4,
+    min_lr=2e-4,
+    shape="constant",
+)
+"""Six iterations of eight prompts of four answers, of weights that know nothing."""
 CPU = Gpu("cpu", "no data sheet: nothing is planned on it", 0, 0, 0, 0, 0, 0, 0)
 
 SOURCES = (
@@ -32,6 +44,15 @@ SOURCES = (
     ("extra_flags", "choice: a line a step"),
 )
 
+RL_SOURCES = (
+    ("phase", "recipes/cpu.py: choices"),
+    ("data", "tasks that random weights pass now and then, and a tokenizer, made on the spot"),
+    ("stage", "choice: four answers are a group"),
+    ("loss", "a loss of RL has no level that could spike"),
+    ("extra_flags", "choice: held-out tasks twice; random weights do not end an answer"),
+)
+"""Over ``SOURCES``."""
+
 
 def twins(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
     """``phases`` at the size of ``k2-tiny``."""
@@ -47,7 +68,7 @@ def twins(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
 def cpu_twin(
     name: str,
     phase: Phase,
-    data: DataBlend | ChatBlend,
+    data: DataBlend | ChatBlend | TaskData,
     previous: str | None = None,
     imported: str | None = None,
     stage: Stage | None = None,
@@ -64,7 +85,7 @@ def cpu_twin(
         stage: pretraining by default.
         lora_rank: of adapters over the weights it starts from; 0: all of them train.
     """
-    is_packed = isinstance(stage, FineTuning)
+    is_packed = isinstance(stage, FineTuning | ReinforcementLearning)
     return Recipe(
         name=name,
         layout=RunRequest(
@@ -95,4 +116,20 @@ def cpu_twin(
         imported=imported,
         stage=stage or Pretraining(),
         extra_flags=("--log-interval", "1"),
+    )
+
+
+def rl_twin(name: str) -> Recipe:
+    """Reinforcement learning from random weights; there is no larger one that it is a twin of yet.
+
+    Args:
+        name: of the recipe.
+    """
+    tasks = TaskData(DATA, "letters.json", "letters_tokenizer", is_synthetic=True)
+    twin = cpu_twin(name, RL, tasks, stage=ReinforcementLearning(group_size=4))
+    return twin.replace(
+        loss=LossPolicy(stop_on_nonfinite=True, on_spike="off"),
+        sources=(*SOURCES, *RL_SOURCES),
+        differences=("size: a twin for the CPU; its tasks ask for no knowledge",),
+        extra_flags=(*twin.extra_flags, "--eval-every", "3", "--rail", "truncated=off"),
     )

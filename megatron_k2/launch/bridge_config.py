@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 from megatron_k2.errors import UserError
 from megatron_k2.launch.recipe import Recipe
-from megatron_k2.launch.stage import FineTuning
+from megatron_k2.launch.stage import FineTuning, ReinforcementLearning
 
 PARTS = {
     "train": "TrainingConfig",
@@ -55,9 +55,13 @@ def to_bridge_config(recipe: Recipe, save: str, start_from: str | None = None) -
         start_from: as in ``Recipe.program_flags``, in a format that Bridge reads.
 
     Raises:
-        UserError: for fine-tuning, since Bridge packs its own way; where Megatron-Bridge cannot be
-            imported.
+        UserError: for fine-tuning, since Bridge packs its own way, and reinforcement learning;
+            where Megatron-Bridge cannot be imported.
     """
+    if isinstance(recipe.stage, ReinforcementLearning):
+        raise UserError(
+            f"{recipe.name}: Megatron-Bridge has no loop that samples; launch it without Bridge"
+        )
     if isinstance(recipe.stage, FineTuning):
         raise UserError(
             f"{recipe.name}: Megatron-Bridge packs documents its own way, and reads no set of "

@@ -1,4 +1,4 @@
-"""A CPU twin run on this machine, by the same program as ``megatron-k2 pretrain`` or ``sft``."""
+"""A CPU twin run on this machine, by the program of ``megatron-k2 pretrain``, ``sft`` or ``rl``."""
 
 from pathlib import Path
 

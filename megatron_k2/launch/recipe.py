@@ -15,6 +15,7 @@ from megatron_k2.launch.blend import DataBlend
 from megatron_k2.launch.chat_blend import ChatBlend
 from megatron_k2.launch.policies import CheckpointPolicy, ExpertDispatch, LossPolicy, Profiler
 from megatron_k2.launch.stage import Pretraining, Stage
+from megatron_k2.launch.task_data import TaskData
 from megatron_k2.planning.phases import Phase
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.presets import ModelPreset
@@ -30,7 +31,7 @@ class Recipe:
     phase: Phase
     precision: Literal["bf16", "fp32"]
     checkpoint: CheckpointPolicy
-    data: DataBlend | ChatBlend
+    data: DataBlend | ChatBlend | TaskData
     loss: LossPolicy
     sources: tuple[tuple[str, str], ...]
     """(key as ``--set`` spells it, or its first part; where the value is from)."""
@@ -78,7 +79,7 @@ class Recipe:
         return self.phase.tokens // self.phase.seq_length // self.phase.sequences_per_step
 
     def program_flags(self, save: str, start_from: str | None = None) -> list[str]:
-        """What follows ``megatron-k2 pretrain`` or ``sft``: the preset by name, then the rest.
+        """What follows ``megatron-k2 pretrain`` or another verb: the preset by name, the rest.
 
         Args:
             save: the run's directory; the same command resumes from it.
@@ -95,7 +96,7 @@ class Recipe:
             *layout_flags(self.layout),
             *(speed_flags(self.layout) if self.precision == "bf16" else []),
             *memory_flags(self.layout),
-            *self.phase.megatron_flags(),
+            *self.stage.schedule(self.phase),
             *self.dispatch.flags(),
             *self.data.flags(self.preset),
             *self.stage.flags(),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron_k2.launch.overrides import settable
 from megatron_k2.launch.recipe import Recipe
-from megatron_k2.launch.stage import FineTuning
+from megatron_k2.launch.stage import FineTuning, ReinforcementLearning
 from megatron_k2.planning.estimate import Estimate, estimate
 
 NEEDS_TE = (
@@ -77,9 +77,12 @@ def rows(recipe: Recipe, changed: list[str], save: str, start_from: str | None) 
 
 def _loss(recipe: Recipe) -> list[Row]:
     """Where it is not every token's."""
-    if not isinstance(recipe.stage, FineTuning):
-        return []
-    return [Row("loss", recipe.stage.described(), source_of(recipe, "stage.average"))]
+    said = recipe.stage.described()
+    if isinstance(recipe.stage, FineTuning):
+        return [Row("loss", said, source_of(recipe, "stage.average"))]
+    if isinstance(recipe.stage, ReinforcementLearning):
+        return [Row("learns from", said, source_of(recipe, "stage.group_size"))]
+    return []
 
 
 def _start(recipe: Recipe, start_from: str | None) -> Row:

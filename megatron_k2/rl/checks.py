@@ -63,6 +63,7 @@ def check_embedded(flags: RunFlags, world_size: int) -> None:
     Raises:
         UserError: as ``check_rl``.
     """
+    is_synthetic = "--synthetic-data" in flags
     for flag, what in (
         ("--save", "the ledger of what was sampled lies in it"),
         ("--tasks", "a file of task sets (docs/rl.md)"),
@@ -70,9 +71,11 @@ def check_embedded(flags: RunFlags, world_size: int) -> None:
     ):
         if (value := last_value(flags.words, flag)) is None:
             raise UserError(f"missing {flag}: {what}")
-        if flag != "--save" and not Path(value).exists():
+        if flag != "--save" and not is_synthetic and not Path(value).exists():
             raise UserError(f"{flag} {value} does not exist; expected {what}")
-    read_task_sets(Path(last_value(flags.words, "--tasks") or ""))
+    tasks = Path(last_value(flags.words, "--tasks") or "")
+    if tasks.exists():  # or is made (``synthetic.py``)
+        read_task_sets(tasks)
     places = [n for n, word in enumerate(flags.words) if word == "--rail"]
     rails_from([flags.words[n + 1] for n in places if n + 1 < len(flags.words)])
     check_rl(flags, world_size)

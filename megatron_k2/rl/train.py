@@ -5,10 +5,13 @@ saved by Megatron's own functions; ``rl/loop.py`` takes the place of its trainin
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_k2.flags.words import last_value
 from megatron_k2.rl.checks import check_embedded, check_rl
 from megatron_k2.rl.flags import add_rl_arguments, expand
+from megatron_k2.rl.synthetic import write_letter_tasks, write_tokenizer
 from megatron_k2.run.flags import RunFlags
 from megatron_k2.training.pretrain import Program, main
 
@@ -27,10 +30,18 @@ def program(make_side: "MakeSide", check: Callable[[RunFlags, int], None] = chec
         expand,
         check,
         lambda: (make_side, None),
-        lambda _flags: [],
+        _prepare,
         arguments=add_rl_arguments,
         loop=_loop,
     )
+
+
+def _prepare(flags: RunFlags) -> list[str]:
+    tasks, tokenizer = (last_value(flags.words, name) for name in ("--tasks", "--chat-tokenizer"))
+    if "--synthetic-data" in flags and tasks and tokenizer and flags.vocab_size is not None:
+        write_letter_tasks(Path(tasks))
+        write_tokenizer(Path(tokenizer), flags.vocab_size)
+    return []
 
 
 def _loop(config: Any, providers: tuple[Any, None], hooks: Any) -> None:

@@ -91,10 +91,11 @@ def test_megatron_accepts_the_twins_flags(name, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(sys, "argv", ["train", *recipe.to_megatron_args("runs/x")])
     with megatron_host():
-        args = parse_args(add_k2_arguments)
+        args = parse_args(recipe.stage.program.arguments)
         validate_args(args)
     assert args.seq_length == recipe.phase.seq_length
-    assert args.train_samples // args.global_batch_size == recipe.steps
+    steps = args.train_iters or args.train_samples // args.global_batch_size
+    assert steps == recipe.steps
     assert args.exit_signal_handler
 
 
