@@ -26,8 +26,8 @@ k2 sft --preset k2-tiny --load "$start" --data "$out/set" --save "$out/warm" --n
 step "3/4  RL: 32 prompts x 8 answers an iteration, temperature 1.0 to 0.8, MuonClip with QK-Clip"
 k2 rl --preset k2-tiny --load "$out/warm" --tasks "$out/tasks/task_sets.json" \
     --chat-tokenizer "$tokenizer" --save "$out/run" --nproc "$ranks" --seq-length 512 \
-    --max-position-embeddings 1024 --iterations "${ITERATIONS:-31}" --prompts-per-iteration 32 \
-    --group-size 8 --lr "${LR:-4e-4}" --min-lr "${LR:-4e-4}" --eval-every 15 --eval-samples 4 \
+    --max-position-embeddings 1024 --iterations "${ITERATIONS:-41}" --prompts-per-iteration 32 \
+    --group-size 8 --lr "${LR:-4e-4}" --min-lr "${LR:-4e-4}" --eval-every 20 --eval-samples 4 \
     --save-interval 10 --seed "$seed" ${FLAGS:-}
 
 step "4/4  Samples before and after, and the bar this demo must meet"
