@@ -182,7 +182,7 @@ test-extras: venv
 	$(PY) .ci/check_extras.py
 
 # convert_slice.py is left out: it writes 20 GB.
-BENCHMARKS := train_step sft_step newton_schulz optimizer_step activation_fp8 convert torch_dist sft_data rollout weight_update sandbox verifiers synthesis
+BENCHMARKS := train_step sft_step newton_schulz optimizer_step activation_fp8 convert torch_dist sft_data rollout rl_iteration weight_update sandbox verifiers synthesis
 
 bench: venv
 	@for name in $(BENCHMARKS); do $(PY) benchmarks/$$name.py || exit 1; done

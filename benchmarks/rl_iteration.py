@@ -24,6 +24,7 @@ import logging
 import math
 import multiprocessing
 import random
+import sys
 import tempfile
 import time
 import warnings
@@ -276,13 +277,13 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    work = work_of(options, get_preset(options.preset).vocab_size)
+    work, said = work_of(options, get_preset(options.preset).vocab_size), sys.stdout
 
     def loop(config: Any, _providers: object, hooks: Any) -> None:
         torch.set_flush_denormal(True)
-        with contextlib.redirect_stdout(io.StringIO()):
-            ours = Ours(config, hooks, work)
-        asyncio.run(compare(ours, options))
+        ours = Ours(config, hooks, work)
+        with contextlib.redirect_stdout(said):
+            asyncio.run(compare(ours, options))
 
     program = Program(
         "rl", expand, check_rl, lambda: (None, None), lambda _flags: [],
@@ -290,7 +291,8 @@ def main() -> None:
     )  # fmt: skip
     with machine_lock():
         print_inputs(**vars(options))
-        run(flags_of(options, work), program)
+        with contextlib.redirect_stdout(io.StringIO()):  # five hundred lines of arguments
+            run(flags_of(options, work), program)
 
 
 if __name__ == "__main__":

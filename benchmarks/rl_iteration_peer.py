@@ -68,13 +68,12 @@ class PlainLoop:
         found = logits.log_softmax(-1)
         return found.gather(2, rows[:, num_read:, None])[..., 0]
 
-    def sample(self, lengths: Tensor) -> Tensor:
+    def sample(self, prompts: Tensor, lengths: Tensor) -> Tensor:
         """All answers in one batch, padded to the longest, [P * K, longest row]."""
-        num_read = self.work.prompts.shape[1]
-        ends = num_read + lengths.flatten()
+        ends = prompts.shape[1] + lengths.flatten()
         return self.model.generate(
-            self.work.prompts,
-            attention_mask=torch.ones_like(self.work.prompts),
+            prompts,
+            attention_mask=torch.ones_like(prompts),
             num_return_sequences=lengths.shape[1],
             max_new_tokens=int(lengths.max()),
             do_sample=True,
@@ -118,7 +117,9 @@ class PlainLoop:
         clock: Seconds = {}
         self._peer.use(*self._choices["sample"])
         with torch.inference_mode():
-            rows = _timed(clock, "sample", lambda: self.sample(self.work.lengths))
+            rows = _timed(
+                clock, "sample", lambda: self.sample(self.work.prompts, self.work.lengths)
+            )
         self._peer.use(*self._choices["train"])
         groups = self.groups(rows)
         olds = _timed(clock, "old", lambda: self.old(groups))
@@ -126,15 +127,15 @@ class PlainLoop:
         return clock
 
     def choose(self) -> str:
-        """The fastest implementations that run here, for sampling and for training."""
+        """The fastest implementations that run here, for steps of decoding and for training."""
         few = torch.full_like(self.work.lengths, 4)
-        some = self.work.prompts[:1, :128]
+        short, some = self.work.prompts[:, :8], self.work.prompts[:1, :128]
 
         def trained() -> None:
             self.scores(some, 64).sum().backward()
 
         self._choices = {
-            "sample": self._fastest(lambda: self.sample(few)),
+            "sample": self._fastest(lambda: self.sample(short, few)),
             "train": self._fastest(trained),
         }
         self._peer.use(*self._choices["train"])

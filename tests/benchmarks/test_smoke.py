@@ -12,6 +12,7 @@ SMALL = {
     "activation_fp8": "--rows 64 --width 256 --rounds 1 --dtype bfloat16",
     "newton_schulz": "--shapes 64x128 --rounds 1 --threads 1",
     "optimizer_step": "--divisor 64 --rounds 1 --ranks 1 --precisions bf16",
+    "rl_iteration": "--quick",
     "sandbox": "--backend bare --programs 4 --rounds 1 --alive 5",
     "verifiers": "--number 8 --leave-out coding mathematics mix",
     "sft_data": "--dialogues 3 --rounds 1 --samples 1000",
@@ -25,7 +26,7 @@ SMALL = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_a_benchmark_ends_in_its_result_line(name):
-    if name in ("sft_data", "sft_step", "train_step"):
+    if name in ("rl_iteration", "sft_data", "sft_step", "train_step"):
         pytest.importorskip("transformers")
     done = subprocess.run(
         [sys.executable, f"benchmarks/{name}.py", *SMALL[name].split()],
