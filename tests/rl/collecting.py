@@ -144,7 +144,7 @@ def two_sets():
     return one, other
 
 
-QUICK = Bounds(call_seconds=0.05, seconds=20, wait_seconds=0.001, num_tries=1)
+QUICK = Bounds(call_seconds=0.5, seconds=20, wait_seconds=0.001, num_tries=1)
 PLAN = Plan(3, Cut(2, 8), groups_in_play=4, concurrency=8, bounds=QUICK)
 
 

@@ -184,7 +184,7 @@ def test_verl_7155_an_environment_that_never_returns_is_a_recorded_failure_in_ti
     failed = [t for group in found.groups for t in group.trajectories if t.reward is None]
     assert len(failed) == 3
     assert {each.end for each in failed} == {End.ENVIRONMENT}
-    assert all("step took more than 0.05 seconds" in each.reason for each in failed)
+    assert all("step took more than 0.5 seconds" in each.reason for each in failed)
     assert all(each.num_sampled for each in failed)
     assert m.domain.num_environments == 6 + 2 * 3  # played once more, with what was drawn
     assert metrics(found)["rl/failed/environment"] == 3
