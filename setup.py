@@ -100,7 +100,7 @@ setup(
     package_data={
         "megatron_k2.fp8": ["*.c", "*.h"],
         "megatron_k2.engine.server": ["*.html"],
-        "megatron_k2.run.report": ["*.html"],
+        "megatron_k2.run.report": ["*.html", "*.js"],
         "megatron_k2.sandbox.escapes": ["*.txt"],
         "megatron_k2.synthesis.rephrase": ["styles/*.json"],
     },

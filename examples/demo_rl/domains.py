@@ -1,11 +1,8 @@
 """The two domains of ``run.sh``: a tool that is really called, and numbers put in order."""
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo_sft"))
 from make_set import TOOLS
 
 from megatron_k2.gym.judging import SingleAnswerDomain

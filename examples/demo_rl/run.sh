@@ -4,7 +4,7 @@
 # ranks -> held-out tasks before and after. Run it again after an interruption: every step resumes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-export PYTHONPATH="$PWD/examples/demo_rl${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD/examples/demo_rl:$PWD/examples/demo_sft${PYTHONPATH:+:$PYTHONPATH}"
 k2() { .venv/bin/megatron-k2 "$@"; }
 start="${START:-runs/demo-sft/run}"
 tokenizer="${TOKENIZER:-runs/demo/data/tokenizer}"

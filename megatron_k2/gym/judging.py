@@ -4,6 +4,8 @@ import time
 from abc import ABC, abstractmethod
 
 from megatron_k2.errors import UserError
+from megatron_k2.fidelity.check import Settings
+from megatron_k2.fidelity.statements import Asker
 from megatron_k2.gym.protocol import Domain, Environment, SingleTurn, Task, Verdict, unknown
 
 
@@ -43,3 +45,20 @@ class SingleAnswerDomain(Domain, ABC):
 
     async def close(self) -> None:
         """End what waits between verdicts: here nothing does."""
+
+
+class AskedDomain(SingleAnswerDomain):
+    """A domain that a model judges where there is one, and rules as far as they go without.
+
+    Args:
+        asker: a model that the user runs; ``None``: the rules alone.
+        settings: how it is asked.
+    """
+
+    def __init__(self, asker: Asker | None = None, settings: Settings | None = None) -> None:
+        self._asker, self._settings = asker, settings or Settings()
+
+    async def close(self) -> None:
+        """End the model's connections."""
+        if self._asker is not None:
+            await self._asker.close()

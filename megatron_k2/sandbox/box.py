@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import subprocess
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -18,7 +19,26 @@ BASE_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS
 """All that a program finds in its environment, and ``HOME``; nothing of ours is passed on."""
 
 
-class FolderBox:
+class Closing(ABC):
+    """Closed where its ``with`` ends, also where the task that holds it is cancelled."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End it."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await asyncio.shield(self.close())
+
+
+class FolderBox(Closing):
     """A box over a folder of this machine; the back-end says how a process is started."""
 
     def __init__(self, starter: Starter, limits: Limits, home: str | None) -> None:
@@ -49,17 +69,6 @@ class FolderBox:
     async def close(self) -> None:
         """Remove the folder."""
         self.folder.remove()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await asyncio.shield(self.close())
 
 
 class ChildProcess:

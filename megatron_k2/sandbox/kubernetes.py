@@ -20,12 +20,11 @@ import os
 import secrets
 import signal
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from megatron_k2.errors import UserError
 from megatron_k2.sandbox import pod_runner
-from megatron_k2.sandbox.box import BASE_ENVIRONMENT
+from megatron_k2.sandbox.box import BASE_ENVIRONMENT, Closing
 from megatron_k2.sandbox.protocol import Limits, Result, Status
 
 POOL, NAMESPACE, ROUTER = (
@@ -115,7 +114,7 @@ class Kubernetes:
         return AsyncSandboxClient(connection_config=way)
 
 
-class PodBox:
+class PodBox(Closing):
     """One pod, claimed late and released early.
 
     Files are sent with the next command; a request and its answer are one upload and one call.
@@ -169,17 +168,6 @@ class PodBox:
         pod, self._pod = self._pod, None
         if pod is not None:
             await self._backend.release(pod)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await asyncio.shield(self.close())
 
     async def _asked(self, request: dict[str, Any]) -> dict[str, Any]:
         """One request to the runner in the pod; ``error`` where none of it came back."""

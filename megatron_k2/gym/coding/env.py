@@ -214,3 +214,18 @@ def all_of(found: list[dict[str, Any]]) -> Verdict:
     number, test = failed[0]
     why = f"{len(failed)} of {len(found)} tests fail; test {number}: {test['why']}"
     return wrong(why, tests=found)
+
+
+class OverPrograms(SingleAnswerDomain):
+    """A domain that runs programs in the sandbox and judges what they give.
+
+    Args:
+        backend: of the sandbox.
+        limits: of one run.
+        num_slots: runs at one time.
+    """
+
+    def __init__(
+        self, backend: Backend, limits: Limits | None = None, *, num_slots: int | None = None
+    ) -> None:
+        self._programs = Coding(backend, limits, num_slots=num_slots)

@@ -13,11 +13,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_k2.fidelity.check import Finding, Settings, grounded
+from megatron_k2.fidelity.check import Finding, grounded
 from megatron_k2.fidelity.sentences import folded
-from megatron_k2.fidelity.statements import Asker, Statement, Support, statements
+from megatron_k2.fidelity.statements import Statement, Support, statements
 from megatron_k2.gym.faithfulness.rules import judged
-from megatron_k2.gym.judging import NotJudged, SingleAnswerDomain
+from megatron_k2.gym.judging import AskedDomain, NotJudged
 from megatron_k2.gym.protocol import Task, Verdict, right, unknown, wrong
 
 NAME = "faithfulness"
@@ -29,23 +29,10 @@ _ABSTAINS = re.compile(
 )
 
 
-class Faithfulness(SingleAnswerDomain):
-    """Judges sentence by sentence.
-
-    Args:
-        asker: a model to ask; ``None``: the rules alone.
-        settings: how it is asked.
-    """
+class Faithfulness(AskedDomain):
+    """Judges sentence by sentence."""
 
     name = NAME
-
-    def __init__(self, asker: Asker | None = None, settings: Settings | None = None) -> None:
-        self._asker, self._settings = asker, settings
-
-    async def close(self) -> None:
-        """End the model's connections."""
-        if self._asker is not None:
-            await self._asker.close()
 
     async def _judged(self, task: Task, answer: str) -> Verdict:
         facts = task.reference

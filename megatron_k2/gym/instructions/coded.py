@@ -5,33 +5,21 @@ of instructions. The answer must hold as it stands and without what it says of i
 something on its topic.
 """
 
-from megatron_k2.gym.coding.env import Coding
+from megatron_k2.gym.coding.env import OverPrograms
 from megatron_k2.gym.coding.plain import encode
 from megatron_k2.gym.instructions.check import off_task
 from megatron_k2.gym.instructions.claims import claims_in, without_claims
-from megatron_k2.gym.judging import NotJudged, SingleAnswerDomain
+from megatron_k2.gym.judging import NotJudged
 from megatron_k2.gym.protocol import Task, Verdict, right, wrong
-from megatron_k2.sandbox.protocol import Backend, Limits
 
 NAME = "coded_instructions"
 ENTRY = "check"
 
 
-class CodedInstructions(SingleAnswerDomain):
-    """Runs checkers.
-
-    Args:
-        backend: of the sandbox.
-        limits: of one run.
-        num_slots: runs at one time.
-    """
+class CodedInstructions(OverPrograms):
+    """Runs checkers."""
 
     name = NAME
-
-    def __init__(
-        self, backend: Backend, limits: Limits | None = None, *, num_slots: int | None = None
-    ) -> None:
-        self._programs = Coding(backend, limits, num_slots=num_slots)
 
     async def _judged(self, task: Task, answer: str) -> Verdict:
         claims, own = claims_in(answer), without_claims(answer)

@@ -7,34 +7,19 @@ without what it says of itself (``claims``), so that a claim of compliance is no
 compliance.
 """
 
-from megatron_k2.fidelity.check import Settings
-from megatron_k2.fidelity.statements import Asker
 from megatron_k2.gym.instructions.check import check
 from megatron_k2.gym.instructions.claims import without_claims
-from megatron_k2.gym.judging import SingleAnswerDomain
+from megatron_k2.gym.judging import AskedDomain
 from megatron_k2.gym.points import first_that_fails
 from megatron_k2.gym.protocol import Task, Verdict, right, unknown, wrong
 
 NAME = "nuance"
 
 
-class Nuance(SingleAnswerDomain):
-    """Judges by code and by votes.
-
-    Args:
-        asker: a model to ask; ``None``: code alone.
-        settings: how it is asked.
-    """
+class Nuance(AskedDomain):
+    """Judges by code and by votes."""
 
     name = NAME
-
-    def __init__(self, asker: Asker | None = None, settings: Settings | None = None) -> None:
-        self._asker, self._settings = asker, settings or Settings()
-
-    async def close(self) -> None:
-        """End the model's connections."""
-        if self._asker is not None:
-            await self._asker.close()
 
     async def _judged(self, task: Task, answer: str) -> Verdict:
         facts = task.reference

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_k2.gym.coding.env import Coding, of_value
+from megatron_k2.gym.coding.env import OverPrograms, of_value
 from megatron_k2.gym.coding.plain import encode
-from megatron_k2.gym.judging import NotJudged, SingleAnswerDomain
+from megatron_k2.gym.judging import NotJudged
 from megatron_k2.gym.protocol import (
     Environment,
     SingleTurn,
@@ -30,7 +30,6 @@ from megatron_k2.gym.swe.edits import NoEdit, edited
 from megatron_k2.gym.swe.episode import TOOLS, SweEpisode
 from megatron_k2.records.messages import Message
 from megatron_k2.sandbox.interpreter import readable_roots
-from megatron_k2.sandbox.protocol import Backend, Limits
 
 NAME = "swe"
 ENTRY = "value_of"
@@ -46,21 +45,10 @@ def harness(imports: str) -> str:
     )
 
 
-class Swe(SingleAnswerDomain):
-    """Runs edited repositories in a sandbox.
-
-    Args:
-        backend: of the sandbox.
-        limits: of one run.
-        num_slots: runs at one time.
-    """
+class Swe(OverPrograms):
+    """Runs edited repositories in a sandbox."""
 
     name = NAME
-
-    def __init__(
-        self, backend: Backend, limits: Limits | None = None, *, num_slots: int | None = None
-    ) -> None:
-        self._programs = Coding(backend, limits, num_slots=num_slots)
 
     def environment(self) -> Environment:
         """One answer; in turns, with tools, where the task has them (``in_turns``)."""

@@ -14,6 +14,8 @@ from megatron_k2.errors import UserError
 
 _TRAJECTORIES, _COMPARISON = "page.html", "comparison.html"
 _PLACE = "/*DATA*/"
+_SHARED, _SCRIPT = "/*SHARED*/", "shared.js"
+"""Where a page takes what all of them have, and the file of it."""
 NEEDED = ("messages", "outcome", "reward", "end", "domain", "task_id")
 
 
@@ -69,4 +71,6 @@ def comparison_page(
 def _page(template: str, data: Mapping[str, Any]) -> str:
     text = json.dumps(data, ensure_ascii=False)
     safe = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return Path(__file__).with_name(template).read_text("utf-8").replace(_PLACE, safe)
+    here = Path(__file__)
+    page, script = (here.with_name(name).read_text("utf-8") for name in (template, _SCRIPT))
+    return page.replace(_SHARED, script).replace(_PLACE, safe)
