@@ -24,6 +24,7 @@ that was sampled is sampled again, and nothing trained on twice. The same progra
   --ptx-data DIR ..., --ptx-weight L   curated packs of 'megatron-k2 data chat' in every step
   --groups-in-play M, --max-decode-steps N   long answers go on in the next round
   --eval-every N    held-out tasks, at temperature 1 and greedy
+  --critic FILE.json, --critic-refresh-every N   rubric rewards; lessons for the critic
   --rail NAME=BOUND, --on-alarm stop|warn|off   what is watched
   --lr              constant 1e-6; 2e-4 is for toy models only
   --seq-length S    of a pack, and of an engine's slot: prompt and answer together

@@ -6,7 +6,8 @@ trajectory and is never cut, since the sequence form squares a sum over all of i
 n tokens takes n - 1 rows: the row that reads a token is asked for the next one, and what is known
 of that next token (who drew it, with which weights, how likely) lies with the row.
 
-Packs of the PTX stream lie among the others: rows with a weight of the NLL and of no answer.
+Packs of the PTX stream lie among the others, and a critic's lessons: rows with a weight of the NLL
+and of no answer.
 
 Left out are groups that are dead, answers without a reward (``objective.advantages``), and answers
 of which no token is trained on; all of them would have a gradient of exactly zero.
@@ -18,7 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from megatron_k2.errors import UserError
 from megatron_k2.rl.objective import advantages
@@ -41,23 +41,25 @@ class Answer:
 
 @dataclass(frozen=True)
 class Source:
-    """What one pack holds: answers, or a pack of the PTX stream; neither: rows of padding."""
+    """What one pack holds: answers, or a pack of dialogues; neither: rows of padding."""
 
     answers: tuple[Answer, ...] = ()
-    ptx: Pack | None = None
+    dialogues: Pack | None = None
+    is_lesson: bool = False
+    """Whether they are a critic's lessons; else they are of the PTX stream."""
 
     @property
     def num_tokens(self) -> int:
         """Rows that are not padding."""
-        if self.ptx is not None:
-            return int(self.ptx.lengths.sum()) - len(self.ptx.lengths)
+        if self.dialogues is not None:
+            return int(self.dialogues.lengths.sum()) - len(self.dialogues.lengths)
         return sum(len(each.trajectory.token_ids) - 1 for each in self.answers)
 
     @property
     def num_targets(self) -> int:
         """Tokens that are asked for."""
-        if self.ptx is not None:
-            return sum(int(targets.sum()) for targets, _ in _ptx_targets(self.ptx))
+        if self.dialogues is not None:
+            return _num_targets(self.dialogues)
         return sum(each.num_trained for each in self.answers)
 
 
@@ -77,6 +79,7 @@ class Batch:
     num_trained: int
     """Tokens in the answers' masks."""
     num_ptx_targets: int
+    num_lesson_targets: int
     num_tokens: int
     """Rows that are not padding, of all packs."""
     version: int
@@ -84,13 +87,13 @@ class Batch:
 
     @property
     def is_live(self) -> bool:
-        """Whether a step may be taken; never for the PTX stream's sake alone."""
+        """Whether a step may be taken; never for the sake of dialogues alone."""
         return self.num_live_groups > 0 and self.num_trained > 0
 
     @property
     def num_targets(self) -> int:
         """What Megatron divides gradients by."""
-        return self.num_trained + self.num_ptx_targets
+        return self.num_trained + self.num_ptx_targets + self.num_lesson_targets
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ def plan(
     *,
     keeps_old: bool = False,
     ptx: Sequence[Pack] = (),
+    lessons: Sequence[Pack] = (),
 ) -> Batch:
     """One step's batch.
 
@@ -124,6 +128,7 @@ def plan(
         keeps_old: whether tokens that older versions drew are trained on (the token forms), or
             masked (the sequence form; K1.5 allows it, the report does not say).
         ptx: packs of curated data; of no use in a batch without a live group.
+        lessons: a critic's, likewise.
 
     Raises:
         UserError: a trajectory longer than a pack, or of a version that is not yet.
@@ -131,8 +136,9 @@ def plan(
     answers, num_live = _answers(groups, version, keeps_old)
     taken = [each for each in answers if each.num_trained]
     sources = [Source(tuple(found)) for found in _packed(taken, room)]
-    curated = [Source(ptx=each) for each in ptx] if taken else []
-    sources += curated
+    curated = [Source(dialogues=each) for each in ptx] if taken else []
+    taught = [Source(dialogues=each, is_lesson=True) for each in lessons] if taken else []
+    sources += curated + taught
     return Batch(
         shares=_shares(sources, room),
         num_groups=len(groups),
@@ -140,6 +146,7 @@ def plan(
         num_answers=len(answers),
         num_trained=sum(each.num_trained for each in taken),
         num_ptx_targets=sum(each.num_targets for each in curated),
+        num_lesson_targets=sum(each.num_targets for each in taught),
         num_tokens=sum(each.num_tokens for each in sources),
         version=version,
     )
@@ -207,9 +214,7 @@ def _shares(sources: Sequence[Source], room: Room) -> tuple[tuple[Source, ...], 
     return tuple((*each, *[IDLE] * (most - len(each))) for each in ranks)
 
 
-def _ptx_targets(curated: Pack) -> Iterator[tuple[NDArray[np.bool_], float]]:
-    """Of each document which of its rows are asked for a target, and its weight."""
-    first = 0
-    for length, weight in zip(curated.lengths, curated.weights, strict=True):
-        yield curated.loss_mask[first + 1 : first + int(length)] > 0, float(weight)
-        first += int(length)
+def _num_targets(dialogues: Pack) -> int:
+    """Tokens that are asked for: a document's first one never is."""
+    firsts = np.cumsum([0, *map(int, dialogues.lengths[:-1])])
+    return int((dialogues.loss_mask > 0).sum() - (dialogues.loss_mask[firsts] > 0).sum())

@@ -51,6 +51,7 @@ def check_rl(flags: RunFlags, world_size: int) -> None:
         )
     _check_fused_router(flags)
     _check_ptx(flags)
+    _check_lessons(flags)
 
 
 def check_embedded(flags: RunFlags, world_size: int) -> None:
@@ -107,3 +108,11 @@ def _check_ptx(flags: RunFlags) -> None:
         )
     if flags.sft_data and not weight:
         raise UserError("--ptx-data without --ptx-weight: it would be read and not learnt from")
+
+
+def _check_lessons(flags: RunFlags) -> None:
+    every = last_value(flags.words, "--critic-refresh-every") or "0"
+    if not every.isdecimal():
+        raise UserError(
+            f"--critic-refresh-every {every}: expected a number of iterations, 0 for never"
+        )

@@ -7,19 +7,17 @@ rewards, so that its standard moves with the policy. What the report leaves open
   by the reward, a few of each group, so that no prompt weighs for its length.
 - **Loss.** The letter's negative log-likelihood, each pair in both orders
   (``rewards/preferences.py``): what fine-tuning bootstrapped it with.
-- **Schedule.** Every n iterations, on the last pairs alone; what it said of older policies' answers
-  is of no use.
-- **Whose weights.** Whatever stands behind ``Refreshable``: the actor's own, where the dialogues go
-  into its PTX stream; a copy; or adapters. ``EngineJudge`` asks the engine that samples.
+- **Schedule.** Every n iterations, on that iteration's pairs alone: answers of older policies are
+  what it must not be kept to, and nothing has to be remembered over a restart.
+- **Whose weights.** The actor's own: lessons are packs beside its answers, a term of its loss
+  (``lessons.py``), and ``EngineJudge`` asks the engine that samples.
 
 Each refresh is measured on pairs of prompts that it did not see, before and after.
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from megatron_k2.chat.template import Renderer
 from megatron_k2.engine.protocol import Engine, Request, SamplingParams, Token
@@ -34,18 +32,6 @@ from megatron_k2.rl.record import Group, Trajectory
 
 KIND = "on-policy"
 _NUM_LIKELIEST = 20
-
-
-class Refreshable(Judge, Protocol):
-    """A critic that can be taught."""
-
-    async def refresh(self, pairs: Sequence[Pair]) -> None:
-        """Learn which of two answers is better.
-
-        Args:
-            pairs: of known truth; none of them is held out.
-        """
-        ...
 
 
 def on_policy_pairs(
@@ -85,40 +71,11 @@ def _mixed(texts: Sequence[str]) -> list[str]:
     return sorted(texts, key=sha256_of_json)
 
 
-class PairPool:
-    """The last pairs, one prompt in one half only.
-
-    Args:
-        capacity: pairs that are kept; the oldest go.
-
-    Raises:
-        UserError: room for none.
-    """
-
-    def __init__(self, capacity: int = 2048) -> None:
-        if capacity < 1:
-            raise UserError(f"a pool of {capacity} pairs: expected 1 or more")
-        self._pairs: deque[Pair] = deque(maxlen=capacity)
-
-    def add(self, pairs: Sequence[Pair]) -> None:
-        """Newer ones."""
-        self._pairs.extend(pairs)
-
-    @property
-    def pairs(self) -> tuple[Pair, ...]:
-        """All, oldest first."""
-        return tuple(self._pairs)
-
-    @property
-    def training(self) -> tuple[Pair, ...]:
-        """Those that a critic may learn from."""
-        return tuple(pair for pair in self._pairs if not pair.is_held_out)
-
-
 class Refreshed(NamedTuple):
     """What one refresh did."""
 
     num_pairs: int
+    """That were learnt from."""
     before: float
     after: float
     """Share of held-out pairs that the critic, with its defences, decides rightly."""
@@ -132,42 +89,63 @@ class Refreshed(NamedTuple):
         }
 
 
-@dataclass(frozen=True)
 class Refresher:
-    """When and on what a critic is refreshed.
+    """When and on what a critic is refreshed, and what that did.
 
-    Attributes:
-        critic: to be taught.
-        pool: of pairs; whoever runs the loop adds to it.
+    Args:
+        critic: that is taught between ``begin`` and ``end``.
         every: iterations between refreshes.
-        least_pairs: fewer teach nothing, and are waited for.
+        least_pairs: fewer teach nothing.
         rubrics: that the critic is asked with.
+
+    Raises:
+        UserError: numbers under 1.
     """
 
-    critic: Refreshable
-    pool: PairPool
-    every: int = 5
-    least_pairs: int = 32
-    rubrics: tuple[Rubric, ...] = DEFAULT
+    def __init__(
+        self,
+        critic: Judge,
+        every: int = 5,
+        least_pairs: int = 32,
+        rubrics: tuple[Rubric, ...] = DEFAULT,
+    ) -> None:
+        for name, value in (("every", every), ("least_pairs", least_pairs)):
+            if value < 1:
+                raise UserError(f"{name} {value} of a critic's refresh: expected 1 or more")
+        self._critic, self._every, self._least, self.rubrics = critic, every, least_pairs, rubrics
+        self._under_way: tuple[Sequence[Pair], float] | None = None
 
-    def is_due(self, iteration: int) -> bool:
-        """Whether to refresh after an iteration."""
-        is_time = (iteration + 1) % self.every == 0
-        num_training, num_all = len(self.pool.training), len(self.pool.pairs)
-        return is_time and num_all >= self.least_pairs and 0 < num_training < num_all
+    async def begin(self, iteration: int, pairs: Sequence[Pair]) -> list[Pair]:
+        """What the critic is to learn from now: none if it is not time, or there are too few.
 
-    async def refresh(self) -> Refreshed:
-        """Measure, teach, measure again.
+        Args:
+            iteration: that the pairs are of.
+            pairs: of known truth; a prompt's are in one half, which is held out or not.
 
         Raises:
             EngineError: the critic does not answer.
         """
-        before = await self._accuracy()
-        await self.critic.refresh(self.pool.training)
-        return Refreshed(len(self.pool.training), before, await self._accuracy())
+        training = [pair for pair in pairs if not pair.is_held_out]
+        is_time = (iteration + 1) % self._every == 0
+        if not is_time or len(pairs) < self._least or not 0 < len(training) < len(pairs):
+            return []
+        self._under_way = pairs, await self._accuracy(pairs)
+        return training
 
-    async def _accuracy(self) -> float:
-        found = await calibrate(self.critic, self.pool.pairs, self.rubrics)
+    async def end(self) -> Refreshed | None:
+        """What the lessons did that ``begin`` gave out last; ``None``: it gave out none.
+
+        Raises:
+            EngineError: the critic does not answer.
+        """
+        if self._under_way is None:
+            return None
+        (pairs, before), self._under_way = self._under_way, None
+        num_training = sum(not pair.is_held_out for pair in pairs)
+        return Refreshed(num_training, before, await self._accuracy(pairs))
+
+    async def _accuracy(self, pairs: Sequence[Pair]) -> float:
+        found = await calibrate(self._critic, pairs, self.rubrics)
         return found.defended.overall.value
 
 

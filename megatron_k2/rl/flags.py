@@ -115,6 +115,19 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
     add("--sandbox", help="back-end for programs; default: the strongest")
     add("--critic", metavar="FILE.json", help="calibration of the critic, for rubric rewards")
     add("--force-critic", action="store_true", help="take a critic that is below its bar")
+    add(
+        "--critic-refresh-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="iterations between lessons in judging, made of verified answers (0: none)",
+    )
+    add(
+        "--critic-weight",
+        type=float,
+        default=Objective().lesson_weight,
+        help="of the lessons' NLL per letter (default 0.1)",
+    )
 
 
 def _add_watching(group: argparse._ArgumentGroup) -> None:

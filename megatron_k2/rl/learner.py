@@ -23,7 +23,7 @@ from megatron_k2.rl.replay import Replay
 from megatron_k2.rl.rows import rows
 from megatron_k2.rl.settings import LearnerSettings
 from megatron_k2.rl.update import Stepper
-from megatron_k2.sft.dataset import Packs
+from megatron_k2.sft.dataset import Pack, Packs
 from megatron_k2.sft.sets import row_multiple
 from megatron_k2.training.hooks import TrainingHooks
 
@@ -80,11 +80,12 @@ class Learner:
         """Optimizer steps behind the weights."""
         return self._stepper.version
 
-    def learn(self, groups: Sequence[Group]) -> Learnt:
+    def learn(self, groups: Sequence[Group], lessons: Sequence[Pack] = ()) -> Learnt:
         """One iteration: pi_old of every mini-batch by today's weights, then their steps.
 
         Args:
             groups: the same on every rank.
+            lessons: a critic's packs, likewise; dealt out to the mini-batches.
 
         Raises:
             UserError: answers that do not fit a pack, or of another model.
@@ -92,7 +93,10 @@ class Learner:
         if self._settings.resets_optimizer:
             forget(self._stepper.optimizer)
         begin = time.perf_counter()
-        batches = [self._planned(part, i) for i, part in enumerate(self._parts(groups))]
+        count = self._settings.mini_batches
+        batches = [
+            self._planned(part, i, lessons[i::count]) for i, part in enumerate(self._parts(groups))
+        ]
         prepared = [self._prepared(batch) for batch in batches]
         flat = [micro for micros in prepared for micro in micros]
         found = mismatch(flat)
@@ -110,7 +114,7 @@ class Learner:
         cuts = [len(ordered) * i // count for i in range(count + 1)]
         return [ordered[cuts[i] : cuts[i + 1]] for i in range(count)]
 
-    def _planned(self, groups: Sequence[Group], place: int) -> Batch:
+    def _planned(self, groups: Sequence[Group], place: int, lessons: Sequence[Pack]) -> Batch:
         size = self._settings.ptx_packs if self._ptx is not None else 0
         first = (self.number + place) * size
         return plan(
@@ -119,6 +123,7 @@ class Learner:
             self.version,
             keeps_old=self._settings.objective.keeps_old,
             ptx=[self._ptx[first + i] for i in range(size)] if self._ptx is not None else (),
+            lessons=lessons,
         )
 
     def _prepared(self, batch: Batch) -> list[MicroBatch]:

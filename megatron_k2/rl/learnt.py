@@ -24,10 +24,12 @@ class Measured:
     """What the passes of a step showed; means are over trained tokens of the global batch."""
 
     loss: float
-    """What was differentiated: the objective and the weighted NLL. Its value means little."""
+    """What was differentiated: the objective and each weighted NLL. Its value means little."""
     objective: float
     ptx_nll: float | None
     """Nats per token of the PTX packs, where there are any."""
+    lesson_nll: float | None
+    """Nats per letter of the critic's lessons, where there are any."""
     entropy: float
     """Of the policy at the temperature of each token, in nats."""
     log_ratio: float
@@ -76,9 +78,10 @@ def metrics(learnt: Learnt) -> dict[str, float]:
     ``learn/mismatch`` (mean over tokens of the absolute difference, nats),
     ``learn/mismatch_largest`` and ``learn/mismatch_kl``; ``learn/steps``, ``learn/live_groups``,
     ``learn/tokens``, ``learn/clipped_heads`` of all mini-batches; means over them of
-    ``learn/loss``, ``learn/objective``, ``learn/ptx_nll``, ``learn/entropy``, ``learn/log_ratio``;
-    their largest ``learn/kl``, ``learn/grad_norm``, ``learn/max_logit`` and ``learn/update_rms``
-    (of the group where it is largest, times the learning rate).
+    ``learn/loss``, ``learn/objective``, ``learn/ptx_nll``, ``learn/lesson_nll``,
+    ``learn/entropy``, ``learn/log_ratio``; their largest ``learn/kl``, ``learn/grad_norm``,
+    ``learn/max_logit`` and ``learn/update_rms`` (of the group where it is largest, times the
+    learning rate).
     """
     passes = [each.measured for each in learnt.updates if each.measured is not None]
     steps = [each.step for each in passes]
@@ -91,7 +94,7 @@ def metrics(learnt: Learnt) -> dict[str, float]:
         "learn/mismatch_largest": learnt.mismatch.largest,
         "learn/mismatch_kl": learnt.mismatch.kl,
     }
-    for name in ("loss", "objective", "ptx_nll", "entropy", "log_ratio"):
+    for name in ("loss", "objective", "ptx_nll", "lesson_nll", "entropy", "log_ratio"):
         values = [value for each in passes if (value := getattr(each, name)) is not None]
         if values:
             found[f"learn/{name}"] = sum(values) / len(values)

@@ -15,6 +15,7 @@ from megatron_k2.engine.protocol import Engine, EngineError
 from megatron_k2.rl.learner import Learner
 from megatron_k2.rl.learnt import Learnt
 from megatron_k2.rl.record import Group
+from megatron_k2.sft.dataset import Pack
 from megatron_k2.weight_sync.push import Round, push
 from megatron_k2.weight_sync.source import WeightSource
 
@@ -28,6 +29,8 @@ class Collected:
     """Of the sampling, and of what else was tried with these weights."""
     position: Mapping[str, Any] = field(default_factory=dict)
     """Which record of groups they are from, JSON; it belongs to whatever trains on them."""
+    lessons: tuple[Pack, ...] = ()
+    """A critic's, to be learnt beside them."""
 
 
 class Collector(Protocol):
@@ -101,7 +104,7 @@ async def run(
         mine = None if side is None else await side.collector.collect(number, version)
         collected = _everyones(mine)
         seconds = time.perf_counter() - began
-        learnt = learner.learn(collected.groups)
+        learnt = learner.learn(collected.groups, collected.lessons)
         sync = None
         if learner.version != version:
             sync = await _synced(source, side, learner.version)

@@ -33,6 +33,7 @@ class MicroBatch:
     temperature: Tensor
     behaviour: Tensor
     nll_weight: Tensor
+    lesson_weight: Tensor
     routes: Tensor | None
     """On the host: of K2's 60 layers they are a kilobyte a token."""
     advantage: Tensor
@@ -44,7 +45,7 @@ class MicroBatch:
     @property
     def is_target(self) -> Tensor:
         """[s / CP] rows that are asked for anything."""
-        return self.is_trained | (self.nll_weight > 0)
+        return self.is_trained | (self.nll_weight > 0) | (self.lesson_weight > 0)
 
     def with_old(self, old: "Old | None") -> "MicroBatch":
         """The same, with pi_old."""
@@ -65,7 +66,7 @@ class Old:
 
 _ROWS = (
     *("tokens", "labels", "position_ids", "sample", "is_trained", "is_current"),
-    *("temperature", "behaviour", "nll_weight"),
+    *("temperature", "behaviour", "nll_weight", "lesson_weight"),
 )
 _ANSWERS = ("advantage", "weight", "lengths")
 

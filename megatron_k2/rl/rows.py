@@ -36,6 +36,8 @@ class Rows:
     """The engine's log-probability of it, at temperature 1."""
     nll_weight: NDArray[np.float32]
     """Of the PTX term."""
+    lesson_weight: NDArray[np.float32]
+    """Of the critic's term."""
     routes: NDArray[np.int16] | None
     """[s, MoE layers, top-k]: experts of the token that is read; -1 where none were recorded.
     ``None``: of the whole pack none."""
@@ -55,6 +57,7 @@ _BLANK = {
     "is_current": np.bool_,
     "behaviour": np.float32,
     "nll_weight": np.float32,
+    "lesson_weight": np.float32,
 }
 
 
@@ -70,8 +73,9 @@ def rows(source: Source, room: Room, version: int, *, keeps_old: bool = False) -
     Raises:
         UserError: routes of two shapes.
     """
-    if source.ptx is not None:
-        return _ptx_rows(source.ptx, room)
+    if source.dialogues is not None:
+        term = "lesson_weight" if source.is_lesson else "nll_weight"
+        return _dialogue_rows(source.dialogues, room, term)
     lengths = [len(each.trajectory.token_ids) - 1 for each in source.answers]
     layout = lay_out(lengths, room.num_rows, room.multiple)
     found: dict[str, Any] = {name: np.zeros(room.num_rows, dtype) for name, dtype in _BLANK.items()}
@@ -119,12 +123,12 @@ def _blank_routes(answers: tuple[Answer, ...], num_rows: int) -> NDArray[np.int1
     return np.full((num_rows, *shapes.pop()), -1, np.int16) if shapes else None
 
 
-def _ptx_rows(curated: Pack, room: Room) -> Rows:
-    """A pack of curated data; ``sft.dataset`` lays it out."""
-    parts = rows_of(curated, PackShape(room.num_rows, room.multiple))
+def _dialogue_rows(dialogues: Pack, room: Room, term: str) -> Rows:
+    """A pack as ``sft.dataset`` lays it out, its weights under ``term``."""
+    parts = rows_of(dialogues, PackShape(room.num_rows, room.multiple))
     found: dict[str, Any] = {name: np.zeros(room.num_rows, dtype) for name, dtype in _BLANK.items()}
     found |= {name: parts[name].numpy() for name in ("tokens", "labels")}
-    found["nll_weight"] = parts["loss_mask"].numpy()
+    found[term] = parts["loss_mask"].numpy()
     return Rows(
         layout=PackLayout(tuple(parts["lengths"].tolist()), tuple(parts["cu_seqlens"].tolist())),
         position_ids=parts["position_ids"].numpy(),

@@ -26,6 +26,8 @@ class Objective:
     """Of the window form, in log-ratios; K2.5's numbers are not published."""
     ptx_weight: float = 0.0
     """lambda_ptx, of nats per token."""
+    lesson_weight: float = 0.1
+    """Of the critic's lessons, in nats per letter. How the report weighs them is not stated."""
 
     @property
     def keeps_old(self) -> bool:
@@ -62,6 +64,7 @@ def settings_from(args: Namespace) -> LearnerSettings:
         ratio_cap=args.policy_ratio_cap,
         window=tuple(args.policy_window),
         ptx_weight=args.ptx_weight,
+        lesson_weight=args.critic_weight,
     )
     return LearnerSettings(
         objective=objective,
@@ -79,6 +82,7 @@ def _check(args: Namespace) -> None:
         ("--policy-ratio-cap", args.policy_ratio_cap > 0, "more than 0"),
         ("--policy-window", low < 0 < high, "a log-ratio on either side of 0"),
         ("--ptx-weight", args.ptx_weight >= 0, "0 or more"),
+        ("--critic-weight", args.critic_weight > 0, "more than 0"),
         ("--mini-batches", args.mini_batches >= 1, "1 or more"),
         ("--ptx-packs", args.ptx_packs >= 1, "1 or more"),
     )

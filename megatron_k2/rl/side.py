@@ -22,18 +22,20 @@ from megatron_k2.presets import ModelPreset
 from megatron_k2.rewards.calibration import read_calibration
 from megatron_k2.rewards.rubric import RubricReward
 from megatron_k2.rl.collected import metrics
-from megatron_k2.rl.critic import EngineJudge
+from megatron_k2.rl.critic import EngineJudge, Refresher
 from megatron_k2.rl.curriculum import Stream
 from megatron_k2.rl.cut import Cut
 from megatron_k2.rl.held_out import HeldOut
 from megatron_k2.rl.history import read_history
 from megatron_k2.rl.ledger import Ledger
+from megatron_k2.rl.lessons import Lesson, Teacher
 from megatron_k2.rl.loop import Collected, Side
 from megatron_k2.rl.plan import Plan
 from megatron_k2.rl.policy import Speaker
 from megatron_k2.rl.rollouts import Collector
 from megatron_k2.rl.scoring import GroupReward, RubricJudge
 from megatron_k2.rl.task_sets import TaskSet, open_domains, read_task_sets
+from megatron_k2.sft.sets import row_multiple
 
 FOLDER = "rl"
 """Of a run's RL, in ``--save``."""
@@ -50,6 +52,7 @@ class Sampling:
         ledger: of both.
         domains: to be closed.
         engine: to be closed.
+        teacher: of the critic, where it is refreshed.
     """
 
     def __init__(
@@ -60,18 +63,24 @@ class Sampling:
         ledger: Ledger,
         domains: Mapping[str, Domain],
         engine: Engine,
+        teacher: Teacher | None = None,
     ) -> None:
         self._collector, self._held_out, self._every = collector, held_out, every
         self._ledger, self._domains, self._engine = ledger, domains, engine
+        self._teacher = teacher
 
     async def collect(self, iteration: int, version: int) -> Collected:
         """See ``loop.Collector``."""
-        tried = {}
+        told = {} if self._teacher is None else await self._teacher.told()
         if self._every and iteration % self._every == 0:
-            tried = await self._held_out.evaluate(iteration)
+            told |= await self._held_out.evaluate(iteration)
         found = await self._collector.collect(iteration, version)
+        lessons: tuple[Lesson, ...] = ()
+        if self._teacher is not None:
+            lessons, of_lessons = await self._teacher.lessons(iteration, found.groups)
+            told |= of_lessons
         position = self._ledger.position(iteration + 1)
-        return Collected(found.groups, {**metrics(found), **tried}, position)
+        return Collected(found.groups, {**metrics(found), **told}, position, lessons)
 
     def committed(self, iteration: int) -> None:
         """Nothing needs what only checkpoints before the last would read again but the last."""
@@ -114,7 +123,8 @@ async def make_side(args: Namespace, preset: ModelPreset, iteration: int) -> Sid
     held_out = HeldOut(
         sets, speaker, domains, ledger, args.eval_samples, plan.concurrency, plan.bounds
     )
-    sampling = Sampling(collector, held_out, args.eval_every, ledger, domains, engine)
+    teacher = _teacher(args, sets, engine, renderer)
+    sampling = Sampling(collector, held_out, args.eval_every, ledger, domains, engine, teacher)
     return Side(sampling, engine)
 
 
@@ -186,3 +196,14 @@ def _judges(
     calibration.require_trusted(is_forced=args.force_critic)
     reward = RubricReward(EngineJudge(engine, renderer), correction=calibration.correction)
     return {name: RubricJudge(reward, renderer) for name in names}
+
+
+def _teacher(
+    args: Namespace, sets: tuple[TaskSet, ...], engine: Engine, renderer: Renderer
+) -> Teacher | None:
+    """Of the actor as its own critic, where ``--critic-refresh-every`` asks for it."""
+    if not args.critic_refresh_every:
+        return None
+    refresher = Refresher(EngineJudge(engine, renderer, "critic"), args.critic_refresh_every)
+    multiple = row_multiple(args.context_parallel_size)
+    return Teacher(refresher, renderer, sets, args.seq_length, multiple)

@@ -1,9 +1,10 @@
 """The loss of one micro-batch, and what a step measures beside it.
 
-``objective + lambda_ptx * NLL per token``, both over the global batch: a micro-batch returns its
-share times N, the batch's number of targets, and the number of its own, so that Megatron's division
-by all targets (``--calculate-per-token-loss``) leaves plain sums, and prediction layers, which
-divide by targets themselves, are weighed as in fine-tuning.
+``objective + lambda_ptx * NLL per token``, both over the global batch, and where a critic is taught
+its letters' NLL likewise, with a weight of its own. A micro-batch returns its share times N, the
+batch's number of targets, and the number of its own, so that Megatron's division by all targets
+(``--calculate-per-token-loss``) leaves plain sums, and prediction layers, which divide by targets
+themselves, are weighed as in fine-tuning.
 """
 
 from collections.abc import Iterator
@@ -27,9 +28,10 @@ from megatron_k2.rl.objective import (
 from megatron_k2.rl.replay import Replay
 from megatron_k2.rl.settings import Objective
 
-SUMS = ("objective", "nll", "entropy", "log_ratio", "kl")
-"""Over a step: the objective without PTX; over tokens: the PTX NLL times weights, and over trained
-tokens entropy, log pi/pi_old, and (rho - 1 - log rho), whose mean estimates KL(pi_old | pi)."""
+SUMS = ("objective", "nll", "lesson_nll", "entropy", "log_ratio", "kl")
+"""Over a step: the objective alone; over tokens: the PTX NLL and the critic's, times weights, and
+over trained tokens entropy, log pi/pi_old, and (rho - 1 - log rho), whose mean estimates
+KL(pi_old | pi)."""
 
 
 def loss_of(
@@ -51,9 +53,11 @@ def loss_of(
     assert batch.old is not None  # the last stage computed it
     ratio = logprobs - batch.old.logprobs
     policy = _policy_loss(batch, objective, whole, ratio)
-    nll = torch.where(batch.nll_weight > 0, -logprobs * batch.nll_weight, 0.0).sum()
+    nll = _nll(logprobs, batch.nll_weight)
+    lesson_nll = _nll(logprobs, batch.lesson_weight)
     share = objective.ptx_weight / max(whole.num_ptx_targets, 1)
-    loss = (policy + share * nll) * whole.num_targets
+    lesson_share = objective.lesson_weight / max(whole.num_lesson_targets, 1)
+    loss = (policy + share * nll + lesson_share * lesson_nll) * whole.num_targets
     num_targets = batch.is_target.sum(dtype=torch.int32)
     with torch.no_grad():
         kept = torch.where(batch.is_trained, ratio, 0.0)
@@ -61,12 +65,18 @@ def loss_of(
         sums = [
             policy if is_counted else torch.zeros_like(policy),
             nll,
+            lesson_nll,
             torch.where(batch.is_trained, entropy, 0.0).sum(),
             kept.sum(),
             (kept.exp() - 1 - kept).sum(),
         ]
         report = torch.stack(sums).detach()
     return loss, num_targets, {"sums": report}
+
+
+def _nll(logprobs: Tensor, weight: Tensor) -> Tensor:
+    """[s / CP] each -> the weighted sum; rows without a weight may hold anything."""
+    return torch.where(weight > 0, -logprobs * weight, 0.0).sum()
 
 
 def _policy_loss(batch: MicroBatch, objective: Objective, whole: Batch, ratio: Tensor) -> Tensor:

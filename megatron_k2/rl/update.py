@@ -156,9 +156,11 @@ class Stepper:
         is_taken: bool,
     ) -> Measured:
         """What was measured, gathered at once: an iteration waits for its rollouts anyway."""
-        found, tokens, targets = _summed(reports), batch.num_trained, batch.num_ptx_targets
-        nll = found["nll"] / targets if targets else None
+        found, tokens = _summed(reports), batch.num_trained
+        nll = _mean(found["nll"], batch.num_ptx_targets)
+        lesson_nll = _mean(found["lesson_nll"], batch.num_lesson_targets)
         loss = found["objective"] + self._objective.ptx_weight * (nll or 0.0)
+        loss += self._objective.lesson_weight * (lesson_nll or 0.0)
         rate = self.optimizer.param_groups[0]["lr"]
         self._log.step({"lm loss": torch.tensor(loss)}, rate, number, not is_taken, grad_norm)
         self._log.flush()
@@ -168,6 +170,7 @@ class Stepper:
             loss=loss,
             objective=found["objective"],
             ptx_nll=nll,
+            lesson_nll=lesson_nll,
             entropy=found["entropy"] / tokens,
             log_ratio=found["log_ratio"] / tokens,
             kl=found["kl"] / tokens,
@@ -190,6 +193,10 @@ def _wire(config: Any, args: Namespace, stages: list[Any], optimizer: Any) -> No
             starts = [stage.start_grad_sync for stage in stages]
             config.grad_sync_func = starts if len(starts) > 1 else starts[0]
     get_timers()("interval-time", log_level=0).start(barrier=True)
+
+
+def _mean(total: float, number: int) -> float | None:
+    return total / number if number else None
 
 
 def _summed(reports: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from tests.rl.recorded import Scripted
+from tests.rl.recorded import Scripted, lesson
 from tests.support.cases import run_each
 
 MODEL = """
@@ -57,6 +57,7 @@ class Seen(Scripted):
     def __init__(self, case, weights):
         super().__init__(recorded(case["groups"]))
         self._out, self._weights = Path(case["out"]), weights
+        self._lessons = tuple(lesson(n) for n in range(2)) if case["is_taught"] else ()
         self._out.mkdir(parents=True, exist_ok=True)
 
     async def collect(self, iteration, version):
@@ -64,7 +65,7 @@ class Seen(Scripted):
         torch.save(held, self._out / f"engine_{iteration}.pt")
         found = await super().collect(iteration, version)
         self._note()
-        return found
+        return replace(found, lessons=self._lessons)
 
     def committed(self, iteration):
         super().committed(iteration)

@@ -4,7 +4,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from megatron_k2.records.rollouts import End
+from megatron_k2.rl.lessons import Lesson
 from megatron_k2.rl.loop import Collected
 from megatron_k2.rl.record import Group, Segment, Trajectory
 
@@ -58,6 +61,18 @@ def iteration(seed: int = 0, *, has_routes=False) -> list[Group]:
     return [
         group(4 * seed + i, each, seed, has_routes=has_routes) for i, each in enumerate(rewards)
     ]
+
+
+def lesson(number: int) -> Lesson:
+    """Two dialogues, of which the last token is asked for."""
+    draw = random.Random(f"lesson {number}")
+    written = [_tokens(draw, 9, 20) for _ in range(2)]
+    return Lesson(
+        np.concatenate([np.array(ids, np.int32) for ids in written]),
+        np.concatenate([np.eye(len(ids), dtype=np.uint8)[-1] for ids in written]),
+        np.array([len(ids) for ids in written]),
+        np.ones(2, np.float32),
+    )
 
 
 def stamped(groups: Sequence[Group], version: int) -> list[Group]:

@@ -12,7 +12,7 @@ from megatron_k2.rl.batch import IDLE, Room, Source, plan
 from megatron_k2.rl.record import Group, Segment, Trajectory
 from megatron_k2.rl.rows import rows
 from megatron_k2.sft.packed_set import PackedSet
-from tests.rl.recorded import group, iteration, stamped
+from tests.rl.recorded import group, iteration, lesson, stamped
 from tests.sft.build_set import write_set
 
 ROOM = Room(64)
@@ -119,7 +119,7 @@ def test_a_rank_with_fewer_packs_runs_rows_that_are_padding():
 
 def test_curated_rows_have_a_weight_and_no_answer(tmp_path):
     packs = PackedSet(write_set(tmp_path / "set"), "train", capacity=64)
-    source = Source(ptx=packs[0])
+    source = Source(dialogues=packs[0])
     found = rows(source, ROOM, 0)
     assert source.num_targets == (found.nll_weight > 0).sum() > 0
     assert source.num_tokens == (found.position_ids >= 0).sum()
@@ -127,6 +127,24 @@ def test_curated_rows_have_a_weight_and_no_answer(tmp_path):
     assert len(found.advantage) == 0
     targets = np.flatnonzero(found.nll_weight)
     assert (found.labels[targets] > 0).all()
+
+
+def test_lessons_are_a_term_of_their_own(tmp_path):
+    packs = PackedSet(write_set(tmp_path / "set"), "train", capacity=64)
+    groups = stamped(iteration(), 0)
+    batch = plan(groups, ROOM, 0, ptx=[packs[0]], lessons=[lesson(0), lesson(1)])
+    assert batch.num_lesson_targets == 4
+    assert batch.num_targets == batch.num_trained + batch.num_ptx_targets + 4
+    taught = [source for source in batch.shares[0] if source.is_lesson]
+    found = [rows(source, ROOM, 0) for source in taught]
+    asked = sorted(
+        int(each.labels[at]) for each in found for at in np.flatnonzero(each.lesson_weight)
+    )
+    ends = [int(t) for n in range(2) for t in lesson(n).tokens[np.cumsum(lesson(n).lengths) - 1]]
+    assert asked == sorted(ends)
+    assert not any(each.nll_weight.any() or each.is_trained.any() for each in found)
+    dead = stamped([group(0, (1, 1))], 0)
+    assert not plan(dead, ROOM, 0, lessons=[lesson(0)]).is_live
 
 
 def test_what_does_not_fit_is_named():

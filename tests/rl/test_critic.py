@@ -11,7 +11,7 @@ from megatron_k2.errors import UserError
 from megatron_k2.records.rollouts import End
 from megatron_k2.rewards.judge import LETTERS, Question
 from megatron_k2.rewards.rubrics import DEFAULT
-from megatron_k2.rl.critic import EngineJudge, PairPool, Refresher, on_policy_pairs
+from megatron_k2.rl.critic import EngineJudge, Refresher, on_policy_pairs
 from megatron_k2.rl.record import Group, Segment, Trajectory
 from tests.rl.toy_critic import LinearCritic, group_of, trained
 
@@ -67,21 +67,29 @@ def test_each_answer_is_in_one_pair_and_sides_are_mixed():
     assert 50 < sum(pair.better == "a" for pair in found) < 100
 
 
-def test_the_pool_forgets_the_oldest_and_a_refresh_waits_for_both_halves():
+def test_a_refresh_waits_for_its_time_and_for_both_halves():
     groups = [
         group_of(n, [(f"The sum is {n}.", 1.0), (f"The sum is {n + 1}.", 0.0)]) for n in range(60)
     ]
     pairs = on_policy_pairs(groups, lambda g: f"What is {g.ordinal} plus 0 ?", lambda t: t.reason)
-    pool = PairPool(40)
-    refresher = Refresher(LinearCritic(), pool, every=2)
-    assert not refresher.is_due(1)
-    pool.add(pairs)
-    assert pool.pairs == tuple(pairs[-40:])
-    assert [refresher.is_due(n) for n in range(4)] == [False, True, False, True]
-    pool.add([pair for pair in pairs if pair.is_held_out][:1] * 40)
-    assert not refresher.is_due(1)
+    held_out = [pair for pair in pairs if pair.is_held_out]
+    refresher = Refresher(LinearCritic(), every=2)
+
+    async def begun(iteration, given):
+        return await refresher.begin(iteration, given)
+
+    assert asyncio.run(begun(1, [])) == asyncio.run(begun(0, pairs)) == []
+    assert asyncio.run(begun(1, held_out * 2)) == []
+    assert asyncio.run(refresher.end()) is None
+    training = asyncio.run(begun(1, pairs))
+    assert training
+    assert sorted(map(repr, training + held_out)) == sorted(map(repr, pairs))
+    found = asyncio.run(refresher.end())
+    assert found.num_pairs == len(training)
+    assert found.before == found.after  # nothing was learnt in between
+    assert asyncio.run(refresher.end()) is None
     with pytest.raises(UserError, match="1 or more"):
-        PairPool(0)
+        Refresher(LinearCritic(), every=0)
 
 
 class Tokens:

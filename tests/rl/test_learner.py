@@ -8,6 +8,7 @@ AdamW's epsilon is above the rounding of a gradient: a token that is read once o
 of its embedding whose gradient is hardly more than that, and would be moved by its sign.
 
 With context parallelism the curated packs are others, since documents are padded: no PTX there.
+Runs with PTX are taught judging as well.
 
 Not exercised: bf16, Transformer Engine, more than four ranks.
 """
@@ -47,7 +48,7 @@ KINDS = {
     "window": "--policy-loss window --policy-window -0.01 0.01".split(),
     "per token": "--policy-length-scale per-token".split(),
     "replay": [],
-    "PTX": "--ptx-weight 0.5 --ptx-packs 3".split(),
+    "PTX": "--ptx-weight 0.5 --ptx-packs 3 --critic-weight 0.7".split(),
     "MTP": "--mtp-num-layers 1 --clip-grad 0".split(),
     "no MTP": "--clip-grad 0".split(),
     "LoRA": "--lora-rank 4 --lora-alpha 8 --lr 2e-3 --min-lr 2e-3".split(),
@@ -95,6 +96,7 @@ def _case(root: Path, name: str, flags: list[str], kind: str, **more) -> dict:
         "flags": [*RUN, *flags, *KINDS[kind], *ptx, *load, *save],
         "groups": str(root / f"{groups}.json"),
         "out": str(_at(root, f"{name} out")),
+        "is_taught": kind == "PTX",
         **more,
     }
 
@@ -232,7 +234,8 @@ def test_a_run_equals_one_rank(runs, layout, record_property):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6, abs=1e-6)
         for name in ("entropy", "kl", "log_ratio"):
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6)
-        assert a["ptx_nll"] == (b["ptx_nll"] and pytest.approx(b["ptx_nll"], rel=1e-6))
+        for name in ("ptx_nll", "lesson_nll"):
+            assert a[name] == (b[name] and pytest.approx(b[name], rel=1e-6))
         for name in ("largest", "mean_absolute", "num_tokens"):
             assert a["mismatch"][name] == pytest.approx(b["mismatch"][name], rel=1e-5)
     for a, b in zip(_steps(found), _steps(expected), strict=True):

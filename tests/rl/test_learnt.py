@@ -13,7 +13,7 @@ def _measured(kl, nll=None, clipped=0, rms=None):
         *(1, 8, 100, 1.0, 1e-3, 5.0 * kl, False, 0.1, 10.0, (3.0,), clipped, 0, 1.0, (1.5,)),
         update_rms=rms,
     )
-    return Measured(1.0, 1.0 + kl, nll, 2.0, 0.0, kl, step)
+    return Measured(1.0, 1.0 + kl, nll, None, 2.0, 0.0, kl, step)
 
 
 def _update(number, measured):

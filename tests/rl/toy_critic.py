@@ -14,7 +14,7 @@ import torch
 from megatron_k2.records.rollouts import End
 from megatron_k2.rewards.judge import Opinion
 from megatron_k2.rewards.rubric import RubricReward
-from megatron_k2.rl.critic import PairPool, Refresher, on_policy_pairs
+from megatron_k2.rl.critic import Refresher, on_policy_pairs
 from megatron_k2.rl.objective import advantages
 from megatron_k2.rl.record import Group, Segment, Trajectory
 
@@ -59,7 +59,7 @@ class LinearCritic:
         odds = first - second
         return Opinion(1 / (1 + math.exp(-odds)), 0)
 
-    async def refresh(self, pairs):
+    async def learn(self, pairs):
         rows = np.array(
             [self.features(p.prompt, p.best) - self.features(p.prompt, p.worst) for p in pairs]
         )
@@ -88,8 +88,8 @@ def group_of(ordinal, answers):
 async def trained(seed, *, refreshes):
     """Proxy and gold reward by step, and what each refresh measured."""
     order, critic, logit = random.Random(seed), LinearCritic(), 0.0
-    refresher = Refresher(critic, PairPool(300), every=4)
-    proxies, golds, measured = [], [], []
+    refresher = Refresher(critic, every=4)
+    proxies, golds, measured, pairs = [], [], [], []
     for step in range(STEPS):
         slope, groups, prompts = 0.0, [], {}
         proxy, gold = [], []
@@ -115,9 +115,10 @@ async def trained(seed, *, refreshes):
         logit += RATE * slope / PROMPTS
         proxies.append(sum(proxy) / len(proxy))
         golds.append(sum(gold) / len(gold))
-        refresher.pool.add(
-            on_policy_pairs(groups, lambda g, asked=prompts: asked[g.ordinal], lambda t: t.reason)
+        pairs += on_policy_pairs(
+            groups, lambda g, asked=prompts: asked[g.ordinal], lambda t: t.reason
         )
-        if refreshes and refresher.is_due(step):
-            measured.append(await refresher.refresh())
+        if refreshes and (lesson := await refresher.begin(step, pairs[-300:])):
+            await critic.learn(lesson)
+            measured.append(await refresher.end())
     return proxies, golds, measured
