@@ -20,6 +20,7 @@ from megatron_k2.errors import UserError
 from megatron_k2.flags.data import data_prefixes, make_synthetic
 from megatron_k2.flags.lora import adapters_sentence
 from megatron_k2.flags.megatron import add_k2_arguments, expand
+from megatron_k2.flags.refusing import refusing
 from megatron_k2.flags.start import START_OVER, start_sentence
 from megatron_k2.flags.words import last_value
 from megatron_k2.fp8.compute import choose_offload_version, choose_scale_format
@@ -187,7 +188,7 @@ def _pretrain(terminal: TextIO | None, program: Program) -> None:
 
     providers = program.providers()
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
-    args = parse_and_validate_args(extra_args_provider=program.arguments)
+    args = parse_and_validate_args(extra_args_provider=refusing(program.arguments))
     if args.muonclip and not args.use_distributed_optimizer:
         args.optimizer = "muonclip"  # Megatron's closed list of choices is behind us
     model_config = model_config_from_args(args, get_tokenizer().vocab_size)
