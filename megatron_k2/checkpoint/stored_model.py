@@ -57,16 +57,17 @@ def open_model(directory: Path, iteration: int | None = None) -> StoredModel:
         groups = expert_groups(release.source.config)
         return StoredModel(release.preset, groups, partial(tensors_of, release.source))
     source = MegatronSource(find_iteration(directory, iteration))
-    adapters = AdapterSource(source) if is_adapters(source) else None
+    saved, adapters = source.args, AdapterSource(source) if is_adapters(source) else None
     if adapters is not None:
         directory = adapters.base_directory
         source = MegatronSource(directory)
-    if getattr(source.args, "preset", None) is None:
+        saved = adapters.shape_args(source.args)
+    if getattr(saved, "preset", None) is None:
         raise UserError(
             f"{source.directory} does not say its preset; load what 'megatron-k2 convert export "
             "--preset NAME' makes of it"
         )
-    settled = settle_preset(source.args, None, None)
+    settled = settle_preset(saved, None, None)
     pairs = list(expand(settled))
     require_clean(source.shapes, settled)
     rows: RowSource = source
@@ -74,7 +75,7 @@ def open_model(directory: Path, iteration: int | None = None) -> StoredModel:
         adapters.require_matched(pairs)
         rows = MergedSource(source, adapters, pairs)
     template = template_of(find_source_release(directory, source))
-    config = run_config(source.args, settled, template)
+    config = run_config(saved, settled, template)
     own = [pair for pair in pairs if pair.layer < settled.num_layers]
     preset = preset_from_hf(config, settled.name)
     return StoredModel(preset, expert_groups(config), partial(_tensors_of_run, rows, own))

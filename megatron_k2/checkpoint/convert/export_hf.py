@@ -191,17 +191,18 @@ class _Plan:
 
 def _planned(megatron_dir: Path, options: ExportOptions) -> _Plan:
     source = MegatronSource(find_iteration(megatron_dir, options.iteration))
-    adapters = None
+    saved, adapters = source.args, None
     if is_adapters(source):
         adapters = AdapterSource(source, options.base)
         source = MegatronSource(adapters.base_directory)
         megatron_dir = adapters.base_directory
+        saved = adapters.shape_args(source.args)
     source_release = find_source_release(megatron_dir, source, options.source_release)
     files = files_along(options.tokenizer, source_release)
-    preset = settle_preset(source.args, options.preset, options.use_yarn)
+    preset = settle_preset(saved, options.preset, options.use_yarn)
     template = template_of(source_release)
     fp8 = quantization_like(template) if options.dtype == "fp8" else None
-    config = _config(source, preset, options, template, fp8)
+    config = _config(saved, preset, options, template, fp8)
     require_clean(source.shapes, preset, only=options.only)
     if adapters is not None:
         adapters.require_matched(list(expand(preset)))
@@ -233,7 +234,7 @@ def _write_files(directory: Path, plan: _Plan, options: ExportOptions) -> None:
 
 
 def _config(
-    source: MegatronSource,
+    saved: Any,
     preset: ModelPreset,
     options: ExportOptions,
     template: dict[str, Any] | None,
@@ -241,7 +242,7 @@ def _config(
 ) -> dict[str, Any]:
     dtype = "fp32" if options.dtype == "fp32" else "bf16"
     kind = options.model_type
-    config = run_config(source.args, preset, template, model_type=kind, dtype=dtype)
+    config = run_config(saved, preset, template, model_type=kind, dtype=dtype)
     if fp8 is not None:
         config["quantization_config"] = fp8.config
     return config

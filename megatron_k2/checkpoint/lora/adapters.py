@@ -99,6 +99,17 @@ class AdapterSource:
         """Alpha / rank."""
         return self.alpha / self.rank
 
+    def shape_args(self, base: Any) -> Any:
+        """Megatron's arguments that say the model's shape: those of the run that trained them.
+
+        It may have read longer sequences than its base. Where it names no preset, the base's.
+
+        Args:
+            base: the base's own.
+        """
+        own = self.source.args
+        return base if getattr(own, "preset", None) is None else own
+
     def has(self, pair: Pair) -> bool:
         """Whether an adapter stands beside this weight."""
         return f"{linear_of(pair)}{LORA_A}" in self.source.locations

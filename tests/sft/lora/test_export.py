@@ -30,6 +30,8 @@ pytestmark = pytest.mark.slow
 RANK, ALPHA = 8, 24.0
 LORA = f"--lora-rank {RANK} --lora-alpha {ALPHA} --lr 2e-2 --min-lr 2e-2".split()
 BOUND = 1e-5
+LONGER = 512
+"""Positions that the adapters were trained for; the base had fewer."""
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,7 @@ def root(tmp_path_factory) -> Path:
     base = [*whole.MODEL, *whole.batch_of(1), *once, "--save", str(root / "base")]
     flags = [*whole.MODEL, *whole.batch_of(4), *LORA, "--save", str(root / "run")]
     flags += ["--load", str(root / "base"), "--moe-router-load-balancing-type", "none"]
+    flags += ["--max-position-embeddings", str(LONGER)]
     cases = [{"flags": words, "inject": False} for words in (base, flags)]
     run_ranks("tests.parallel.worker", 1, cases, root / "logs", "gloo")
     assert main(["convert", "export", str(root / "base"), str(root / "base-hf"), *FP32]) == 0
@@ -90,6 +93,14 @@ def test_an_engine_reads_the_merge_without_an_export(root):
     expected, read = weights(root / "merged"), dict(open_model(root / "run").tensors())
     assert read.keys() == expected.keys()
     assert all(torch.equal(read[name], expected[name]) for name in expected)
+
+
+def test_what_is_read_at_once_is_the_adapters_run_to_say(root):
+    """And not the base's: an engine refused slots that the adapters were trained for."""
+    assert open_model(root / "base").preset.max_position_embeddings < LONGER
+    assert open_model(root / "run").preset.max_position_embeddings == LONGER
+    config = json.loads((root / "merged" / "config.json").read_text())
+    assert config["max_position_embeddings"] == LONGER
 
 
 def test_alpha_applied_twice_or_a_transposed_product_differ(root):

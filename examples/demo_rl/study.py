@@ -1,0 +1,113 @@
+"""What PTX and the temperature's decay do: the demo's RL with and without each, on paired seeds.
+
+    python examples/demo_rl/study.py [--out runs/demo-rl-study] [--seeds 1 2 3] [--iterations 21]
+
+Goes on from the warm-up that ``make demo-rl`` left, and from the packed dialogues of ``make
+demo-sft``, which are the PTX set. Every arm reads the same PTX packs; where PTX is off their weight
+is 1e-9, so that their NLL is measured beside weights that do not learn it. Run it again after an
+interruption: runs resume. Prints a row a run, then the differences of each pair.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from check import held_out
+
+from megatron_k2.rl.history import Row, read_history
+
+ARMS = {
+    "both": (0.1, "linear:1.0:0.8:{}"),
+    "no PTX": (1e-9, "linear:1.0:0.8:{}"),
+    "no decay": (0.1, "1.0"),
+}
+"""The PTX weight (ours; the report's is not stated), and the temperature over the iterations."""
+OFF = tuple(arm for arm in ARMS if arm != "both")
+
+
+def task_sets(tasks: Path, temperature: str) -> Path:
+    """The demo's, at another temperature; beside them, since they name files there."""
+    sets = json.loads((tasks / "task_sets.json").read_text())
+    for each in sets["task_sets"]:
+        each["temperature"] = temperature
+    path = tasks / f"{temperature.replace(':', '_')}.json"
+    path.write_text(json.dumps(sets, indent=1) + "\n")
+    return path
+
+
+def run(arm: str, seed: int, options: argparse.Namespace) -> Path:
+    """One run to its end; its directory."""
+    weight, temperature = ARMS[arm]
+    save = options.out / f"{arm.replace(' ', '_')}_{seed}"
+    sets = task_sets(options.demo / "tasks", temperature.format(options.iterations))
+    flags = f"""
+        --preset k2-tiny --load {options.demo / "warm"} --tasks {sets}
+        --chat-tokenizer {options.tokenizer} --save {save} --nproc {options.ranks}
+        --seq-length 1024 --max-position-embeddings 1024 --iterations {options.iterations}
+        --prompts-per-iteration {options.prompts} --group-size 8 --lr 4e-4 --min-lr 4e-4
+        --eval-every {options.iterations - 1} --eval-samples 4 --save-interval 10 --seed {seed}
+        --ptx-data {options.ptx} --ptx-weight {weight} --ptx-packs 4
+    """.split()
+    program = shutil.which("megatron-k2", path=str(Path(sys.executable).parent))
+    if program is None:
+        sys.exit("megatron-k2 is not installed beside this Python; run make venv")
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "log.txt").open("a") as log:
+        subprocess.run([program, "rl", *flags], check=True, stdout=log, stderr=log)
+    return save
+
+
+def found_in(save: Path) -> dict[str, float]:
+    """Held-out rewards at temperature 1 before and after, greedy after, and the PTX NLL."""
+    rows = read_history(save / "rl")
+    tried = [row for row in rows if held_out(row, "sampled")]
+    tail = [row.metrics["learn/ptx_nll"] for row in rows if "learn/ptx_nll" in row.metrics]
+    return {
+        "before": _mean(tried[0], "sampled"),
+        "after": _mean(tried[-1], "sampled"),
+        "greedy": _mean(tried[-1], "greedy"),
+        "ptx_first": tail[0],
+        "ptx_last": statistics.fmean(tail[-5:]),
+    }
+
+
+def _mean(row: Row, kind: str) -> float:
+    return statistics.fmean(held_out(row, kind).values())
+
+
+def main(options: argparse.Namespace) -> None:
+    """All runs, then what is to be read off them."""
+    print("inputs:", " ".join(f"{name}={value}" for name, value in vars(options).items()))
+    rows: dict[tuple[str, int], dict[str, float]] = {}
+    for seed in options.seeds:
+        for arm in ARMS:
+            rows[arm, seed] = found_in(run(arm, seed, options))
+            said = "  ".join(f"{name} {value:.3f}" for name, value in rows[arm, seed].items())
+            print(f"seed {seed}  {arm:9} {said}", flush=True)
+    results = {}
+    for arm in OFF:
+        for name in ("ptx_last", "after", "greedy"):
+            off = [rows[arm, seed][name] - rows["both", seed][name] for seed in options.seeds]
+            each = ", ".join(f"{value:+.3f}" for value in off)
+            print(f"{arm}, {name}: {each} against both on")
+            results[f"{arm.replace(' ', '_')}_{name}"] = statistics.fmean(off)
+    values = [rows["both", seed]["ptx_last"] for seed in options.seeds]
+    results["ptx_last_spread"] = max(values) - min(values)
+    print("RESULT", " ".join(f"{name}={value:.4f}" for name, value in results.items()))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="RL of the demo with PTX and decay switched off")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo-rl-study"))
+    parser.add_argument("--demo", type=Path, default=Path("runs/demo-rl"))
+    parser.add_argument("--ptx", type=Path, default=Path("runs/demo-sft/set"))
+    parser.add_argument("--tokenizer", type=Path, default=Path("runs/demo/data/tokenizer"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--iterations", type=int, default=21)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--ranks", type=int, default=2)
+    main(parser.parse_args())
