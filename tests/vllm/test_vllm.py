@@ -15,6 +15,7 @@ import subprocess
 import time
 import urllib.request
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
 if not VLLM_PYTHON:
     pytest.skip("make test-vllm builds vLLM's environment and names it", allow_module_level=True)
 
+from megatron_k2.chat.completion import parse_completion  # noqa: E402
+from megatron_k2.chat.lexer import TextLexer  # noqa: E402
 from megatron_k2.checkpoint.hf.config import hf_config, without_yarn  # noqa: E402
 from megatron_k2.checkpoint.names.mapping import classic_from_transformers  # noqa: E402
 from megatron_k2.cli.main import main  # noqa: E402
@@ -198,3 +201,37 @@ def test_its_reload_of_experts_is_found_out(tmp_path, capsys):
         reload(url, folder)
         assert main(["engine", "check", "--engine", url, *flags]) == 2
     assert "252 of 252 log-probabilities" in capsys.readouterr().err
+
+
+SECTION = "<|tool_calls_section_begin|>{}<|tool_calls_section_end|>"
+CALL = "<|tool_call_begin|>{}<|tool_call_argument_begin|>{}<|tool_call_end|>"
+ANSWERS = [
+    "No call at all.",
+    "ok" + SECTION.format(CALL.format("functions.get_weather:0", '{"city": "Paris"}')),
+    SECTION.format(
+        CALL.format("functions.get_weather:0", '{"city": "Z\u00fcrich \\"x\\""}')
+        + CALL.format("functions.add:1", '{"a": 1, "b": [2, {"c": null}]}')
+    ),
+    "A <b>tag</b> and {braces}." + SECTION.format(CALL.format("functions.add:3", "{}")),
+]
+"""Of a model that keeps to the template; what breaks it is our parser's alone to judge."""
+
+
+def test_its_tool_parser_reads_what_ours_reads(tmp_path):
+    tokenizer_in(tmp_path)
+    command = [VLLM_PYTHON, str(Path(__file__).with_name("read_calls.py")), str(tmp_path)]
+    done = subprocess.run(
+        command,
+        input=json.dumps(ANSWERS),
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | SETTINGS,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("CALLS "))
+    theirs = json.loads(line.removeprefix("CALLS "))
+    for text, their in zip(ANSWERS, theirs, strict=True):
+        ours = parse_completion(TextLexer(), text + "<|im_end|>")
+        assert their["content"] == ours.content
+        read = [(call.id, call.name, json.loads(call.arguments)) for call in ours.tool_calls]
+        assert [(i, n, json.loads(a)) for i, n, a in their["calls"]] == read
