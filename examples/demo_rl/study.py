@@ -21,9 +21,9 @@ from check import held_out
 from megatron_k2.rl.history import Row, read_history
 
 ARMS = {
-    "both": (0.1, "linear:1.0:0.8:{}"),
+    "both": (1.0, "linear:1.0:0.8:{}"),
     "no PTX": (1e-9, "linear:1.0:0.8:{}"),
-    "no decay": (0.1, "1.0"),
+    "no decay": (1.0, "1.0"),
 }
 """The PTX weight (ours; the report's is not stated), and the temperature over the iterations."""
 OFF = tuple(arm for arm in ARMS if arm != "both")

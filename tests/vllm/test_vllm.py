@@ -8,6 +8,7 @@ of weights, GPUs.
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
 if not VLLM_PYTHON:
@@ -32,8 +34,11 @@ from megatron_k2.cli.main import main  # noqa: E402
 from megatron_k2.engine import check  # noqa: E402
 from megatron_k2.engine.local.engine import LocalEngine  # noqa: E402
 from megatron_k2.engine.local.opened import core_of  # noqa: E402
+from megatron_k2.engine.protocol import UpdateError  # noqa: E402
 from megatron_k2.engine.remote.endpoints import Endpoint  # noqa: E402
 from megatron_k2.engine.remote.engine import RemoteEngine  # noqa: E402
+from megatron_k2.engine.transfer import vllm_plugin  # noqa: E402
+from megatron_k2.engine.transfer.manifest import Counted  # noqa: E402
 from megatron_k2.presets import YarnScaling  # noqa: E402
 from tests.engine.local.models import TINY, reference  # noqa: E402
 from tests.engine.server.served import tokenizer_in  # noqa: E402
@@ -95,14 +100,31 @@ def export_into(folder, dtype=torch.float32, yarn=None, seed=0, num_dense_layers
     return folder
 
 
+def plugged(folder):
+    """A search path on which this package says that it is a plug-in, as it does when installed.
+
+    vLLM's Python here is older than this package's, which therefore cannot be installed there.
+    """
+    metadata = folder / "plugged" / "megatron_k2-0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron_k2\nVersion: 0\n")
+    line = f"megatron_k2 = {vllm_plugin.__name__}:register"
+    (metadata / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{line}\n")
+    root = Path(vllm_plugin.__file__).parents[3]
+    return f"{metadata.parent}{os.pathsep}{root}"
+
+
 @contextlib.contextmanager
-def vllm(folder, *flags):
+def vllm(folder, *flags, weights_dir=None):
     """The address of a server over a directory; its last lines where it does not come up."""
     port = free_port()
     command = [VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--max-model-len", str(LENGTH), "--served-model-name", "m", *flags]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | SETTINGS
+    if weights_dir is not None:
+        command += ["--weight-transfer-config", json.dumps({"backend": vllm_plugin.BACKEND})]
+        environment |= {vllm_plugin.DIRECTORY: str(weights_dir), "PYTHONPATH": plugged(folder)}
     log = folder / "vllm.log"
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -190,6 +212,64 @@ def test_a_dense_model_takes_new_weights_exactly(tmp_path, capsys):
         assert main(["engine", "check", "--engine", url, *flags]) == 2
         reload(url, new)
         assert main(["engine", "check", "--engine", url, *flags]) == 0, capsys.readouterr().err
+
+
+def weights_in(folder):
+    """A directory's weights, as a trainer sends them."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return [(name, file.get_tensor(name)) for name in file.keys()]
+
+
+class Mistaken(Counted):
+    """A transport that does not give on what it was given."""
+
+    def __init__(self, mistake, *given):
+        super().__init__(*given)
+        self._mistake = mistake
+
+    def __iter__(self):
+        return iter(self._mistake(list(super().__iter__())))
+
+
+def swapped(pairs):
+    """Two of equal shape exchanged."""
+    names = [n for n, _ in pairs if n.endswith("o_proj.weight")][:2]
+    to = dict(zip(names, reversed(names), strict=True))
+    return [(to.get(name, name), tensor) for name, tensor in pairs]
+
+
+MISTAKES = {"one dropped": lambda pairs: pairs[:-1], "two swapped": swapped}
+
+
+def test_a_dense_model_takes_rounds_by_the_protocol(tmp_path, capsys):
+    """Files, vLLM's verbs, our receiver in it; what was not sent so is refused, and not served."""
+    old, new = (
+        export_into(tmp_path / str(seed), seed=seed, num_dense_layers=3) for seed in range(2)
+    )
+    vocab_size = json.loads((new / "config.json").read_text())["vocab_size"]
+    weights_dir = tmp_path / "incoming"
+    weights_dir.mkdir()
+    flags = ["--reference", str(new), "--tolerance", "2e-5"]
+
+    async def send(url, folder, version, make=Counted):
+        endpoint = Endpoint(url, weights_dir=weights_dir)
+        engine = await RemoteEngine.connect([endpoint], vocab_size=vocab_size, bucket_bytes=1 << 18)
+        try:
+            counted = make(weights_in(folder), version)
+            await engine.update_weights(counted, version, counted.manifest)
+            return engine.health()
+        finally:
+            await engine.close()
+
+    with vllm(old, *RIGHT, weights_dir=weights_dir) as url:
+        assert asyncio.run(send(url, new, "1")).weight_version == "1"
+        assert main(["engine", "check", "--engine", url, *flags]) == 0, capsys.readouterr().err
+        for mistake in MISTAKES.values():
+            with pytest.raises(UpdateError):
+                asyncio.run(send(url, old, "2", functools.partial(Mistaken, mistake)))
+            with urllib.request.urlopen(f"{url}/is_paused", timeout=5) as answer:
+                assert json.loads(answer.read()) == {"is_paused": True}
+    assert not list(weights_dir.iterdir())
 
 
 def test_its_reload_of_experts_is_found_out(tmp_path, capsys):

@@ -28,6 +28,8 @@ class Endpoint:
     """Environment variable with the key; a key itself is written nowhere."""
     key_file: Path | None = None
     """File with the key, where there is no such variable."""
+    weights_dir: Path | None = None
+    """Where it reads new weights, of a server that does not say it itself."""
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)

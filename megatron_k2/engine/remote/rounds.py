@@ -1,4 +1,10 @@
-"""One server's part in a round of new weights: vLLM's verbs, the weights as files."""
+"""One server's part in a round of new weights: vLLM's verbs, the weights as files.
+
+Our own server says where the files go, refuses requests while the round is open, and compares what
+it holds. vLLM with our receiver (``engine/transfer/vllm_receiver.py``) does none of this: where its
+files go is said by whoever started it, it is paused for the round, and stays so where one fails;
+what it compares is what came.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Iterable, Sequence
@@ -29,6 +35,7 @@ class FileRound:
     def __init__(self, client: Client, state: State, version: str) -> None:
         self._client, self._state, self._version = client, state, version
         self._folder: BucketFolder | None = None
+        self._is_vllm = False
 
     async def begin(self) -> None:
         """The server answers nothing from here on.
@@ -38,9 +45,13 @@ class FileRound:
         """
         init = {"init_info": {"backend": "files"}}
         place = await self._post("/init_weight_transfer_engine", init)
-        if not isinstance(place, dict) or "directory" not in place:
+        named = place.get("directory") if isinstance(place, dict) else None
+        directory = self._state.endpoint.weights_dir if named is None else Path(named)
+        if directory is None:
             raise EngineError(f"{self._state.endpoint.base} names no directory for new weights")
-        self._folder = BucketFolder(Path(place["directory"]))
+        self._folder, self._is_vllm = BucketFolder(directory), named is None
+        if self._is_vllm:
+            await self._post("/pause?mode=abort")
         await self._post("/start_weight_update", {"weight_version": self._version})
 
     async def give(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
@@ -61,6 +72,8 @@ class FileRound:
         assert self._folder is not None
         name = await asyncio.to_thread(self._folder.write_manifest, manifest)
         try:
+            if self._is_vllm:
+                await self._post("/update_weights", {"update_info": {"manifest": name}})
             body = {"weight_version": self._version, "manifest": name}
             await self._post("/finish_weight_update", body)
         finally:
@@ -73,7 +86,10 @@ class FileRound:
                 f"not {self._version!r}",
             )
 
-    async def _post(self, path: str, body: Any) -> Any:
+        if self._is_vllm:
+            await self._post("/resume")
+
+    async def _post(self, path: str, body: Any = None) -> Any:
         return await self._client.once(self._state, "POST", path, body)
 
 
