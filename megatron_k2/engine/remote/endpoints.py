@@ -7,9 +7,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from megatron_k2.errors import UserError
+
+Api = Literal["openai", "sglang"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Endpoint:
     """File with the key, where there is no such variable."""
     weights_dir: Path | None = None
     """Where it reads new weights, of a server that does not say it itself."""
+    api: Api = "openai"
+    """What it speaks: OpenAI's as vLLM and our own server do, or SGLang's own."""
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)

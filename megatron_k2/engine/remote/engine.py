@@ -1,9 +1,9 @@
 """``RemoteEngine``: servers elsewhere, behind the engine's protocol.
 
-Prompts and answers are token ids, through ``/v1/completions`` as vLLM and our own server speak it.
-An answer comes as one output: what was cut can then be asked for again. New weights go through
-vLLM's verbs as files (``engine/transfer/bucket_files.py``), to every endpoint or, as far as anybody
-is served, to none: one that failed answers nothing until a round succeeds.
+Prompts and answers are token ids, through ``/v1/completions`` as vLLM and our own server speak it,
+or as SGLang does (``dialects.py``). An answer comes as one output: what was cut can then be asked
+for again. New weights go as files (``engine/transfer/bucket_files.py``), to every endpoint or, as
+far as anybody is served, to none: one that failed answers nothing until a round succeeds.
 """
 
 import asyncio
@@ -25,10 +25,10 @@ from megatron_k2.engine.protocol import (
     UpdateError,
     check_request,
 )
-from megatron_k2.engine.remote.answers import body_of, output_of
 from megatron_k2.engine.remote.client import Client
+from megatron_k2.engine.remote.dialects import Verb, dialect_of
 from megatron_k2.engine.remote.endpoints import Endpoint, Policy
-from megatron_k2.engine.remote.rounds import FileRound, all_of
+from megatron_k2.engine.remote.rounds import all_of
 from megatron_k2.engine.transfer.buckets import BUCKET_BYTES, buckets_of
 from megatron_k2.engine.transfer.manifest import Manifest
 from megatron_k2.errors import UserError
@@ -42,6 +42,9 @@ class RemoteEngine:
         limits: of the smallest of them.
         model: what they call it; ``None``: whatever they serve.
         bucket_bytes: of new weights, a file.
+
+    Raises:
+        UserError: the endpoints speak differently.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class RemoteEngine:
     ) -> None:
         self._client, self.limits, self._model = client, limits, model
         self._bucket_bytes = bucket_bytes
+        self._dialect = dialect_of(client.endpoints.states)
         self._tasks: dict[str, asyncio.Task[Any]] = {}
         self._is_paused = False
         self._fault = self._version = ""
@@ -113,9 +117,9 @@ class RemoteEngine:
             raise UserError(f"request id {request.id!r} is in flight already")
         if self._fault:
             raise EngineError(self._fault)
-        body = body_of(request, self._model)
+        body = self._dialect.body_of(request, self._model)
         task = self._tasks[request.id] = asyncio.create_task(
-            self._client.post("/v1/completions", body)
+            self._client.post(self._dialect.generate, body)
         )
         try:
             answer = await asyncio.shield(task)
@@ -127,7 +131,7 @@ class RemoteEngine:
         finally:
             self._tasks.pop(request.id, None)
             task.cancel()
-        yield output_of(answer, request)
+        yield self._dialect.output_of(answer, request)
 
     async def abort(self, ids: Iterable[str] | None = None) -> None:
         """See the protocol; of this engine's own requests."""
@@ -137,18 +141,18 @@ class RemoteEngine:
 
     async def pause(self, mode: PauseMode = "abort") -> None:
         """See the protocol."""
-        await self._everywhere("POST", f"/pause?mode={mode}")
+        await self._everywhere(self._dialect.pause(mode))
         self._is_paused = True
 
     async def resume(self) -> None:
         """See the protocol."""
-        await self._everywhere("POST", "/resume")
+        await self._everywhere(self._dialect.resume)
         self._is_paused = False
 
-    async def _everywhere(self, method: str, path: str, body: Any = None) -> list[Any]:
+    async def _everywhere(self, verb: Verb) -> None:
         """One attempt at every endpoint; the first that fails is the error."""
         states = self._client.endpoints.states
-        return await all_of(self._client.once(state, method, path, body) for state in states)
+        await all_of(self._client.once(state, "POST", *verb) for state in states)
 
     async def update_weights(
         self,
@@ -177,7 +181,7 @@ class RemoteEngine:
         self, weights: Iterable[tuple[str, Tensor]], version: str, manifest: Callable[[], Manifest]
     ) -> None:
         states = self._client.endpoints.states
-        rounds = [FileRound(self._client, state, version) for state in states]
+        rounds = [self._dialect.round_of(self._client, state, version) for state in states]
         await all_of(each.begin() for each in rounds)
         buckets = buckets_of(weights, self._bucket_bytes)
         while (bucket := await asyncio.to_thread(next, buckets, None)) is not None:
