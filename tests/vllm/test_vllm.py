@@ -1,9 +1,9 @@
 """A real vLLM on the CPU over exports of ours: ``make test-vllm``, which builds its environment.
 
 Its server runs in a process and an environment of its own, computing in fp32; here its answers are
-compared by ``engine check`` with transformers, and its greedy tokens with our engine's. Not
-exercised: bf16 and FP8 compute, its MLA kernel (of 512 + 64 wide latents alone), its own transports
-of weights, GPUs.
+compared by ``engine check`` with transformers, and its greedy tokens with our engine's. Its MLA
+kernel (of 512 + 64 wide latents alone) is ``benchmarks/rollout_vllm.py``'s. Not exercised: its own
+transports of weights, GPUs.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -40,6 +41,7 @@ from megatron_k2.engine.remote.engine import RemoteEngine  # noqa: E402
 from megatron_k2.engine.transfer import vllm_plugin  # noqa: E402
 from megatron_k2.engine.transfer.manifest import Counted  # noqa: E402
 from megatron_k2.presets import YarnScaling  # noqa: E402
+from tests.checkpoint.hf_directories import as_fp8, write_directory  # noqa: E402
 from tests.engine.local.models import TINY, reference  # noqa: E402
 from tests.engine.server.served import tokenizer_in  # noqa: E402
 from tests.support.distributed import free_port  # noqa: E402
@@ -181,6 +183,36 @@ def test_vllm_computes_what_transformers_and_our_engine_do(tmp_path, capsys, dty
         print(capsys.readouterr().out)
         theirs, ours = asyncio.run(greedy(folder, url, vocab_size))
     assert [one.ids for one in theirs] == [one.ids for one in ours]
+
+
+def test_what_bf16_compute_is_off_by_is_reported(tmp_path, capsys):
+    """And is no agreement: experts are chosen otherwise where scores are near."""
+    folder = export_into(tmp_path, torch.bfloat16)
+    with vllm(folder, *RIGHT, "--dtype", "bfloat16") as url:
+        flags = ["--engine", url, "--reference", str(folder), "--tolerance"]
+        assert main(["engine", "check", *flags, "10"]) == 0
+        print(capsys.readouterr().out)
+        assert main(["engine", "check", *flags, "1e-3"]) == 2
+
+
+def test_block_fp8_is_refused_on_a_cpu(tmp_path):
+    """Fails when upstream has a kernel for it: then its numbers are to be compared."""
+    preset = shape(tokenizer_in(tmp_path).vocab_size)
+    named = classic_from_transformers(reference(preset, 0).state_dict())
+    kept = {
+        name: tensor if name.endswith("correction_bias") else tensor.bfloat16()
+        for name, tensor in named.items()
+    }
+    folder = write_directory(tmp_path / "fp8", preset, as_fp8(kept))
+    for path in tmp_path.glob("token*"):
+        shutil.copy(path, folder)
+    with (
+        pytest.raises(AssertionError),
+        vllm(folder, *RIGHT, "--dtype", "bfloat16"),
+    ):
+        pass
+    said = (folder / "vllm.log").read_text()
+    assert "Failed to find a kernel that can implement the ScaledMM linear layer" in said
 
 
 def test_its_rotary_op_is_found_out(tmp_path, capsys):
