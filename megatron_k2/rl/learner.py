@@ -152,9 +152,24 @@ class Learner:
         state = (self.stages, self._stepper.optimizer, self._stepper.scheduler)
         num_flops = self._args.num_floating_point_operations_so_far
         must_end = training.checkpoint_and_decide_exit(*state, self.number, num_flops, {}, None)
-        if is_last and self._args.save and self._hooks.last_save != self.number:
-            training.save_checkpoint_and_time(self.number, *state, num_flops, {})
+        if is_last:
+            self.save_now()
         return Ended(self._hooks.last_save == self.number, must_end)
+
+    def save_now(self) -> None:
+        """Save what is behind the last iteration, unless it is: started with, or saved since.
+
+        Raises:
+            UserError: the checkpoint could not be written.
+        """
+        from megatron.training import training
+
+        saved = self._hooks.last_save or int(self._args.iteration)
+        if not self._args.save or saved == self.number:
+            return
+        state = (self.stages, self._stepper.optimizer, self._stepper.scheduler)
+        num_flops = self._args.num_floating_point_operations_so_far
+        training.save_checkpoint_and_time(self.number, *state, num_flops, {})
 
 
 def _replay_of(stages: list[Any]) -> Replay:
