@@ -48,7 +48,7 @@ class Collector(Protocol):
         """
         ...
 
-    def committed(self, iteration: int) -> None:
+    async def committed(self, iteration: int) -> None:
         """What was collected up to this iteration is in a checkpoint that is whole."""
         ...
 
@@ -123,7 +123,7 @@ async def run(
         show(Iteration(number, version, collected, learnt, sync, seconds))
         ended = learner.end_iteration(is_last=number + 1 == iterations)
         if ended.is_saved and side is not None:
-            side.collector.committed(number)
+            await side.collector.committed(number)
         if ended.must_end:
             return
 

@@ -86,7 +86,7 @@ class Scripted:
         self.asked.append((iteration, version))
         return Collected(tuple(stamped(self._iterations[iteration], version)))
 
-    def committed(self, iteration: int) -> None:
+    async def committed(self, iteration: int) -> None:
         self.commits.append(iteration)
 
     async def close(self) -> None:

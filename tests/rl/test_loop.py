@@ -79,7 +79,7 @@ class Noted(Scripted):
             return None
         return await super().collect(iteration, version)
 
-    def committed(self, iteration):
+    async def committed(self, iteration):
         self.log.append(f"commit {iteration}")
 
 
