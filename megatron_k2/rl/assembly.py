@@ -11,17 +11,17 @@ import torch
 from megatron_k2.checkpoint.hf.config import preset_from_args
 from megatron_k2.errors import UserError
 from megatron_k2.presets import ModelPreset, get_preset
-from megatron_k2.rl.cluster.waiting import (
+from megatron_k2.rl.learner import Learner
+from megatron_k2.rl.loop import Iteration, Side, run
+from megatron_k2.rl.recorder import Recorder
+from megatron_k2.rl.settings import LearnerSettings, settings_from
+from megatron_k2.rl.waiting import (
     EXIT_CODE,
     EndAsked,
     LostError,
     end_within,
     waiting_of_ranks,
 )
-from megatron_k2.rl.learner import Learner
-from megatron_k2.rl.loop import Iteration, Side, run
-from megatron_k2.rl.recorder import Recorder
-from megatron_k2.rl.settings import LearnerSettings, settings_from
 from megatron_k2.sft.dataset import Packs
 from megatron_k2.sft.sets import open_packs, row_multiple
 from megatron_k2.training.hooks import TrainingHooks

@@ -2,7 +2,7 @@
 
 Rank 0 alone has the engine and what collects; every rank trains. A group comes with its rewards:
 scoring goes on while others are still sampled, so it is the collector's. While rank 0 collects the
-others wait as ``cluster/waiting.py`` says; groups then reach them by one broadcast.
+others wait as ``rl/waiting.py`` says; groups then reach them by one broadcast.
 """
 
 import time
@@ -13,13 +13,12 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from megatron_k2.engine.protocol import Engine, EngineError
-from megatron_k2.rl.cluster.waiting import EndAsked, Waiting
 from megatron_k2.rl.learner import Learner
 from megatron_k2.rl.learnt import Learnt
 from megatron_k2.rl.record import Group
+from megatron_k2.rl.waiting import EndAsked, Waiting
 from megatron_k2.weight_sync.push import Round, push
 from megatron_k2.weight_sync.source import WeightSource
-
 
 @dataclass(frozen=True)
 class Collected:
@@ -34,6 +33,16 @@ class Collected:
 
 class Collector(Protocol):
     """What samples and scores, on rank 0."""
+
+    async def probes(self, version: int) -> tuple[Group, ...]:
+        """What engines in other processes say of texts, for the trainer to compare; or none.
+
+        Asked before anything else is.
+
+        Args:
+            version: of the weights that they have just got.
+        """
+        ...
 
     async def collect(self, iteration: int, version: int) -> Collected | None:
         """Groups to learn from, judged; cancelled where the run is to end before they are whole.
@@ -107,6 +116,7 @@ async def run(
     """
     if learner.iteration < iterations:
         await _synced(source, side, learner.version)
+        await _checked(waiting, learner, side)
     for number in range(learner.iteration, iterations):
         version = learner.version
         began = time.perf_counter()
@@ -126,6 +136,25 @@ async def run(
             await side.collector.committed(number)
         if ended.must_end:
             return
+
+
+async def _checked(waiting: Waiting, learner: Learner, side: Side | None) -> None:
+    """Engines elsewhere compute what the trainer does, or answer nothing.
+
+    Raises:
+        EngineError: one does not.
+    """
+    work = None if side is None else side.collector.probes(learner.version)
+    for group in _everyones(await waiting.through("the engines' log-probabilities", work)) or ():
+        found = learner.compare([group])
+        said = f"{group.task_id}: {found}"
+        if not found.mean_absolute < learner.most_difference:  # no number is no agreement
+            raise EngineError(
+                f"{said}; expected a mean under {learner.most_difference:g}: it holds other "
+                "weights than the trainer, or computes them otherwise"
+            )
+        if side is not None:
+            print(f"rl: {said}", flush=True)
 
 
 async def _collected(
@@ -148,7 +177,7 @@ async def _synced(source: WeightSource, side: Side | None, version: int) -> Roun
     return found
 
 
-def _everyones(mine: Collected | None) -> Collected | None:
+def _everyones[T](mine: T | None) -> T | None:
     """Rank 0's, on every rank."""
     box = [mine]
     dist.broadcast_object_list(box, src=0)

@@ -34,6 +34,7 @@ from megatron_k2.rl.ledger import Ledger
 from megatron_k2.rl.loop import Collected, Side
 from megatron_k2.rl.plan import Plan
 from megatron_k2.rl.policy import Speaker
+from megatron_k2.rl.record import Group
 from megatron_k2.rl.rollouts import Collector
 from megatron_k2.rl.scoring import GroupReward, RubricJudge
 from megatron_k2.rl.task_sets import TaskSet, open_domains, read_task_sets
@@ -66,6 +67,11 @@ class Sampling:
     ) -> None:
         self._collector, self._held_out, self._every = collector, held_out, every
         self.ledger, self._domains, self._engine = ledger, domains, engine
+
+    async def probes(self, version: int) -> tuple[Group, ...]:
+        """None: the engine is this process's own."""
+        del version
+        return ()
 
     async def collect(self, iteration: int, version: int) -> Collected:
         """See ``loop.Collector``."""

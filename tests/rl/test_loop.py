@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from megatron_k2.engine.protocol import EngineError, UpdateCode, UpdateError
-from megatron_k2.rl.cluster.waiting import waiting_of_ranks
 from megatron_k2.rl.learner import Ended
 from megatron_k2.rl.loop import Side, run
+from megatron_k2.rl.waiting import waiting_of_ranks
 from tests.rl.recorded import Scripted, iteration
 from tests.support.single_rank import one_rank
 

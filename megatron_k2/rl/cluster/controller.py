@@ -16,25 +16,39 @@ Groups do not travel: "done" means that the ledger, on the disk that both see, h
 
 import asyncio
 import hmac
+import json
 import sys
-from argparse import ArgumentParser, Namespace
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from typing import Any, Protocol
 
 from megatron_k2.engine.protocol import EngineError
 from megatron_k2.errors import UserError
+from megatron_k2.rl.cluster import program
+from megatron_k2.rl.cluster.given import Given, given
+from megatron_k2.rl.cluster.rendezvous import own_host
 from megatron_k2.rl.loop import Collected
+from megatron_k2.rl.side import open_sampling
+from megatron_k2.rl.task_sets import open_domains
 
+try:
+    from aiohttp import web
+except ImportError:  # the extra "remote"
+    web = None  # type: ignore[assignment]
+
+KIND = "controller"
+"""What it publishes itself as."""
 ANSWER_SECONDS = 1.0
 """That a question waits for its answer. Choice: rank 0 hears of a lost engine so soon."""
-MOST_FAILURES = 20
-"""In a row, of engines at one iteration. Choice: each restart of all engines is one."""
+MOST_TRIES = 20
+"""In a row: rollouts of an iteration that failed with the engines, or rounds of weights that left
+one without. Choice: a restart of all engines is one."""
 
 
 class Samples(Protocol):
     """What the controller runs: ``rl/side.py``'s ``Sampling``."""
 
-    async def collect(self, iteration: int, version: int) -> Collected:
+    async def collect(self, iteration: int, version: int) -> Collected | None:
         """Into the ledger."""
         ...
 
@@ -65,8 +79,9 @@ class Controller:
     ) -> None:
         self._sampling, self._lacking, self._tell = sampling, lacking, tell
         self._asked = (-1, -1)
-        self._task: asyncio.Task[Collected] | None = None
-        self._num_failures = 0
+        self._task: asyncio.Task[Collected | None] | None = None
+        self._num_failures = self._num_updates = 0
+        self.is_closed = asyncio.Event()
 
     async def collect(self, iteration: int, version: int) -> dict[str, Any]:
         """See the module; the work goes on between two questions.
@@ -77,25 +92,29 @@ class Controller:
         """
         if (iteration, version) != self._asked:
             await self._leave()
-            self._asked, self._num_failures = (iteration, version), 0
-        if detail := await self._lacking(str(version)):
+            self._asked, self._num_failures, self._num_updates = (iteration, version), 0, 0
+        detail = await self._lacking(str(version))
+        if detail and self._num_updates < MOST_TRIES:
+            self._num_updates += 1
+            self._tell(f"iteration {iteration}: weights of version {version} are due: {detail}")
             return {"state": "update", "detail": detail}
         if self._task is None:
             self._task = asyncio.create_task(self._sampling.collect(iteration, version))
         done, _ = await asyncio.wait({self._task}, timeout=ANSWER_SECONDS)
         return self._outcome(self._task) if done else {"state": "running"}
 
-    def _outcome(self, task: asyncio.Task[Collected]) -> dict[str, Any]:
+    def _outcome(self, task: "asyncio.Task[Collected | None]") -> dict[str, Any]:
         self._task = None
         error = task.exception()
         if error is None:
             found = task.result()
+            assert found is not None  # ``Sampling`` loses no weights
             return {"state": "done", "metrics": found.metrics, "position": found.position}
         if isinstance(error, UserError):
             return {"state": "refused", "detail": str(error)}
         self._num_failures += 1
-        if isinstance(error, EngineError) and self._num_failures < MOST_FAILURES:
-            self._tell(f"iteration {self._asked[0]}: {error}; it is gone on with")
+        if isinstance(error, EngineError) and self._num_failures < MOST_TRIES:
+            self._tell(f"iteration {self._asked[0]}: {error}; it is begun again where it was")
             return {"state": "running"}
         return {"state": "failed", "detail": f"{type(error).__name__}: {error}"}
 
@@ -111,7 +130,102 @@ class Controller:
         await self._sampling.committed(iteration)
         return {}
 
-    async def close(self) -> None:
+    async def close(self) -> dict[str, Any]:
         """Admit nothing more and let go of the ledger."""
-        await self._leave()
-        await self._sampling.close()
+        if not self.is_closed.is_set():
+            await self._leave()
+            await self._sampling.close()
+            self.is_closed.set()
+        return {}
+
+
+def application(controller: Controller, token: str) -> "web.Application":
+    """The verbs over HTTP.
+
+    Args:
+        controller: of the run.
+        token: that every request carries.
+    """
+    routes = {
+        "/collect": (controller.collect, ("iteration", "version")),
+        "/committed": (controller.committed, ("iteration",)),
+        "/close": (controller.close, ()),
+    }
+
+    @web.middleware
+    async def guarded(request: "web.Request", handler: Any) -> Any:
+        sent = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(sent.encode(), token.encode()):
+            return web.json_response({"error": "the token is missing or wrong"}, status=401)
+        return await handler(request)
+
+    def answering(verb: Any, names: tuple[str, ...]) -> Any:
+        async def answer(request: "web.Request") -> "web.Response":
+            try:
+                body = json.loads(await request.read() or b"{}")
+                values = [int(body[name]) for name in names]
+            except (ValueError, KeyError, TypeError) as problem:
+                said = f"expected {', '.join(names)}, whole numbers: {problem!r}"
+                return web.json_response({"error": said}, status=400)
+            return web.json_response(await verb(*values))
+
+        return answer
+
+    app = web.Application(middlewares=[guarded], client_max_size=1 << 16)
+    app.add_routes([web.post(path, answering(*found)) for path, found in routes.items()])
+    return app
+
+
+async def _control(options: Given) -> None:
+    """Until rank 0 closes it, or SIGTERM ends it."""
+    args, meeting = options.args, options.meeting
+
+    def tell(text: str) -> None:
+        print(f"controller: {text}", flush=True)
+
+    if web is None:
+        raise UserError("aiohttp is not installed; pip install 'megatron-k2[remote]'")
+    async with AsyncExitStack() as stack:
+        fleet = await options.open_fleet(tell)
+        stack.push_async_callback(fleet.close)
+        domains = await open_domains(options.basis.sets, sandbox=args.sandbox, tell=tell)
+        for domain in domains.values():
+            stack.push_async_callback(domain.close)
+        sampling = open_sampling(args, options.basis, fleet, domains)
+        stack.pop_all()  # its own from here on
+
+        async def lacking(version: str) -> str:
+            if fleet.health().weight_version != version:
+                fleet.expect(version)
+                look = asyncio.create_task(fleet.look())  # a wedged engine is not waited for
+                await asyncio.wait({look}, timeout=ANSWER_SECONDS)
+            return ", ".join(f"engine {index}" for index in fleet.needs_weights())
+
+        controller = Controller(sampling, lacking, tell)
+        stack.push_async_callback(controller.close)
+        runner = web.AppRunner(application(controller, meeting.token()), access_log=None)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        host = own_host(args.host)
+        site = web.TCPSite(runner, host, 0)
+        await site.start()
+        port = runner.addresses[0][1]
+        meeting.publish(KIND, 0, host, port)
+        tell(f"at {host}:{port}")
+        await controller.is_closed.wait()
+        await asyncio.sleep(ANSWER_SECONDS)  # the answer to "close" is on its way
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Sample for one start of a run; the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        options = given(words)
+    except UserError as error:
+        print(f"controller: {error}", file=sys.stderr)
+        return 2
+    return program.run("controller", _control(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,13 +8,13 @@ import time
 import pytest
 from torch.distributed import TCPStore
 
-from megatron_k2.rl.cluster.waiting import EXIT_CODE
-from tests.rl.cluster.waiting_worker import SILENT_SECONDS
+from megatron_k2.rl.waiting import EXIT_CODE
+from tests.rl.waiting_worker import SILENT_SECONDS
 from tests.support.distributed import end, start_ranks
 
 pytestmark = pytest.mark.dist
 
-MODULE = "tests.rl.cluster.waiting_worker"
+MODULE = "tests.rl.waiting_worker"
 NUM_RANKS = 3
 
 

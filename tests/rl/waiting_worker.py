@@ -1,4 +1,4 @@
-"""One rank that waits for rank 0: ``python -m tests.rl.cluster.waiting_worker JSON``.
+"""One rank that waits for rank 0: ``python -m tests.rl.waiting_worker JSON``.
 
 The file is ``{"work": "long" | "short" | "fails" | "refuses", "asked": rank or null}``; what came
 of it is the last line that the rank prints.
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_k2.errors import UserError
-from megatron_k2.rl.cluster.waiting import EXIT_CODE, EndAsked, LostError, Waiting, end_within
+from megatron_k2.rl.waiting import EXIT_CODE, EndAsked, LostError, Waiting, end_within
 
 BEAT_SECONDS, SILENT_SECONDS = 0.1, 2.0
 
