@@ -17,7 +17,7 @@ from megatron_k2.data.tokenizer import load_tokenizer
 from megatron_k2.engine.local.core import Core
 from megatron_k2.engine.local.engine import LocalEngine
 from megatron_k2.engine.local.weights import Weights
-from megatron_k2.engine.protocol import Engine
+from megatron_k2.engine.protocol import NO_WEIGHTS, Engine
 from megatron_k2.errors import UserError
 from megatron_k2.gym.protocol import Domain
 from megatron_k2.presets import ModelPreset
@@ -189,7 +189,7 @@ def _core(args: Namespace, preset: ModelPreset, num_slots: int) -> Core:
         weights,
         num_slots=num_slots,
         max_length=args.seq_length,
-        version="none",
+        version=NO_WEIGHTS,
         is_batch_invariant=args.batch_invariant,
     )
 

@@ -1,1 +1,1 @@
-"""Reinforcement learning over many processes and nodes: who meets, who waits, who recovers."""
+"""A run over many processes: where they meet, engines that die and come back, the gym elsewhere."""
