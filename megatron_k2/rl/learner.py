@@ -27,7 +27,6 @@ from megatron_k2.sft.dataset import Packs
 from megatron_k2.sft.sets import row_multiple
 from megatron_k2.training.hooks import TrainingHooks
 
-
 MOST_DIFFERENCE = {"fp32": 1e-4, "bf16": 0.1}
 """Nats a token between an engine's probes and the trainer, on average. In fp32 1e-7 was seen, and
 4e-4 of an engine with YaRN under a trainer without; the other is where the rail ``mismatch`` is."""

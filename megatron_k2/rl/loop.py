@@ -20,6 +20,7 @@ from megatron_k2.rl.waiting import EndAsked, Waiting
 from megatron_k2.weight_sync.push import Round, push
 from megatron_k2.weight_sync.source import WeightSource
 
+
 @dataclass(frozen=True)
 class Collected:
     """What rank 0 has for an iteration; handed to every rank."""

@@ -15,7 +15,6 @@ Groups do not travel: "done" means that the ledger, on the disk that both see, h
 """
 
 import asyncio
-import hmac
 import json
 import sys
 from collections.abc import Awaitable, Callable
@@ -24,25 +23,29 @@ from typing import Any, Protocol
 
 from megatron_k2.engine.protocol import EngineError
 from megatron_k2.errors import UserError
+from megatron_k2.gym.protocol import Domain
 from megatron_k2.rl.cluster import program
 from megatron_k2.rl.cluster.given import Given, given
+from megatron_k2.rl.cluster.gym_service import KIND as GYM
+from megatron_k2.rl.cluster.remote_domain import GymClient, remote_domains
 from megatron_k2.rl.cluster.rendezvous import own_host
+from megatron_k2.rl.cluster.serving import serving
 from megatron_k2.rl.loop import Collected
 from megatron_k2.rl.side import open_sampling
-from megatron_k2.rl.task_sets import open_domains
-
-try:
-    from aiohttp import web
-except ImportError:  # the extra "remote"
-    web = None  # type: ignore[assignment]
+from megatron_k2.rl.task_sets import domain_names, open_domains
 
 KIND = "controller"
 """What it publishes itself as."""
+COME_SECONDS = 3600.0
+"""For whoever else is of this start to come up. Choice: K2's engines take many minutes."""
 ANSWER_SECONDS = 1.0
 """That a question waits for its answer. Choice: rank 0 hears of a lost engine so soon."""
 MOST_TRIES = 20
 """In a row: rollouts of an iteration that failed with the engines, or rounds of weights that left
 one without. Choice: a restart of all engines is one."""
+
+
+_MOST_BYTES = 1 << 16
 
 
 class Samples(Protocol):
@@ -139,60 +142,52 @@ class Controller:
         return {}
 
 
-def application(controller: Controller, token: str) -> "web.Application":
+def make_app(controller: Controller, token: str) -> Any:
     """The verbs over HTTP.
 
     Args:
         controller: of the run.
         token: that every request carries.
     """
-    routes = {
-        "/collect": (controller.collect, ("iteration", "version")),
-        "/committed": (controller.committed, ("iteration",)),
-        "/close": (controller.close, ()),
-    }
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse
 
-    @web.middleware
-    async def guarded(request: "web.Request", handler: Any) -> Any:
-        sent = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(sent.encode(), token.encode()):
-            return web.json_response({"error": "the token is missing or wrong"}, status=401)
-        return await handler(request)
+    from megatron_k2.engine.server.attending import content_of, has_key
 
-    def answering(verb: Any, names: tuple[str, ...]) -> Any:
-        async def answer(request: "web.Request") -> "web.Response":
+    app = FastAPI(title="megatron_k2 controller", docs_url=None, redoc_url=None)
+
+    def post(path: str, verb: Callable[..., Awaitable[Any]], *names: str) -> None:
+        async def answer(request: Request) -> JSONResponse:
+            if not has_key(request, token):
+                return JSONResponse({"error": "the token is missing or wrong"}, 401)
             try:
-                body = json.loads(await request.read() or b"{}")
+                body = json.loads(await content_of(request, _MOST_BYTES) or b"{}")
                 values = [int(body[name]) for name in names]
             except (ValueError, KeyError, TypeError) as problem:
                 said = f"expected {', '.join(names)}, whole numbers: {problem!r}"
-                return web.json_response({"error": said}, status=400)
-            return web.json_response(await verb(*values))
+                return JSONResponse({"error": said}, 400)
+            return JSONResponse(await verb(*values))
 
-        return answer
+        app.post(path)(answer)
 
-    app = web.Application(middlewares=[guarded], client_max_size=1 << 16)
-    app.add_routes([web.post(path, answering(*found)) for path, found in routes.items()])
+    post("/collect", controller.collect, "iteration", "version")
+    post("/committed", controller.committed, "iteration")
+    post("/close", controller.close)
     return app
 
 
 async def _control(options: Given) -> None:
     """Until rank 0 closes it, or SIGTERM ends it."""
-    args, meeting = options.args, options.meeting
 
     def tell(text: str) -> None:
         print(f"controller: {text}", flush=True)
 
-    if web is None:
-        raise UserError("aiohttp is not installed; pip install 'megatron-k2[remote]'")
+    args, meeting = options.args, options.meeting
     async with AsyncExitStack() as stack:
         fleet = await options.open_fleet(tell)
         stack.push_async_callback(fleet.close)
-        domains = await open_domains(options.basis.sets, sandbox=args.sandbox, tell=tell)
-        for domain in domains.values():
-            stack.push_async_callback(domain.close)
+        domains = await _domains(options, stack, tell)
         sampling = open_sampling(args, options.basis, fleet, domains)
-        stack.pop_all()  # its own from here on
 
         async def lacking(version: str) -> str:
             if fleet.health().weight_version != version:
@@ -203,17 +198,25 @@ async def _control(options: Given) -> None:
 
         controller = Controller(sampling, lacking, tell)
         stack.push_async_callback(controller.close)
-        runner = web.AppRunner(application(controller, meeting.token()), access_log=None)
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
-        host = own_host(args.host)
-        site = web.TCPSite(runner, host, 0)
-        await site.start()
-        port = runner.addresses[0][1]
+        host, token = own_host(args.host), meeting.token()
+        port = await stack.enter_async_context(serving(lambda: make_app(controller, token), host))
         meeting.publish(KIND, 0, host, port)
         tell(f"at {host}:{port}")
         await controller.is_closed.wait()
-        await asyncio.sleep(ANSWER_SECONDS)  # the answer to "close" is on its way
+
+
+async def _domains(
+    options: Given, stack: AsyncExitStack, tell: Callable[[str], None]
+) -> dict[str, Domain]:
+    """In this process, or at the gym services; ``Sampling`` closes them."""
+    args, sets = options.args, options.basis.sets
+    if not args.gym:
+        return await open_domains(sets, sandbox=args.sandbox, tell=tell)
+    for index in range(args.gym):
+        await options.meeting.wait(GYM, index, COME_SECONDS, tell=tell)
+    client = GymClient(options.meeting, args.gym)
+    stack.push_async_callback(client.close)
+    return await remote_domains(domain_names(sets), client)
 
 
 def main(argv: list[str] | None = None) -> int:

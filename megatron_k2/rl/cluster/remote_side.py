@@ -19,6 +19,7 @@ from megatron_k2.engine.remote.engine import RemoteEngine
 from megatron_k2.errors import UserError
 from megatron_k2.presets import ModelPreset
 from megatron_k2.records.rollouts import End
+from megatron_k2.rl.cluster.controller import COME_SECONDS
 from megatron_k2.rl.cluster.controller import KIND as CONTROLLER
 from megatron_k2.rl.cluster.engines import KIND as ENGINE
 from megatron_k2.rl.cluster.engines import read_engines
@@ -37,8 +38,6 @@ except ImportError:  # the extra "remote"
 
 TRAINER = "trainer"
 """What rank 0 publishes itself as, when its model is loaded: engines on its GPUs start then."""
-COME_SECONDS = 3600.0
-"""For the controller and the engines to come up. Choice: K2's engines take many minutes."""
 SILENT_SECONDS = 60.0
 """Choice: the controller's event loop is busy for seconds where a large iteration is cut."""
 _PAUSE_SECONDS = 0.2

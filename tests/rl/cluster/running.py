@@ -15,6 +15,8 @@ import time
 
 from megatron_k2.rl.cluster.rendezvous import Meeting
 from megatron_k2.rl.flags import expand
+from megatron_k2.rl.journal_reader import JournalReader
+from megatron_k2.rl.side import FOLDER, LEDGER
 from megatron_k2.rl.synthetic import prepare
 from megatron_k2.run.flags import read_flags
 from tests.support.distributed import end, start_ranks
@@ -154,6 +156,11 @@ class Cluster:
             stderr=log,
             start_new_session=True,
         )
+
+    def records(self):
+        """Of the ledger, as far as it is written."""
+        reader = JournalReader(self.folder / "out" / FOLDER / LEDGER)
+        return [record for _, record in reader.records()]
 
     def pid(self, name):
         """Of a process, also of an engine or a rank."""

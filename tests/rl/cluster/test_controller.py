@@ -4,14 +4,15 @@ import asyncio
 import contextlib
 
 import pytest
-from aiohttp import ClientSession, web
+from aiohttp import ClientSession
 
 from megatron_k2.engine.protocol import EngineError
 from megatron_k2.errors import UserError
 from megatron_k2.rl.cluster import controller as module
-from megatron_k2.rl.cluster.controller import MOST_TRIES, Controller, application
+from megatron_k2.rl.cluster.controller import MOST_TRIES, Controller, make_app
 from megatron_k2.rl.cluster.remote_side import Asker, Controlled
 from megatron_k2.rl.cluster.rendezvous import Address
+from megatron_k2.rl.cluster.serving import serving as listening
 from megatron_k2.rl.collected import metrics
 from megatron_k2.rl.handed_out import LedgerReader
 from megatron_k2.rl.loop import Collected
@@ -67,14 +68,9 @@ class Lacking:
 async def serving(sampling, lacking, tell=print):
     """A controller behind HTTP; its address."""
     controller = Controller(sampling, lacking, tell)
-    runner = web.AppRunner(application(controller, TOKEN))
-    await runner.setup()
-    await web.TCPSite(runner, HOST, 0).start()
-    try:
-        yield Address("job.0", "controller", 0, HOST, runner.addresses[0][1], 77, 0)
-    finally:
-        await runner.cleanup()
-        await controller.close()
+    async with listening(lambda: make_app(controller, TOKEN), HOST) as port:
+        yield Address("job.0", "controller", 0, HOST, port, 77, 0)
+    await controller.close()
 
 
 def run(folder, body, *, lacking=None, tell=print, **more):

@@ -1,8 +1,8 @@
 """A whole run over processes of its own against the same run in one program, bit for bit.
 
 Two supervisors with an engine server each, a gym service, a controller, four gloo ranks (TP2 x
-DP2): real processes, real servers, weights over shared memory. ``tests/campaigns/rl_cluster_faults``
-kills and stops them. Not exercised: several nodes, GPUs.
+DP2): real processes, real servers, weights over shared memory. All that can die there is killed and
+stopped by ``tests/campaigns/rl_cluster_faults.py``. Not exercised: several nodes, GPUs.
 """
 
 import pytest
@@ -23,7 +23,7 @@ def alone(tmp_path_factory):
 
 
 def test_a_cluster_learns_what_one_program_does(alone, tmp_path):
-    with Cluster(tmp_path, ITERATIONS) as run:
+    with Cluster(tmp_path, ITERATIONS, gyms=1) as run:
         codes = run.wait()
         assert codes == [0] * NUM_RANKS, run.told()
         assert run.processes["controller"].wait(20) == 0, run.told()
