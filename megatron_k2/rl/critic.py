@@ -17,6 +17,7 @@ Each refresh is measured on pairs of prompts that it did not see, before and aft
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_k2.chat.template import Renderer
@@ -89,51 +90,62 @@ class Refreshed(NamedTuple):
         }
 
 
-class Refresher:
-    """When and on what a critic is refreshed, and what that did.
-
-    Args:
-        critic: that is taught between ``begin`` and ``end``.
-        every: iterations between refreshes.
-        least_pairs: fewer teach nothing.
-        rubrics: that the critic is asked with.
+@dataclass(frozen=True)
+class Schedule:
+    """When a critic is refreshed, and on what.
 
     Raises:
         UserError: numbers under 1.
     """
 
-    def __init__(
-        self,
-        critic: Judge,
-        every: int = 5,
-        least_pairs: int = 32,
-        rubrics: tuple[Rubric, ...] = DEFAULT,
-    ) -> None:
-        for name, value in (("every", every), ("least_pairs", least_pairs)):
+    every: int = 5
+    """Iterations between refreshes."""
+    least_pairs: int = 32
+    """Fewer teach nothing."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
             if value < 1:
                 raise UserError(f"{name} {value} of a critic's refresh: expected 1 or more")
-        self._critic, self._every, self._least, self.rubrics = critic, every, least_pairs, rubrics
-        self._under_way: tuple[Sequence[Pair], float] | None = None
 
-    async def begin(self, iteration: int, pairs: Sequence[Pair]) -> list[Pair]:
+    def training(self, iteration: int, pairs: Sequence[Pair]) -> list[Pair]:
         """What the critic is to learn from now: none if it is not time, or there are too few.
 
         Args:
             iteration: that the pairs are of.
             pairs: of known truth; a prompt's are in one half, which is held out or not.
+        """
+        found = [pair for pair in pairs if not pair.is_held_out]
+        is_time = (iteration + 1) % self.every == 0
+        is_enough = len(pairs) >= self.least_pairs and 0 < len(found) < len(pairs)
+        return found if is_time and is_enough else []
+
+
+class Refresher:
+    """What a refresh does to a critic that is taught between ``begin`` and ``end``.
+
+    Args:
+        critic: that is taught.
+        rubrics: that it is asked with.
+    """
+
+    def __init__(self, critic: Judge, rubrics: tuple[Rubric, ...] = DEFAULT) -> None:
+        self._critic, self._rubrics = critic, rubrics
+        self._under_way: tuple[Sequence[Pair], float] | None = None
+
+    async def begin(self, pairs: Sequence[Pair]) -> None:
+        """Measure it as it is.
+
+        Args:
+            pairs: of both halves.
 
         Raises:
             EngineError: the critic does not answer.
         """
-        training = [pair for pair in pairs if not pair.is_held_out]
-        is_time = (iteration + 1) % self._every == 0
-        if not is_time or len(pairs) < self._least or not 0 < len(training) < len(pairs):
-            return []
         self._under_way = pairs, await self._accuracy(pairs)
-        return training
 
     async def end(self) -> Refreshed | None:
-        """What the lessons did that ``begin`` gave out last; ``None``: it gave out none.
+        """What was done since ``begin``, once; ``None``: there was none.
 
         Raises:
             EngineError: the critic does not answer.
@@ -145,7 +157,7 @@ class Refresher:
         return Refreshed(num_training, before, await self._accuracy(pairs))
 
     async def _accuracy(self, pairs: Sequence[Pair]) -> float:
-        found = await calibrate(self._critic, pairs, self.rubrics)
+        found = await calibrate(self._critic, pairs, self._rubrics)
         return found.defended.overall.value
 
 

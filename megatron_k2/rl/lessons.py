@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from megatron_k2.chat.template import Renderer
 from megatron_k2.rewards.pairs import Pair
 from megatron_k2.rewards.preferences import samples
-from megatron_k2.rewards.rubrics import Rubric
-from megatron_k2.rl.critic import Refresher, on_policy_pairs
+from megatron_k2.rewards.rubrics import DEFAULT, Rubric
+from megatron_k2.rl.critic import Refresher, Schedule, on_policy_pairs
 from megatron_k2.rl.record import Group
 from megatron_k2.rl.scoring import final_text
 from megatron_k2.rl.task_sets import TaskSet
@@ -76,32 +76,71 @@ def _packed(dialogues: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Lesson:
     )
 
 
-@dataclass
-class Teacher:
-    """Makes the lessons of a run, and says what they did.
+class Made(NamedTuple):
+    """The lessons of an iteration; all empty where none are due."""
+
+    pairs: tuple[Pair, ...]
+    """Of both halves, of which one is learnt from."""
+    packs: tuple[Lesson, ...]
+    num_too_long: int
+
+
+@dataclass(frozen=True)
+class LessonMaker:
+    """Makes a run's lessons of its groups, and of nothing else: no engine is asked.
 
     Args:
-        refresher: of the critic.
+        schedule: when they are due.
         renderer: of the run.
         sets: what was asked.
         num_rows: s of a pack.
         multiple: as in ``lessons``.
+        rubrics: that the critic is asked with.
     """
 
-    refresher: Refresher
+    schedule: Schedule
     renderer: Renderer
     sets: Sequence[TaskSet]
     num_rows: int
     multiple: int = 1
-    _prompts: dict[tuple[str, str], str] = field(init=False)
+    rubrics: tuple[Rubric, ...] = DEFAULT
+    _prompts: dict[tuple[str, str], str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._prompts = {
-            (each.name, task.id): task.prompt
-            for each in self.sets
-            if each.reward != "rubric"
-            for task in each.tasks
-        }
+        for each in self.sets:
+            if each.reward != "rubric":
+                self._prompts.update({(each.name, task.id): task.prompt for task in each.tasks})
+
+    def make(self, iteration: int, groups: Sequence[Group]) -> Made:
+        """What is learnt beside these groups.
+
+        Args:
+            iteration: that the groups are of.
+            groups: those of sets that a rubric rewards are left out: no verifier judged them.
+        """
+        verified = [each for each in groups if (each.task_set, each.task_id) in self._prompts]
+        pairs = on_policy_pairs(
+            verified,
+            lambda group: self._prompts[group.task_set, group.task_id],
+            lambda answer: final_text(answer.segments, self.renderer),
+        )
+        training = self.schedule.training(iteration, pairs)
+        if not training:
+            return Made((), (), 0)
+        found = lessons(training, self.rubrics, self.renderer, self.num_rows, self.multiple)
+        return Made(tuple(pairs), *found)
+
+
+class Teacher:
+    """Makes the lessons of a run, and says what they did.
+
+    Args:
+        maker: of the run.
+        refresher: of the critic.
+    """
+
+    def __init__(self, maker: LessonMaker, refresher: Refresher) -> None:
+        self._maker, self._refresher = maker, refresher
 
     async def told(self) -> dict[str, float]:
         """What the last lessons did, once, when the engine has the weights that learnt them.
@@ -109,7 +148,7 @@ class Teacher:
         Raises:
             EngineError: the critic does not answer.
         """
-        found = await self.refresher.end()
+        found = await self._refresher.end()
         return {} if found is None else dict(found.metrics())
 
     async def lessons(
@@ -119,21 +158,13 @@ class Teacher:
 
         Args:
             iteration: that the groups are of.
-            groups: those of sets that a rubric rewards are left out: no verifier judged them.
+            groups: of the iteration.
 
         Raises:
             EngineError: the critic does not answer.
         """
-        verified = [each for each in groups if (each.task_set, each.task_id) in self._prompts]
-        pairs = on_policy_pairs(
-            verified,
-            lambda group: self._prompts[group.task_set, group.task_id],
-            lambda answer: final_text(answer.segments, self.renderer),
-        )
-        training = await self.refresher.begin(iteration, pairs)
-        if not training:
+        made = self._maker.make(iteration, groups)
+        if not made.pairs:
             return (), {}
-        found = lessons(
-            training, self.refresher.rubrics, self.renderer, self.num_rows, self.multiple
-        )
-        return found.packs, {"critic/too_long": float(found.num_too_long)}
+        await self._refresher.begin(made.pairs)
+        return made.packs, {"critic/too_long": float(made.num_too_long)}

@@ -11,7 +11,7 @@ from megatron_k2.errors import UserError
 from megatron_k2.records.rollouts import End
 from megatron_k2.rewards.judge import LETTERS, Question
 from megatron_k2.rewards.rubrics import DEFAULT
-from megatron_k2.rl.critic import EngineJudge, Refresher, on_policy_pairs
+from megatron_k2.rl.critic import EngineJudge, Refresher, Schedule, on_policy_pairs
 from megatron_k2.rl.record import Group, Segment, Trajectory
 from tests.rl.toy_critic import LinearCritic, group_of, trained
 
@@ -73,23 +73,32 @@ def test_a_refresh_waits_for_its_time_and_for_both_halves():
     ]
     pairs = on_policy_pairs(groups, lambda g: f"What is {g.ordinal} plus 0 ?", lambda t: t.reason)
     held_out = [pair for pair in pairs if pair.is_held_out]
-    refresher = Refresher(LinearCritic(), every=2)
-
-    async def begun(iteration, given):
-        return await refresher.begin(iteration, given)
-
-    assert asyncio.run(begun(1, [])) == asyncio.run(begun(0, pairs)) == []
-    assert asyncio.run(begun(1, held_out * 2)) == []
-    assert asyncio.run(refresher.end()) is None
-    training = asyncio.run(begun(1, pairs))
+    schedule = Schedule(every=2)
+    assert schedule.training(1, []) == schedule.training(0, pairs) == []
+    assert schedule.training(1, held_out * 2) == []
+    training = schedule.training(1, pairs)
     assert training
     assert sorted(map(repr, training + held_out)) == sorted(map(repr, pairs))
-    found = asyncio.run(refresher.end())
-    assert found.num_pairs == len(training)
-    assert found.before == found.after  # nothing was learnt in between
-    assert asyncio.run(refresher.end()) is None
     with pytest.raises(UserError, match="1 or more"):
-        Refresher(LinearCritic(), every=0)
+        Schedule(every=0)
+
+
+def test_a_refresh_is_measured_once_before_and_after():
+    groups = [
+        group_of(n, [(f"The sum is {n}.", 1.0), (f"The sum is {n + 1}.", 0.0)]) for n in range(60)
+    ]
+    pairs = on_policy_pairs(groups, lambda g: f"What is {g.ordinal} plus 0 ?", lambda t: t.reason)
+
+    async def run():
+        refresher = Refresher(LinearCritic())
+        assert await refresher.end() is None
+        await refresher.begin(pairs)
+        return await refresher.end(), await refresher.end()
+
+    found, again = asyncio.run(run())
+    assert found.num_pairs == sum(not pair.is_held_out for pair in pairs)
+    assert found.before == found.after  # nothing was learnt in between
+    assert again is None
 
 
 class Tokens:

@@ -14,8 +14,8 @@ from megatron_k2.rewards.budget import Budget
 from megatron_k2.rewards.judge import Opinion
 from megatron_k2.rewards.pairs import Pair
 from megatron_k2.rewards.rubrics import DEFAULT
-from megatron_k2.rl.critic import Refresher
-from megatron_k2.rl.lessons import Teacher, lessons
+from megatron_k2.rl.critic import Refresher, Schedule
+from megatron_k2.rl.lessons import LessonMaker, Teacher, lessons
 from megatron_k2.rl.record import Group, Segment, Trajectory
 from megatron_k2.rl.synthetic import write_tokenizer
 from megatron_k2.rl.task_sets import TaskSet
@@ -93,7 +93,8 @@ def _teacher(renderer, critic):
         TaskSet(name, tasks, Budget(8), reward=reward)
         for name, reward in (("sums", "verifiable"), ("taste", "rubric"))
     ]
-    return Teacher(Refresher(critic, every=2), renderer, sets, ROOM)
+    maker = LessonMaker(Schedule(every=2), renderer, sets, ROOM)
+    return Teacher(maker, Refresher(critic))
 
 
 def test_a_run_is_taught_by_verified_answers_alone_and_says_what_it_did(renderer):

@@ -14,7 +14,7 @@ import torch
 from megatron_k2.records.rollouts import End
 from megatron_k2.rewards.judge import Opinion
 from megatron_k2.rewards.rubric import RubricReward
-from megatron_k2.rl.critic import Refresher, on_policy_pairs
+from megatron_k2.rl.critic import Refresher, Schedule, on_policy_pairs
 from megatron_k2.rl.objective import advantages
 from megatron_k2.rl.record import Group, Segment, Trajectory
 
@@ -88,7 +88,7 @@ def group_of(ordinal, answers):
 async def trained(seed, *, refreshes):
     """Proxy and gold reward by step, and what each refresh measured."""
     order, critic, logit = random.Random(seed), LinearCritic(), 0.0
-    refresher = Refresher(critic, every=4)
+    refresher, schedule = Refresher(critic), Schedule(every=4)
     proxies, golds, measured, pairs = [], [], [], []
     for step in range(STEPS):
         slope, groups, prompts = 0.0, [], {}
@@ -118,7 +118,8 @@ async def trained(seed, *, refreshes):
         pairs += on_policy_pairs(
             groups, lambda g, asked=prompts: asked[g.ordinal], lambda t: t.reason
         )
-        if refreshes and (lesson := await refresher.begin(step, pairs[-300:])):
+        if refreshes and (lesson := schedule.training(step, pairs[-300:])):
+            await refresher.begin(pairs[-300:])
             await critic.learn(lesson)
             measured.append(await refresher.end())
     return proxies, golds, measured

@@ -271,7 +271,7 @@ class Fleet:
         if manifest is None:
             raise UserError("engines behind HTTP take weights with a manifest of them alone")
         async with self._updating:
-            up = await self._some_up()
+            up = await self.some_up()
             is_again = version == self._version
             targets = [each for each in up if not (is_again and each.holds(version))]
             if targets:
@@ -279,8 +279,12 @@ class Fleet:
             self._version = version
         self._roster.notify()
 
-    async def _some_up(self) -> list[Replica]:
-        """Those that can be sent weights, once there is one."""
+    async def some_up(self) -> list[Replica]:
+        """Those that can be sent weights, once there is one.
+
+        Raises:
+            UpdateError: none came in ``FleetPatience.away`` seconds.
+        """
         began = time.monotonic()
         await self._roster.look()
         while not (up := self._roster.up()):
