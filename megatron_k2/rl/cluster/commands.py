@@ -15,9 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_k2 import __version__
+from megatron_k2.engine import transfer
 from megatron_k2.errors import UserError
 from megatron_k2.rl.cluster.engines import Engines, Member, tokenizer_directory
 
+VLLM_FILES = Path(transfer.__file__).with_name("vllm_files.py")
+"""Read, not imported: it needs vLLM."""
+VLLM_BACKEND, VLLM_DIRECTORY = "files", "MEGATRON_K2_WEIGHTS_DIR"
+"""As that file has them."""
 KEY_VARIABLE = "MEGATRON_K2_ENGINE_KEY"
 
 
@@ -139,21 +145,34 @@ def _vllm(engines: Engines, member: Member, place: Place, token: str, options: _
     if engines.colocated:
         words += ["--enable-sleep-mode"]
     words += options.flag("gpu_memory_utilization", float)
-    # what nodes use: CUDA IPC on the trainer's own GPUs, NCCL to others
-    transfer = options.take("weight_transfer", str, "ipc" if engines.colocated else "nccl")
-    words += ["--weight-transfer-config", json.dumps({"backend": transfer})]
+    transport = options.take("weight_transfer", str, VLLM_BACKEND)
+    words += ["--weight-transfer-config", json.dumps({"backend": transport})]
     if options.take("returns_routed_experts", bool, False):
         words.append("--enable-return-routed-experts")
     if member.is_leader:
         words += ["--host", place.host, "--port", place.port]
     else:
         words.append("--headless")
+    plugin = place.private / "vllm"
     environment = {
         "VLLM_API_KEY": token,
         "VLLM_SERVER_DEV_MODE": "1",  # its verbs for whoever trains
         "VLLM_HOST_IP": place.host,
+        "PYTHONPATH": str(plugin),
+        VLLM_DIRECTORY: str(place.weights),
     }
-    return words, environment, {}
+    return words, environment, _vllm_plugin(plugin)
+
+
+def _vllm_plugin(folder: Path) -> dict[Path, str]:
+    """Our transport of weights, as a distribution that an interpreter finds on its path."""
+    name = "megatron_k2_files"
+    about = folder / f"{name}-{__version__}.dist-info"
+    return {
+        folder / f"{name}.py": VLLM_FILES.read_text("utf-8"),
+        about / "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {__version__}\n",
+        about / "entry_points.txt": f"[vllm.general_plugins]\n{name} = {name}:register\n",
+    }
 
 
 def _vllm_parallel(engines: Engines, member: Member, place: Place, options: _Options) -> list[Any]:

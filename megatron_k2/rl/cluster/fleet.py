@@ -15,7 +15,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
@@ -217,7 +217,10 @@ class Fleet:
         await self.pause("abort")
         for each in self._roster:
             each.empty()
-        await self._everywhere(self._sleepers(), "/sleep?level=2")
+        sleepers = self._sleepers()
+        # its own tag outlives the weights, and others go by it
+        await self._everywhere(sleepers, "/update_weight_version", {"new_version": NO_WEIGHTS})
+        await self._everywhere(sleepers, "/sleep?level=2")
 
     async def wake(self, tag: Literal["weights", "kv_cache"]) -> None:
         """Take the GPUs again: room for weights before they are sent, for caches after.
@@ -230,12 +233,12 @@ class Fleet:
     def _sleepers(self) -> list[Replica]:
         return [e for e in self._roster.up() if e.address.details.get("backend") in _SLEEPERS]
 
-    async def _everywhere(self, targets: Iterable[Replica], path: str) -> None:
+    async def _everywhere(self, targets: Iterable[Replica], path: str, body: Any = None) -> None:
         """A verb; one that does not answer any more is passed over."""
 
         async def one(each: Replica) -> None:
             try:
-                await each.post(path)
+                await each.post(path, body)
             except EngineError:
                 await self._roster.look_at(each.address.index)
                 if each.is_up and self._roster.is_current(each):

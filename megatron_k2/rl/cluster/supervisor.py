@@ -151,6 +151,7 @@ class Supervisor:
             place = await self._place(member, attempt, weights)
             command = command_of(self._engines, member, place, self._token)
             for path, content in command.files.items():
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 path.unlink(missing_ok=True)
                 with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
                     file.write(content)
@@ -214,7 +215,11 @@ class Supervisor:
             ended.cancel()
 
     def _publish(self, member: Member, attempt: Attempt, place: Place, child: Child) -> None:
-        details = {"pid": child.pid, "backend": self._engines.backend}
+        details = {
+            "pid": child.pid,
+            "backend": self._engines.backend,
+            "weights": str(place.weights),
+        }
         self._meeting.publish(
             KIND,
             member.replica,

@@ -69,6 +69,7 @@ def test_vllm_over_two_nodes():
             "max_num_seqs": 256,
             "gpu_memory_utilization": 0.85,
             "returns_routed_experts": True,
+            "weight_transfer": "ipc",
             "flags": ["--enable-eplb"],
             "environment": {"VLLM_ALL2ALL_BACKEND": "deepep_low_latency"},
         },
@@ -96,6 +97,8 @@ def test_vllm_over_two_nodes():
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_HOST_IP": "10.0.0.2",
         "VLLM_ALL2ALL_BACKEND": "deepep_low_latency",
+        "PYTHONPATH": "/private/vllm",
+        "MEGATRON_K2_WEIGHTS_DIR": "/dev/shm/w",
         "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
     }
 
@@ -106,7 +109,7 @@ def test_vllm_on_one_node_disaggregated():
     assert said == (
         "-m vllm.entrypoints.openai.api_server --model /model --tokenizer /model "
         "--load-format dummy --dtype bfloat16 --tensor-parallel-size 2 --enable-expert-parallel "
-        '--data-parallel-size 4 --weight-transfer-config {"backend": "nccl"} '
+        '--data-parallel-size 4 --weight-transfer-config {"backend": "files"} '
         "--host 10.0.0.2 --port 8101"
     )
     with pytest.raises(UserError, match="3 does not divide the 8 GPUs"):
