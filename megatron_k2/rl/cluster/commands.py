@@ -24,6 +24,8 @@ VLLM_FILES = Path(transfer.__file__).with_name("vllm_files.py")
 """Read, not imported: it needs vLLM."""
 VLLM_BACKEND, VLLM_DIRECTORY = "files", "MEGATRON_K2_WEIGHTS_DIR"
 """As that file has them."""
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+"""As all back-ends' options have them -> as ours has."""
 KEY_VARIABLE = "MEGATRON_K2_ENGINE_KEY"
 
 
@@ -117,8 +119,12 @@ def _local(engines: Engines, member: Member, place: Place, token: str, options: 
     words += ["--tokenizer", tokenizer_directory(engines, place.model)]
     words += ["--host", place.host, "--port", place.port, "--api-key-env", KEY_VARIABLE]
     words += ["--admin", "--weights-dir", place.weights]
-    for name, kind in (("num_slots", int), ("max_length", int), ("dtype", str), ("processes", int)):
-        words += options.flag(name, kind)
+    dtype = options.take("dtype", str, "float32")
+    if dtype not in _DTYPES:
+        raise UserError(f"options: dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
+    words += ["--dtype", _DTYPES[dtype]]
+    for name in ("num_slots", "max_length", "processes"):
+        words += options.flag(name, int)
     words += options.flag("deadline", float, 3600.0)  # an answer may be long
     if options.take("batch_invariant", bool, False):
         words.append("--batch-invariant")

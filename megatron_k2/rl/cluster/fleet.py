@@ -36,7 +36,7 @@ from megatron_k2.engine.remote.engine import RemoteEngine
 from megatron_k2.engine.transfer.buckets import BUCKET_BYTES
 from megatron_k2.engine.transfer.manifest import Manifest
 from megatron_k2.errors import UserError
-from megatron_k2.rl.cluster.engines import KIND
+from megatron_k2.rl.cluster.engines import KIND, attempts_name
 from megatron_k2.rl.cluster.rendezvous import Meeting
 from megatron_k2.rl.cluster.replica import Replica
 from megatron_k2.rl.cluster.roster import FleetPatience, Roster
@@ -84,23 +84,30 @@ class Fleet:
         bucket_bytes: int = BUCKET_BYTES,
         tell: Callable[[str], None] = lambda _: None,
     ) -> Self:
-        """Wait until every engine has come up once, without weights.
+        """Wait until every engine has come up once, without weights, or was given up.
 
         Args:
             meeting: of the job's start.
             num_replicas: of the run.
             vocab_size: ids of the model.
-            seconds: that they may take.
+            seconds: that they may take; those that have not come up by then may come later.
             patience: from then on.
             bucket_bytes: of new weights, sent at once.
             tell: is called with what is waited for.
 
         Raises:
-            UserError: one did not come up.
-            EngineError: one does not say what it serves.
+            UserError: none has come up.
         """
         patience, end = patience or FleetPatience(), time.monotonic() + seconds
-        lengths = [await _length(meeting, i, vocab_size, end, tell) for i in range(num_replicas)]
+        lengths, problems = [], []
+        for index in range(num_replicas):
+            try:
+                lengths.append(await _length(meeting, index, vocab_size, end, tell))
+            except (UserError, EngineError) as problem:
+                problems.append(str(problem))
+                tell(f"going on without an engine: {problem}")
+        if not lengths:
+            raise UserError("; ".join(problems))
         limits = Limits(vocab_size, min(lengths), 4096)
         roster = Roster(meeting, num_replicas, limits, patience)
         await roster.look()
@@ -323,8 +330,13 @@ async def _length(
         UserError: it did not come up.
         EngineError: it does not say it.
     """
+
+    def given_up() -> str:
+        return meeting.given_up(attempts_name(index))
+
     while True:
-        address = await meeting.wait(KIND, index, max(0.0, end - time.monotonic()), tell=tell)
+        left = max(0.0, end - time.monotonic())
+        address = await meeting.wait(KIND, index, left, tell=tell, given_up=given_up)
         endpoint = Endpoint(address.url, key_file=meeting.token_path)
         try:
             engine = await RemoteEngine.connect([endpoint], vocab_size=vocab_size)
