@@ -14,7 +14,6 @@ an engine holds is what its server says. ``expect`` tells one what another has s
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
-from dataclasses import replace
 from typing import Any, Literal, Self
 
 from torch import Tensor
@@ -31,6 +30,7 @@ from megatron_k2.engine.protocol import (
     UpdateError,
     check_request,
 )
+from megatron_k2.engine.remote.answers import tagged
 from megatron_k2.engine.remote.endpoints import Endpoint
 from megatron_k2.engine.remote.engine import RemoteEngine
 from megatron_k2.engine.transfer.buckets import BUCKET_BYTES
@@ -168,10 +168,7 @@ class Fleet:
         tags = {token.weight_version for token in output.tokens}
         if "" not in tags:
             return None if is_same and tags - {version} else output
-        if not is_same:
-            return None
-        tagged = (replace(token, weight_version=version or "") for token in output.tokens)
-        return replace(output, tokens=tuple(tagged))
+        return tagged(output, version or "") if is_same else None
 
     async def _chosen(self, tried: Replica | None) -> Replica:
         """The least busy that can be asked, another than the one that just failed if there is."""
