@@ -119,6 +119,6 @@ setup(
     entry_points={
         "console_scripts": ["megatron-k2 = megatron_k2.cli.main:main"],
         "nemo_run.cli": ["k2 = megatron_k2.nemo.factories"],
-        "vllm.general_plugins": ["megatron_k2 = megatron_k2.engine.transfer.vllm_plugin:register"],
+        "vllm.general_plugins": ["megatron_k2 = megatron_k2.engine.transfer.vllm_files:register"],
     },
 )

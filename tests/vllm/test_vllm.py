@@ -38,9 +38,9 @@ from megatron_k2.engine.local.opened import core_of  # noqa: E402
 from megatron_k2.engine.protocol import UpdateError  # noqa: E402
 from megatron_k2.engine.remote.endpoints import Endpoint  # noqa: E402
 from megatron_k2.engine.remote.engine import RemoteEngine  # noqa: E402
-from megatron_k2.engine.transfer import vllm_plugin  # noqa: E402
 from megatron_k2.engine.transfer.manifest import Counted  # noqa: E402
 from megatron_k2.presets import YarnScaling  # noqa: E402
+from megatron_k2.rl.cluster import commands  # noqa: E402
 from tests.checkpoint.hf_directories import as_fp8, write_directory  # noqa: E402
 from tests.engine.local.models import TINY, reference  # noqa: E402
 from tests.engine.server.served import tokenizer_in  # noqa: E402
@@ -103,17 +103,11 @@ def export_into(folder, dtype=torch.float32, yarn=None, seed=0, num_dense_layers
 
 
 def plugged(folder):
-    """A search path on which this package says that it is a plug-in, as it does when installed.
-
-    vLLM's Python here is older than this package's, which therefore cannot be installed there.
-    """
-    metadata = folder / "plugged" / "megatron_k2-0.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron_k2\nVersion: 0\n")
-    line = f"megatron_k2 = {vllm_plugin.__name__}:register"
-    (metadata / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{line}\n")
-    root = Path(vllm_plugin.__file__).parents[3]
-    return f"{metadata.parent}{os.pathsep}{root}"
+    """A search path on which vLLM finds our transport, as a supervisor makes it."""
+    for path, content in commands.vllm_plugin(folder).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return str(folder)
 
 
 @contextlib.contextmanager
@@ -125,8 +119,9 @@ def vllm(folder, *flags, weights_dir=None):
     command += ["--max-model-len", str(LENGTH), "--served-model-name", "m", *flags]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | SETTINGS
     if weights_dir is not None:
-        command += ["--weight-transfer-config", json.dumps({"backend": vllm_plugin.BACKEND})]
-        environment |= {vllm_plugin.DIRECTORY: str(weights_dir), "PYTHONPATH": plugged(folder)}
+        command += ["--weight-transfer-config", json.dumps({"backend": commands.VLLM_BACKEND})]
+        own = {"PYTHONPATH": plugged(folder / "plugged")}
+        environment |= own | {commands.VLLM_DIRECTORY: str(weights_dir)}
     log = folder / "vllm.log"
     with log.open("w") as output:
         process = subprocess.Popen(

@@ -19,6 +19,10 @@ class Verb(NamedTuple):
     body: Any = None
 
 
+type Round = FileRound | DirectoryRound
+"""A server's part in a round of new weights."""
+
+
 class Dialect(NamedTuple):
     """Of one kind of server."""
 
@@ -29,8 +33,8 @@ class Dialect(NamedTuple):
     output_of: Callable[[Any, Request], Output]
     pause: Callable[[PauseMode], Verb]
     resume: Verb
-    round_of: Callable[[Client, State, str], FileRound | DirectoryRound]
-    """A server's part in a round of weights of this version."""
+    round_of: Callable[[Client, State, str], Round]
+    """Of weights of this version."""
 
 
 def _paused_by_sglang(mode: PauseMode) -> Verb:

@@ -25,6 +25,7 @@ from megatron_k2.engine.protocol import (
     UpdateError,
     check_request,
 )
+from megatron_k2.engine.remote.answers import tagged
 from megatron_k2.engine.remote.client import Client
 from megatron_k2.engine.remote.dialects import Verb, dialect_of
 from megatron_k2.engine.remote.endpoints import Endpoint, Policy
@@ -42,6 +43,7 @@ class RemoteEngine:
         limits: of the smallest of them.
         model: what they call it; ``None``: whatever they serve.
         bucket_bytes: of new weights, a file.
+        version: of the weights that they hold, for tokens of a server that does not say it (vLLM).
 
     Raises:
         UserError: the endpoints speak differently.
@@ -53,13 +55,14 @@ class RemoteEngine:
         limits: Limits,
         model: str | None = None,
         bucket_bytes: int = BUCKET_BYTES,
+        version: str = "",
     ) -> None:
         self._client, self.limits, self._model = client, limits, model
         self._bucket_bytes = bucket_bytes
         self._dialect = dialect_of(client.endpoints.states)
         self._tasks: dict[str, asyncio.Task[Any]] = {}
         self._is_paused = False
-        self._fault = self._version = ""
+        self._fault, self._version = "", version
 
     @classmethod
     async def connect(
@@ -69,6 +72,7 @@ class RemoteEngine:
         vocab_size: int,
         policy: Policy | None = None,
         bucket_bytes: int = BUCKET_BYTES,
+        version: str = "",
     ) -> Self:
         """Ask every endpoint what it serves.
 
@@ -77,6 +81,7 @@ class RemoteEngine:
             vocab_size: ids of its tokenizer, which the API does not tell.
             policy: of the client.
             bucket_bytes: of new weights, a file.
+            version: see the class.
 
         Raises:
             UserError: an endpoint or its key is wrong.
@@ -89,7 +94,7 @@ class RemoteEngine:
             models = [answer["data"][0] for answer in answers]
             length = min(int(model["max_model_len"]) for model in models)
             limits = Limits(vocab_size, length, client.policy.concurrency)
-            return cls(client, limits, str(models[0]["id"]), bucket_bytes)
+            return cls(client, limits, str(models[0]["id"]), bucket_bytes, version)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             await client.close()
             raise EngineError(f"/v1/models is not as vLLM's: {error!r}") from None
@@ -117,7 +122,7 @@ class RemoteEngine:
             raise UserError(f"request id {request.id!r} is in flight already")
         if self._fault:
             raise EngineError(self._fault)
-        body = self._dialect.body_of(request, self._model)
+        body, version = self._dialect.body_of(request, self._model), self._version
         task = self._tasks[request.id] = asyncio.create_task(
             self._client.post(self._dialect.generate, body)
         )
@@ -131,7 +136,8 @@ class RemoteEngine:
         finally:
             self._tasks.pop(request.id, None)
             task.cancel()
-        yield self._dialect.output_of(answer, request)
+        found, is_same = self._dialect.output_of(answer, request), version == self._version
+        yield tagged(found, version if is_same else "")
 
     async def abort(self, ids: Iterable[str] | None = None) -> None:
         """See the protocol; of this engine's own requests."""

@@ -1,9 +1,9 @@
 """One server's part in a round of new weights: vLLM's verbs, the weights as files.
 
-Our own server says where the files go, refuses requests while the round is open, and compares what
-it holds. vLLM with our receiver (``engine/transfer/vllm_receiver.py``) does none of this: where its
-files go is said by whoever started it, it is paused for the round, and stays so where one fails;
-what it compares is what came.
+Our server says where files are to lie, answers nothing during a round, and compares what it holds
+with what was sent. vLLM with ``engine/transfer/vllm_files.py`` does less: whoever started it names
+the directory, it is paused for the round, and stays so and without a version where one fails; what
+it compares is what came.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_k2.engine.protocol import EngineError, UpdateCode, UpdateError
+from megatron_k2.engine.protocol import NO_WEIGHTS, EngineError, UpdateCode, UpdateError
 from megatron_k2.engine.remote.client import Client
 from megatron_k2.engine.remote.endpoints import State
 from megatron_k2.engine.transfer.bucket_files import BucketFolder
@@ -35,7 +35,7 @@ class FileRound:
     def __init__(self, client: Client, state: State, version: str) -> None:
         self._client, self._state, self._version = client, state, version
         self._folder: BucketFolder | None = None
-        self._is_vllm = False
+        self._is_vllm = self._is_held = False
 
     async def begin(self) -> None:
         """The server answers nothing from here on.
@@ -51,7 +51,7 @@ class FileRound:
             raise EngineError(f"{self._state.endpoint.base} names no directory for new weights")
         self._folder, self._is_vllm = BucketFolder(directory), named is None
         if self._is_vllm:
-            await self._post("/pause?mode=abort")
+            await self._hold_vllm()
         await self._post("/start_weight_update", {"weight_version": self._version})
 
     async def give(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
@@ -78,6 +78,7 @@ class FileRound:
             await self._post("/finish_weight_update", body)
         finally:
             self._folder.remove(name)
+            await self._post("/finish_weight_update", body)
         info = await self._client.once(self._state, "GET", "/weight_info")
         if (served := info.get("weight_version")) != self._version:
             raise UpdateError(
@@ -86,8 +87,15 @@ class FileRound:
                 f"not {self._version!r}",
             )
 
-        if self._is_vllm:
+        if self._is_held:
             await self._post("/resume")
+
+    async def _hold_vllm(self) -> None:
+        """It would go on answering meanwhile, and its tag outlives the weights."""
+        found = await self._client.once(self._state, "GET", "/is_paused")
+        self._is_held = not found["is_paused"]  # else whoever paused it resumes it
+        await self._post("/pause?mode=abort")
+        await self._post("/update_weight_version", {"new_version": NO_WEIGHTS})
 
     async def _post(self, path: str, body: Any = None) -> Any:
         return await self._client.once(self._state, "POST", path, body)

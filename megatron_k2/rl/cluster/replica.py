@@ -5,9 +5,11 @@ import contextlib
 import time
 from collections.abc import Awaitable
 from pathlib import Path
+from typing import Any
 
 from megatron_k2.engine.protocol import EngineError, Limits, Output, Request
 from megatron_k2.engine.remote.client import Client
+from megatron_k2.engine.remote.dialects import Round, dialect_of
 from megatron_k2.engine.remote.endpoints import Endpoint, Policy, State
 from megatron_k2.engine.remote.engine import RemoteEngine
 from megatron_k2.rl.cluster.probe import Probe
@@ -35,7 +37,7 @@ class Replica:
 
     def __init__(self, address: Address, key_file: Path, limits: Limits) -> None:
         self.address = address
-        self.client = Client([Endpoint(address.url, key_file=key_file)], _POLICY)
+        self.client = Client([endpoint_of(address, key_file)], _POLICY)
         self.engine = RemoteEngine(self.client, limits)
         self.gone = asyncio.Event()
         """Requests that it has are given up."""
@@ -50,6 +52,10 @@ class Replica:
     def state(self) -> State:
         """Of its one endpoint, for verbs."""
         return self.client.endpoints.states[0]
+
+    def round_of(self, version: str) -> Round:
+        """Its part in a round of weights of this version."""
+        return dialect_of([self.state]).round_of(self.client, self.state, version)
 
     @property
     def is_up(self) -> bool:
@@ -91,13 +97,13 @@ class Replica:
         self._is_emptied = False
         self.seen = Probe(True, True, version, "")
 
-    async def post(self, path: str) -> None:
+    async def post(self, path: str, body: Any = None) -> None:
         """A verb.
 
         Raises:
             EngineError: it is not obeyed.
         """
-        await unless_gone(self.client.once(self.state, "POST", path), self)
+        await unless_gone(self.client.once(self.state, "POST", path, body), self)
 
     async def answer(self, request: Request) -> Output:
         """The whole answer.
@@ -130,6 +136,22 @@ class Replica:
         if self._is_emptied or not self.seen.is_ready:
             return f"{attempt}: without whole weights ({self.seen.detail or 'to be given'})"
         return f"{attempt}: weights {self.seen.version!r}"
+
+
+def endpoint_of(address: Address, key_file: Path) -> Endpoint:
+    """An engine as its supervisor published it.
+
+    Args:
+        address: what it said.
+        key_file: with the key.
+    """
+    weights = address.details.get("weights")
+    return Endpoint(
+        address.url,
+        key_file=key_file,
+        weights_dir=None if weights is None else Path(weights),
+        api="sglang" if address.details.get("backend") == "sglang" else "openai",
+    )
 
 
 async def unless_gone[T](work: Awaitable[T], replica: Replica) -> T:

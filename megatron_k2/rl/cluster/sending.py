@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_k2.engine.protocol import EngineError, UpdateCode, UpdateError
-from megatron_k2.engine.remote.rounds import FileRound
+from megatron_k2.engine.remote.dialects import Round
 from megatron_k2.engine.transfer.buckets import buckets_of
 from megatron_k2.engine.transfer.manifest import Manifest
 from megatron_k2.errors import UserError
@@ -25,7 +25,7 @@ class Sending:
 
     def __init__(self, targets: Sequence[Replica], version: str) -> None:
         self._version = version
-        self._open = [(each, FileRound(each.client, each.state, version)) for each in targets]
+        self._open = [(each, each.round_of(version)) for each in targets]
         self._failed: list[UpdateError] = []
 
     async def send(
@@ -41,19 +41,19 @@ class Sending:
         """
         for each, _ in self._open:
             each.empty()
-        await self._step(FileRound.begin)
+        await self._step(lambda part: part.begin())
         buckets = buckets_of(weights, bucket_bytes)
         while (bucket := await asyncio.to_thread(next, buckets, None)) is not None:
-            await self._step(functools.partial(FileRound.give, bucket=bucket))
+            await self._step(functools.partial(_give, bucket=bucket))
         sent = manifest()
-        await self._step(functools.partial(FileRound.end, manifest=sent))
+        await self._step(lambda part: part.end(sent))
         for each, _ in self._open:
             each.fill(self._version)
 
-    async def _step(self, do: Callable[[FileRound], Awaitable[Any]]) -> None:
+    async def _step(self, do: Callable[[Round], Awaitable[Any]]) -> None:
         """The same at every engine that is still in the round."""
 
-        async def one(target: Replica, part: FileRound) -> bool:
+        async def one(target: Replica, part: Round) -> bool:
             try:
                 await unless_gone(do(part), target)
             except (EngineError, UserError) as problem:
@@ -68,3 +68,7 @@ class Sending:
             told = "; ".join(dict.fromkeys(map(str, self._failed))) or "none is up"
             code = self._failed[0].code if self._failed else UpdateCode.ENGINE
             raise UpdateError(code, f"no engine took weights {self._version!r} whole: {told}")
+
+
+def _give(part: Round, bucket: Sequence[tuple[str, Tensor]]) -> Awaitable[None]:
+    return part.give(bucket)

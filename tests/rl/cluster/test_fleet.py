@@ -43,7 +43,7 @@ PRESET = dataclasses.replace(get_preset("k2-tiny"), **SHAPE)
 pytestmark = pytest.mark.slow
 
 LENGTH = 512
-QUICK = FleetPatience(look=0.1, silent=1.5, away=60, again=0.05)
+QUICK = FleetPatience(look=0.1, silent=3, away=60, again=0.05)
 
 
 def drawn_weights(seed):
