@@ -78,7 +78,6 @@ class FileRound:
             await self._post("/finish_weight_update", body)
         finally:
             self._folder.remove(name)
-            await self._post("/finish_weight_update", body)
         info = await self._client.once(self._state, "GET", "/weight_info")
         if (served := info.get("weight_version")) != self._version:
             raise UpdateError(
@@ -86,7 +85,6 @@ class FileRound:
                 f"{self._state.endpoint.base} says that it serves {served!r}, "
                 f"not {self._version!r}",
             )
-
         if self._is_held:
             await self._post("/resume")
 
