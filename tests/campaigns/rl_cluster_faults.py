@@ -15,22 +15,29 @@ its figures, and the bits of its last checkpoint. Not exercised: nodes that are 
 """
 
 import argparse
+import json
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from megatron_k2.rl.cluster.rendezvous import Address
 from megatron_k2.rl.waiting import EXIT_CODE
 from tests.campaigns.rl_sigkill import differ
 from tests.rl.cluster.running import NUM_RANKS, Cluster, local
 
 ITERATIONS = 3
 PHASES = ("collect", "train", "update")
+STALE = "stale files"
+"""No process: what another start of the job left in the folder in which this one meets."""
+TRAIN_SECONDS = 0.3
+"""From the record of an iteration to its first pass over it."""
 AGAIN_SECONDS = 0.5
 """That a script takes to start a step's program again."""
 MOST_SECONDS = 120.0
@@ -54,6 +61,7 @@ def faults():
     killed = ("engine.0", "supervisor.0", "gym.0", "controller", "rank.0", "rank.1")
     rows = [Fault(name, signal.SIGKILL, phase) for name in killed for phase in PHASES]
     rows += [Fault("engine.0", signal.SIGSTOP, phase) for phase in PHASES]
+    rows += [Fault("rank.1", signal.SIGSTOP, "collect"), Fault(STALE, signal.SIGCONT, "start")]
     return rows + [Fault("all ranks", signal.SIGTERM, phase) for phase in PHASES]
 
 
@@ -79,6 +87,15 @@ def wait_for(run, phase, iteration=1, seconds=300.0):
         assert time.monotonic() < deadline, run.told()
         assert all(rank.poll() is None for rank in run.ranks), run.told()
         time.sleep(0.0005 if phase == "update" else 0.01)
+    if phase == "train":
+        time.sleep(TRAIN_SECONDS)
+
+
+def leave_stale_files(there):
+    """Addresses of another start, at which nobody listens."""
+    for kind, index in (("controller", 0), ("engine", 0), ("gym", 0)):
+        old = Address("job.9", kind, index, "127.0.0.1", 9, 1, 0)
+        (there / f"{kind}.{index}.json").write_text(json.dumps(asdict(old)))
 
 
 def disturb(run, fault):
@@ -106,8 +123,12 @@ def sentence(run):
 def row(fault, folder, alone):
     """One fault; how it ended, and whether anything is other than undisturbed: "" if nothing."""
     begin, said = time.monotonic(), []
-    with Cluster(folder, ITERATIONS, gyms=1) as run:
-        disturb(run, fault)
+    run = Cluster(folder, ITERATIONS, gyms=1)
+    if fault.name == STALE:
+        leave_stale_files(run.meeting.directory)
+    with run:
+        if fault.name != STALE:
+            disturb(run, fault)
         sent = time.monotonic()
         codes = run.wait(MOST_SECONDS + 60)
         seconds = time.monotonic() - sent

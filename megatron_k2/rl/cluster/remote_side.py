@@ -184,8 +184,11 @@ class Controlled:
         return Collected(found.groups, said["metrics"], said["position"], lessons)
 
     async def committed(self, iteration: int) -> None:
-        """See ``loop.Collector``."""
-        await self._asker.ask("committed", iteration=iteration)
+        """Old payloads may go; if the controller has gone, the next question finds that out."""
+        try:
+            await self._asker.ask("committed", iteration=iteration)
+        except LostError as error:
+            print(error, flush=True)
 
     async def close(self) -> None:
         """The controller ends with the run."""
@@ -215,7 +218,7 @@ class Probe:
     async def groups(self, version: int) -> tuple[Group, ...]:
         """A group an engine; rewards differ so that nothing takes it for a dead one.
 
-        One that has died since it got its weights is passed over.
+        One that has not come up, or has died since it got its weights, is passed over.
 
         Raises:
             UserError: an engine answers with other weights.
@@ -223,9 +226,9 @@ class Probe:
         """
         found, problems = [], []
         for index in range(self._num_engines):
-            address = self._meeting.read(ENGINE, index)
-            assert address is not None  # the fleet is open
             try:
+                if (address := self._meeting.read(ENGINE, index)) is None:
+                    raise EngineError("it has not come up")
                 found.append(await self._of(index, address, version))
             except EngineError as problem:
                 problems.append(f"engine {index} was not compared: {problem}")
