@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_k2.errors import UserError
+from megatron_k2.files import sha256_of_json
 from megatron_k2.rl.cluster import probe, program
 from megatron_k2.rl.cluster.commands import Place, command_of
 from megatron_k2.rl.cluster.engines import (
@@ -235,12 +236,12 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _weights_directory(self, member: Member) -> Any:
-        """Where new weights come in; what an earlier start of this job left there is removed."""
-        under, job = self._engines.weights_under, self._meeting.generation.rpartition(".")[0]
-        earlier = f"{job}.*" if job else self._meeting.generation
-        for left in under.glob(f"megatron-k2.{earlier}.{member.name}"):
+        """Where new weights come in; what an earlier start of this run left there is removed."""
+        under, meet = self._engines.weights_under, self._meeting.directory
+        run = sha256_of_json(str(meet.parent))[:12]
+        for left in under.glob(f"megatron-k2.{run}.*.{member.name}"):
             shutil.rmtree(left)
-        found = under / f"megatron-k2.{self._meeting.generation}.{member.name}"
+        found = under / f"megatron-k2.{run}.{self._meeting.generation}.{member.name}"
         found.mkdir(mode=0o700)
         try:
             yield found
