@@ -37,8 +37,8 @@ def stand_ins(folder, **more):
 
 def test_one_that_dies_or_hangs_is_started_again_elsewhere(tmp_path):
     engines, run = stand_ins(tmp_path), sha256_of_json(str(tmp_path))[:12]
-    left = tmp_path / "weights" / f"megatron-k2.{run}.6.0.engine.0.0"
-    others = tmp_path / "weights" / "megatron-k2.another-run.6.0.engine.0.0"
+    left = tmp_path / "weights" / f"megatron-k2.{run}.6.0.node.0"
+    others = tmp_path / "weights" / "megatron-k2.another-run.6.0.node.0"
     for each in (left, others):
         each.mkdir()
         (each / "bucket").write_text("weights")
@@ -63,7 +63,7 @@ def test_one_that_dies_or_hangs_is_started_again_elsewhere(tmp_path):
 
 
 def test_a_replica_over_two_nodes_is_started_again_as_one(tmp_path):
-    engines = stand_ins(tmp_path, nodes_per_replica=2, gpus_per_node=2)
+    engines = stand_ins(tmp_path, nodes_per_replica=2, gpus_per_node=2, weights_are_shared=True)
 
     def logged(run, rank, attempt):
         path = run.meeting.directory / "logs" / f"engine.0.{rank}.{attempt}.log"
@@ -85,6 +85,9 @@ def test_a_replica_over_two_nodes_is_started_again_as_one(tmp_path):
         os.kill(again.details["pid"], signal.SIGKILL)
         run.engine(0, attempt=2)
         assert "'data_parallel_start_rank': 2" in logged(run, 1, 2)
+        (weights,) = (tmp_path / "weights").iterdir()
+        assert again.details["weights"] == str(weights), "one for both nodes"
+    assert list((tmp_path / "weights").iterdir()) == []
     whys = [each.why for each in run.meeting.attempts("replica.0")]
     assert whys[1].startswith("engine.0.1: process")
     assert whys[2].startswith("engine.0.0: process")
