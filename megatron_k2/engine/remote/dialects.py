@@ -7,7 +7,7 @@ from megatron_k2.engine.protocol import Output, PauseMode, Request
 from megatron_k2.engine.remote import answers, sglang
 from megatron_k2.engine.remote.client import Client
 from megatron_k2.engine.remote.endpoints import Api, State
-from megatron_k2.engine.remote.rounds import FileRound
+from megatron_k2.engine.remote.rounds import FileRound, Round
 from megatron_k2.engine.remote.sglang import DirectoryRound
 from megatron_k2.errors import UserError
 
@@ -17,10 +17,6 @@ class Verb(NamedTuple):
 
     path: str
     body: Any = None
-
-
-type Round = FileRound | DirectoryRound
-"""A server's part in a round of new weights."""
 
 
 class Dialect(NamedTuple):

@@ -11,14 +11,10 @@ and tested against a stand-in that speaks as that source does. What to know of i
   read nor what it holds: ``engine check`` does.
 """
 
-import asyncio
+import os
 import shutil
 import uuid
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from megatron_k2.engine.protocol import (
     Candidate,
@@ -33,7 +29,6 @@ from megatron_k2.engine.protocol import (
 from megatron_k2.engine.remote.client import Client
 from megatron_k2.engine.remote.endpoints import State
 from megatron_k2.engine.transfer.bucket_files import BucketFolder
-from megatron_k2.engine.transfer.manifest import Manifest
 from megatron_k2.errors import UserError
 
 GENERATE = "/generate"
@@ -132,6 +127,12 @@ class DirectoryRound:
         self._client, self._state, self._version = client, state, version
         self._folder: BucketFolder | None = None
 
+    @property
+    def folder(self) -> BucketFolder:
+        """Where files for it are to lie; from ``begin`` on."""
+        assert self._folder is not None
+        return self._folder
+
     async def begin(self) -> None:
         """It answers nothing from here on.
 
@@ -141,34 +142,37 @@ class DirectoryRound:
         under = self._state.endpoint.weights_dir
         if under is None:
             raise UserError(f"{self._state.endpoint.base}: give the weights_dir of its endpoint")
+        self._folder = BucketFolder(under)
         await self._client.once(self._state, "POST", PAUSE, {"mode": "abort"})
-        directory = Path(under) / uuid.uuid4().hex
-        directory.mkdir()
-        self._folder = BucketFolder(directory)
+        self._whole = self._folder.directory / uuid.uuid4().hex
+        self._whole.mkdir()
 
-    async def give(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
-        """Some of the weights, kept until ``end``."""
-        assert self._folder is not None
-        await asyncio.to_thread(self._folder.write, bucket)
+    async def give(self, name: str) -> None:
+        """Some of the weights, kept under a name of this round's until ``end``."""
+        os.link(self.folder.require(name), self._whole / name)
 
-    async def end(self, manifest: Manifest) -> None:
+    async def end(self, manifest: str) -> None:
         """That was all: the server reads it.
+
+        Args:
+            manifest: of no use to it.
 
         Raises:
             UpdateError: it says that it could not, or serves other weights afterwards.
         """
-        assert self._folder is not None
-        directory = self._folder.directory
-        body = {"model_path": str(directory), "weight_version": self._version, "flush_cache": True}
+        del manifest
+        body = {"model_path": str(self._whole), "weight_version": self._version}
         try:
-            said = await self._client.once(self._state, "POST", "/update_weights_from_disk", body)
+            said = await self._client.once(
+                self._state, "POST", "/update_weights_from_disk", body | {"flush_cache": True}
+            )
         finally:
-            shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(self._whole, ignore_errors=True)
         base = self._state.endpoint.base
         if not said.get("success"):
             raise UpdateError(UpdateCode.WEIGHTS, f"{base}: {said.get('message')}")
         info = await self._client.once(self._state, "GET", "/model_info")
-        if (served := info.get("weight_version")) != manifest.version:
+        if (served := info.get("weight_version")) != self._version:
             raise UpdateError(
                 UpdateCode.VERSION, f"{base} says that it serves {served!r}, not {self._version!r}"
             )

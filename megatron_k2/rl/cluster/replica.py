@@ -9,9 +9,10 @@ from typing import Any
 
 from megatron_k2.engine.protocol import EngineError, Limits, Output, Request
 from megatron_k2.engine.remote.client import Client
-from megatron_k2.engine.remote.dialects import Round, dialect_of
+from megatron_k2.engine.remote.dialects import dialect_of
 from megatron_k2.engine.remote.endpoints import Endpoint, Policy, State
 from megatron_k2.engine.remote.engine import RemoteEngine
+from megatron_k2.engine.remote.rounds import Round
 from megatron_k2.rl.cluster.probe import Probe
 from megatron_k2.rl.cluster.rendezvous import Address
 

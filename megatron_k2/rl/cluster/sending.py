@@ -1,14 +1,15 @@
 """One round of new weights to several engines in step, bucket by bucket; who fails is left out."""
 
 import asyncio
-import functools
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from megatron_k2.engine.protocol import EngineError, UpdateCode, UpdateError
-from megatron_k2.engine.remote.dialects import Round
+from megatron_k2.engine.remote.rounds import Round, in_files
+from megatron_k2.engine.transfer.bucket_files import BucketFolder
 from megatron_k2.engine.transfer.buckets import buckets_of
 from megatron_k2.engine.transfer.manifest import Manifest
 from megatron_k2.errors import UserError
@@ -44,11 +45,21 @@ class Sending:
         await self._step(lambda part: part.begin())
         buckets = buckets_of(weights, bucket_bytes)
         while (bucket := await asyncio.to_thread(next, buckets, None)) is not None:
-            await self._step(functools.partial(_give, bucket=bucket))
+            write = partial(BucketFolder.write, bucket=bucket)
+            await self._in_files(write, lambda part, name: part.give(name))
         sent = manifest()
-        await self._step(lambda part: part.end(sent))
+        write = partial(BucketFolder.write_manifest, manifest=sent)
+        await self._in_files(write, lambda part, name: part.end(name))
         for each, _ in self._open:
             each.fill(self._version)
+
+    async def _in_files(
+        self,
+        write: Callable[[BucketFolder], str],
+        do: Callable[[Round, str], Awaitable[None]],
+    ) -> None:
+        async with in_files([part for _, part in self._open], write) as names:
+            await self._step(lambda part: do(part, names[part]))
 
     async def _step(self, do: Callable[[Round], Awaitable[Any]]) -> None:
         """The same at every engine that is still in the round."""
@@ -68,7 +79,3 @@ class Sending:
             told = "; ".join(dict.fromkeys(map(str, self._failed))) or "none is up"
             code = self._failed[0].code if self._failed else UpdateCode.ENGINE
             raise UpdateError(code, f"no engine took weights {self._version!r} whole: {told}")
-
-
-def _give(part: Round, bucket: Sequence[tuple[str, Tensor]]) -> Awaitable[None]:
-    return part.give(bucket)
