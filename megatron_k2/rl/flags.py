@@ -153,7 +153,7 @@ def _renamed(word: str) -> str:
 def _in_mini_batches(typed: Sequence[str]) -> list[str]:
     """What was counted in iterations of sampling as Megatron counts: in optimizer steps."""
     mini_batches, words = _count(typed, "--mini-batches", 1), list(typed)
-    for name in ("--save-interval", "--exit-interval"):
+    for name in ("--save-interval", "--save-retain-interval", "--exit-interval"):
         if last_value(words, name) is not None:
             number = _count(words, name, 1) * mini_batches
             words = [*take(words, name)[1], name, str(number)]

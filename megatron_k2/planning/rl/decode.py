@@ -14,7 +14,7 @@ from megatron_k2.planning.cost.params import count_parameters
 from megatron_k2.planning.estimate import Assumptions
 from megatron_k2.planning.gpus import GPUS_PER_NODE, Gpu
 from megatron_k2.planning.rl.memory import EngineWeights, engine_weights, latent_bytes
-from megatron_k2.planning.rl.request import Engines
+from megatron_k2.planning.rl.request import EngineLayout
 from megatron_k2.presets import ModelPreset
 
 LAYER_SECONDS = 60e-6
@@ -27,7 +27,7 @@ class Replica:
 
     preset: ModelPreset
     gpu: Gpu
-    engines: Engines
+    engines: EngineLayout
     weights: EngineWeights
     assumptions: Assumptions
 
@@ -99,6 +99,6 @@ class Replica:
         return self.gpu.network_gb_per_s * 1e9 * self.assumptions.network
 
 
-def replica(p: ModelPreset, gpu: Gpu, engines: Engines, a: Assumptions) -> Replica:
+def replica(p: ModelPreset, gpu: Gpu, engines: EngineLayout, a: Assumptions) -> Replica:
     """The rates of ``engines`` on ``gpu``."""
     return Replica(p, gpu, engines, engine_weights(p, engines), a)

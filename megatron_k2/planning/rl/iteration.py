@@ -18,7 +18,7 @@ from megatron_k2.planning.rl.memory import (
     ENGINE_RESIDUE_GB,
     TRAINER_RESIDUE_GB,
     RlMemory,
-    plan_memory,
+    held,
 )
 from megatron_k2.planning.rl.request import RlRequest
 from megatron_k2.planning.rl.simulate import Rollout, Simulation
@@ -109,7 +109,7 @@ def packs_per_step(r: RlRequest) -> int:
 
 
 def plan_iteration(r: RlRequest, a: Assumptions | None = None, seed: int = 0) -> RlPlan:
-    """Memory, seconds and tokens of an iteration.
+    """Memory, seconds and tokens of an iteration, whether it fits (``fit.plan_memory``) or not.
 
     Args:
         r: the run.
@@ -117,10 +117,10 @@ def plan_iteration(r: RlRequest, a: Assumptions | None = None, seed: int = 0) ->
         seed: of the simulated lengths.
 
     Raises:
-        UserError: where a phase does not fit.
+        UserError: for a trainer that cannot be laid out.
     """
     a = a or Assumptions()
-    memory = plan_memory(r, a.reserved_gb)
+    memory = held(r, a.reserved_gb)
     rates = replica(r.trainer.preset, r.trainer.gpu, r.engines, a)
     packs = r.trainer.replace(
         sequences_per_step=packs_per_step(r), document_tokens=r.lengths.document_tokens
@@ -160,16 +160,16 @@ def tokens_of_judges(r: RlRequest) -> float:
 def _parts(
     r: RlRequest, memory: RlMemory, step: Estimate, rollout: float, a: Assumptions
 ) -> tuple[Part, ...]:
-    gpu, held = r.trainer.gpu, memory.train
+    gpu, train = r.trainer.gpu, memory.train
     host = gpu.pcie_gb_per_s * 1e9 * a.part("host")
     moves = r.engines.is_colocated
     update = weight_update(r.trainer.preset, gpu, r.world_size, a, is_fp8=r.engines.is_fp8)
     return (
-        Part("states to host", held.optimizer / host if moves else 0.0),
+        Part("states to host", train.optimizer / host if moves else 0.0),
         Part("update", update.seconds),
-        Part("weights to host", held.weights / host if moves else 0.0),
+        Part("weights to host", train.weights / host if moves else 0.0),
         Part("rollout", rollout),
-        Part("back to GPU", (held.optimizer + held.weights) / host if moves else 0.0),
+        Part("back to GPU", (train.optimizer + train.weights) / host if moves else 0.0),
         Part("pi_old", r.mini_batches * forward_seconds(step, a)),
         Part("train", r.mini_batches * step.step_seconds),
     )

@@ -17,7 +17,7 @@ class Embedded:
 
 
 @dataclass(frozen=True)
-class Engines:
+class EngineLayout:
     """Servers that answer while the model trains.
 
     Experts are spread over all GPUs of a replica; attention is split over ``tp`` of them, and each
@@ -73,7 +73,7 @@ class Engines:
         """Of a replica, each with answers of its own."""
         return max(1, self.gpus // self.tp)
 
-    def replace(self, **changes: object) -> "Engines":
+    def replace(self, **changes: object) -> "EngineLayout":
         """A copy in which the fields of ``changes`` have those values."""
         return replace(self, **changes)  # type: ignore[arg-type]
 
@@ -88,7 +88,7 @@ class RlRequest:
 
     trainer: RunRequest
     """``sequences_per_step`` answers a step; each at most a pack."""
-    engines: Engines
+    engines: EngineLayout
     lengths: Lengths
     group_size: int
     mini_batches: int
@@ -127,3 +127,7 @@ class RlRequest:
         """GPUs of the allocation."""
         own = 0 if self.engines.is_colocated else self.engines.replicas * self.engines.gpus
         return self.trainer.world_size + own
+
+    def replace(self, **changes: object) -> "RlRequest":
+        """A copy in which the fields of ``changes`` have those values."""
+        return replace(self, **changes)  # type: ignore[arg-type]

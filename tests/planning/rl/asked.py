@@ -3,7 +3,7 @@
 from megatron_k2.planning.gpus import get_gpu
 from megatron_k2.planning.request import RunRequest
 from megatron_k2.planning.rl.lengths import Lengths
-from megatron_k2.planning.rl.request import Engines, RlRequest
+from megatron_k2.planning.rl.request import EngineLayout, RlRequest
 from megatron_k2.presets import KIMI_K2
 
 LENGTHS = Lengths(median=4096, sigma=1.0, most=31744, prompt=1024)
@@ -19,7 +19,7 @@ def trainer(gpu="h800", world_size=256, **changes):
 
 def request(gpu="h800", nodes=4, world_size=256, *, tp=1, slots=None, **changes):
     replicas = world_size // 8 // nodes
-    engines = Engines(replicas, nodes, tp=tp, slots=slots or 2048 // replicas)
+    engines = EngineLayout(replicas, nodes, tp=tp, slots=slots or 2048 // replicas)
     given = {
         "engines": engines,
         "lengths": LENGTHS,

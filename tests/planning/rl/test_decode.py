@@ -8,12 +8,12 @@ from megatron_k2.planning.estimate import Assumptions
 from megatron_k2.planning.gpus import get_gpu
 from megatron_k2.planning.rl.decode import LAYER_SECONDS, replica
 from megatron_k2.planning.rl.memory import engine_weights
-from megatron_k2.planning.rl.request import Engines
+from megatron_k2.planning.rl.request import EngineLayout
 from megatron_k2.presets import KIMI_K2
 
 A = Assumptions(hbm=0.5, grouped=0.5, attention=0.25, network=0.5)
 H800 = get_gpu("h800")
-ENGINES = Engines(1, 4, slots=256)
+ENGINES = EngineLayout(1, 4, slots=256)
 
 
 def _rates(engines=ENGINES):
@@ -40,7 +40,7 @@ def test_products_are_all_linears_and_attention_over_latents():
 def test_a_token_goes_to_each_of_its_experts_and_back_over_the_network():
     copies = 64 / 32 * 8 * 7168 * (1 + 2) * 31 / 32
     assert _rates().sent_seconds(64) == pytest.approx(60 * copies / (0.5 * 50e9))
-    in_a_node = _rates(Engines(1, 1, slots=8))
+    in_a_node = _rates(EngineLayout(1, 1, slots=8))
     copies = 64 / 8 * 8 * 7168 * (1 + 2) * 7 / 8
     assert in_a_node.sent_seconds(64) == pytest.approx(60 * copies / (0.5 * 200e9))
 

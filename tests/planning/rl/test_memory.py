@@ -4,6 +4,7 @@ import pytest
 
 from megatron_k2.errors import UserError
 from megatron_k2.planning.cost.memory import rank_memory
+from megatron_k2.planning.rl.fit import fewest_nodes, plan_memory, slots_that_fit
 from megatron_k2.planning.rl.memory import (
     ENGINE_RESIDUE_GB,
     ENGINE_WORKSPACE_GB,
@@ -11,10 +12,8 @@ from megatron_k2.planning.rl.memory import (
     engine_weights,
     held,
     latent_bytes,
-    plan_memory,
-    slots_that_fit,
 )
-from megatron_k2.planning.rl.request import Engines
+from megatron_k2.planning.rl.request import EngineLayout
 from megatron_k2.planning.update import model_bytes
 from megatron_k2.presets import KIMI_K2, MOONLIGHT_16B_A3B
 from tests.planning.rl.asked import LENGTHS, request
@@ -24,7 +23,7 @@ GB = 1e9
 
 @pytest.mark.parametrize(("p", "is_fp8"), [(KIMI_K2, True), (MOONLIGHT_16B_A3B, False)])
 def test_one_gpu_would_hold_the_model(p, is_fp8):
-    alone = Engines(1, 1, gpus_per_node=1, is_fp8=is_fp8, slots=1)
+    alone = EngineLayout(1, 1, gpus_per_node=1, is_fp8=is_fp8, slots=1)
     biases = 4 * p.num_moe_layers * p.num_moe_experts
     assert engine_weights(p, alone).total == pytest.approx(model_bytes(p, is_fp8=is_fp8) - biases)
 
@@ -33,7 +32,7 @@ def test_k2_does_not_fit_a_node_nor_two_of_80_gb():
     """8 x 80 GB are 640 GB, the weights 1,029 GB; two nodes hold them and nothing else."""
     assert 1028 * GB < model_bytes(KIMI_K2, is_fp8=True) < 1030 * GB
     for nodes, share in ((1, 1029 / 8), (2, 1029 / 16)):
-        weights = engine_weights(KIMI_K2, Engines(1, nodes, tp=8, slots=8)).total
+        weights = engine_weights(KIMI_K2, EngineLayout(1, nodes, tp=8, slots=8)).total
         assert share * GB < weights < (share + 3) * GB, "what is not split counts eight times"
         with pytest.raises(UserError, match=r"phase update: .*engine weights .*residue 8\.5"):
             plan_memory(request("h800", nodes, tp=8))
@@ -44,6 +43,15 @@ def test_a_node_of_141_gb_is_too_small_for_both_and_two_are_not():
     with pytest.raises(UserError, match=r"on a GPU of 141 .*nodes_per_replica=2"):
         plan_memory(request("h200", 1, tp=8))
     plan_memory(request("h200", 2))
+
+
+@pytest.mark.parametrize(("gpu", "nodes"), [("h800", 4), ("h200", 2)])
+def test_the_fewest_nodes_are_found(gpu, nodes):
+    engines = fewest_nodes(request(gpu, 1), 2048)
+    assert (engines.nodes_per_replica, engines.replicas) == (nodes, 32 // nodes)
+    assert engines.slots * engines.replicas == 2048
+    with pytest.raises(UserError, match="on a GPU of 80"):
+        fewest_nodes(request("h800", 1, engines=EngineLayout(2, 1, is_colocated=False)), 32)
 
 
 def test_phases_add_up_by_hand():
@@ -97,13 +105,13 @@ def test_engines_on_nodes_of_their_own_have_the_whole_gpu():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: Engines(1, 1, tp=3), "does not divide the 8 GPUs"),
-        (lambda: Engines(1, 2, slots=24), "a multiple of the 16 groups"),
-        (lambda: Engines(0, 1), "1 or more of each"),
-        (lambda: Engines(1, 1, backend="trt"), "local, vllm, sglang"),
-        (lambda: request(engines=Engines(3, 4)), "3 replicas of 32 GPUs on the trainer's 256"),
+        (lambda: EngineLayout(1, 1, tp=3), "does not divide the 8 GPUs"),
+        (lambda: EngineLayout(1, 2, slots=24), "a multiple of the 16 groups"),
+        (lambda: EngineLayout(0, 1), "1 or more of each"),
+        (lambda: EngineLayout(1, 1, backend="trt"), "local, vllm, sglang"),
+        (lambda: request(engines=EngineLayout(3, 4)), "3 replicas of 32 GPUs on the trainer's 256"),
         (lambda: request(judged=2), "a part from 0 to 1"),
-        (lambda: engine_weights(KIMI_K2, Engines(1, 5, slots=40)), "384 experts on a replica"),
+        (lambda: engine_weights(KIMI_K2, EngineLayout(1, 5, slots=40)), "384 experts on a replica"),
     ],
 )
 def test_engines_that_cannot_be_are_refused(call, words):

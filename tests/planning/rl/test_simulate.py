@@ -9,12 +9,12 @@ from megatron_k2.planning.estimate import Assumptions
 from megatron_k2.planning.gpus import get_gpu
 from megatron_k2.planning.rl.decode import replica
 from megatron_k2.planning.rl.lengths import Lengths
-from megatron_k2.planning.rl.request import Engines
+from megatron_k2.planning.rl.request import EngineLayout
 from megatron_k2.planning.rl.simulate import Simulation
 from megatron_k2.presets import KIMI_K2
 
 LENGTHS = Lengths(median=60, sigma=1.0, most=500, prompt=20)
-RATES = replica(KIMI_K2, get_gpu("h800"), Engines(1, 4, slots=32), Assumptions())
+RATES = replica(KIMI_K2, get_gpu("h800"), EngineLayout(1, 4, slots=32), Assumptions())
 GROUPS, SIZE, REPLICAS = 12, 4, 2
 
 
