@@ -37,6 +37,19 @@ def test_what_peers_state_is_what_the_recipe_has():
     assert last_value(flags, "--save-retain-interval") == "80"
 
 
+def test_flags_that_are_expanded_stay_what_they_are():
+    """``examples/rl_k2.sh`` gives them to a program that expands what it is given."""
+    recipe = get_recipe(K2)
+    once = recipe.to_megatron_args("runs/b")
+    twice = recipe.stage.program.expand(once, cuda=True)
+    names = {word for word in once if word.startswith("--")}
+    assert {word for word in twice if word.startswith("--")} == names
+    values = [{n: last_value([*words, "--"], n) for n in names} for words in (once, twice)]
+    values = [{n: v for n, v in each.items() if not v.startswith("--")} for each in values]
+    assert values[0] == values[1]
+    assert values[0]["--save-interval"] == "20"
+
+
 def test_what_reinforcement_learning_refuses_is_left_out(monkeypatch):
     monkeypatch.setattr("megatron_k2.training.preflight.require_transformer_engine", lambda: "2.20")
     recipe = get_recipe("kimi_k2_rl_512gpu_h800")
