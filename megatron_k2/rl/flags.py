@@ -167,7 +167,7 @@ def _in_mini_batches(typed: Sequence[str]) -> list[str]:
 
 
 def _start(typed: Sequence[str]) -> list[str]:
-    """Weights alone of what ``--load`` names: steps and momentum begin anew; not of the run's own."""
+    """Weights alone of what ``--load`` names, another run: steps and momentum begin anew."""
     load = last_value(typed, "--load")
     is_given = load not in (None, last_value(typed, "--save")) and "--finetune" not in typed
     return ["--finetune"] if is_given else []
