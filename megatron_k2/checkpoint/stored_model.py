@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 from megatron_k2.checkpoint.block_fp8.layout import SCALE_SUFFIX
 from megatron_k2.checkpoint.hf.config_keys import expert_groups
+from megatron_k2.checkpoint.hf.downloads import find_release
+from megatron_k2.checkpoint.hf.language_model import language_config
 from megatron_k2.checkpoint.hf.preset import preset_from_hf
-from megatron_k2.checkpoint.hf.reader import HfSource, is_hf_directory
+from megatron_k2.checkpoint.hf.reader import HfSource, is_hf_directory, read_json
 from megatron_k2.checkpoint.hf.release import open_release
 from megatron_k2.checkpoint.lora.adapters import AdapterSource, is_adapters
 from megatron_k2.checkpoint.lora.merged import MergedSource, RowSource
@@ -78,6 +80,16 @@ def open_model(directory: Path, iteration: int | None = None) -> StoredModel:
     own = [pair for pair in pairs if pair.layer < settled.num_layers]
     preset = preset_from_hf(config, settled.name)
     return StoredModel(preset, expert_groups(config), partial(_tensors_of_run, rows, own))
+
+
+def described_model(directory: Path) -> StoredModel:
+    """A model of which nothing but ``config.json`` need lie there; it has no tensors.
+
+    Raises:
+        UserError: there is no ``config.json``, or it is of another kind of model.
+    """
+    config = language_config(read_json(find_release(directory) / "config.json"))
+    return StoredModel(preset_from_hf(config, None), expert_groups(config), lambda: iter(()))
 
 
 def _tensors_of_run(rows: RowSource, pairs: list[Pair]) -> "Iterator[tuple[str, Tensor]]":

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 from megatron_k2.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from megatron_k2.data.tokenizer import Tokenizer
     from megatron_k2.engine.protocol import Engine
     from megatron_k2.engine.server.service import ServerLimits
     from megatron_k2.engine.transfer.bucket_files import BucketFolder
@@ -24,6 +27,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--load", type=Path, required=True, metavar="DIR", help="Hugging Face directory, or a run")
+    add(
+        "--load-format",
+        choices=("auto", "dummy"),
+        default="auto",
+        help="dummy: read DIR's "
+        "config.json alone; 503 until new weights have come whole (--weights-dir)",
+    )
     add("--tokenizer", type=Path, metavar="PATH", help="default: DIR's, or what the run was fed")
     add("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
     add("--port", type=int, default=8000, help="0: any free one (default: %(default)s)")
@@ -92,46 +102,55 @@ def _weights_folder(arguments: argparse.Namespace) -> "BucketFolder | None":
     from megatron_k2.engine.transfer.bucket_files import BucketFolder
 
     if arguments.weights_dir is None:
+        if arguments.load_format == "dummy":
+            raise UserError("--load-format dummy: weights then have to come; give --weights-dir")
         return None
     if not arguments.admin:
         raise UserError("--weights-dir is of use with --admin alone; give both, or neither")
     return BucketFolder(arguments.weights_dir)
 
 
-def _run(arguments: argparse.Namespace, api_key: str | None, weights: "BucketFolder | None") -> int:
-    import asyncio
-
+def _engine(arguments: argparse.Namespace, load: "Callable[[], Tokenizer]") -> "Engine":
     import torch
 
-    from megatron_k2.checkpoint.stored_model import open_model
-    from megatron_k2.data.tokenizer import load_tokenizer
+    from megatron_k2.checkpoint.stored_model import described_model, open_model
     from megatron_k2.engine.local.engine import LocalEngine
     from megatron_k2.engine.local.opened import core_of
     from megatron_k2.engine.local.pool import PoolEngine
-    from megatron_k2.engine.server.app import listening, make_app
-    from megatron_k2.engine.server.service import Service
+    from megatron_k2.engine.protocol import NO_WEIGHTS
 
-    limits, memory, folder = _limits(arguments), arguments.memory_gb, arguments.load
-    load = functools.partial(load_tokenizer, _tokenizer_of(folder, arguments.tokenizer))
-    tokenizer = load()
-    longest = open_model(folder).preset.max_position_embeddings
+    folder, memory = arguments.load, arguments.memory_gb
+    is_empty = arguments.load_format == "dummy"
+    longest = (described_model if is_empty else open_model)(folder).preset.max_position_embeddings
     options: dict[str, Any] = {
         "num_slots": arguments.num_slots,
         "max_length": arguments.max_length or min(longest, 4096),
         "dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype],
+        "version": NO_WEIGHTS if is_empty else "0",
         "memory_bytes": None if memory is None else int(memory * 2**30),
         "is_batch_invariant": arguments.batch_invariant,
+        "tokenizer": load,
     }
     if arguments.processes == 1:
-        engine: Engine = LocalEngine(
-            core_of(folder, device=arguments.device, tokenizer=lambda: tokenizer, **options)
-        )
-    elif arguments.device != "cpu":
+        return LocalEngine(core_of(folder, device=arguments.device, **options))
+    if arguments.device != "cpu":
         raise UserError(f"--processes {arguments.processes}: on a CPU alone; leave it or --device")
-    else:
-        engine = PoolEngine.from_directory(
-            folder, num_processes=arguments.processes, tokenizer=load, **options
-        )
+    return PoolEngine.from_directory(folder, num_processes=arguments.processes, **options)
+
+
+def _run(arguments: argparse.Namespace, api_key: str | None, weights: "BucketFolder | None") -> int:
+    import asyncio
+
+    from megatron_k2.data.tokenizer import load_tokenizer
+    from megatron_k2.engine.server.app import listening, make_app
+    from megatron_k2.engine.server.service import Service
+
+    limits = _limits(arguments)
+    tokenizer_of = functools.partial(
+        load_tokenizer, _tokenizer_of(arguments.load, arguments.tokenizer)
+    )
+    tokenizer = tokenizer_of()
+    engine = _engine(arguments, tokenizer_of)
     name = arguments.name or arguments.load.resolve().name
     service = Service(engine, tokenizer, name, limits)
     app = make_app(service, api_key=api_key, has_admin=arguments.admin, weights=weights)

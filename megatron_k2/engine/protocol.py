@@ -183,6 +183,10 @@ class Health(NamedTuple):
     num_waiting: int
 
 
+NO_WEIGHTS = "none"
+"""The weight version of an engine that has been given none: it answers nothing until it is."""
+
+
 class EngineError(RuntimeError):
     """The engine cannot answer, for a reason that is not the request's: dead, or half updated."""
 

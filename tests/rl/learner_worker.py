@@ -66,8 +66,8 @@ class Seen(Scripted):
         self._note()
         return found
 
-    def committed(self, iteration):
-        super().committed(iteration)
+    async def committed(self, iteration):
+        await super().committed(iteration)
         self._note()
 
     def _note(self):

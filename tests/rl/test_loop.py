@@ -9,6 +9,7 @@ import torch
 from megatron_k2.engine.protocol import EngineError, UpdateCode, UpdateError
 from megatron_k2.rl.learner import Ended
 from megatron_k2.rl.loop import Side, run
+from megatron_k2.rl.waiting import waiting_of_ranks
 from tests.rl.recorded import Scripted, iteration
 from tests.support.single_rank import one_rank
 
@@ -31,6 +32,9 @@ class Learner:
         if is_saved:
             self.log.append("save")
         return Ended(is_saved, self.iteration == self.ends)
+
+    def save_now(self):
+        self.log.append("save now")
 
 
 class Engine:
@@ -62,21 +66,36 @@ class Source:
 class Noted(Scripted):
     """Writes into the same log."""
 
-    def __init__(self, log):
+    def __init__(self, log, loses, never_ends):
         super().__init__([iteration(seed) for seed in range(4)])
-        self.log = log
+        self.log, self.loses, self.never_ends = log, list(loses), never_ends
 
     async def collect(self, iteration, version):
         self.log.append(f"collect {iteration} at {version}")
+        if self.never_ends == iteration:
+            await asyncio.sleep(3600)
+        if iteration in self.loses:
+            self.loses.remove(iteration)
+            return None
         return await super().collect(iteration, version)
 
-    def committed(self, iteration):
+    async def committed(self, iteration):
         self.log.append(f"commit {iteration}")
 
 
-def _run(takes, *, begin=0, fails="", saves=(2, 3), ends=None, show=lambda _: None):
+def _run(
+    takes,
+    *,
+    begin=0,
+    fails="",
+    saves=(2, 3),
+    ends=None,
+    show=lambda _: None,
+    loses=(),
+    never_ends=None,
+):
     log = []
-    side = Side(Noted(log), Engine(log, fails))
+    side = Side(Noted(log, loses, never_ends), Engine(log, fails))
     with one_rank():
         try:
             asyncio.run(
@@ -84,6 +103,9 @@ def _run(takes, *, begin=0, fails="", saves=(2, 3), ends=None, show=lambda _: No
                     Learner(log, takes, begin, saves, ends),
                     Source(),
                     side,
+                    waiting=waiting_of_ranks(
+                        lambda: len(log) > 0 and log[-1] == f"collect {never_ends} at 1"
+                    ),
                     iterations=len(takes),
                     show=show,
                 )
@@ -137,3 +159,16 @@ def test_without_a_place_to_save_nothing_is_committed():
 @pytest.mark.parametrize("takes", [[0], [0, 0]])
 def test_an_engine_is_synced_once_where_nothing_is_learnt(takes):
     assert sum(line.startswith("sync") for line in _run(takes)) == 1
+
+
+def test_an_engine_that_lost_its_weights_gets_them_and_the_iteration_is_asked_for_again():
+    assert _run([1, 1], loses=[1, 1], saves=(2,)) == [
+        *("sync 0", "collect 0 at 0", "learn 4", "sync 1"),
+        *("collect 1 at 1", "sync 1", "collect 1 at 1", "sync 1", "collect 1 at 1"),
+        *("learn 4", "sync 2", "save", "commit 1"),
+    ]
+
+
+def test_a_signal_while_rollouts_are_collected_saves_what_is_learnt_and_ends():
+    log = _run([1, 1, 1], never_ends=1, saves=(3,))
+    assert log[-3:] == ["sync 1", "collect 1 at 1", "save now"]

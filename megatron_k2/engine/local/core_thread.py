@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_k2.engine.local.core import Core
 from megatron_k2.engine.protocol import (
+    NO_WEIGHTS,
     EngineError,
     Health,
     Output,
@@ -25,6 +26,7 @@ from megatron_k2.engine.protocol import (
 from megatron_k2.engine.transfer.manifest import Manifest
 from megatron_k2.errors import UserError
 
+UNGIVEN = "this engine has no weights yet: it was started without, and waits for an update"
 type Deliveries = list[tuple[str, Output | EngineError]]
 """Of one step: ids of requests, and what they got; an error is the last that comes."""
 
@@ -33,7 +35,7 @@ class CoreThread:
     """See the module. What is asked for comes as a future, done on the thread.
 
     Args:
-        core: with weights loaded; the thread's from here on.
+        core: with weights, or of version ``NO_WEIGHTS``; the thread's from here on.
         deliver: called on the thread.
     """
 
@@ -45,7 +47,7 @@ class CoreThread:
         self._open: set[str] = set()
         """Requests that still get something."""
         self._is_paused = self._is_closed = False
-        self._fault = ""
+        self._fault = UNGIVEN if core.version == NO_WEIGHTS else ""
         self._idle: list[Future[None]] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -128,7 +130,12 @@ class CoreThread:
 
     def adopt(self, version: str) -> Future[None]:
         """Go on with weights that another process has replaced in their files."""
-        return self._send(lambda: self.core.adopt(version))
+
+        def take() -> None:
+            self.core.adopt(version)
+            self._fault = ""
+
+        return self._send(take)
 
     def health(self) -> Health:
         """Now, without waiting."""

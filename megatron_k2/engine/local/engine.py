@@ -27,7 +27,7 @@ class LocalEngine:
     """The embedded engine.
 
     Args:
-        core: with weights loaded; the engine's from here on.
+        core: see ``CoreThread``; the engine's from here on.
     """
 
     def __init__(self, core: Core) -> None:

@@ -5,21 +5,24 @@ from pathlib import Path
 
 import torch
 
-from megatron_k2.checkpoint.stored_model import StoredModel, open_model
+from megatron_k2.checkpoint.stored_model import StoredModel, described_model, open_model
 from megatron_k2.data.tokenizer import Tokenizer
 from megatron_k2.engine.constrained import Grammars
 from megatron_k2.engine.local.core import STEP_TOKENS, Core
 from megatron_k2.engine.local.weights import Weights
+from megatron_k2.engine.protocol import NO_WEIGHTS
 from megatron_k2.errors import UserError
 
 
-def model_for(folder: Path, max_length: int, iteration: int | None = None) -> StoredModel:
-    """What lies there, for slots of ``max_length`` tokens.
+def model_for(
+    folder: Path, max_length: int, iteration: int | None = None, *, is_read: bool = True
+) -> StoredModel:
+    """What lies there, for slots of ``max_length`` tokens; not ``is_read``: its shape alone.
 
     Raises:
         UserError: see ``open_model``, or the slots are too long for it.
     """
-    model = open_model(folder, iteration)
+    model = open_model(folder, iteration) if is_read else described_model(folder)
     longest = model.preset.max_position_embeddings
     if max_length > longest:
         raise UserError(f"slots of {max_length} tokens: this model reads up to {longest}")
@@ -49,7 +52,7 @@ def core_of(
         iteration: of a run; None: the latest.
         dtype: to compute in.
         device: to compute on.
-        version: of the weights.
+        version: of the weights; ``NO_WEIGHTS``: they are not read, and ``config.json`` is enough.
         step_tokens: most rows of a step.
         memory_bytes: that weights and slots may take.
         is_batch_invariant: see ``Core``.
@@ -58,9 +61,10 @@ def core_of(
     Raises:
         UserError: see ``model_for``, or it does not fit.
     """
-    model = model_for(folder, max_length, iteration)
+    model = model_for(folder, max_length, iteration, is_read=version != NO_WEIGHTS)
     weights = Weights(model.preset, dtype, torch.device(device), model.expert_groups)
-    weights.load(model.tensors())
+    if version != NO_WEIGHTS:
+        weights.load(model.tensors())
     return Core(
         weights,
         num_slots=num_slots,

@@ -21,12 +21,13 @@ from torch import Tensor
 from megatron_k2.data.tokenizer import Tokenizer
 from megatron_k2.engine.local import worker
 from megatron_k2.engine.local.core import NO_GRAMMARS, STEP_TOKENS, require_room
-from megatron_k2.engine.local.core_thread import code_of
+from megatron_k2.engine.local.core_thread import UNGIVEN, code_of
 from megatron_k2.engine.local.invariant import whole_tiles
 from megatron_k2.engine.local.member import Member
 from megatron_k2.engine.local.opened import grammars_of, model_for
 from megatron_k2.engine.local.weights import Weights
 from megatron_k2.engine.protocol import (
+    NO_WEIGHTS,
     EngineError,
     Health,
     Limits,
@@ -44,7 +45,7 @@ class PoolEngine:
     """See the module.
 
     Args:
-        weights: in files, loaded; the pool's from here on.
+        weights: in files, loaded unless the share's version is ``NO_WEIGHTS``; the pool's.
         share: what each process computes with.
         num_processes: of them.
     """
@@ -56,7 +57,7 @@ class PoolEngine:
         )
         self._numbers = itertools.count()
         self._is_paused = self._is_closed = False
-        self._fault = ""
+        self._fault = UNGIVEN if share.version == NO_WEIGHTS else ""
         self._members = [self._started(number, share) for number in range(num_processes)]
         for member in self._members:
             self._await_ready(member)
@@ -70,7 +71,7 @@ class PoolEngine:
         num_slots: int,
         max_length: int,
         dtype: torch.dtype = torch.float32,
-        weight_version: str = "0",
+        version: str = "0",
         step_tokens: int = STEP_TOKENS,
         memory_bytes: int | None = None,
         is_batch_invariant: bool = False,
@@ -78,14 +79,15 @@ class PoolEngine:
     ) -> Self:
         """Serve a run or a Hugging Face directory; the processes share ``num_slots`` out.
 
-        ``tokenizer`` is pickled; what else may be given is ``opened.core_of``'s.
+        ``tokenizer`` is pickled; what else may be given is ``opened.core_of``'s. Of the
+        ``version`` ``NO_WEIGHTS`` nothing but ``config.json`` is read.
 
         Raises:
             UserError: see ``opened.core_of``; or a process does not start.
         """
         if not 1 <= num_processes <= num_slots:
             raise UserError(f"{num_processes} processes for {num_slots} slots: 1 to {num_slots}")
-        model = model_for(folder, max_length)
+        model = model_for(folder, max_length, is_read=version != NO_WEIGHTS)
         each = -(-num_slots // num_processes)
         files = Path(tempfile.mkdtemp(prefix="megatron-k2-weights-"))
         try:
@@ -93,7 +95,8 @@ class PoolEngine:
             weights = Weights(model.preset, dtype, torch.device("cpu"), groups, files)
             length = whole_tiles(max_length) if is_batch_invariant else max_length
             require_room(weights, each * num_processes, length, memory_bytes)
-            weights.load(model.tensors())
+            if version != NO_WEIGHTS:
+                weights.load(model.tensors())
             share = worker.Share(
                 model.preset,
                 dtype,
@@ -101,7 +104,7 @@ class PoolEngine:
                 files,
                 each,
                 max_length,
-                weight_version,
+                version,
                 step_tokens,
                 is_batch_invariant,
                 grammars_of(model, tokenizer),

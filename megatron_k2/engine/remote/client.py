@@ -2,7 +2,7 @@
 
 A request goes to one of several endpoints, is repeated elsewhere or later when the answer is an
 error that may pass, cut or not JSON, and ends in exactly one answer or one exception. Keys come
-from the environment and stand in headers alone: neither errors nor logs hold them.
+from the environment or a file and stand in headers alone: neither errors nor logs hold them.
 """
 
 import asyncio
@@ -199,12 +199,24 @@ class Client:
 
 def _headers(endpoint: Endpoint) -> dict[str, str]:
     headers = {"Content-Type": "application/json"}
-    if endpoint.key_env is not None:
-        key = os.environ.get(endpoint.key_env, "")
-        if not key:
-            raise UserError(f"key_env {endpoint.key_env} of {endpoint.base}: not set")
+    if (key := _key(endpoint)) is not None:
         headers["Authorization"] = f"Bearer {key}"
     return headers
+
+
+def _key(endpoint: Endpoint) -> str | None:
+    if endpoint.key_env is not None:
+        if not (key := os.environ.get(endpoint.key_env, "")):
+            raise UserError(f"key_env {endpoint.key_env} of {endpoint.base}: not set")
+        return key
+    if endpoint.key_file is None:
+        return None
+    try:
+        return endpoint.key_file.read_text().strip()
+    except OSError as problem:
+        raise UserError(
+            f"key_file {endpoint.key_file} of {endpoint.base}: {problem.strerror}"
+        ) from None
 
 
 def _checked(status: int, retry_after: str | None, content: bytes, url: str) -> Any:

@@ -6,6 +6,7 @@ No input, no output and no clock of its own: whoever calls says what time it is.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from megatron_k2.errors import UserError
@@ -25,6 +26,8 @@ class Endpoint:
     """Its share of the requests, against the others'."""
     key_env: str | None = None
     """Environment variable with the key; a key itself is written nowhere."""
+    key_file: Path | None = None
+    """File with the key, where there is no such variable."""
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)

@@ -9,8 +9,7 @@ is served, to none: one that failed answers nothing until a round succeeds.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Any, Self
 
 from torch import Tensor
@@ -28,8 +27,8 @@ from megatron_k2.engine.protocol import (
 )
 from megatron_k2.engine.remote.answers import body_of, output_of
 from megatron_k2.engine.remote.client import Client
-from megatron_k2.engine.remote.endpoints import Endpoint, Policy, State
-from megatron_k2.engine.transfer.bucket_files import BucketFolder
+from megatron_k2.engine.remote.endpoints import Endpoint, Policy
+from megatron_k2.engine.remote.rounds import FileRound, all_of
 from megatron_k2.engine.transfer.buckets import BUCKET_BYTES, buckets_of
 from megatron_k2.engine.transfer.manifest import Manifest
 from megatron_k2.errors import UserError
@@ -149,7 +148,7 @@ class RemoteEngine:
     async def _everywhere(self, method: str, path: str, body: Any = None) -> list[Any]:
         """One attempt at every endpoint; the first that fails is the error."""
         states = self._client.endpoints.states
-        return await _all(self._client.once(state, method, path, body) for state in states)
+        return await all_of(self._client.once(state, method, path, body) for state in states)
 
     async def update_weights(
         self,
@@ -177,42 +176,13 @@ class RemoteEngine:
     async def _update(
         self, weights: Iterable[tuple[str, Tensor]], version: str, manifest: Callable[[], Manifest]
     ) -> None:
-        client, states = self._client, self._client.endpoints.states
-        init = {"init_info": {"backend": "files"}}
-        places = await self._everywhere("POST", "/init_weight_transfer_engine", init)
-        folders = [BucketFolder(Path(place["directory"])) for place in places]
-        await self._everywhere("POST", "/start_weight_update", {"weight_version": version})
+        states = self._client.endpoints.states
+        rounds = [FileRound(self._client, state, version) for state in states]
+        await all_of(each.begin() for each in rounds)
         buckets = buckets_of(weights, self._bucket_bytes)
-
-        async def give(state: State, folder: BucketFolder, bucket: Any) -> None:
-            name = await asyncio.to_thread(folder.write, bucket)
-            try:
-                body = {"update_info": {"file": name}}
-                await client.once(state, "POST", "/update_weights", body)
-            finally:
-                folder.remove(name)
-
-        async def end(state: State, folder: BucketFolder) -> None:
-            name = await asyncio.to_thread(folder.write_manifest, manifest())
-            try:
-                body = {"weight_version": version, "manifest": name}
-                await client.once(state, "POST", "/finish_weight_update", body)
-            finally:
-                folder.remove(name)
-
         while (bucket := await asyncio.to_thread(next, buckets, None)) is not None:
-            await _all(give(s, f, bucket) for s, f in zip(states, folders, strict=True))
-        await _all(end(s, f) for s, f in zip(states, folders, strict=True))
-        await self._require_served(version)
-
-    async def _require_served(self, version: str) -> None:
-        infos = await self._everywhere("GET", "/weight_info")
-        for state, info in zip(self._client.endpoints.states, infos, strict=True):
-            if (served := info.get("weight_version")) != version:
-                raise UpdateError(
-                    UpdateCode.VERSION,
-                    f"{state.endpoint.base} says that it serves {served!r}, not {version!r}",
-                )
+            await all_of(each.give(bucket) for each in rounds)
+        await all_of(each.end(manifest()) for each in rounds)
 
     def health(self) -> Health:
         """See the protocol: as the last requests found them."""
@@ -234,12 +204,3 @@ class RemoteEngine:
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         await self._client.close()
-
-
-async def _all(work: Iterable[Awaitable[Any]]) -> list[Any]:
-    """Results of all, once all have ended; the first failure is the error."""
-    found = await asyncio.gather(*work, return_exceptions=True)
-    for each in found:
-        if isinstance(each, BaseException):
-            raise each
-    return found

@@ -6,7 +6,6 @@ Admin verbs exist only where they were asked for.
 """
 
 import contextlib
-import hmac
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -29,6 +28,7 @@ from megatron_k2.engine.server.attending import (
     content_of,
     events,
     failure_of,
+    has_key,
 )
 from megatron_k2.engine.server.bodies import (
     AbortBody,
@@ -127,17 +127,12 @@ def _guard(app: FastAPI, metrics: Metrics, api_key: str | None) -> None:
         path = request.url.path
         route = path if path in known else "other"
         with metrics.seconds.labels(route).time():
-            if api_key is None or path in _OPEN_PATHS or _has_key(request, api_key):
+            if api_key is None or path in _OPEN_PATHS or has_key(request, api_key):
                 response = await call(request)
             else:
                 response = Failure(401, "the API key is missing or wrong").response()
         metrics.requests.labels(route, response.status_code).inc()
         return response
-
-
-def _has_key(request: Request, api_key: str) -> bool:
-    sent = request.headers.get("authorization", "").removeprefix("Bearer ")
-    return hmac.compare_digest(sent.encode(), api_key.encode())
 
 
 def _poster(app: FastAPI, service: Service) -> Post:

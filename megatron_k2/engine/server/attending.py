@@ -1,6 +1,7 @@
 """One body's way: read up to a bound, worked on while somebody waits, refused by a sentence."""
 
 import asyncio
+import hmac
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
@@ -52,6 +53,12 @@ def failure_of(error: BaseException) -> Failure:
             return Failure(504, "the deadline passed before the answer was whole")
     logging.getLogger(__name__).error("an answer failed", exc_info=error)
     return Failure(500, f"{type(error).__name__} in the server; its log says where")
+
+
+def has_key(request: Request, key: str) -> bool:
+    """Whether the bearer token is this one, compared in constant time."""
+    sent = request.headers.get("authorization", "").removeprefix("Bearer ")
+    return hmac.compare_digest(sent.encode(), key.encode())
 
 
 async def content_of(request: Request, most: int) -> bytes:

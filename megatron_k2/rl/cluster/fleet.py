@@ -1,0 +1,334 @@
+"""``Fleet``: the engines of a run behind the engine's protocol, some of which die.
+
+A request goes to the least busy one that holds the version that is asked for, whole. Where that one
+dies, hangs or is given new weights, the request is asked again of another: a draw hangs on the seed
+and the token's place, so that the answer is the same. Where none is left, requests wait for one to
+come back, up to a bound.
+
+A round of weights goes to every engine that is up; one that fails in it is left out, and lacks
+them. ``needs_weights`` says which are up without: another round *of the same version* goes to those
+alone. Several fleets may look at the same engines, one that asks and one that sends weights: what
+an engine holds is what its server says. ``expect`` tells one what another has sent.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import replace
+from typing import Literal, Self
+
+from torch import Tensor
+
+from megatron_k2.engine.protocol import (
+    NO_WEIGHTS,
+    EngineError,
+    Health,
+    Limits,
+    Output,
+    PauseMode,
+    Request,
+    UpdateCode,
+    UpdateError,
+    check_request,
+)
+from megatron_k2.engine.remote.endpoints import Endpoint
+from megatron_k2.engine.remote.engine import RemoteEngine
+from megatron_k2.engine.transfer.buckets import BUCKET_BYTES
+from megatron_k2.engine.transfer.manifest import Manifest
+from megatron_k2.errors import UserError
+from megatron_k2.rl.cluster.engines import KIND
+from megatron_k2.rl.cluster.rendezvous import Meeting
+from megatron_k2.rl.cluster.replica import Replica
+from megatron_k2.rl.cluster.roster import FleetPatience, Roster
+from megatron_k2.rl.cluster.sending import Sending
+
+NUM_TRIES = 100
+"""Of one request, at engines that say they can be asked. Choice: twenty seconds' worth of errors
+at once is no crash of an engine, which takes longer to come back and counts one."""
+_SLEEPERS = ("vllm",)
+"""Backends with verbs to give their GPUs back."""
+
+
+class Fleet:
+    """See the module. Made by ``open``, on the event loop that it is used on.
+
+    Args:
+        roster: of the engines; the fleet's from here on.
+        limits: of the smallest engine.
+        patience: how long is waited.
+        bucket_bytes: of new weights, sent at once.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        limits: Limits,
+        patience: FleetPatience,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        self.limits: Limits = limits
+        self._roster, self._patience, self._bucket_bytes = roster, patience, bucket_bytes
+        self._version: str | None = None
+        self._tasks: dict[str, asyncio.Task[Output]] = {}
+        self._updating = asyncio.Lock()
+
+    @classmethod
+    async def open(
+        cls,
+        meeting: Meeting,
+        num_replicas: int,
+        *,
+        vocab_size: int,
+        seconds: float = 3600.0,
+        patience: FleetPatience | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> Self:
+        """Wait until every engine has come up once, without weights.
+
+        Args:
+            meeting: of the job's start.
+            num_replicas: of the run.
+            vocab_size: ids of the model.
+            seconds: that they may take.
+            patience: from then on.
+            bucket_bytes: of new weights, sent at once.
+            tell: is called with what is waited for.
+
+        Raises:
+            UserError: one did not come up.
+            EngineError: one does not say what it serves.
+        """
+        patience, end = patience or FleetPatience(), time.monotonic() + seconds
+        lengths = [await _length(meeting, i, vocab_size, end, tell) for i in range(num_replicas)]
+        limits = Limits(vocab_size, min(lengths), 4096)
+        roster = Roster(meeting, num_replicas, limits, patience)
+        await roster.look()
+        return cls(roster, limits, patience, bucket_bytes)
+
+    def check_grammar(self, grammar: str) -> None:
+        """See the protocol: none, as behind any HTTP."""
+        raise UserError("a grammar is not sent to engines behind HTTP; leave it out")
+
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        """See the protocol; the answer comes at once, from whichever engine gave it.
+
+        Raises:
+            UserError: also of a request with a grammar.
+            EngineError: no engine could be asked for ``FleetPatience.away`` seconds.
+        """
+        check_request(request, self.limits)
+        if request.grammar is not None:
+            self.check_grammar(request.grammar)
+        if request.id in self._tasks:
+            raise UserError(f"request id {request.id!r} is in flight already")
+        task = self._tasks[request.id] = asyncio.create_task(self._answer(request))
+        try:
+            output = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.cancelled():  # not ``abort``: whoever asked has gone
+                raise
+            output = Output(finish_reason="abort")
+        finally:
+            self._tasks.pop(request.id, None)
+            task.cancel()
+        yield output
+
+    async def _answer(self, request: Request) -> Output:
+        tried: Replica | None = None
+        last = ""
+        for _ in range(NUM_TRIES):
+            tried = await self._chosen(tried)
+            version = self._version
+            try:
+                found = self._checked(await tried.answer(request), version)
+                if found is not None:
+                    return found
+                last = f"{tried} answered by other weights than {version!r}, or not to its end"
+            except EngineError as problem:
+                last = str(problem)
+            await asyncio.sleep(self._patience.again)
+        raise EngineError(f"no answer to {request.id!r} in {NUM_TRIES} tries; at last {last}")
+
+    def _checked(self, output: Output, version: str | None) -> Output | None:
+        """The answer, with its version where the server says none; None: it is to be asked again.
+
+        Weights that changed under it are told by the tokens' tags, or not at all.
+        """
+        if output.finish_reason == "abort" and self._roster.paused != "abort":
+            return None  # an engine on its way down, or paused by somebody else
+        is_same = version == self._version
+        tags = {token.weight_version for token in output.tokens}
+        if "" not in tags:
+            return None if is_same and tags - {version} else output
+        if not is_same:
+            return None
+        tagged = (replace(token, weight_version=version or "") for token in output.tokens)
+        return replace(output, tokens=tuple(tagged))
+
+    async def _chosen(self, tried: Replica | None) -> Replica:
+        """The least busy that can be asked, another than the one that just failed if there is."""
+        began = time.monotonic()
+        while True:
+            if self._updating.locked():
+                began = time.monotonic()
+            elif askable := [each for each in self._roster if each.holds(self._version)]:
+                others = [each for each in askable if each is not tried] or askable
+                return min(others, key=lambda each: (each.num_running, each.num_answered))
+            if time.monotonic() - began > self._patience.away:
+                raise EngineError(
+                    f"no engine could be asked for {self._patience.away:g} seconds: "
+                    f"{self._roster.told()}"
+                )
+            await self._roster.changed(self._patience.look)
+
+    async def abort(self, ids: Iterable[str] | None = None) -> None:
+        """See the protocol; of this fleet's own requests."""
+        wanted = list(self._tasks) if ids is None else ids
+        for task in [self._tasks[name] for name in wanted if name in self._tasks]:
+            task.cancel()
+
+    async def pause(self, mode: PauseMode = "abort") -> None:
+        """See the protocol; engines that come back later are paused then."""
+        if mode not in ("abort", "wait", "keep"):
+            raise UserError(f"pause mode {mode!r}: abort, wait or keep")
+        self._roster.paused = mode
+        up = self._roster.up()
+        for each in up:
+            each.is_paused = True
+        await self._everywhere(up, f"/pause?mode={mode}")
+
+    async def resume(self) -> None:
+        """See the protocol."""
+        self._roster.paused = None
+        up = self._roster.up()
+        for each in up:
+            each.is_paused = False
+        await self._everywhere(up, "/resume")
+
+    async def sleep(self) -> None:
+        """Give the GPUs back: weights and caches are thrown away, so that a whole round is due.
+
+        Engines without such a verb (``local``) are paused alone.
+
+        Raises:
+            EngineError: an engine that is up does not do it; its memory is not free then.
+        """
+        await self.pause("abort")
+        for each in self._roster:
+            each.empty()
+        await self._everywhere(self._sleepers(), "/sleep?level=2")
+
+    async def wake(self, tag: Literal["weights", "kv_cache"]) -> None:
+        """Take the GPUs again: room for weights before they are sent, for caches after.
+
+        Raises:
+            EngineError: an engine that is up does not do it.
+        """
+        await self._everywhere(self._sleepers(), f"/wake_up?tags={tag}")
+
+    def _sleepers(self) -> list[Replica]:
+        return [e for e in self._roster.up() if e.address.details.get("backend") in _SLEEPERS]
+
+    async def _everywhere(self, targets: Iterable[Replica], path: str) -> None:
+        """A verb; one that does not answer any more is passed over."""
+
+        async def one(each: Replica) -> None:
+            try:
+                await each.post(path)
+            except EngineError:
+                await self._roster.look_at(each.address.index)
+                if each.is_up and self._roster.is_current(each):
+                    raise
+
+        await asyncio.gather(*(one(each) for each in targets))
+
+    def expect(self, version: str) -> None:
+        """Ask for answers of these weights from here on: another fleet has sent them."""
+        self._version = version
+        self._roster.notify()
+
+    def needs_weights(self) -> tuple[int, ...]:
+        """Engines that are up and lack the version that is asked for, as last looked at."""
+        up = self._roster.up()
+        return tuple(each.address.index for each in up if not each.holds(self._version))
+
+    async def update_weights(
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        version: str,
+        manifest: Callable[[], Manifest] | None = None,
+    ) -> None:
+        """See the protocol; to all that are up or, of the version they have, to those that lack it.
+
+        Whole where one engine at least has taken it whole: the others answer nothing until they
+        have.
+
+        Raises:
+            UserError: there is no manifest.
+            UpdateError: no engine has taken it whole.
+        """
+        if manifest is None:
+            raise UserError("engines behind HTTP take weights with a manifest of them alone")
+        async with self._updating:
+            up = await self._some_up()
+            is_again = version == self._version
+            targets = [each for each in up if not (is_again and each.holds(version))]
+            if targets:
+                await Sending(targets, version).send(weights, manifest, self._bucket_bytes)
+            self._version = version
+        self._roster.notify()
+
+    async def _some_up(self) -> list[Replica]:
+        """Those that can be sent weights, once there is one."""
+        began = time.monotonic()
+        await self._roster.look()
+        while not (up := self._roster.up()):
+            if time.monotonic() - began > self._patience.away:
+                raise UpdateError(
+                    UpdateCode.ENGINE,
+                    f"no engine came up in {self._patience.away:g} seconds: {self._roster.told()}",
+                )
+            await self._roster.changed(self._patience.look)
+        return up
+
+    async def look(self) -> None:
+        """Look at every engine now, and not at the next second."""
+        await self._roster.look()
+
+    def health(self) -> Health:
+        """See the protocol: ready while one of them can be asked."""
+        is_ready = any(each.holds(self._version) for each in self._roster)
+        version = NO_WEIGHTS if self._version is None else self._version
+        detail = "" if is_ready else f"no engine can be asked: {self._roster.told()}"
+        is_paused = self._roster.paused is not None
+        return Health(is_ready, detail, is_paused, version, len(self._tasks), 0)
+
+    async def close(self) -> None:
+        """See the protocol; the engines themselves go on, they are their supervisors'."""
+        await self.abort()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await self._roster.close()
+
+
+async def _length(
+    meeting: Meeting, index: int, vocab_size: int, end: float, tell: Callable[[str], None]
+) -> int:
+    """Tokens of prompt and answer that an engine holds, once it is up.
+
+    Raises:
+        UserError: it did not come up.
+        EngineError: it does not say it.
+    """
+    while True:
+        address = await meeting.wait(KIND, index, max(0.0, end - time.monotonic()), tell=tell)
+        endpoint = Endpoint(address.url, key_file=meeting.token_path)
+        try:
+            engine = await RemoteEngine.connect([endpoint], vocab_size=vocab_size)
+        except EngineError:  # it has just gone again
+            if time.monotonic() > end:
+                raise
+            await asyncio.sleep(1.0)
+            continue
+        await engine.close()
+        return engine.limits.max_length

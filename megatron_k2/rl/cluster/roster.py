@@ -1,0 +1,141 @@
+"""Which engines there are, where and how: what supervisors publish, looked at once a second."""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_k2.engine.protocol import EngineError, Limits
+from megatron_k2.errors import UserError
+from megatron_k2.rl.cluster import probe
+from megatron_k2.rl.cluster.engines import KIND
+from megatron_k2.rl.cluster.rendezvous import Address, Meeting
+from megatron_k2.rl.cluster.replica import Replica
+
+
+@dataclass(frozen=True)
+class FleetPatience:
+    """How long a fleet waits, in seconds. All are choices.
+
+    Raises:
+        UserError: a value that is not positive.
+    """
+
+    look: float = 1.0
+    """Between two looks at an engine."""
+    silent: float = 30.0
+    """After which an engine's requests are asked of another."""
+    away: float = 1800.0
+    """For one engine at least that can be asked; a K2 replica takes minutes to start again."""
+    again: float = 0.2
+    """Before a request that failed is asked again."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise UserError(f"{name} {value!r}: expected more than 0")
+
+
+class Roster:
+    """See the module. Of one event loop.
+
+    Args:
+        meeting: of the job's start.
+        num_replicas: of the run.
+        limits: of every engine.
+        patience: how often it looks, and who is silent.
+    """
+
+    def __init__(
+        self, meeting: Meeting, num_replicas: int, limits: Limits, patience: FleetPatience
+    ) -> None:
+        self._meeting, self._limits, self._patience = meeting, limits, patience
+        self._token = meeting.token()
+        self._replicas: dict[int, Replica] = {}
+        self._why = dict.fromkeys(range(num_replicas), "it has not published an address")
+        """Of each: why there is no replica."""
+        self.paused: str | None = None
+        """The mode in which every engine is paused, those that come back too."""
+        self._changed = asyncio.Event()
+        self._session = probe.session()
+        self._watchers = [asyncio.create_task(self._watch(i)) for i in range(num_replicas)]
+
+    def __iter__(self) -> Iterator[Replica]:
+        """Those that have published where they are, by index."""
+        return iter([each for _, each in sorted(self._replicas.items())])
+
+    def up(self) -> list[Replica]:
+        """Those that answered when they were last looked at."""
+        return [each for each in self if each.is_up]
+
+    def is_current(self, replica: Replica) -> bool:
+        """Whether it was not started again since."""
+        return self._replicas.get(replica.address.index) is replica
+
+    def told(self) -> str:
+        """How each of them is, for a sentence."""
+        return "; ".join(
+            f"engine {index}: {self._replicas.get(index) or why}"
+            for index, why in self._why.items()
+        )
+
+    def notify(self) -> None:
+        """Wake those that wait for a change."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def changed(self, seconds: float) -> None:
+        """Wait for a change, or so long."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), seconds)
+
+    async def look(self) -> None:
+        """Look at every engine now."""
+        await asyncio.gather(*(self.look_at(index) for index in self._why))
+
+    async def look_at(self, index: int) -> None:
+        """Read where an engine is now, and ask how it is."""
+        address = None
+        try:
+            address = await asyncio.to_thread(self._meeting.read, KIND, index)
+        except UserError as problem:
+            self._why[index] = str(problem)
+        found = self._replicas.get(index)
+        if address is not None and (found is None or found.address != address):
+            found = await self._replaced(index, address)
+        if found is None:
+            return
+        silent = self._patience.silent
+        seen = await probe.look(self._session, found.address.url, self._token, silent)
+        if self.is_current(found):
+            found.note(seen, silent)
+            await self._keep_paused(found)
+        self.notify()
+
+    async def close(self) -> None:
+        """Look no more; end all requests."""
+        for task in self._watchers:
+            task.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        for each in self:
+            await each.close()
+        await self._session.close()
+
+    async def _watch(self, index: int) -> None:
+        while True:
+            await self.look_at(index)
+            await asyncio.sleep(self._patience.look)
+
+    async def _replaced(self, index: int, address: Address) -> Replica:
+        """An engine of a new attempt; the requests of the one before are given up."""
+        before = self._replicas.get(index)
+        found = self._replicas[index] = Replica(address, self._meeting.token_path, self._limits)
+        if before is not None:
+            await before.close()
+        return found
+
+    async def _keep_paused(self, found: Replica) -> None:
+        if self.paused is not None and found.is_up and not found.is_paused:
+            with contextlib.suppress(EngineError):
+                await found.post(f"/pause?mode={self.paused}")
+                found.is_paused = True
