@@ -59,10 +59,11 @@ def engines_file(recipe: Recipe) -> dict[str, Any]:
     e, data = engines_of(recipe), recipe.data
     if not isinstance(data, TaskData):
         raise UserError(f"{recipe.name} reads no task sets")
-    tokenizer = f"{data.root}/{data.tokenizer}"
-    kind = (
-        {"directory": f"{data.root}/{data.model}"} if data.model else {"preset": recipe.preset.name}
-    )
+    if data.model:
+        model: dict[str, Any] = {"directory": f"{data.root}/{data.model}"}
+    else:
+        model = {"preset": recipe.preset.name, "max_position_embeddings": recipe.phase.seq_length}
+        model |= {} if recipe.phase.has_yarn else {"yarn": None}
     return {
         "backend": e.backend,
         "replicas": e.replicas,
@@ -70,7 +71,7 @@ def engines_file(recipe: Recipe) -> dict[str, Any]:
         "gpus_per_node": e.gpus_per_node,
         "colocated": e.is_colocated,
         "after": "trainer" if e.is_colocated else "",
-        "model": {**kind, "tokenizer": tokenizer},
+        "model": model | {"tokenizer": f"{data.root}/{data.tokenizer}"},
         "options": _options(recipe, e),
     }
 
@@ -209,7 +210,8 @@ ENGINES
 meeting=(--meet "$meet" --engines "$meet/engines.json" --gym {gyms})
 
 # A step writes down which one it is, so that it alone can be signalled. Engines and environments
-# heal in place: a task of theirs that ends is started again where it was, unless it refused (2).
+# heal in place: a task of theirs that ends is started again where it was, unless a supervisor
+# gives up (2).
 step() {{  # step NAME SRUN'S-OPTIONS... -- MODULE ARGUMENTS...
   local name=$1 options=()
   shift
@@ -227,11 +229,9 @@ step() {{  # step NAME SRUN'S-OPTIONS... -- MODULE ARGUMENTS...
         export CUDA_VISIBLE_DEVICES=
         exec "$@" ;;
       supervisor)  # its engines map memory themselves, and need no order of kernels
-        unset PYTORCH_CUDA_ALLOC_CONF CUDA_DEVICE_MAX_CONNECTIONS
-        set -- "$@" --node "$SLURM_PROCID" --nodes "$SLURM_NTASKS" ;;
+        unset PYTORCH_CUDA_ALLOC_CONF CUDA_DEVICE_MAX_CONNECTIONS ;;
       gym)
-        export CUDA_VISIBLE_DEVICES=
-        set -- "$@" --index "$SLURM_PROCID" ;;
+        export CUDA_VISIBLE_DEVICES= ;;
     esac
     trap "over=1" TERM
     while true; do
@@ -244,7 +244,7 @@ step() {{  # step NAME SRUN'S-OPTIONS... -- MODULE ARGUMENTS...
         wait "$child"
         exit 0
       fi
-      [ "$ended" -ne 2 ] || exit 2
+      [ "$name" != supervisor ] || [ "$ended" -ne 2 ] || exit 2
       echo "$name $SLURM_PROCID ended with $ended: started again" >&2
       sleep 2
     done' "$meet" "$name" {python} -m "$@"

@@ -20,6 +20,8 @@ from megatron_k2.launch.overrides import apply
 from megatron_k2.launch.rl_slurm import engines_file, render_rl, rl_nodes
 from megatron_k2.launch.script import render_script
 from megatron_k2.recipes import get_recipe
+from megatron_k2.rl.cluster.commands import Place, command_of
+from megatron_k2.rl.cluster.engines import members_of, read_engines
 from tests.launch.test_slurm import SITE
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -88,13 +90,38 @@ def test_the_engines_file_says_what_was_planned():
         changed = apply(get_recipe(K2[0]), [f"stage.engines.backend={backend}"])
         assert engines_file(changed)["options"][key] == 256
     twin = engines_file(get_recipe("kimi_k2_rl_cluster_cpu"))
-    assert twin["model"]["preset"] == "k2-tiny"
+    assert twin["model"] == {
+        "preset": "k2-tiny",
+        "max_position_embeddings": 128,
+        "yarn": None,
+        "tokenizer": "runs/synthetic/letters_tokenizer",
+    }
     assert twin["options"] == {
         "num_slots": 16,
         "max_length": 128,
         "dtype": "float32",
         "batch_invariant": True,
     }
+
+
+@pytest.mark.parametrize("backend", ["vllm", "sglang", "local"])
+@pytest.mark.parametrize("name", [*K2, "moonlight_16b_a3b_rl_16gpu_h100"])
+def test_supervisors_read_the_file_and_make_commands_of_it(name, backend, tmp_path):
+    assignments = [f"stage.engines.backend={backend}"]
+    recipe = apply(get_recipe(name), assignments)
+    said = engines_file(recipe) | ({"nodes_per_replica": 1} if backend == "local" else {})
+    path = tmp_path / "engines.json"
+    path.write_text(json.dumps(said))
+    engines = read_engines(path)
+    nodes = engines.replicas * engines.nodes_per_replica
+    (member,) = members_of(engines, nodes - 1, nodes)
+    assert member.replica == engines.replicas - 1
+    place = Place("h", 1, "l", 2, tmp_path, tmp_path, tmp_path)
+    words = command_of(engines, member, place, "token").words
+    if backend == "vllm" and engines.nodes_per_replica > 1:
+        assert "--headless" in words
+        gpus = recipe.stage.engines.gpus
+        assert words[words.index("--data-parallel-size") + 1] == str(gpus)
 
 
 def test_a_recipe_without_engines_has_no_such_script():
@@ -179,8 +206,8 @@ def test_every_process_is_started_once_and_ended_with_the_trainer(tmp_path):
     )
     said = {line.split()[0]: line for line in calls}
     meet = f"{job.save}/rl/rendezvous/7.0"
-    assert said["supervisor"].endswith(f"--engines {meet}/engines.json --node 0 --nodes 4")
-    assert said["gym_service"].endswith("--tasks data/task_sets.json --index 0")
+    assert said["supervisor"].endswith(f"--engines {meet}/engines.json")
+    assert said["gym_service"].endswith("--tasks data/task_sets.json")
     for name in ("controller", "train"):
         assert (
             f" --meet {meet} --engines {meet}/engines.json --gym 32 --preset kimi-k2" in said[name]
