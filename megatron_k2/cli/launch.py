@@ -41,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
         "--timeline", metavar="FILE.png", help="draw an iteration of reinforcement learning"
     )
     parser.add_argument("--print-args", action="store_true", help="a pure Megatron command line")
+    parser.add_argument(
+        "--nemo-rl-yaml", action="store_true", help="overrides of NeMo-RL v0.7.0's keys; untried"
+    )
     cluster = parser.add_argument_group("slurm (over the profile's)")
     cluster.add_argument("--profile", metavar="FILE.yaml", help="a cluster's account, image, …")
     cluster.add_argument("--nodes", type=int, help="checked against the recipe's")
@@ -100,6 +103,10 @@ def main(argv: list[str]) -> int:
         from megatron_k2.launch.command import render_command
 
         print(render_command(*runs[0]), end="")
+    elif arguments.nemo_rl_yaml:
+        from megatron_k2.launch.nemo_rl import nemo_rl_yaml
+
+        print(nemo_rl_yaml(*runs[0][:2]), end="")
     else:
         return _launch(runs, arguments)
     return 0
