@@ -19,6 +19,7 @@ from megatron_k2.launch.cluster import Cluster
 from megatron_k2.launch.overrides import apply
 from megatron_k2.launch.rl_slurm import engines_file, render_rl, rl_nodes
 from megatron_k2.launch.script import render_script
+from megatron_k2.nemo.tasks import local_executor, slurm_executor, train_recipe
 from megatron_k2.recipes import get_recipe
 from megatron_k2.rl.cluster.commands import Place, command_of
 from megatron_k2.rl.cluster.engines import members_of, read_engines
@@ -128,6 +129,18 @@ def test_a_recipe_without_engines_has_no_such_script():
     with pytest.raises(UserError, match="no engines beside the trainer"):
         render_rl(get_recipe("kimi_k2_rl_cpu"), "r", None, Cluster())
     assert "rendezvous" not in render_script(get_recipe("kimi_k2_rl_cpu"), "r", None, Cluster())
+
+
+@pytest.mark.parametrize("name", [K2[0], "kimi_k2_rl_cluster_cpu"])
+def test_nemo_run_is_told_that_this_is_more_than_a_task(name, tmp_path):
+    site = Cluster(account="k2", partition="big")
+    for call in (
+        lambda: slurm_executor(get_recipe(name), site, tmp_path),
+        lambda: local_executor(get_recipe(name)),
+        lambda: train_recipe(name, str(tmp_path / "run")),
+    ):
+        with pytest.raises(UserError, match="without --nemo-run"):
+            call()
 
 
 STUBS = {

@@ -18,7 +18,7 @@ import nemo_run as run
 from megatron_k2.errors import UserError
 from megatron_k2.launch.cluster import Cluster
 from megatron_k2.nemo.factories import finetune_recipe, pretrain_recipe
-from megatron_k2.nemo.tasks import local_executor, slurm_executor, task, train_recipe
+from megatron_k2.nemo.tasks import slurm_executor, task, train_recipe
 from megatron_k2.recipes import RECIPES, get_recipe
 from megatron_k2.run.iterations import last_iteration
 from megatron_k2.run.metrics import METRICS_FILE, read_records
@@ -50,18 +50,6 @@ def test_the_executor_has_the_recipes_size_and_the_sites_names(tmp_path):
     assert executor.tunnel.job_dir == str(tmp_path / "experiments")
     with pytest.raises(UserError, match="--account and --partition"):
         slurm_executor(recipe, Cluster(), tmp_path)
-
-
-@pytest.mark.parametrize("name", ["kimi_k2_rl_256gpu_h800", "kimi_k2_rl_cluster_cpu"])
-def test_a_recipe_with_engines_is_more_than_a_task(name, tmp_path):
-    site = Cluster(account="k2", partition="big")
-    for call in (
-        lambda: slurm_executor(get_recipe(name), site, tmp_path),
-        lambda: local_executor(get_recipe(name)),
-        lambda: train_recipe(name, str(tmp_path / "run")),
-    ):
-        with pytest.raises(UserError, match="without --nemo-run"):
-            call()
 
 
 def test_every_recipe_is_a_factory_of_the_entry_point():
