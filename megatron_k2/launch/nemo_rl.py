@@ -1,6 +1,6 @@
 """A recipe of reinforcement learning as overrides of a NeMo-RL configuration; not one run of it.
 
-Keys are those of NeMo-RL v0.7.0 (``examples/configs/grpo_math_1B.yaml``, which it builds on), as
+Keys are those of NeMo-RL v0.7.0 (its ``grpo_math_1B.yaml``, on which this builds), as
 recorded on 2026-11-27; NeMo-RL is neither a dependency nor tried here. Layout, batch, lengths and
 engines go over. What has no key there stays behind and is said in the file: this package's
 objective, MuonClip, partial rollouts, task sets, offload of activations.
@@ -21,7 +21,7 @@ from megatron_k2.planning.rl.memory import held
 
 VERSION = "v0.7.0"
 HEAD = """\
-# {name} as overrides of NeMo-RL {version}'s examples/configs/grpo_math_1B.yaml.
+# {name} as overrides of NeMo-RL {version}, whose grpo_math_1B.yaml it begins from.
 # Keys as recorded from that version; nothing of this was run. What has no key there: the K2
 # objective (its own is GRPO's), MuonClip with QK-Clip (Adam here), partial rollouts, task sets and
 # judges (data and env are the default's, to be replaced), offload of activations.

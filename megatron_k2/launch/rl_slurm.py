@@ -94,12 +94,11 @@ def _options(recipe: Recipe, e: EngineLayout) -> Mapping[str, object]:
             "max_running_requests": e.slots,
             "mem_fraction_static": float(part),
         }
-    dtype = "bfloat16" if recipe.precision == "bf16" else "float32"
     invariant = "--batch-invariant" in recipe.extra_flags
     return {
         "num_slots": e.slots,
         "max_length": length,
-        "dtype": dtype,
+        "dtype": recipe.precision,
         "batch_invariant": invariant,
     }
 

@@ -100,7 +100,7 @@ def test_the_engines_file_says_what_was_planned():
     assert twin["options"] == {
         "num_slots": 16,
         "max_length": 128,
-        "dtype": "float32",
+        "dtype": "fp32",
         "batch_invariant": True,
     }
 
