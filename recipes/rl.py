@@ -1,9 +1,9 @@
 """Reinforcement learning of Kimi K2 on 256 to 1024 GPUs, and of Moonlight on 16 to 64.
 
 Neither's report has numbers for it. What peers' recipes state is taken from them: slime's
-run-kimi-k2-Instruct.sh and run-moonlight-16B-A3B.sh (commits 57f3c59, 4a2812e),
-which Miles keeps; OpenKimi (arXiv:2602.05933) takes 512 prompts of 16 answers. EngineLayout are the
-planner's: as few nodes a replica as hold weights and cache beside what a sleeping trainer keeps.
+run-kimi-k2-Instruct.sh and run-moonlight-16B-A3B.sh (commits 57f3c59, 4a2812e), which Miles keeps;
+OpenKimi (arXiv:2602.05933) takes 512 prompts of 16 answers. Engines are the planner's: as few nodes
+a replica as hold weights and cache beside what a sleeping trainer keeps.
 """
 
 from dataclasses import replace
