@@ -7,6 +7,7 @@ nodes, a heterogeneous job, GPUs.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,9 +64,13 @@ def _launch(save, data, *more):
     assert main([*words, *more]) == 0
 
 
-def _log(save):
+def _whole_log(save):
     path = Path(save) / "slurm" / f"{jobs_of(str(save))[-1].number}.log"
-    return path.read_text()[-6000:] if path.exists() else "no log"
+    return path.read_text() if path.exists() else "no log"
+
+
+def _log(save):
+    return _whole_log(save)[-6000:]
 
 
 def _until(save, is_so, seconds=600):
@@ -109,7 +114,7 @@ def test_the_rendered_script_trains_to_the_bits_of_the_run_here(alone, data, pro
     _launch(save, data, "--profile", str(profile))
     _until(save, lambda: _is_completed(save))
     assert differ(save, alone) == "", _log(save)
-    log = _log(save)
+    log = _whole_log(save)
     assert "done: 3 steps" in log
     assert "4 ranks agree" in log, "the nodes were looked at first"
     steps = {path.stem for path in (save / "rl" / "rendezvous").glob("*.0/*.step")}
@@ -129,9 +134,21 @@ def test_a_killed_rank_queues_the_job_again_and_services_heal_in_place(
     _kill("rl.train", save)
     _until(save, lambda: _is_completed(save))
     assert differ(save, alone) == "", _log(save)
-    log = _log(save)
-    assert "supervisor" in log
-    assert "ended with 137: started again" in log
+    log = _whole_log(save)
+    for name in ("supervisor", "gym"):
+        assert re.search(rf"^{name} \d ended with 137: started again$", log, re.MULTILINE), log
     assert "queued again" in log
     generations = sorted(path.name[-1] for path in (save / "rl" / "rendezvous").iterdir())
     assert generations == ["0", "1"], "the job was started twice"
+
+
+def test_near_the_time_limit_the_trainer_saves_and_the_job_goes_on(alone, data, profile, tmp_path):
+    """What ``--signal=B:USR1`` sends, sent by hand."""
+    save = tmp_path / "run"
+    _launch(save, data, "--profile", str(profile))
+    _until(save, lambda: last_iteration(save) >= 1)
+    job = jobs_of(str(save))[-1].number
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
+    _until(save, lambda: _is_completed(save))
+    assert differ(save, alone) == "", _log(save)
+    assert "queued again" in _whole_log(save)
