@@ -12,7 +12,7 @@ from megatron_k2.checkpoint.hf.config import preset_from_args
 from megatron_k2.errors import UserError
 from megatron_k2.presets import ModelPreset, get_preset
 from megatron_k2.rl.learner import Learner
-from megatron_k2.rl.loop import Iteration, Side, run
+from megatron_k2.rl.loop import Iteration, Side, rested, run
 from megatron_k2.rl.recorder import Recorder
 from megatron_k2.rl.settings import LearnerSettings, settings_from
 from megatron_k2.rl.waiting import (
@@ -63,7 +63,7 @@ async def _run(
     work = make_side(args, preset, learner.iteration) if args.rank == 0 else None
     side = None
     try:
-        side = await waiting.through("what samples and scores", work)
+        side = await rested(waiting, learner, "what samples and scores", work)
         await run(learner, source, side, waiting=waiting, iterations=args.iterations, show=show)
     except EndAsked:
         return  # nothing was learnt yet

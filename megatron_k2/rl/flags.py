@@ -122,6 +122,11 @@ def _add_cluster(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--meet", metavar="DIR", help="where this start's engines and controller meet (docs/rl.md)")
     add("--engines", metavar="FILE.json", help="of the run, with --meet (docs/rl.md)")
+    add(
+        "--offload-in-rollout",
+        action="store_true",
+        help="while answers are sampled: weights and optimizer state in host memory, no gradients",
+    )
     add("--gym", type=int, default=0, metavar="N", help="services to wait for, with --meet")
     add("--host", help="that the controller listens on (default: the address of its node's name)")
 

@@ -18,6 +18,7 @@ from megatron_k2.rl.batch import Batch, Room, plan
 from megatron_k2.rl.learnt import Learnt, Mismatch
 from megatron_k2.rl.micro_batch import MicroBatch, micro_batch
 from megatron_k2.rl.old_logprobs import mismatch, old_logprobs
+from megatron_k2.rl.phases import Phases
 from megatron_k2.rl.record import Group
 from megatron_k2.rl.replay import Replay
 from megatron_k2.rl.rows import rows
@@ -71,6 +72,8 @@ class Learner:
             multiple=row_multiple(args.context_parallel_size),
             count_multiple=args.pipeline_model_parallel_size if is_interleaved else 1,
         )
+        is_moved = args.offload_in_rollout
+        self._phases = Phases(self.stages, self._stepper.optimizer) if is_moved else None
         self.most_difference = MOST_DIFFERENCE["bf16" if args.bf16 else "fp32"]
         """Of an engine, see ``compare``."""
         self.number = int(args.iteration)
@@ -108,6 +111,20 @@ class Learner:
             self.number += 1
             updates.append(self._stepper.step(batch, micros, self.number))
         return Learnt(found, tuple(updates), middle - begin, time.perf_counter() - middle)
+
+    def rest(self, *, keeps_weights: bool) -> None:
+        """Give memory away until ``wake``, where ``--offload-in-rollout`` says so.
+
+        Args:
+            keeps_weights: see ``Phases.rest``.
+        """
+        if self._phases is not None:
+            self._phases.rest(keeps_weights=keeps_weights)
+
+    def wake(self) -> None:
+        """Take it again: before anything else is asked of this learner, or of its ranks."""
+        if self._phases is not None:
+            self._phases.wake()
 
     def compare(self, groups: Sequence[Group]) -> Mismatch:
         """Today's weights against what an engine says of the same tokens; nothing is learnt.

@@ -6,19 +6,23 @@ others wait as ``rl/waiting.py`` says; groups then reach them by one broadcast.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from megatron_k2.engine.protocol import Engine, EngineError
+from megatron_k2.engine.protocol import Engine, EngineError, UpdateCode
 from megatron_k2.rl.learner import Learner
 from megatron_k2.rl.learnt import Learnt
 from megatron_k2.rl.record import Group
 from megatron_k2.rl.waiting import EndAsked, Waiting
 from megatron_k2.weight_sync.push import Round, push
 from megatron_k2.weight_sync.source import WeightSource
+
+MOST_ROUNDS = 3
+"""Of the same weights, where every engine failed at them. Choice: each waits for one to come back.
+"""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,14 @@ class Collected:
 
 class Collector(Protocol):
     """What samples and scores, on rank 0."""
+
+    async def ready(self) -> None:
+        """Until there is an engine that weights can be given to.
+
+        Raises:
+            EngineError: none came.
+        """
+        ...
 
     async def probes(self, version: int) -> tuple[Group, ...]:
         """What engines in other processes say of texts, for the trainer to compare; or none.
@@ -85,7 +97,7 @@ class Iteration:
     collected: Collected
     learnt: Learnt
     sync: Round | None
-    """``None``: no step was taken, so the engine has these weights already."""
+    """Of these weights, before they were asked for; ``None``: the engine had them already."""
     collect_seconds: float
 
 
@@ -115,22 +127,23 @@ async def run(
         EngineError: the engine could not take over the weights.
         LostError: a rank has gone, or what rank 0 collects with.
     """
-    if learner.iteration < iterations:
-        await _synced(source, side, learner.version)
-        await _checked(waiting, learner, side)
+    served: int | None = None
     for number in range(learner.iteration, iterations):
-        version = learner.version
-        began = time.perf_counter()
+        version, sync = learner.version, None
         try:
-            collected = await _collected(waiting, source, side, number, version)
+            if version != served:
+                sync = await _synced(waiting, learner, source, side)
+            if served is None:
+                await _checked(waiting, learner, side)
+            served = version
+            began = time.perf_counter()
+            collected = await _collected(waiting, learner, source, side, number)
         except EndAsked:
+            learner.wake()
             learner.save_now()
             return
         seconds = time.perf_counter() - began
         learnt = learner.learn(collected.groups)
-        sync = None
-        if learner.version != version:
-            sync = await _synced(source, side, learner.version)
         show(Iteration(number, version, collected, learnt, sync, seconds))
         ended = learner.end_iteration(is_last=number + 1 == iterations)
         if ended.is_saved and side is not None:
@@ -146,7 +159,8 @@ async def _checked(waiting: Waiting, learner: Learner, side: Side | None) -> Non
         EngineError: one does not.
     """
     work = None if side is None else side.collector.probes(learner.version)
-    for group in _everyones(await waiting.through("the engines' log-probabilities", work)) or ():
+    what = "the engines' log-probabilities"
+    for group in _everyones(await rested(waiting, learner, what, work)) or ():
         found = learner.compare([group])
         said = f"{group.task_id}: {found}"
         if not found.mean_absolute < learner.most_difference:  # no number is no agreement
@@ -159,22 +173,49 @@ async def _checked(waiting: Waiting, learner: Learner, side: Side | None) -> Non
 
 
 async def _collected(
-    waiting: Waiting, source: WeightSource, side: Side | None, number: int, version: int
+    waiting: Waiting, learner: Learner, source: WeightSource, side: Side | None, number: int
 ) -> Collected:
     """Rank 0's groups, on every rank; weights go out again wherever they were lost meanwhile."""
-    what = f"the rollouts of iteration {number}"
     while True:
-        work = None if side is None else side.collector.collect(number, version)
-        found = _everyones(await waiting.through(what, work))
+        work = None if side is None else side.collector.collect(number, learner.version)
+        what = f"the rollouts of iteration {number}"
+        found = _everyones(await rested(waiting, learner, what, work))
         if found is not None:
             return found
-        await _synced(source, side, version)
+        await _synced(waiting, learner, source, side)
 
 
-async def _synced(source: WeightSource, side: Side | None, version: int) -> Round:
-    found = await push(source, None if side is None else side.engine, str(version))
-    if not found.is_whole:
-        raise EngineError(f"weights of version {version} did not arrive: {found.detail}")
+async def _synced(
+    waiting: Waiting, learner: Learner, source: WeightSource, side: Side | None
+) -> Round:
+    """Today's weights, at the engine; all is at rest but them."""
+    detail = ""
+    for _ in range(MOST_ROUNDS):
+        learner.rest(keeps_weights=True)
+        await waiting.through("an engine", None if side is None else side.collector.ready())
+        found = await push(source, None if side is None else side.engine, str(learner.version))
+        if found.is_whole:
+            return found
+        detail = found.detail
+        if found.code is not UpdateCode.ENGINE:
+            break
+    raise EngineError(f"weights of version {learner.version} did not arrive: {detail}")
+
+
+async def rested[T](
+    waiting: Waiting, learner: Learner, what: str, work: Coroutine[Any, Any, T] | None
+) -> T | None:
+    """Wait for rank 0 (``Waiting.through``) while the learner holds nothing that it can give away.
+
+    Args:
+        waiting: of this rank.
+        learner: of this rank.
+        what: is waited for, in words.
+        work: on rank 0; ``None`` elsewhere.
+    """
+    learner.rest(keeps_weights=False)
+    found = await waiting.through(what, work)
+    learner.wake()
     return found
 
 

@@ -56,42 +56,48 @@ class Phases:
         self._suspended: list[Any] = []
         self._is_resting = False
 
-    def rest(self) -> None:
-        """Before a rollout: nothing of the model may be used until ``wake``."""
-        self._is_resting = True
+    def rest(self, *, keeps_weights: bool) -> None:
+        """Before weights are sent and engines answer: nothing is learnt until ``wake``.
+
+        Args:
+            keeps_weights: they are still to be read, and ranks to talk; called again without, both
+                end.
+        """
         is_cuda = _device(self._stages).type == "cuda"
-        for stage in self._stages:
-            stage.offload_grad_buffers(synchronize=is_cuda, empty_cache=False)
+        if not self._is_resting:
+            for stage in self._stages:
+                stage.offload_grad_buffers(synchronize=is_cuda, empty_cache=False)
+        self._is_resting = True
         if is_cuda:
-            self._move_out()
-            self._suspended = _suspended_communicators()
+            self._move_out(keeps_weights=keeps_weights)
             torch.cuda.empty_cache()
+            if not keeps_weights and not self._suspended:
+                dist.barrier()  # engines take the memory of all ranks of a node
+                self._suspended = _suspended_communicators()
         _log.info("at rest: %s", held(self._stages, self._optimizer))
 
     def wake(self) -> None:
-        """After it; does nothing where nothing rests."""
+        """Before anything is learnt, saved or said to another rank; nothing where none rests."""
         if not self._is_resting:
             return
-        self._is_resting = False
         for communicator in self._suspended:
             communicator.resume()
-        self._suspended = []
         for storage, kept in self._moved:
             storage.resize_(kept.numel())
             _bytes_of(storage).copy_(kept, non_blocking=True)
         if self._moved:
-            torch.cuda.synchronize()  # host memory is used again only then
-        self._moved = []
+            torch.cuda.synchronize()  # before the host's copies are dropped
         for stage in self._stages:
             stage.restore_grad_buffers(synchronize=False)
+        self._suspended, self._moved, self._is_resting = [], [], False
 
-    def _move_out(self) -> None:
-        """Weights and optimizer state, storage by storage."""
+    def _move_out(self, *, keeps_weights: bool) -> None:
+        """Optimizer state and weights, storage by storage; those that were moved are empty."""
         seen, device = set[int](), _device(self._stages)
-        # in no kind, since they are freed already
-        list(_storages(_gradients(self._stages), device, seen))
-        for kind in (_weights(self._stages), _of_optimizer(self._optimizer)):
-            for storage in _storages(kind, device, seen):
+        kinds = (_gradients(self._stages), _weights(self._stages), _of_optimizer(self._optimizer))
+        _, weights, state = (list(_storages(kind, device, seen)) for kind in kinds)
+        for storage in state if keeps_weights else [*state, *weights]:
+            if storage.nbytes():
                 kept = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=True)
                 kept.copy_(_bytes_of(storage))
                 storage.resize_(0)

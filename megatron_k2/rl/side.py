@@ -68,6 +68,9 @@ class Sampling:
         self._collector, self._held_out, self._every = collector, held_out, every
         self.ledger, self._domains, self._engine = ledger, domains, engine
 
+    async def ready(self) -> None:
+        """It always is."""
+
     async def probes(self, version: int) -> tuple[Group, ...]:
         """None: the engine is this process's own."""
         del version

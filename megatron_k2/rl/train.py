@@ -55,8 +55,12 @@ def _check(flags: RunFlags, world_size: int) -> None:
     if (meet is None) != (engines is None):
         there, missing = ("--engines", "--meet") if meet is None else ("--meet", "--engines")
         raise UserError(f"{there} without {missing}: engines elsewhere meet there; give both")
-    if engines is not None:
-        read_engines(Path(engines))
+    is_shared = engines is not None and read_engines(Path(engines)).colocated
+    if is_shared and "--offload-in-rollout" not in flags:
+        raise UserError(
+            f"--engines {engines} says colocated: engines take the trainer's memory in a rollout; "
+            "give --offload-in-rollout too"
+        )
 
 
 async def _side(args: "Namespace", preset: "ModelPreset", iteration: int) -> "Side":

@@ -15,21 +15,29 @@ its figures, and the bits of its last checkpoint. Not exercised: nodes that are 
 """
 
 import argparse
+import json
+import shutil
 import signal
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from megatron_k2.rl.cluster.rendezvous import Address
 from megatron_k2.rl.waiting import EXIT_CODE
 from tests.campaigns.rl_sigkill import differ
 from tests.rl.cluster.running import NUM_RANKS, Cluster, local
 
 ITERATIONS = 3
 PHASES = ("collect", "train", "update")
+STALE = "stale files"
+"""No process: what another start of the job left in the folder in which this one meets."""
+TRAIN_SECONDS = 0.3
+"""From the record of an iteration to its first pass over it."""
 AGAIN_SECONDS = 0.5
 """That a script takes to start a step's program again."""
 MOST_SECONDS = 120.0
@@ -53,6 +61,7 @@ def faults():
     killed = ("engine.0", "supervisor.0", "gym.0", "controller", "rank.0", "rank.1")
     rows = [Fault(name, signal.SIGKILL, phase) for name in killed for phase in PHASES]
     rows += [Fault("engine.0", signal.SIGSTOP, phase) for phase in PHASES]
+    rows += [Fault("rank.1", signal.SIGSTOP, "collect"), Fault(STALE, signal.SIGCONT, "start")]
     return rows + [Fault("all ranks", signal.SIGTERM, phase) for phase in PHASES]
 
 
@@ -78,6 +87,17 @@ def wait_for(run, phase, iteration=1, seconds=300.0):
         assert time.monotonic() < deadline, run.told()
         assert all(rank.poll() is None for rank in run.ranks), run.told()
         time.sleep(0.0005 if phase == "update" else 0.01)
+    if phase == "train":
+        time.sleep(TRAIN_SECONDS)
+
+
+def leave_stale_files(folder):
+    """Addresses of another start, at which nobody listens."""
+    there = folder / "out" / "rl" / "rendezvous" / "job.0"
+    there.mkdir(parents=True)
+    for kind, index in (("controller", 0), ("engine", 0), ("gym", 0)):
+        old = Address("job.9", kind, index, "127.0.0.1", 9, 1, 0)
+        (there / f"{kind}.{index}.json").write_text(json.dumps(asdict(old)))
 
 
 def disturb(run, fault):
@@ -105,8 +125,11 @@ def sentence(run):
 def row(fault, folder, alone):
     """One fault; how it ended, and whether anything is other than undisturbed: "" if nothing."""
     begin, said = time.monotonic(), []
+    if fault.name == STALE:
+        leave_stale_files(folder)
     with Cluster(folder, ITERATIONS, gyms=1) as run:
-        disturb(run, fault)
+        if fault.name != STALE:
+            disturb(run, fault)
         sent = time.monotonic()
         codes = run.wait(MOST_SECONDS + 60)
         seconds = time.monotonic() - sent
@@ -140,7 +163,8 @@ def campaign(rows, root):
     lost = []
     for number, fault in enumerate(rows):
         folder = root / f"run{number}"
-        folder.mkdir()
+        # the tokenizer is trained on this package's own text, which may be edited meanwhile
+        shutil.copytree(alone / "data", folder / "data")
         try:
             said, problem = row(fault, folder, alone)
         except (AssertionError, RuntimeError) as error:

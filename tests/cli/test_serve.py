@@ -37,6 +37,7 @@ def test_without_the_extra_it_says_what_to_install(capsys, monkeypatch):
         (["--api-key-env", "K2_NO_SUCH_VARIABLE"], "this variable is not set"),
         (["--weights-dir", "."], "of use with --admin alone"),
         (["--admin", "--weights-dir", "nowhere"], "nowhere is no directory; make it"),
+        (["--load-format", "dummy"], "weights then have to come; give --weights-dir"),
         ([], "no such directory; expected a Hugging Face one, or a run"),
     ],
 )

@@ -82,6 +82,9 @@ class Scripted:
         self.asked: list[tuple[int, int]] = []
         self.commits: list[int] = []
 
+    async def ready(self) -> None:
+        """It is."""
+
     async def probes(self, version: int) -> tuple[Group, ...]:
         return ()
 

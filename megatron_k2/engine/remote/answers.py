@@ -1,6 +1,7 @@
 """A request as a body of ``/v1/completions``, and its answer as the protocol's output."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from megatron_k2.engine.protocol import (
@@ -63,6 +64,14 @@ def output_of(answer: Any, request: Request) -> Output:
     last = tokens[-1].id if tokens else None
     is_stop = reason == "stop" and last in request.params.stop_token_ids
     return Output(tokens, prompt, reason, last if is_stop else None)
+
+
+def tagged(output: Output, version: str) -> Output:
+    """The same, its tokens of this version where the server does not say theirs."""
+    tokens = tuple(
+        t if t.weight_version else replace(t, weight_version=version) for t in output.tokens
+    )
+    return replace(output, tokens=tokens)
 
 
 def _tokens(choice: Mapping[str, Any]) -> tuple[Token, ...]:

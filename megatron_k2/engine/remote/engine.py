@@ -25,7 +25,7 @@ from megatron_k2.engine.protocol import (
     UpdateError,
     check_request,
 )
-from megatron_k2.engine.remote.answers import body_of, output_of
+from megatron_k2.engine.remote.answers import body_of, output_of, tagged
 from megatron_k2.engine.remote.client import Client
 from megatron_k2.engine.remote.endpoints import Endpoint, Policy
 from megatron_k2.engine.remote.rounds import FileRound, all_of
@@ -42,6 +42,7 @@ class RemoteEngine:
         limits: of the smallest of them.
         model: what they call it; ``None``: whatever they serve.
         bucket_bytes: of new weights, a file.
+        version: of the weights that they hold, for tokens of a server that does not say it (vLLM).
     """
 
     def __init__(
@@ -50,12 +51,13 @@ class RemoteEngine:
         limits: Limits,
         model: str | None = None,
         bucket_bytes: int = BUCKET_BYTES,
+        version: str = "",
     ) -> None:
         self._client, self.limits, self._model = client, limits, model
         self._bucket_bytes = bucket_bytes
         self._tasks: dict[str, asyncio.Task[Any]] = {}
         self._is_paused = False
-        self._fault = self._version = ""
+        self._fault, self._version = "", version
 
     @classmethod
     async def connect(
@@ -65,6 +67,7 @@ class RemoteEngine:
         vocab_size: int,
         policy: Policy | None = None,
         bucket_bytes: int = BUCKET_BYTES,
+        version: str = "",
     ) -> Self:
         """Ask every endpoint what it serves.
 
@@ -73,6 +76,7 @@ class RemoteEngine:
             vocab_size: ids of its tokenizer, which the API does not tell.
             policy: of the client.
             bucket_bytes: of new weights, a file.
+            version: see the class.
 
         Raises:
             UserError: an endpoint or its key is wrong.
@@ -85,7 +89,7 @@ class RemoteEngine:
             models = [answer["data"][0] for answer in answers]
             length = min(int(model["max_model_len"]) for model in models)
             limits = Limits(vocab_size, length, client.policy.concurrency)
-            return cls(client, limits, str(models[0]["id"]), bucket_bytes)
+            return cls(client, limits, str(models[0]["id"]), bucket_bytes, version)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             await client.close()
             raise EngineError(f"/v1/models is not as vLLM's: {error!r}") from None
@@ -113,7 +117,7 @@ class RemoteEngine:
             raise UserError(f"request id {request.id!r} is in flight already")
         if self._fault:
             raise EngineError(self._fault)
-        body = body_of(request, self._model)
+        body, version = body_of(request, self._model), self._version
         task = self._tasks[request.id] = asyncio.create_task(
             self._client.post("/v1/completions", body)
         )
@@ -127,7 +131,8 @@ class RemoteEngine:
         finally:
             self._tasks.pop(request.id, None)
             task.cancel()
-        yield output_of(answer, request)
+        is_same = version == self._version
+        yield tagged(output_of(answer, request), version if is_same else "")
 
     async def abort(self, ids: Iterable[str] | None = None) -> None:
         """See the protocol; of this engine's own requests."""

@@ -1,4 +1,9 @@
-"""One server's part in a round of new weights: vLLM's verbs, the weights as files."""
+"""One server's part in a round of new weights: vLLM's verbs, the weights as files.
+
+Our server says where files are to lie, answers nothing during a round, and compares digests at its
+end. vLLM with ``engine/transfer/vllm_files.py`` does none of the three: whoever started it names
+the directory, and its version is another one until the round is whole.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Iterable, Sequence
@@ -7,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_k2.engine.protocol import EngineError, UpdateCode, UpdateError
+from megatron_k2.engine.protocol import NO_WEIGHTS, EngineError, UpdateCode, UpdateError
 from megatron_k2.engine.remote.client import Client
 from megatron_k2.engine.remote.endpoints import State
 from megatron_k2.engine.transfer.bucket_files import BucketFolder
@@ -24,10 +29,14 @@ class FileRound:
         client: of the server.
         state: which of the client's endpoints it is.
         version: of the weights.
+        directory: that a server reads which does not say it itself.
     """
 
-    def __init__(self, client: Client, state: State, version: str) -> None:
+    def __init__(
+        self, client: Client, state: State, version: str, directory: Path | None = None
+    ) -> None:
         self._client, self._state, self._version = client, state, version
+        self._given, self._compares = directory, True
         self._folder: BucketFolder | None = None
 
     async def begin(self) -> None:
@@ -38,9 +47,15 @@ class FileRound:
         """
         init = {"init_info": {"backend": "files"}}
         place = await self._post("/init_weight_transfer_engine", init)
-        if not isinstance(place, dict) or "directory" not in place:
+        said = place.get("directory") if isinstance(place, dict) else None
+        if said is None and self._given is None:
             raise EngineError(f"{self._state.endpoint.base} names no directory for new weights")
-        self._folder = BucketFolder(Path(place["directory"]))
+        self._folder, self._compares = (
+            BucketFolder(Path(said or str(self._given))),
+            said is not None,
+        )
+        if not self._compares:
+            await self._post("/update_weight_version", {"new_version": NO_WEIGHTS})
         await self._post("/start_weight_update", {"weight_version": self._version})
 
     async def give(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
@@ -58,13 +73,11 @@ class FileRound:
         Raises:
             UpdateError: it holds something else, or says afterwards that it serves other weights.
         """
-        assert self._folder is not None
-        name = await asyncio.to_thread(self._folder.write_manifest, manifest)
-        try:
-            body = {"weight_version": self._version, "manifest": name}
+        body = {"weight_version": self._version}
+        if self._compares:
+            await self._end_compared(manifest, body)
+        else:
             await self._post("/finish_weight_update", body)
-        finally:
-            self._folder.remove(name)
         info = await self._client.once(self._state, "GET", "/weight_info")
         if (served := info.get("weight_version")) != self._version:
             raise UpdateError(
@@ -72,6 +85,14 @@ class FileRound:
                 f"{self._state.endpoint.base} says that it serves {served!r}, "
                 f"not {self._version!r}",
             )
+
+    async def _end_compared(self, manifest: Manifest, body: dict[str, str]) -> None:
+        assert self._folder is not None
+        name = await asyncio.to_thread(self._folder.write_manifest, manifest)
+        try:
+            await self._post("/finish_weight_update", body | {"manifest": name})
+        finally:
+            self._folder.remove(name)
 
     async def _post(self, path: str, body: Any) -> Any:
         return await self._client.once(self._state, "POST", path, body)

@@ -15,9 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_k2 import __version__
+from megatron_k2.engine import transfer
 from megatron_k2.errors import UserError
 from megatron_k2.rl.cluster.engines import Engines, Member, tokenizer_directory
 
+VLLM_FILES = Path(transfer.__file__).with_name("vllm_files.py")
+"""Read, not imported: it needs vLLM."""
+VLLM_BACKEND, VLLM_DIRECTORY = "files", "MEGATRON_K2_WEIGHTS_DIR"
+"""As that file has them."""
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+"""As all back-ends' options have them -> as ours has."""
 KEY_VARIABLE = "MEGATRON_K2_ENGINE_KEY"
 
 
@@ -111,8 +119,12 @@ def _local(engines: Engines, member: Member, place: Place, token: str, options: 
     words += ["--tokenizer", tokenizer_directory(engines, place.model)]
     words += ["--host", place.host, "--port", place.port, "--api-key-env", KEY_VARIABLE]
     words += ["--admin", "--weights-dir", place.weights]
-    for name, kind in (("num_slots", int), ("max_length", int), ("dtype", str), ("processes", int)):
-        words += options.flag(name, kind)
+    dtype = options.take("dtype", str, "float32")
+    if dtype not in _DTYPES:
+        raise UserError(f"options: dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
+    words += ["--dtype", _DTYPES[dtype]]
+    for name in ("num_slots", "max_length", "processes"):
+        words += options.flag(name, int)
     words += options.flag("deadline", float, 3600.0)  # an answer may be long
     if options.take("batch_invariant", bool, False):
         words.append("--batch-invariant")
@@ -139,21 +151,34 @@ def _vllm(engines: Engines, member: Member, place: Place, token: str, options: _
     if engines.colocated:
         words += ["--enable-sleep-mode"]
     words += options.flag("gpu_memory_utilization", float)
-    # what nodes use: CUDA IPC on the trainer's own GPUs, NCCL to others
-    transfer = options.take("weight_transfer", str, "ipc" if engines.colocated else "nccl")
-    words += ["--weight-transfer-config", json.dumps({"backend": transfer})]
+    transport = options.take("weight_transfer", str, VLLM_BACKEND)
+    words += ["--weight-transfer-config", json.dumps({"backend": transport})]
     if options.take("returns_routed_experts", bool, False):
         words.append("--enable-return-routed-experts")
     if member.is_leader:
         words += ["--host", place.host, "--port", place.port]
     else:
         words.append("--headless")
+    plugin = place.private / "vllm"
     environment = {
         "VLLM_API_KEY": token,
         "VLLM_SERVER_DEV_MODE": "1",  # its verbs for whoever trains
         "VLLM_HOST_IP": place.host,
+        "PYTHONPATH": str(plugin),
+        VLLM_DIRECTORY: str(place.weights),
     }
-    return words, environment, {}
+    return words, environment, _vllm_plugin(plugin)
+
+
+def _vllm_plugin(folder: Path) -> dict[Path, str]:
+    """Our transport of weights, as a distribution that an interpreter finds on its path."""
+    name = "megatron_k2_files"
+    about = folder / f"{name}-{__version__}.dist-info"
+    return {
+        folder / f"{name}.py": VLLM_FILES.read_text("utf-8"),
+        about / "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {__version__}\n",
+        about / "entry_points.txt": f"[vllm.general_plugins]\n{name} = {name}:register\n",
+    }
 
 
 def _vllm_parallel(engines: Engines, member: Member, place: Place, options: _Options) -> list[Any]:

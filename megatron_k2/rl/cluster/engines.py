@@ -21,6 +21,11 @@ KIND = "engine"
 """What leaders publish themselves as; their index is their replica's."""
 
 
+def attempts_name(replica: int) -> str:
+    """The name under which a replica's attempts are counted in the meeting folder."""
+    return f"replica.{replica}"
+
+
 @dataclass(frozen=True)
 class Patience:
     """How long a supervisor waits, in seconds, and how often it tries.

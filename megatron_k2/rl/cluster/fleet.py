@@ -14,8 +14,7 @@ an engine holds is what its server says. ``expect`` tells one what another has s
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
-from dataclasses import replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
@@ -31,12 +30,13 @@ from megatron_k2.engine.protocol import (
     UpdateError,
     check_request,
 )
+from megatron_k2.engine.remote.answers import tagged
 from megatron_k2.engine.remote.endpoints import Endpoint
 from megatron_k2.engine.remote.engine import RemoteEngine
 from megatron_k2.engine.transfer.buckets import BUCKET_BYTES
 from megatron_k2.engine.transfer.manifest import Manifest
 from megatron_k2.errors import UserError
-from megatron_k2.rl.cluster.engines import KIND
+from megatron_k2.rl.cluster.engines import KIND, attempts_name
 from megatron_k2.rl.cluster.rendezvous import Meeting
 from megatron_k2.rl.cluster.replica import Replica
 from megatron_k2.rl.cluster.roster import FleetPatience, Roster
@@ -84,23 +84,30 @@ class Fleet:
         bucket_bytes: int = BUCKET_BYTES,
         tell: Callable[[str], None] = lambda _: None,
     ) -> Self:
-        """Wait until every engine has come up once, without weights.
+        """Wait until every engine has come up once, without weights, or was given up.
 
         Args:
             meeting: of the job's start.
             num_replicas: of the run.
             vocab_size: ids of the model.
-            seconds: that they may take.
+            seconds: that they may take; those that have not come up by then may come later.
             patience: from then on.
             bucket_bytes: of new weights, sent at once.
             tell: is called with what is waited for.
 
         Raises:
-            UserError: one did not come up.
-            EngineError: one does not say what it serves.
+            UserError: none has come up.
         """
         patience, end = patience or FleetPatience(), time.monotonic() + seconds
-        lengths = [await _length(meeting, i, vocab_size, end, tell) for i in range(num_replicas)]
+        lengths, problems = [], []
+        for index in range(num_replicas):
+            try:
+                lengths.append(await _length(meeting, index, vocab_size, end, tell))
+            except (UserError, EngineError) as problem:
+                problems.append(str(problem))
+                tell(f"going on without an engine: {problem}")
+        if not lengths:
+            raise UserError("; ".join(problems))
         limits = Limits(vocab_size, min(lengths), 4096)
         roster = Roster(meeting, num_replicas, limits, patience)
         await roster.look()
@@ -161,10 +168,7 @@ class Fleet:
         tags = {token.weight_version for token in output.tokens}
         if "" not in tags:
             return None if is_same and tags - {version} else output
-        if not is_same:
-            return None
-        tagged = (replace(token, weight_version=version or "") for token in output.tokens)
-        return replace(output, tokens=tuple(tagged))
+        return tagged(output, version or "") if is_same else None
 
     async def _chosen(self, tried: Replica | None) -> Replica:
         """The least busy that can be asked, another than the one that just failed if there is."""
@@ -217,7 +221,10 @@ class Fleet:
         await self.pause("abort")
         for each in self._roster:
             each.empty()
-        await self._everywhere(self._sleepers(), "/sleep?level=2")
+        sleepers = self._sleepers()
+        # its own tag outlives the weights, and others go by it
+        await self._everywhere(sleepers, "/update_weight_version", {"new_version": NO_WEIGHTS})
+        await self._everywhere(sleepers, "/sleep?level=2")
 
     async def wake(self, tag: Literal["weights", "kv_cache"]) -> None:
         """Take the GPUs again: room for weights before they are sent, for caches after.
@@ -230,12 +237,12 @@ class Fleet:
     def _sleepers(self) -> list[Replica]:
         return [e for e in self._roster.up() if e.address.details.get("backend") in _SLEEPERS]
 
-    async def _everywhere(self, targets: Iterable[Replica], path: str) -> None:
+    async def _everywhere(self, targets: Iterable[Replica], path: str, body: Any = None) -> None:
         """A verb; one that does not answer any more is passed over."""
 
         async def one(each: Replica) -> None:
             try:
-                await each.post(path)
+                await each.post(path, body)
             except EngineError:
                 await self._roster.look_at(each.address.index)
                 if each.is_up and self._roster.is_current(each):
@@ -271,7 +278,7 @@ class Fleet:
         if manifest is None:
             raise UserError("engines behind HTTP take weights with a manifest of them alone")
         async with self._updating:
-            up = await self._some_up()
+            up = await self.some_up()
             is_again = version == self._version
             targets = [each for each in up if not (is_again and each.holds(version))]
             if targets:
@@ -279,8 +286,12 @@ class Fleet:
             self._version = version
         self._roster.notify()
 
-    async def _some_up(self) -> list[Replica]:
-        """Those that can be sent weights, once there is one."""
+    async def some_up(self) -> list[Replica]:
+        """Those that can be sent weights, once there is one.
+
+        Raises:
+            UpdateError: none came in ``FleetPatience.away`` seconds.
+        """
         began = time.monotonic()
         await self._roster.look()
         while not (up := self._roster.up()):
@@ -320,8 +331,13 @@ async def _length(
         UserError: it did not come up.
         EngineError: it does not say it.
     """
+
+    def given_up() -> str:
+        return meeting.given_up(attempts_name(index))
+
     while True:
-        address = await meeting.wait(KIND, index, max(0.0, end - time.monotonic()), tell=tell)
+        left = max(0.0, end - time.monotonic())
+        address = await meeting.wait(KIND, index, left, tell=tell, given_up=given_up)
         endpoint = Endpoint(address.url, key_file=meeting.token_path)
         try:
             engine = await RemoteEngine.connect([endpoint], vocab_size=vocab_size)

@@ -6,9 +6,11 @@ directly, by a fleet of their addresses.
 """
 
 import asyncio
+import contextlib
 import json
 import time
 from argparse import Namespace
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +100,47 @@ class Controlled:
     Args:
         asker: of the controller.
         ledger: that it writes.
+        fleet: by which weights go to the engines.
         probe: of the engines.
+        is_shared: engines lie on the trainer's GPUs: they sleep whenever it is awake, and lose
+            their weights.
     """
 
-    def __init__(self, asker: Asker, ledger: LedgerReader, probe: "Probe") -> None:
+    def __init__(
+        self,
+        asker: Asker,
+        ledger: LedgerReader,
+        fleet: Fleet,
+        probe: "Probe",
+        *,
+        is_shared: bool = False,
+    ) -> None:
         self._asker, self._ledger, self._probe = asker, ledger, probe
+        self._fleet, self._is_shared = fleet, is_shared
+
+    async def ready(self) -> None:
+        """Until an engine is up and has room for weights."""
+        await self._fleet.some_up()
+        if self._is_shared:
+            await self._fleet.wake("weights")
+
+    @contextlib.asynccontextmanager
+    async def _awake(self) -> AsyncIterator[None]:
+        """Engines have all of the memory meanwhile."""
+        if not self._is_shared:
+            yield
+            return
+        await self._fleet.wake("kv_cache")
+        await self._fleet.resume()
+        try:
+            yield
+        finally:
+            await self._fleet.sleep()
 
     async def probes(self, version: int) -> tuple[Group, ...]:
         """Texts as every engine scored them, for the trainer to score them too."""
-        return await self._probe.groups(version)
+        async with self._awake():
+            return await self._probe.groups(version)
 
     async def collect(self, iteration: int, version: int) -> Collected | None:
         """From the ledger, once the controller says that it is there; ``None``: weights are due.
@@ -115,6 +149,10 @@ class Controlled:
             UserError: the controller refuses something.
             LostError: it failed, or has gone.
         """
+        async with self._awake():
+            return await self._collected(iteration, version)
+
+    async def _collected(self, iteration: int, version: int) -> Collected | None:
         while True:
             begin = time.monotonic()
             said = await self._asker.ask("collect", iteration=iteration, version=version)
@@ -153,6 +191,7 @@ class Controlled:
             print(error, flush=True)
         finally:
             await self._asker.close()
+            await self._fleet.close()
 
 
 class Probe:
@@ -172,7 +211,7 @@ class Probe:
     async def groups(self, version: int) -> tuple[Group, ...]:
         """A group an engine; rewards differ so that nothing takes it for a dead one.
 
-        One that has died since it got its weights is passed over.
+        One that has not come up, or has died since it got its weights, is passed over.
 
         Raises:
             UserError: an engine answers with other weights.
@@ -180,9 +219,9 @@ class Probe:
         """
         found, problems = [], []
         for index in range(self._num_engines):
-            address = self._meeting.read(ENGINE, index)
-            assert address is not None  # the fleet is open
             try:
+                if (address := self._meeting.read(ENGINE, index)) is None:
+                    raise EngineError("it has not come up")
                 found.append(await self._of(index, address, version))
             except EngineError as problem:
                 problems.append(f"engine {index} was not compared: {problem}")
@@ -231,10 +270,12 @@ async def make_side(args: Namespace, preset: ModelPreset, iteration: int) -> Sid
     meeting = Meeting(Path(args.meet))
     meeting.publish(TRAINER, 0, own_host(args.host), 0)
     address = await meeting.wait(CONTROLLER, 0, COME_SECONDS, tell=tell)
-    count, vocab_size = read_engines(Path(args.engines)).replicas, preset.vocab_size
-    fleet = await Fleet.open(meeting, count, vocab_size=vocab_size, tell=tell)
+    engines, vocab_size = read_engines(Path(args.engines)), preset.vocab_size
+    fleet = await Fleet.open(meeting, engines.replicas, vocab_size=vocab_size, tell=tell)
     folder = Path(args.save) / FOLDER
     ledger = LedgerReader(folder / LEDGER)
     check_position(ledger, folder, iteration)
-    probe = Probe(meeting, count, vocab_size, args.seed)
-    return Side(Controlled(Asker(address, meeting.token()), ledger, probe), fleet)
+    probe = Probe(meeting, engines.replicas, vocab_size, args.seed)
+    asker = Asker(address, meeting.token())
+    collector = Controlled(asker, ledger, fleet, probe, is_shared=engines.colocated)
+    return Side(collector, fleet)

@@ -123,6 +123,7 @@ class Meeting:
         *,
         attempt: int = 0,
         tell: Callable[[str], None] = lambda _: None,
+        given_up: Callable[[], str] = lambda: "",
     ) -> Address:
         """Where a process listens, once it says so.
 
@@ -132,15 +133,18 @@ class Meeting:
             seconds: after which it is given up.
             attempt: the lowest that will do.
             tell: is called with what is waited for, now and then.
+            given_up: why there is nothing to wait for any longer; empty: there is.
 
         Raises:
-            UserError: it never said so, with what lay there instead.
+            UserError: it never said so, with what lay there instead, or was given up.
         """
         began = told = time.monotonic()
         while True:
             found = self._read(kind, index)
             if isinstance(found, Address) and found.attempt >= attempt:
                 return found
+            if why := given_up():
+                raise UserError(f"{kind} {index} was given up: {why}")
             now = time.monotonic()
             there = found if isinstance(found, str) else _nothing(found, self._path(kind, index))
             if now - began >= seconds:
@@ -191,6 +195,20 @@ class Meeting:
             why: a sentence.
         """
         self._add_attempt(name, number + 1, why)
+
+    def give_up(self, name: str, why: str) -> None:
+        """No attempt of these follows any more."""
+        self._link(self._given_up(name), why.encode())
+
+    def given_up(self, name: str) -> str:
+        """Why none follows; empty: one may."""
+        try:
+            return self._given_up(name).read_text()
+        except OSError:
+            return ""
+
+    def _given_up(self, name: str) -> Path:
+        return self.directory / f"{name}.given-up"
 
     def _attempts(self, name: str) -> list[Attempt]:
         found = []

@@ -5,6 +5,7 @@ import contextlib
 import time
 from collections.abc import Awaitable
 from pathlib import Path
+from typing import Any
 
 from megatron_k2.engine.protocol import EngineError, Limits, Output, Request
 from megatron_k2.engine.remote.client import Client
@@ -52,6 +53,12 @@ class Replica:
         return self.client.endpoints.states[0]
 
     @property
+    def weights_directory(self) -> Path | None:
+        """That its supervisor gave it for new weights."""
+        found = self.address.details.get("weights")
+        return None if found is None else Path(found)
+
+    @property
     def is_up(self) -> bool:
         """Whether it answered when it was last looked at."""
         return self.seen.is_alive and not self.gone.is_set()
@@ -91,13 +98,13 @@ class Replica:
         self._is_emptied = False
         self.seen = Probe(True, True, version, "")
 
-    async def post(self, path: str) -> None:
+    async def post(self, path: str, body: Any = None) -> None:
         """A verb.
 
         Raises:
             EngineError: it is not obeyed.
         """
-        await unless_gone(self.client.once(self.state, "POST", path), self)
+        await unless_gone(self.client.once(self.state, "POST", path, body), self)
 
     async def answer(self, request: Request) -> Output:
         """The whole answer.

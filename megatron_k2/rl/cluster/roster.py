@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_k2.engine.protocol import EngineError, Limits
 from megatron_k2.errors import UserError
 from megatron_k2.rl.cluster import probe
-from megatron_k2.rl.cluster.engines import KIND
+from megatron_k2.rl.cluster.engines import KIND, attempts_name
 from megatron_k2.rl.cluster.rendezvous import Address, Meeting
 from megatron_k2.rl.cluster.replica import Replica
 
@@ -75,9 +75,12 @@ class Roster:
     def told(self) -> str:
         """How each of them is, for a sentence."""
         return "; ".join(
-            f"engine {index}: {self._replicas.get(index) or why}"
+            f"engine {index}: {self._given_up(index) or self._replicas.get(index) or why}"
             for index, why in self._why.items()
         )
+
+    def _given_up(self, index: int) -> str:
+        return self._meeting.given_up(attempts_name(index))
 
     def notify(self) -> None:
         """Wake those that wait for a change."""

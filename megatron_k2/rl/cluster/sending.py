@@ -25,7 +25,10 @@ class Sending:
 
     def __init__(self, targets: Sequence[Replica], version: str) -> None:
         self._version = version
-        self._open = [(each, FileRound(each.client, each.state, version)) for each in targets]
+        self._open = [
+            (each, FileRound(each.client, each.state, version, each.weights_directory))
+            for each in targets
+        ]
         self._failed: list[UpdateError] = []
 
     async def send(

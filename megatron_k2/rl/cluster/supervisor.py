@@ -28,6 +28,7 @@ from megatron_k2.rl.cluster.engines import (
     KIND,
     Engines,
     Member,
+    attempts_name,
     members_of,
     model_directory,
     read_engines,
@@ -104,7 +105,7 @@ class Supervisor:
         again = self._meeting.publish("supervisor", self._node.number, self._node.host, 0).attempt
         if again:  # what an earlier one started has ended with it
             for member in self._members:
-                name = _replica(member)
+                name = attempts_name(member.replica)
                 number = self._meeting.attempts(name)[-1].number
                 why = f"the supervisor of node {self._node.number} was started again"
                 self._meeting.fail(name, number, why)
@@ -116,7 +117,7 @@ class Supervisor:
 
     async def _keep(self, member: Member, client: Any) -> None:
         """One process after another."""
-        name = _replica(member)
+        name = attempts_name(member.replica)
         while True:
             attempts = self._meeting.attempts(name)
             await self._wait_before(name, attempts)
@@ -137,10 +138,12 @@ class Supervisor:
         patience, now = self._patience, time.time()
         recent = [each for each in attempts if each.number and now - each.at < patience.window]
         if len(recent) > patience.restarts:
-            raise UserError(
+            why = (
                 f"{name} was started again {patience.restarts} times within {patience.window:g} "
                 f"seconds, and failed once more: {recent[-1].why}"
             )
+            self._meeting.give_up(name, why)
+            raise UserError(why)
         if recent:
             seconds = min(patience.most_backoff, patience.backoff * 2 ** (len(recent) - 1))
             await asyncio.sleep(max(0.0, recent[-1].at + seconds - now))
@@ -151,6 +154,7 @@ class Supervisor:
             place = await self._place(member, attempt, weights)
             command = command_of(self._engines, member, place, self._token)
             for path, content in command.files.items():
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 path.unlink(missing_ok=True)
                 with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
                     file.write(content)
@@ -195,7 +199,7 @@ class Supervisor:
         ended = asyncio.create_task(child.ended())
         try:
             while not (await asyncio.wait({ended}, timeout=patience.look))[0]:
-                newest = self._meeting.attempts(_replica(member))[-1]
+                newest = self._meeting.attempts(attempts_name(member.replica))[-1]
                 if newest.number > attempt.number:
                     return f"started again with its replica: {newest.why}"
                 if not member.is_leader:
@@ -214,7 +218,11 @@ class Supervisor:
             ended.cancel()
 
     def _publish(self, member: Member, attempt: Attempt, place: Place, child: Child) -> None:
-        details = {"pid": child.pid, "backend": self._engines.backend}
+        details = {
+            "pid": child.pid,
+            "backend": self._engines.backend,
+            "weights": str(place.weights),
+        }
         self._meeting.publish(
             KIND,
             member.replica,
@@ -238,11 +246,6 @@ class Supervisor:
             yield found
         finally:
             shutil.rmtree(found, ignore_errors=True)
-
-
-def _replica(member: Member) -> str:
-    """The name under which its attempts are counted."""
-    return f"replica.{member.replica}"
 
 
 def _silence(child: Child, seen: probe.Probe, is_up: bool, seconds: float) -> str:

@@ -13,7 +13,7 @@ import pytest
 from megatron_k2.checkpoint.names.mapping import classic_from_transformers
 from megatron_k2.engine.local.core import Core
 from megatron_k2.engine.local.pool import PoolEngine
-from megatron_k2.engine.protocol import EngineError, Request, SamplingParams
+from megatron_k2.engine.protocol import NO_WEIGHTS, EngineError, Request, SamplingParams
 from megatron_k2.errors import UserError
 from tests.engine.local.models import TINY, reference, saved, tokens, weights_of
 from tests.engine.local.test_core import run
@@ -135,6 +135,23 @@ def test_a_failed_update_refuses_until_one_succeeds(pool, loop, model):
         return await answers(pool, REQUESTS)
 
     assert loop.run(body()) == in_one_process(model)
+
+
+def test_processes_without_weights_answer_once_they_have_got_some(model, loop, tmp_path):
+    """Nothing but ``config.json`` lies there."""
+    folder = saved(model, TINY, tmp_path)
+    (folder / "model.safetensors").unlink()
+    empty = PoolEngine.from_directory(folder, num_processes=2, version=NO_WEIGHTS, **SLOTS)
+    try:
+        assert not empty.health().is_ready
+        assert empty.health().weight_version == NO_WEIGHTS
+        with pytest.raises(EngineError, match="has no weights yet"):
+            loop.run(answer(empty, REQUESTS[0]))
+        sent = classic_from_transformers(model.state_dict())
+        loop.run(empty.update_weights(sent.items(), "0"))
+        assert loop.run(answers(empty, REQUESTS)) == in_one_process(model)
+    finally:
+        loop.run(empty.close())
 
 
 def test_what_cannot_be_is_refused(pool, loop, tmp_path):

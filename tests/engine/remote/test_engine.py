@@ -17,9 +17,11 @@ from megatron_k2.engine.protocol import (
     Output,
     Request,
     SamplingParams,
+    Token,
     UpdateCode,
     UpdateError,
 )
+from megatron_k2.engine.remote.answers import tagged
 from megatron_k2.engine.remote.endpoints import Endpoint, Policy
 from megatron_k2.engine.remote.engine import RemoteEngine
 from megatron_k2.engine.transfer.bucket_files import BucketFolder
@@ -193,6 +195,11 @@ def test_an_endpoint_that_keeps_the_old_tag_is_found(model, tokenizer, tmp_path)
         return failed.value.code
 
     assert scenario(model, tokenizer, tmp_path, body) is UpdateCode.VERSION
+
+
+def test_tokens_of_a_server_that_says_no_version_have_the_one_that_it_was_given():
+    found = tagged(Output((Token(1, -0.1), Token(2, -0.2, (), "6"))), "7")
+    assert [token.weight_version for token in found.tokens] == ["7", "6"]
 
 
 def test_leaving_early_pausing_and_aborting(model, tokenizer, tmp_path):

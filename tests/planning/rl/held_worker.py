@@ -1,8 +1,8 @@
 """What a rank of a real run holds behind a step: ``python -m tests.planning.rl.held_worker JSON``.
 
 Model, MuonClip and learner are built by the program of ``megatron-k2 rl``; in place of its loop the
-learner takes one iteration of recorded groups, and every storage is counted once, by who has it.
-Leaves ``<out>/<rank>.json``.
+learner takes one iteration of recorded groups, and every storage is counted once, by who has it:
+here, by ``rl/phases.py``, and by that again while the trainer rests. Leaves ``<out>/<rank>.json``.
 """
 
 import json
@@ -53,6 +53,7 @@ def counted(learner):
 
 def run_case(case):
     from megatron_k2.rl import assembly
+    from megatron_k2.rl.phases import Phases, held
     from megatron_k2.rl.train import program
     from megatron_k2.training.pretrain import run
 
@@ -61,7 +62,11 @@ def run_case(case):
         assert learner.version == 1, "a step was taken: states are there"
         path = Path(case["out"]) / f"{args.rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(counted(learner)))
+        own = (learner.stages, learner._stepper.optimizer)
+        found = {"train": counted(learner), "told": held(*own)._asdict()}
+        Phases(*own).rest(keeps_weights=True)
+        found["update"] = held(*own)._asdict()
+        path.write_text(json.dumps(found))
 
     assembly._run = counted_run
     run([*FLAGS, *case["flags"]], program(None))

@@ -59,11 +59,21 @@ def _planned(size, name, rank):
 def test_the_plan_adds_up_to_what_a_rank_holds(size, name, counted):
     for rank, found in enumerate(counted(name, size)):
         planned = vars(_planned(size, name, rank))
-        assert found.pop("elements") * 4 == planned["weights"], "biases are buffers, not weights"
-        assert found == pytest.approx(planned, rel=1e-3)
+        train = found["train"]
+        assert train.pop("elements") * 4 == planned["weights"], "biases are buffers, not weights"
+        assert train == pytest.approx(planned, rel=1e-3)
+        assert found["told"] == pytest.approx(planned, rel=1e-3), "and so says the run itself"
+
+
+@pytest.mark.parametrize(("size", "name"), CASES)
+def test_while_it_rests_gradients_are_gone(size, name, counted):
+    """On a CPU there is one memory: weights and states stay where they are."""
+    for rank, found in enumerate(counted(name, size)):
+        planned = vars(_planned(size, name, rank)) | {"gradients": 0}
+        assert found["update"] == pytest.approx(planned, rel=1e-3)
 
 
 def test_a_plan_with_masters_beside_fp32_weights_would_be_seen(counted):
     (found,) = counted("one", 1)
     wrong = vars(trainer_layout(_request(), 0, "bf16", is_zero=False))
-    assert found["optimizer"] != pytest.approx(wrong["optimizer"], rel=0.2)
+    assert found["train"]["optimizer"] != pytest.approx(wrong["optimizer"], rel=0.2)

@@ -13,7 +13,7 @@ from megatron_k2.rl.cluster.rendezvous import Meeting
 
 HOST = "127.0.0.1"
 STAND_IN = Path(__file__).parent / "stand_in.py"
-QUICK = {"look": 0.1, "silent": 1.5, "start": 60, "backoff": 0.05, "most_backoff": 0.2, "end": 2}
+QUICK = {"look": 0.1, "silent": 4, "start": 60, "backoff": 0.05, "most_backoff": 0.2, "end": 2}
 
 
 def until(found, seconds=30.0):

@@ -13,7 +13,12 @@ import pytest
 from megatron_k2.cli import serve
 from megatron_k2.errors import UserError
 from megatron_k2.presets import get_preset
-from megatron_k2.rl.cluster.commands import Place, command_of
+from megatron_k2.rl.cluster.commands import (
+    VLLM_BACKEND,
+    VLLM_DIRECTORY,
+    Place,
+    command_of,
+)
 from megatron_k2.rl.cluster.engines import (
     Engines,
     Member,
@@ -42,12 +47,12 @@ def engines(backend, **more):
 
 
 def test_local():
-    options = {"num_slots": 8, "max_length": 512, "dtype": "bf16", "batch_invariant": True}
+    options = {"num_slots": 8, "max_length": 512, "dtype": "bfloat16", "batch_invariant": True}
     said, found = words(engines("local", options=options), Member(0, 0, ()))
     assert said == (
         "-m megatron_k2 serve --load /model --load-format dummy --tokenizer /model "
         "--host 10.0.0.2 --port 8101 --api-key-env MEGATRON_K2_ENGINE_KEY "
-        "--admin --weights-dir /dev/shm/w --num-slots 8 --max-length 512 --dtype bf16 "
+        "--admin --weights-dir /dev/shm/w --dtype bf16 --num-slots 8 --max-length 512 "
         "--deadline 3600.0 --batch-invariant"
     )
     assert found.words[0] == sys.executable
@@ -69,6 +74,7 @@ def test_vllm_over_two_nodes():
             "max_num_seqs": 256,
             "gpu_memory_utilization": 0.85,
             "returns_routed_experts": True,
+            "weight_transfer": "ipc",
             "flags": ["--enable-eplb"],
             "environment": {"VLLM_ALL2ALL_BACKEND": "deepep_low_latency"},
         },
@@ -96,6 +102,8 @@ def test_vllm_over_two_nodes():
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_HOST_IP": "10.0.0.2",
         "VLLM_ALL2ALL_BACKEND": "deepep_low_latency",
+        "PYTHONPATH": "/private/vllm",
+        "MEGATRON_K2_WEIGHTS_DIR": "/dev/shm/w",
         "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
     }
 
@@ -106,7 +114,7 @@ def test_vllm_on_one_node_disaggregated():
     assert said == (
         "-m vllm.entrypoints.openai.api_server --model /model --tokenizer /model "
         "--load-format dummy --dtype bfloat16 --tensor-parallel-size 2 --enable-expert-parallel "
-        '--data-parallel-size 4 --weight-transfer-config {"backend": "nccl"} '
+        '--data-parallel-size 4 --weight-transfer-config {"backend": "files"} '
         "--host 10.0.0.2 --port 8101"
     )
     with pytest.raises(UserError, match="3 does not divide the 8 GPUs"):
@@ -130,6 +138,26 @@ def test_an_option_of_another_backend_is_refused():
         words(engines("local", options={"max_model_len": 1}), Member(0, 0, ()))
     with pytest.raises(UserError, match="num_slots is 'many'; expected int"):
         words(engines("local", options={"num_slots": "many"}), Member(0, 0, ()))
+
+
+def test_values_that_cannot_be_are_refused():
+    with pytest.raises(UserError, match="dtype 'fp8': expected one of float32, bfloat16"):
+        words(engines("local", options={"dtype": "fp8"}), Member(0, 0, ()))
+
+
+def test_the_transport_of_weights_is_given_to_vllm_whole():
+    _, found = words(engines("vllm", gpus_per_node=1), Member(0, 0, (0,)))
+    module = Path("/private/vllm/megatron_k2_files.py")
+    text = found.files[module]
+    assert f'BACKEND = "{VLLM_BACKEND}"' in text
+    assert f'DIRECTORY = "{VLLM_DIRECTORY}"' in text
+    assert "def register()" in text
+    assert "from megatron_k2" not in text
+    about = {path.parent.name for path in found.files if path != module}
+    assert len(about) == 1
+    assert about.pop().endswith(".dist-info")
+    (entry,) = (text for path, text in found.files.items() if path.name == "entry_points.txt")
+    assert "megatron_k2_files = megatron_k2_files:register" in entry
 
 
 def test_nodes_are_filled_in_order():

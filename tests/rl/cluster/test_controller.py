@@ -53,6 +53,28 @@ class Sampling:
         self.made.close()
 
 
+class Fleet:
+    """Of rank 0: notes what it was told."""
+
+    def __init__(self):
+        self.told = []
+
+    async def some_up(self):
+        self.told.append("some up")
+
+    async def wake(self, tag):
+        self.told.append(f"wake {tag}")
+
+    async def resume(self):
+        self.told.append("resume")
+
+    async def sleep(self):
+        self.told.append("sleep")
+
+    async def close(self):
+        self.told.append("close")
+
+
 class Lacking:
     """Engines that lack weights, question by question; none afterwards."""
 
@@ -79,7 +101,7 @@ def run(folder, body, *, lacking=None, tell=print, **more):
 
     async def whole():
         async with serving(sampling, lacking, tell) as address:
-            side = Controlled(Asker(address, TOKEN), LedgerReader(folder), None)
+            side = Controlled(Asker(address, TOKEN), LedgerReader(folder), Fleet(), None)
             try:
                 return await body(side)
             finally:
@@ -162,7 +184,7 @@ def test_what_cannot_be_mended_ends_the_run_with_a_sentence(tmp_path, fails, kin
 def test_a_controller_that_has_gone_is_named(tmp_path):
     async def body():
         async with serving(Sampling(tmp_path, seconds=5), Lacking()) as address:
-            side = Controlled(Asker(address, TOKEN), LedgerReader(tmp_path), None)
+            side = Controlled(Asker(address, TOKEN), LedgerReader(tmp_path), Fleet(), None)
             asking = asyncio.create_task(side.collect(0, 0))
             await asyncio.sleep(0.3)
         with pytest.raises(LostError, match=r"the controller \(host 127.0.0.1, pid 77\) gives no"):
@@ -204,3 +226,22 @@ def test_without_the_token_or_with_another_body_nothing_is_done(tmp_path):
 
     assert asyncio.run(body()) == [401, 401, 400, 400]
     assert sampling.begun == []
+
+
+def test_engines_on_the_trainers_gpus_are_awake_while_it_is_not(tmp_path):
+    fleet = Fleet()
+
+    async def body():
+        lacking = Lacking("engine 1")
+        async with serving(Sampling(tmp_path), lacking) as address:
+            reader = LedgerReader(tmp_path)
+            side = Controlled(Asker(address, TOKEN), reader, fleet, None, is_shared=True)
+            await side.ready()
+            assert await side.collect(0, 0) is None
+            await side.ready()
+            assert (await side.collect(0, 0)).groups
+            await side.close()
+
+    asyncio.run(body())
+    awake = ["some up", "wake weights", "wake kv_cache", "resume", "sleep"]
+    assert fleet.told == [*awake, *awake, "close"]

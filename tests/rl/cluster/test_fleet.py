@@ -40,8 +40,10 @@ from tests.rl.cluster.supervising import Supervised, engines_file
 
 SHAPE = {"num_layers": 2, "vocab_size": 512}
 PRESET = dataclasses.replace(get_preset("k2-tiny"), **SHAPE)
+pytestmark = pytest.mark.slow
+
 LENGTH = 512
-QUICK = FleetPatience(look=0.1, silent=1.5, away=60, again=0.05)
+QUICK = FleetPatience(look=0.1, silent=3, away=60, again=0.05)
 
 
 def drawn_weights(seed):
@@ -89,6 +91,15 @@ async def push(fleet, weights, version):
     counted = Counted(weights.items(), version)
     await fleet.update_weights(counted, version, counted.manifest)
     return counted
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """The oracle's; two wait for each other where the engines have the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_k2.errors import UserError
 from megatron_k2.rl.cluster.engines import members_of, read_engines
+from megatron_k2.rl.cluster.fleet import Fleet
 from megatron_k2.rl.cluster.rendezvous import Meeting, free_port
 from megatron_k2.rl.cluster.supervisor import Node, Supervisor
 from tests.rl.cluster.supervising import (
@@ -112,6 +113,8 @@ def test_what_never_works_is_given_up_with_a_sentence(tmp_path):
     assert "supervisor: replica.0 was started again 2 times within 1800 seconds" in said
     assert "no CUDA device is left" in said.splitlines()[-1]
     assert "Traceback" not in said
+    with pytest.raises(UserError, match=r"engine 0 was given up: replica\.0 was started again 2"):
+        asyncio.run(Fleet.open(run.meeting, 1, vocab_size=9))
 
 
 def test_an_occupied_port_and_a_file_of_another_start_are_survived(tmp_path):
