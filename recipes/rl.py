@@ -112,6 +112,10 @@ FP8_DIFFERENCE = (
     "not wired: weights of block FP8 reach no engine by an update yet (docs/weights.md), and these "
     "engines hold it; in bf16 (stage.engines.is_fp8=false) a replica takes twice the nodes"
 )
+FILES_DIFFERENCE = (
+    "not wired: the update that is planned is the report's broadcast; today's goes as files over "
+    "the run's disk (docs/rl.md)"
+)
 
 
 def kimi_k2_rl(num_gpus: int, gpu: str) -> Recipe:
@@ -139,7 +143,7 @@ def kimi_k2_rl(num_gpus: int, gpu: str) -> Recipe:
     stage = ReinforcementLearning(group_size=ANSWERS, mini_batches=MINI_BATCHES)
     return _recipe(name("kimi_k2", num_gpus, gpu), K2, layout, stage, is_fp8=True).replace(
         sources=SOURCES,
-        differences=(*DIFFERENCES, FP8_DIFFERENCE),
+        differences=(*DIFFERENCES, FP8_DIFFERENCE, FILES_DIFFERENCE),
         previous=f"kimi_k2_sft_{num_gpus}gpu_{gpu}",
     )
 
@@ -176,7 +180,7 @@ def moonlight_rl(num_gpus: int, gpu: str) -> Recipe:
     )
     return found.replace(
         sources=(*SOURCES, *MOONLIGHT_SOURCES),
-        differences=DIFFERENCES,
+        differences=(*DIFFERENCES, FILES_DIFFERENCE),
         previous=f"moonlight_16b_a3b_sft_{num_gpus}gpu_{gpu}",
     )
 

@@ -36,6 +36,10 @@ from megatron_k2.planning.gpus import GPUS_PER_NODE
 from megatron_k2.planning.rl.memory import held
 from megatron_k2.planning.rl.request import EngineLayout
 
+SHARED_MEMORY = "/dev/shm"
+WEIGHTS = "rl/weights"
+"""In a run's directory: what is on its way to engines of other nodes."""
+
 
 def engines_of(recipe: Recipe) -> EngineLayout:
     """Of a recipe that has some.
@@ -50,8 +54,14 @@ def engines_of(recipe: Recipe) -> EngineLayout:
     raise UserError(f"{recipe.name} has no engines beside the trainer")
 
 
-def engines_file(recipe: Recipe) -> dict[str, Any]:
+def engines_file(recipe: Recipe, save: str) -> dict[str, Any]:
     """What ``rl/cluster/engines.py`` reads: which engines there are, and their back-end's options.
+
+    Weights come to engines of other nodes over the disk that the run is on.
+
+    Args:
+        recipe: of the run.
+        save: its directory.
 
     Raises:
         UserError: a recipe without engines, or of other data.
@@ -73,6 +83,7 @@ def engines_file(recipe: Recipe) -> dict[str, Any]:
         "after": "trainer" if e.is_colocated else "",
         "model": model | {"tokenizer": f"{data.root}/{data.tokenizer}"},
         "options": _options(recipe, e),
+        "weights_directory": SHARED_MEMORY if sum(rl_nodes(recipe)) == 1 else f"{save}/{WEIGHTS}",
     }
 
 
@@ -98,7 +109,7 @@ def _options(recipe: Recipe, e: EngineLayout) -> Mapping[str, object]:
     return {
         "num_slots": e.slots,
         "max_length": length,
-        "dtype": recipe.precision,
+        "dtype": "bfloat16" if recipe.precision == "bf16" else "float32",
         "batch_invariant": invariant,
     }
 
@@ -141,7 +152,7 @@ def render_rl(
     data = recipe.data
     assert isinstance(data, TaskData)  # ``engines_file`` refuses others
     return TEMPLATE.format(
-        engines=json.dumps(engines_file(recipe), indent=1),
+        engines=json.dumps(engines_file(recipe, save), indent=1),
         head=head(recipe, save, start_from, cluster, lines),
         srun=shlex.join(["srun", *container_words(cluster)]),
         python=shlex.quote(cluster.python),
@@ -152,6 +163,7 @@ def render_rl(
         gyms=gyms,
         tasks=shlex.quote(f"{data.root}/{data.tasks}"),
         program=recipe.stage.module,
+        weights=WEIGHTS,
     )
 
 
@@ -202,7 +214,7 @@ TEMPLATE = """\
 
 # Processes of this start meet here, and nowhere else: every start has a folder of its own.
 meet="$save/rl/rendezvous/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"
-(umask 077 && mkdir -p "$meet")
+(umask 077 && mkdir -p "$meet" "$save/{weights}")
 cat > "$meet/engines.json" <<'ENGINES'
 {engines}
 ENGINES

@@ -89,18 +89,20 @@ def test_the_engines_file_says_what_was_planned():
     backends = {"sglang": "max_running_requests", "local": "num_slots"}
     for backend, key in backends.items():
         changed = apply(get_recipe(K2[0]), [f"stage.engines.backend={backend}"])
-        assert engines_file(changed)["options"][key] == 256
-    twin = engines_file(get_recipe("kimi_k2_rl_cluster_cpu"))
+        assert engines_file(changed, "r")["options"][key] == 256
+    twin = engines_file(get_recipe("kimi_k2_rl_cluster_cpu"), "r")
     assert twin["model"] == {
         "preset": "k2-tiny",
         "max_position_embeddings": 128,
         "yarn": None,
         "tokenizer": "runs/synthetic/letters_tokenizer",
     }
+    assert twin["weights_directory"] == "/dev/shm", "all of it is on one node"
+    assert said["weights_directory"] == "/lustre/runs of us/b/rl/weights"
     assert twin["options"] == {
         "num_slots": 16,
         "max_length": 128,
-        "dtype": "fp32",
+        "dtype": "float32",
         "batch_invariant": True,
     }
 
@@ -110,7 +112,10 @@ def test_the_engines_file_says_what_was_planned():
 def test_supervisors_read_the_file_and_make_commands_of_it(name, backend, tmp_path):
     assignments = [f"stage.engines.backend={backend}"]
     recipe = apply(get_recipe(name), assignments)
-    said = engines_file(recipe) | ({"nodes_per_replica": 1} if backend == "local" else {})
+    said = engines_file(recipe, str(tmp_path)) | (
+        {"nodes_per_replica": 1} if backend == "local" else {}
+    )
+    (tmp_path / "rl" / "weights").mkdir(parents=True)  # as the script does
     path = tmp_path / "engines.json"
     path.write_text(json.dumps(said))
     engines = read_engines(path)
@@ -228,7 +233,9 @@ def test_every_process_is_started_once_and_ended_with_the_trainer(tmp_path):
     assert said["train"].startswith("train 0 ")
     assert said["controller"].startswith("controller no "), "it is no rank"
     assert sorted(job.lines("ended")) == ["controller", "gym_service", "supervisor"]
-    assert json.loads(Path(meet, "engines.json").read_text()) == engines_file(get_recipe(K2[0]))
+    assert json.loads(Path(meet, "engines.json").read_text()) == engines_file(
+        get_recipe(K2[0]), str(job.save)
+    )
     assert Path(meet).stat().st_mode & 0o777 == 0o700
 
 
