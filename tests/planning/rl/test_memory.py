@@ -1,5 +1,7 @@
 """Phases of K2 against the sums by hand; what does not fit is refused with its arithmetic."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_k2.errors import UserError
@@ -84,6 +86,17 @@ def test_more_answers_than_the_cache_holds_are_refused_with_those_that_fit():
     with pytest.raises(UserError, match=f"take engines.slots={most} or fewer"):
         plan_memory(r)
     plan_memory(request("h800", 4, slots=most))
+
+
+def test_an_answer_longer_than_the_cache_is_refused():
+    with pytest.raises(UserError, match=r"cache has 278,118 tokens .* one answer may have 401,024"):
+        plan_memory(request("h800", 4, lengths=replace(LENGTHS, most=400_000)))
+
+
+def test_states_that_the_host_has_no_room_for_are_refused(monkeypatch):
+    monkeypatch.setattr("megatron_k2.planning.rl.fit.HOST_GB_PER_GPU", 40)
+    with pytest.raises(UserError, match=r"phase rollout: 43 GB of host memory .* 320 GB for 8"):
+        plan_memory(request("h800", 4))
 
 
 def test_without_the_residue_two_nodes_would_seem_to_fit(monkeypatch):
