@@ -28,7 +28,7 @@ cat > "$meet/engines.json" <<ENGINES
 {"backend": "local", "replicas": 2,
  "model": {"preset": "k2-tiny", "max_position_embeddings": 128, "yarn": null,
            "tokenizer": "$out/data/tokenizer"},
- "options": {"num_slots": 8, "max_length": 128, "dtype": "fp32", "batch_invariant": true}}
+ "options": {"num_slots": 8, "max_length": 128, "dtype": "float32", "batch_invariant": true}}
 ENGINES
 host=127.0.0.1
 meeting=(--meet "$meet" --engines "$meet/engines.json" --gym 1 --host "$host")

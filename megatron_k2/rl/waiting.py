@@ -33,6 +33,8 @@ _FIRST_PAUSE_SECONDS, _MOST_PAUSE_SECONDS = 0.02, 0.5
 _SHARE_OF_WAIT = 0.01
 """A rank looks for the end after a hundredth of what it has waited: early for short waits, and a
 thousand ranks ask a store a few thousand times a second at most."""
+_HEARD_SECONDS = 3.0
+"""For the others to read why all end: a few looks."""
 _MOST_NAMED = 4
 _PREFIX = "megatron_k2/waiting"
 _STORE = "the store in which the ranks meet, on rank 0's host,"
@@ -106,10 +108,10 @@ class Waiting:
         doing, ended = asyncio.create_task(work), asyncio.create_task(turn.ended())
         try:
             await asyncio.wait({doing, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if not doing.done():
-                ended.result()  # raises
-            turn.tell(_word_of(doing))
-            return doing.result()
+            if doing.done() and turn.tell(_word_of(doing)).kind == "done":
+                return doing.result()
+            await turn.heard()  # this process may end, and the store with it
+            return doing.result() if doing.done() else ended.result()  # raises
         finally:
             turn.is_over = True
             doing.cancel()
@@ -182,6 +184,15 @@ class _Turn:
             self._owner.store.set(self._key, json.dumps(word))
         return word
 
+    async def heard(self) -> None:
+        """Until all others have read the word, or those that can have."""
+        end = time.monotonic() + _HEARD_SECONDS
+        with contextlib.suppress(RuntimeError):
+            while time.monotonic() < end:
+                if self._owner.store.add(f"{self._key}/heard", 0) >= len(self._owner.others):
+                    return
+                await asyncio.sleep(_FIRST_PAUSE_SECONDS)
+
     def _watch(self) -> None:
         """The thread."""
         try:
@@ -198,7 +209,10 @@ class _Turn:
         while not self.is_over:
             now = self._alive = time.monotonic()
             if self._owner.rank and store.check([self._key]):
-                return _Word(*json.loads(store.get(self._key)))
+                said = _Word(*json.loads(store.get(self._key)))
+                if said.kind != "done":
+                    store.add(f"{self._key}/heard", 1)
+                return said
             if now >= next_beat:
                 next_beat = now + self._owner.beat_seconds
                 if (word := self._beat()) is not None:

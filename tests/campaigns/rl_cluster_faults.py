@@ -91,10 +91,8 @@ def wait_for(run, phase, iteration=1, seconds=300.0):
         time.sleep(TRAIN_SECONDS)
 
 
-def leave_stale_files(folder):
+def leave_stale_files(there):
     """Addresses of another start, at which nobody listens."""
-    there = folder / "out" / "rl" / "rendezvous" / "job.0"
-    there.mkdir(parents=True)
     for kind, index in (("controller", 0), ("engine", 0), ("gym", 0)):
         old = Address("job.9", kind, index, "127.0.0.1", 9, 1, 0)
         (there / f"{kind}.{index}.json").write_text(json.dumps(asdict(old)))
@@ -125,9 +123,10 @@ def sentence(run):
 def row(fault, folder, alone):
     """One fault; how it ended, and whether anything is other than undisturbed: "" if nothing."""
     begin, said = time.monotonic(), []
+    run = Cluster(folder, ITERATIONS, gyms=1)
     if fault.name == STALE:
-        leave_stale_files(folder)
-    with Cluster(folder, ITERATIONS, gyms=1) as run:
+        leave_stale_files(run.meeting.directory)
+    with run:
         if fault.name != STALE:
             disturb(run, fault)
         sent = time.monotonic()

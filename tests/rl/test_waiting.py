@@ -29,7 +29,8 @@ class Ranks:
         self.all = start_ranks(MODULE, NUM_RANKS, [str(case)], self._folder, stores=stores)
 
     def log(self, rank):
-        return (self._folder / f"rank{rank}.log").read_text()
+        path = self._folder / f"rank{rank}.log"
+        return path.read_text() if path.exists() else ""
 
     def last(self, rank):
         return self.log(rank).strip().splitlines()[-1]

@@ -180,8 +180,11 @@ class Controlled:
         return Collected(found.groups, said["metrics"], said["position"])
 
     async def committed(self, iteration: int) -> None:
-        """See ``loop.Collector``."""
-        await self._asker.ask("committed", iteration=iteration)
+        """Old payloads may go; if the controller has gone, the next question finds that out."""
+        try:
+            await self._asker.ask("committed", iteration=iteration)
+        except LostError as error:
+            print(error, flush=True)
 
     async def close(self) -> None:
         """The controller ends with the run."""

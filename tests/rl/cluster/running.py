@@ -5,6 +5,7 @@ Ranks are forked from the tests' template where one is at hand, the other proces
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shlex
@@ -102,7 +103,8 @@ class Cluster:
 
     def __init__(self, folder, iterations, start=0, more=(), gyms=0):
         self.folder, self.iterations, self.gyms = folder, iterations, gyms
-        self.meeting = Meeting(folder / "out" / "rl" / "rendezvous" / f"job.{start}")
+        job = hashlib.sha256(str(folder).encode()).hexdigest()[:8]  # engines' folders go by it
+        self.meeting = Meeting(folder / "out" / "rl" / "rendezvous" / f"{job}.{start}")
         self.logs = folder / f"logs.{start}"
         self.logs.mkdir(parents=True, exist_ok=True)
         self.engines = folder / "engines.json"
@@ -124,7 +126,7 @@ class Cluster:
     def _write_engines(self):
         prepare(read_flags(expand(self.words, cuda=False)))  # engines read the tokenizer
         tokenizer = str(self.folder / "data/tokenizer")
-        options = {"num_slots": 6, "max_length": 128, "batch_invariant": True, "dtype": "fp32"}
+        options = {"num_slots": 6, "max_length": 128, "batch_invariant": True, "dtype": "float32"}
         row = {
             "backend": "local",
             "replicas": NUM_ENGINES,
