@@ -135,6 +135,7 @@ flags=(
   --chat-tokenizer data/tokenizer
   --group-size 8
   --engine-slots 2048
+  --offload-in-rollout
   --on-spike off
   --spike-nats 0.5
   --spike-margin 10

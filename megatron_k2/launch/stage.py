@@ -153,6 +153,7 @@ class ReinforcementLearning:
             flags += ["--groups-in-play", str(self.groups_in_play)]
         if isinstance(self.engines, EngineLayout):
             flags += ["--engine-slots", str(self.engines.replicas * self.engines.slots)]
+            flags += ["--offload-in-rollout"] if self.engines.is_colocated else []
         return flags
 
     def described(self) -> str:
