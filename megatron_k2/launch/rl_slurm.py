@@ -232,30 +232,33 @@ step() {{  # step NAME SRUN'S-OPTIONS... -- MODULE ARGUMENTS...
     name=$1 over=0
     shift
     [ "$SLURM_PROCID" -ne 0 ] || echo "$SLURM_JOB_ID.$SLURM_STEP_ID" > "$0/$name.step"
+    trap "over=1" TERM
     case $name in
       check | trainer)
-        export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-        exec "$@" ;;
-      controller)  # no rank, and no GPU
-        export CUDA_VISIBLE_DEVICES=
-        exec "$@" ;;
+        export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS ;;
       supervisor)  # its engines map memory themselves, and need no order of kernels
         unset PYTORCH_CUDA_ALLOC_CONF CUDA_DEVICE_MAX_CONNECTIONS ;;
-      gym)
+      controller | gym)
         export CUDA_VISIBLE_DEVICES= ;;
     esac
-    trap "over=1" TERM
     while true; do
       "$@" &
       child=$!
-      wait "$child"
-      ended=$?
-      if [ "$over" -eq 1 ]; then
-        kill -TERM "$child" 2>/dev/null
+      while true; do  # a signal ends wait, not the child
         wait "$child"
-        exit 0
-      fi
-      [ "$name" != supervisor ] || [ "$ended" -ne 2 ] || exit 2
+        ended=$?
+        kill -0 "$child" 2>/dev/null || break
+        kill -TERM "$child"
+      done
+      case $name.$ended in
+        trainer.[23] | check.2) echo "$ended" > "$0/refused" ;;
+      esac
+      case $over.$name.$ended in
+        0.supervisor.2) exit 2 ;;
+        0.supervisor.* | 0.gym.*) ;;
+        1.supervisor.* | 1.gym.*) exit 0 ;;
+        *) exit "$ended" ;;
+      esac
       echo "$name $SLURM_PROCID ended with $ended: started again" >&2
       sleep 2
     done' "$meet" "$name" {python} -m "$@"
@@ -307,6 +310,8 @@ on_every_rank check megatron_k2.launch.node_check {check} "${{flags[@]}}" &&
   start_services &&
   on_every_rank trainer {program} "${{meeting[@]}}" "${{flags[@]}}"
 status=$?
+# Where one rank refuses, the others are ended, and srun tells of those.
+[ ! -s "$meet/refused" ] || status=$(cat "$meet/refused")
 [ "${{#services[@]}}" -eq 0 ] || end_services
 
 saved=$(step_saved)

@@ -152,6 +152,7 @@ STUBS = {
     # A step is a process group of its own, which scancel signals as a whole.
     "srun": 'while [ "$1" != bash ]; do shift; done\n'
     "export SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=4 SLURM_STEP_ID=$$\n"
+    'case "$*" in *rl.train*) [ "$MASKED" = 0 ] || { "$@"; exit 143; } ;; esac\n'
     'exec setsid "$@"',
     "scancel": 'echo "$@" >> "$SAVE/scancel"; kill -TERM -- "-${2#7.}"',
     "scontrol": 'case "$1 $2" in "show job") echo "PreemptTime=$PREEMPTED";;\n'
@@ -177,7 +178,9 @@ NOT_QUEUED = "show hostnames n1"
 class Job:
     """The script run with stand-ins."""
 
-    def __init__(self, tmp_path, *, before=0, after=100, code=0, first=0, waits=0, preempted="no"):
+    def __init__(
+        self, tmp_path, *, before=0, after=100, code=0, first=0, waits=0, preempted="no", masked=0
+    ):
         self.save = tmp_path / "run"
         self.save.mkdir(exist_ok=True)
         for name, body in STUBS.items():
@@ -189,6 +192,7 @@ class Job:
         site = Cluster(python=str(tmp_path / "python"))
         script.write_text(render_rl(get_recipe(K2[0]), str(self.save), None, site))
         own = {"SAVE": self.save, "AFTER": after, "CODE": code, "FIRST": first, "WAITS": waits}
+        own["MASKED"] = masked
         own |= {"PREEMPTED": preempted, "SLURM_JOB_ID": 7, "SLURM_JOB_NODELIST": "n1"}
         environment = os.environ | {name: str(value) for name, value in own.items()}
         environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
@@ -281,9 +285,11 @@ def test_a_start_without_a_checkpoint_is_queued_again_once(tmp_path):
     assert Job(tmp_path, before=104, after=104, code=137).end() == (0, "requeue 7")
 
 
+@pytest.mark.parametrize("masked", [0, 1])
 @pytest.mark.parametrize("code", [2, 3])
-def test_what_is_refused_and_what_set_off_an_alarm_is_not_queued_again(code, tmp_path):
-    assert Job(tmp_path, code=code).end() == (code, NOT_QUEUED)
+def test_what_is_refused_and_what_set_off_an_alarm_is_not_queued_again(code, masked, tmp_path):
+    """Also where srun tells of the ranks that it ended after the first that refused."""
+    assert Job(tmp_path, code=code, masked=masked).end() == (code, NOT_QUEUED)
 
 
 def test_a_preempted_job_is_queued_again(tmp_path):
