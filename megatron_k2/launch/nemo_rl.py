@@ -12,8 +12,8 @@ from typing import Any
 from megatron_k2.errors import UserError
 from megatron_k2.flags.layout import RECOMPUTE_MODULES
 from megatron_k2.launch.recipe import Recipe
+from megatron_k2.launch.rl_engines import engines_of, rl_nodes
 from megatron_k2.launch.rl_plan import rl_request
-from megatron_k2.launch.rl_slurm import engines_of, rl_nodes
 from megatron_k2.launch.stage import ReinforcementLearning
 from megatron_k2.launch.task_data import TaskData
 from megatron_k2.planning.gpus import GPUS_PER_NODE

@@ -17,7 +17,8 @@ import pytest
 from megatron_k2.errors import UserError
 from megatron_k2.launch.cluster import Cluster
 from megatron_k2.launch.overrides import apply
-from megatron_k2.launch.rl_slurm import engines_file, render_rl, rl_nodes
+from megatron_k2.launch.rl_engines import engines_file, rl_nodes
+from megatron_k2.launch.rl_slurm import render_rl
 from megatron_k2.launch.script import render_script
 from megatron_k2.nemo.tasks import local_executor, slurm_executor, train_recipe
 from megatron_k2.recipes import get_recipe
