@@ -6,7 +6,12 @@ from megatron_k2.launch.rl_plan import is_planned, rl_request
 from megatron_k2.launch.row import Row, source_of
 from megatron_k2.launch.stage import ReinforcementLearning
 from megatron_k2.planning.rl.fit import plan_memory
-from megatron_k2.planning.rl.iteration import RlPlan, mean_seconds, plan_iteration
+from megatron_k2.planning.rl.iteration import (
+    RlPlan,
+    mean_seconds,
+    plan_iteration,
+    tokens_of_judges,
+)
 from megatron_k2.planning.rl.memory import ON_GPU, Held
 from megatron_k2.planning.rl.request import EngineLayout
 
@@ -88,8 +93,9 @@ def _planned(plan: RlPlan) -> list[Row]:
         ),
         Row(
             "judges",
-            f"{plan.judge_tokens / 1e6:.1f}M tokens an iteration ({r.judged:.0%} of groups), "
-            f"{plan.judge_seconds:.0f} s of all engines' reading",
+            f"{plan.judge_tokens / 1e6:.1f}M tokens an iteration ({r.judged:.0%} of groups; all of "
+            f"them: {tokens_of_judges(r, 1.0) / 1e6:.1f}M), {plan.judge_seconds:.0f} s of all "
+            "engines' reading",
             "every pair in both orders (rewards/rubric.py)",
         ),
         Row("overlaps", _overlaps(plan)),

@@ -151,10 +151,16 @@ def sampled(r: RlRequest, rates: Replica, in_play: int, seed: int) -> tuple[Roll
     return tuple(run.iteration() for _ in range(first + SHOWN))[first:]
 
 
-def tokens_of_judges(r: RlRequest) -> float:
-    """Tokens that judges read: every pair of a group in both orders (``rewards/rubric.py``)."""
+def tokens_of_judges(r: RlRequest, judged: float | None = None) -> float:
+    """Tokens that judges read: every pair of a group in both orders (``rewards/rubric.py``).
+
+    Args:
+        r: the run.
+        judged: part of the groups; ``None``: the run's.
+    """
     comparison = r.lengths.prompt + 2 * r.lengths.mean + RUBRIC_TOKENS
-    return r.judged * r.groups * r.group_size * (r.group_size - 1) * comparison
+    part = r.judged if judged is None else judged
+    return part * r.groups * r.group_size * (r.group_size - 1) * comparison
 
 
 def _parts(
