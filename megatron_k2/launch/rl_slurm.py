@@ -126,7 +126,7 @@ step() {{  # step NAME SRUN'S-OPTIONS... -- MODULE ARGUMENTS...
     name=$1 over=0
     shift
     [ "$SLURM_PROCID" -ne 0 ] || echo "$SLURM_JOB_ID.$SLURM_STEP_ID" > "$0/$name.step"
-    trap "over=1" TERM
+    trap "((over++))" TERM
     case $name in
       check | trainer)
         export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS ;;
@@ -139,10 +139,11 @@ step() {{  # step NAME SRUN'S-OPTIONS... -- MODULE ARGUMENTS...
       "$@" &
       child=$!
       while true; do  # a signal ends wait, not the child
+        told=$over
         wait "$child"
         ended=$?
-        kill -0 "$child" 2>/dev/null || break
-        kill -TERM "$child"
+        [ "$over" -gt "$told" ] || break
+        kill -TERM "$child" 2>/dev/null
       done
       case $name.$ended in
         trainer.[23] | check.2) echo "$ended" > "$0/refused" ;;
@@ -150,7 +151,7 @@ step() {{  # step NAME SRUN'S-OPTIONS... -- MODULE ARGUMENTS...
       case $over.$name.$ended in
         0.supervisor.2) exit 2 ;;
         0.supervisor.* | 0.gym.*) ;;
-        1.supervisor.* | 1.gym.*) exit 0 ;;
+        *.supervisor.* | *.gym.*) exit 0 ;;
         *) exit "$ended" ;;
       esac
       echo "$name $SLURM_PROCID ended with $ended: started again" >&2
