@@ -135,7 +135,7 @@ step() {{  # step NAME SRUN'S-OPTIONS... -- MODULE ARGUMENTS...
       controller | gym)
         export CUDA_VISIBLE_DEVICES= ;;
     esac
-    while true; do
+    while [ "$over" -eq 0 ]; do
       "$@" &
       child=$!
       while true; do  # a signal ends wait, not the child
@@ -156,7 +156,8 @@ step() {{  # step NAME SRUN'S-OPTIONS... -- MODULE ARGUMENTS...
       esac
       echo "$name $SLURM_PROCID ended with $ended: started again" >&2
       sleep 2
-    done' "$meet" "$name" {python} -m "$@"
+    done
+    exit 143' "$meet" "$name" {python} -m "$@"
 }}
 signal_step() {{ [ ! -s "$meet/$1.step" ] || scancel --signal="$2" "$(cat "$meet/$1.step")"; }}
 
