@@ -1,8 +1,8 @@
 """Complete run configurations, one function each. Importable as ``megatron_k2.recipes``.
 
 ``kimi_k2_<phase>_<N>gpu_<hw>``, ``moonlight_16b_a3b_<phase>_<N>gpu_<hw>`` and, for each phase,
-``kimi_k2_<phase>_cpu`` and ``moonlight_16b_a3b_<phase>_cpu``; ``sft`` and ``lora`` are phases, too.
-``kimi_k2_rl_cpu`` stands alone.
+``kimi_k2_<phase>_cpu`` and ``moonlight_16b_a3b_<phase>_cpu``; ``sft``, ``lora`` and ``rl`` are
+phases, too. ``kimi_k2_rl_cluster_cpu`` is a twin with engines that are servers of their own.
 ``kimi_k2_phases_<N>gpu_<hw>`` and ``kimi_k2_phases_cpu`` are chains of them,
 ``kimi_k2_phases_sft_…`` likewise with fine-tuning behind them.
 """
@@ -16,9 +16,9 @@ from megatron_k2.launch.blend import DataBlend
 from megatron_k2.launch.chat_blend import ChatBlend
 from megatron_k2.launch.recipe import Recipe
 from megatron_k2.launch.stage import FineTuning
-from megatron_k2.recipes import kimi_k2, moonlight
+from megatron_k2.recipes import kimi_k2, moonlight, rl
 from megatron_k2.recipes.blends import blend_of
-from megatron_k2.recipes.cpu import DATA, cpu_twin, rl_twin, twins
+from megatron_k2.recipes.cpu import DATA, cpu_twin, rl_cluster_twin, rl_twin, twins
 
 TWIN_LORA_RANK = 8
 
@@ -56,7 +56,10 @@ def _cpu_twins() -> dict[str, Callable[[], Recipe]]:
         found[name] = functools.partial(
             cpu_twin, name, twin, dialogues, before, stage=FineTuning(), lora_rank=TWIN_LORA_RANK
         )
-    found["kimi_k2_rl_cpu"] = functools.partial(rl_twin, "kimi_k2_rl_cpu")
+    for name in ("kimi_k2_rl_cpu", "moonlight_16b_a3b_rl_cpu"):
+        found[name] = functools.partial(rl_twin, name)
+    name = "kimi_k2_rl_cluster_cpu"
+    found[name] = functools.partial(rl_cluster_twin, name)
     return found
 
 
@@ -92,6 +95,16 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
             moonlight.moonlight_sft, n, gpu, has_adapters=True
         )
         for n in moonlight.NUM_GPUS
+        for gpu in moonlight.HARDWARE
+    },
+    **{
+        rl.name("kimi_k2", n, gpu): functools.partial(rl.kimi_k2_rl, n, gpu)
+        for n in rl.K2_NUM_GPUS
+        for gpu in kimi_k2.HARDWARE
+    },
+    **{
+        rl.name("moonlight_16b_a3b", n, gpu): functools.partial(rl.moonlight_rl, n, gpu)
+        for n in rl.MOONLIGHT_NUM_GPUS
         for gpu in moonlight.HARDWARE
     },
     **_cpu_twins(),

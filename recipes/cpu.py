@@ -1,5 +1,7 @@
 """CPU twins: the same schedule, scaled down, on ``k2-tiny`` and one rank. Seconds each."""
 
+from dataclasses import replace
+
 from megatron_k2.launch.blend import DataBlend
 from megatron_k2.launch.chat_blend import ChatBlend
 from megatron_k2.launch.policies import CheckpointPolicy, LossPolicy
@@ -9,6 +11,7 @@ from megatron_k2.launch.task_data import TaskData
 from megatron_k2.planning.gpus import Gpu
 from megatron_k2.planning.phases import Phase, scaled_down
 from megatron_k2.planning.request import RunRequest
+from megatron_k2.planning.rl.request import EngineLayout
 from megatron_k2.presets import K2_TINY
 
 STEPS = 20
@@ -52,6 +55,14 @@ RL_SOURCES = (
     ("extra_flags", "choice: held-out tasks twice; random weights do not end an answer"),
 )
 """Over ``SOURCES``."""
+ALONE = ReinforcementLearning(group_size=4)
+RL_CLUSTER_ITERATIONS = 3
+RL_CLUSTER_SOURCES = (
+    ("layout", "choice: four ranks, experts over two of them"),
+    ("checkpoint", "choice: every iteration, so that a kill loses little"),
+    ("extra_flags", "choice: the same bits whatever else is sampled, so that runs compare"),
+)
+"""Over both."""
 
 
 def twins(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
@@ -120,16 +131,36 @@ def cpu_twin(
 
 
 def rl_twin(name: str) -> Recipe:
-    """Reinforcement learning from random weights; there is no larger one that it is a twin of yet.
+    """Reinforcement learning from random weights, the engine in rank 0's own process.
 
     Args:
         name: of the recipe.
     """
     tasks = TaskData(DATA, "letters.json", "letters_tokenizer", is_synthetic=True)
-    twin = cpu_twin(name, RL, tasks, stage=ReinforcementLearning(group_size=4))
+    twin = cpu_twin(name, RL, tasks, stage=ALONE)
     return twin.replace(
         loss=LossPolicy(stop_on_nonfinite=True, on_spike="off"),
         sources=(*SOURCES, *RL_SOURCES),
         differences=("size: a twin for the CPU; its tasks ask for no knowledge",),
         extra_flags=(*twin.extra_flags, "--eval-every", "3", "--rail", "truncated=off"),
+    )
+
+
+def rl_cluster_twin(name: str) -> Recipe:
+    """The same on four ranks, and two engines that are servers of their own, each on its "node".
+
+    Args:
+        name: of the recipe.
+    """
+    alone = rl_twin(name)
+    engines = EngineLayout(
+        replicas=2, nodes_per_replica=1, gpus_per_node=0, backend="local", is_fp8=False, slots=16
+    )
+    return alone.replace(
+        layout=alone.layout.replace(world_size=4, ep=2),
+        phase=replace(alone.phase, tokens=RL_CLUSTER_ITERATIONS * alone.phase.tokens_per_step),
+        stage=replace(ALONE, engines=engines),
+        checkpoint=CheckpointPolicy(interval=1, retain_interval=1, asynchronous=False),
+        sources=(*alone.sources, *RL_CLUSTER_SOURCES),
+        extra_flags=(*alone.extra_flags, "--batch-invariant"),
     )

@@ -37,7 +37,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--force", action="store_true", help="even where it does not fit")
     parser.add_argument("--dry-run", action="store_true", help="table and script, nothing is run")
+    parser.add_argument(
+        "--timeline", metavar="FILE.png", help="draw an iteration of reinforcement learning"
+    )
     parser.add_argument("--print-args", action="store_true", help="a pure Megatron command line")
+    parser.add_argument(
+        "--nemo-rl-yaml", action="store_true", help="overrides of NeMo-RL v0.7.0's keys; untried"
+    )
     cluster = parser.add_argument_group("slurm (over the profile's)")
     cluster.add_argument("--profile", metavar="FILE.yaml", help="a cluster's account, image, …")
     cluster.add_argument("--nodes", type=int, help="checked against the recipe's")
@@ -63,7 +69,8 @@ def _cluster(arguments: argparse.Namespace) -> "Cluster":
 
 
 def _keys(recipe: "Recipe") -> str:
-    from megatron_k2.launch.table import Row, resolved, shown, source_of
+    from megatron_k2.launch.row import Row, source_of
+    from megatron_k2.launch.table import resolved, shown
 
     return shown([Row(key, str(v), source_of(recipe, key)) for key, v in resolved(recipe).items()])
 
@@ -96,6 +103,10 @@ def main(argv: list[str]) -> int:
         from megatron_k2.launch.command import render_command
 
         print(render_command(*runs[0]), end="")
+    elif arguments.nemo_rl_yaml:
+        from megatron_k2.launch.nemo_rl import nemo_rl_yaml
+
+        print(nemo_rl_yaml(*runs[0][:2]), end="")
     else:
         return _launch(runs, arguments)
     return 0
@@ -146,15 +157,17 @@ def _check_executor(arguments: argparse.Namespace) -> None:
 
 
 def _launch(runs: list["PhaseRun"], arguments: argparse.Namespace) -> int:
-    from megatron_k2.launch.slurm import render
+    from megatron_k2.launch.script import render_script
     from megatron_k2.launch.table import rows, shown
 
     _check_executor(arguments)
     cluster = _cluster(arguments) if arguments.executor == "slurm" else None
-    scripts = [render(*run, cluster, arguments.nodes) for run in runs] if cluster else []
+    scripts = [render_script(*run, cluster, arguments.nodes) for run in runs] if cluster else []
     for recipe, save, start_from in runs:
         table = shown(rows(recipe, arguments.set, save, start_from))
         print(f"{recipe.name}\n\n{table}\n", flush=True)
+    if arguments.timeline:
+        _draw_timeline(runs, arguments.timeline)
     if arguments.nemo_run:
         return _through_nemo_run(runs, arguments, cluster)
     if arguments.dry_run:
@@ -168,6 +181,19 @@ def _launch(runs: list["PhaseRun"], arguments: argparse.Namespace) -> int:
     if len(runs) > 1:
         print(f"\n{chain_summary(runs)}")
     return code
+
+
+def _draw_timeline(runs: list["PhaseRun"], path: str) -> None:
+    from pathlib import Path
+
+    from megatron_k2.files import write_atomically
+    from megatron_k2.launch.rl_plan import rl_request
+    from megatron_k2.planning.rl.figure import draw_iteration
+    from megatron_k2.planning.rl.iteration import plan_iteration
+
+    plan = plan_iteration(rl_request(runs[-1][0]))
+    write_atomically(Path(path), draw_iteration(plan))
+    print(f"{path}: an iteration, drawn\n", flush=True)
 
 
 def _through_nemo_run(

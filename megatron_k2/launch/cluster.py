@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ class Cluster:
     python: str = "python"
     seconds_to_save: int = 600
     """Between the signal and the time limit: one step and one checkpoint. Ours."""
+    gym_nodes: int = 0
+    """Nodes without GPUs for environments and verifiers of reinforcement learning, a component of
+    the job of their own; 0: they run on the trainer's nodes."""
+    gym_partition: str | None = None
+    """Of those nodes; without one, the partition."""
     environment: tuple[tuple[str, str], ...] = ()
     """Pairs (name, value) that come after ``launch/environment.py``'s and win."""
 
@@ -44,6 +50,8 @@ class Cluster:
                 f"seconds_to_save {self.seconds_to_save}: expected the seconds that one step and "
                 "one checkpoint take, 600 for example"
             )
+        if self.gym_nodes < 0:
+            raise UserError(f"gym_nodes {self.gym_nodes}: expected a number of nodes, or 0")
 
 
 def read_profile(path: Path) -> Cluster:
@@ -60,7 +68,12 @@ def read_profile(path: Path) -> Cluster:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"one of: {', '.join(known)}"
             raise UserError(f"--profile {path}: no key is called {key}; {hint}")
-    read = {"mounts": _mounts, "environment": _environment, "seconds_to_save": _seconds}
+    read: dict[str, Callable[[Any], Any]] = {
+        "mounts": _mounts,
+        "environment": _environment,
+        "seconds_to_save": _seconds,
+        "gym_nodes": _nodes,
+    }
     found: dict[str, Any] = {}
     for key, value in values.items():
         if value is None:
@@ -102,6 +115,12 @@ def _word(value: Any) -> str:
 def _seconds(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError("a whole number of seconds")
+    return value
+
+
+def _nodes(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError("a whole number of nodes")
     return value
 
 

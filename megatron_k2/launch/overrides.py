@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_k2.errors import UserError
 from megatron_k2.launch.recipe import Recipe
+from megatron_k2.launch.rl_plan import check_phases, trainer_reserved_gb
 from megatron_k2.planning.memory_fit import fit_to_memory
 
 FIXED = {
@@ -81,20 +82,34 @@ def apply(recipe: Recipe, assignments: list[str], *, force: bool = False) -> Rec
 def _rebuilt(recipe: Recipe, changes: dict[str, dict[str, Any]], *, force: bool) -> Recipe:
     if not changes:
         return recipe
-    parts = {
-        part: replace(getattr(recipe, part), **values) for part, values in changes.items() if part
-    }
-    phase = parts.get("phase", recipe.phase)
+    values = _changed(recipe, changes, "")
+    phase = values.get("phase", recipe.phase)
     layout = replace(
-        parts.get("layout", recipe.layout),
+        values.get("layout", recipe.layout),
         seq_length=phase.seq_length,
         sequences_per_step=phase.sequences_per_step,
     )
     layout.check()
-    if layout != recipe.layout and not recipe.is_cpu and not force:
+    found = recipe.replace(**{**values, "layout": layout})
+    if force or recipe.is_cpu:
+        return found
+    if layout != recipe.layout:
         typed = {"activation_offload", "optimizer_offload"} & set(changes.get("layout", {}))
-        layout = fit_to_memory(layout, fixed=frozenset(typed))
-    return recipe.replace(**{**changes.get("", {}), **parts, "layout": layout})
+        fitting = fit_to_memory(layout, trainer_reserved_gb(found), frozenset(typed))
+        found = found.replace(layout=fitting)
+    check_phases(found)
+    return found
+
+
+def _changed(node: Any, changes: dict[str, dict[str, Any]], prefix: str) -> dict[str, Any]:
+    """The fields of ``node`` that are other ones, those of the parts below it included."""
+    values = dict(changes.get(prefix, {}))
+    for field in fields(node):
+        part = f"{prefix}.{field.name}".lstrip(".")
+        if any(f"{key}.".startswith(f"{part}.") for key in changes):
+            below = getattr(node, field.name)
+            values[field.name] = replace(below, **_changed(below, changes, part))
+    return values
 
 
 def _parsed(key: str, text: str, now: Any) -> Any:

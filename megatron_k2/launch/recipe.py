@@ -94,7 +94,7 @@ class Recipe:
             *(["--yarn"] if self.phase.has_yarn else []),
             *([] if self.is_cpu else ["--transformer-impl", "transformer_engine"]),
             *layout_flags(self.layout),
-            *(speed_flags(self.layout) if self.precision == "bf16" else []),
+            *(self._speed_flags() if self.precision == "bf16" else []),
             *memory_flags(self.layout),
             *self.stage.schedule(self.phase),
             *self.dispatch.flags(),
@@ -109,6 +109,9 @@ class Recipe:
             *start,
             *self.extra_flags,
         ]
+
+    def _speed_flags(self) -> list[str]:
+        return [flag for flag in speed_flags(self.layout) if flag not in self.stage.leaves_out]
 
     def to_megatron_args(self, save: str, start_from: str | None = None) -> list[str]:
         """The exact flag list: Megatron's own and those declared in ``flags/megatron.py``."""

@@ -10,6 +10,7 @@ Lost nodes are Slurm's to requeue. The same ``--save`` makes every start a resum
 import hashlib
 import os
 import shlex
+from collections.abc import Mapping, Sequence
 
 from megatron_k2.errors import UserError
 from megatron_k2.launch.cluster import Cluster
@@ -46,7 +47,15 @@ def job_name(recipe: Recipe, save: str) -> str:
     return f"{recipe.name}-{digest}"
 
 
-def _header(recipe: Recipe, cluster: Cluster, save: str, nodes: int) -> list[str]:
+def header(recipe: Recipe, cluster: Cluster, save: str, nodes: int) -> list[str]:
+    """What sbatch is asked for, a line each.
+
+    Args:
+        recipe: a run.
+        cluster: the site.
+        save: the run's directory.
+        nodes: of the allocation.
+    """
     tasks = recipe.layout.world_size if nodes == 1 else GPUS_PER_NODE
     on_gpus = {} if recipe.is_cpu else {"gpus-per-node": tasks, "exclusive": ""}
     options = {
@@ -63,6 +72,11 @@ def _header(recipe: Recipe, cluster: Cluster, save: str, nodes: int) -> list[str
         "signal": f"B:USR1@{cluster.seconds_to_save}",
         "dependency": "singleton",
     }
+    return asked(options)
+
+
+def asked(options: Mapping[str, object]) -> list[str]:
+    """Options of sbatch as lines of a script; one without a value is "", one left out ``None``."""
     return [
         f"#SBATCH --{name}" + (f"={shlex.quote(str(value))}" if value != "" else "")
         for name, value in options.items()
@@ -70,7 +84,8 @@ def _header(recipe: Recipe, cluster: Cluster, save: str, nodes: int) -> list[str
     ]
 
 
-def _exports(recipe: Recipe, cluster: Cluster) -> list[str]:
+def exports(recipe: Recipe, cluster: Cluster) -> list[str]:
+    """The environment of every rank, a line each."""
     environment = cluster_environment(recipe.layout) | dict(cluster.environment)
     return [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
 
@@ -99,23 +114,42 @@ def render(
     Raises:
         UserError: see ``num_nodes``.
     """
-    srun = ["srun", "--kill-on-bad-exit=1"]
-    if cluster.container:
-        srun.append(f"--container-image={cluster.container}")
-    if cluster.mounts:
-        srun.append(f"--container-mounts={','.join(cluster.mounts)}")
+    lines = header(recipe, cluster, save, num_nodes(recipe, nodes))
     return TEMPLATE.format(
-        header="\n".join(_header(recipe, cluster, save, num_nodes(recipe, nodes))),
-        exports="\n".join(_exports(recipe, cluster)),
-        save=shlex.quote(save),
-        steps=recipe.steps,
+        head=head(recipe, save, start_from, cluster, lines),
         program=recipe.stage.module,
-        tracker=TRACKER,
-        flags=wrapped(recipe.program_flags(save, start_from)),
-        srun=shlex.join(srun),
+        srun=shlex.join(["srun", "--kill-on-bad-exit=1", *container_words(cluster)]),
         python=shlex.quote(cluster.python),
         check=shlex.join(check_arguments(recipe)),
     )
+
+
+def head(
+    recipe: Recipe, save: str, start_from: str | None, cluster: Cluster, lines: Sequence[str]
+) -> str:
+    """A script's beginning: what is asked for, the environment, the flags, what was saved before.
+
+    Args:
+        recipe: a run.
+        save: its directory.
+        start_from: the weights it starts from.
+        cluster: the site.
+        lines: of ``header``.
+    """
+    return HEAD.format(
+        header="\n".join(lines),
+        exports="\n".join(exports(recipe, cluster)),
+        save=shlex.quote(save),
+        steps=recipe.steps,
+        tracker=TRACKER,
+        flags=wrapped(recipe.program_flags(save, start_from)),
+    ).rstrip("\n")
+
+
+def container_words(cluster: Cluster) -> list[str]:
+    """Of srun, for pyxis."""
+    words = [f"--container-image={cluster.container}"] if cluster.container else []
+    return [*words, *([f"--container-mounts={','.join(cluster.mounts)}"] if cluster.mounts else [])]
 
 
 def check_arguments(recipe: Recipe) -> list[str]:
@@ -130,7 +164,7 @@ def check_arguments(recipe: Recipe) -> list[str]:
     return [word for name, value in wanted.items() for word in (f"--{name}", str(value))]
 
 
-TEMPLATE = """\
+HEAD = """\
 #!/bin/bash
 # Written by megatron-k2 launch. Submit it again for a job that waits for this one (singleton).
 {header}
@@ -152,6 +186,10 @@ flags=(
 
 step_saved() {{ cat "$save/{tracker}" 2>/dev/null || echo 0; }}
 before=$(step_saved)
+"""
+
+TEMPLATE = """\
+{head}
 
 # Before the time limit Slurm signals this script, which asks every rank to save and end
 # (--exit-signal-handler). Before preemption it asks the ranks itself; the node check has nothing

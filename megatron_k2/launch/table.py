@@ -1,9 +1,10 @@
 """What a run will be, in one table, before anything is submitted."""
 
-from dataclasses import dataclass
-
 from megatron_k2.launch.overrides import settable
 from megatron_k2.launch.recipe import Recipe
+from megatron_k2.launch.rl_plan import is_planned
+from megatron_k2.launch.rl_table import rl_rows
+from megatron_k2.launch.row import Row, source_of
 from megatron_k2.launch.stage import FineTuning, ReinforcementLearning
 from megatron_k2.planning.estimate import Estimate, estimate
 
@@ -12,25 +13,6 @@ NEEDS_TE = (
     "--fine-grained-activation-offloading"
 ).split()
 """Flags of a plan that only Transformer Engine's modules understand."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line: what, its value, where it is from."""
-
-    label: str
-    value: str
-    source: str = ""
-
-
-def source_of(recipe: Recipe, key: str) -> str:
-    """Where the value of ``key`` is from: its own source, or its part's.
-
-    Raises:
-        KeyError: where a recipe gives none.
-    """
-    sources = dict(recipe.sources)
-    return sources[key] if key in sources else sources[key.split(".")[0]]
 
 
 def rows(recipe: Recipe, changed: list[str], save: str, start_from: str | None) -> list[Row]:
@@ -42,7 +24,9 @@ def rows(recipe: Recipe, changed: list[str], save: str, start_from: str | None) 
         save: the run's directory.
         start_from: as in ``Recipe.program_flags``.
     """
-    e = None if recipe.is_cpu else estimate(recipe.layout)
+    is_plain = not recipe.is_cpu and not is_planned(recipe)
+    e = estimate(recipe.layout) if is_plain else None
+    of_what = "iterations" if isinstance(recipe.stage, ReinforcementLearning) else "steps"
     found = [
         Row("model", recipe.preset.name, recipe.preset.source),
         *_layout(recipe),
@@ -50,7 +34,7 @@ def rows(recipe: Recipe, changed: list[str], save: str, start_from: str | None) 
         *(_planned(e, recipe) if e else []),
         Row(
             "checkpoints",
-            f"every {recipe.checkpoint.interval:,} steps, kept every "
+            f"every {recipe.checkpoint.interval:,} {of_what}, kept every "
             f"{recipe.checkpoint.retain_interval:,}, "
             + ("asynchronous" if recipe.checkpoint.asynchronous else "synchronous")
             + f"; {save}",
@@ -81,7 +65,7 @@ def _loss(recipe: Recipe) -> list[Row]:
     if isinstance(recipe.stage, FineTuning):
         return [Row("loss", said, source_of(recipe, "stage.average"))]
     if isinstance(recipe.stage, ReinforcementLearning):
-        return [Row("learns from", said, source_of(recipe, "stage.group_size"))]
+        return rl_rows(recipe)
     return []
 
 
@@ -127,14 +111,7 @@ def _schedule(recipe: Recipe) -> list[Row]:
     phase = recipe.phase
     rates = " -> ".join(f"{rate:.3g}" for rate in (phase.lr_at(0), phase.lr, phase.min_lr))
     return [
-        Row(
-            "batch",
-            f"{phase.sequences_per_step:,} x {phase.seq_length:,} = {phase.tokens_per_step:,} "
-            f"tokens a step, {recipe.layout.num_microbatches} micro-batches of "
-            f"{recipe.layout.micro_batch_size}",
-            source_of(recipe, "phase"),
-        ),
-        Row("tokens", f"{phase.tokens:,} in {recipe.steps:,} steps"),
+        *_batch(recipe),
         Row(
             "learning rate",
             f"{rates}, {phase.shape}"
@@ -143,6 +120,25 @@ def _schedule(recipe: Recipe) -> list[Row]:
             + ("; YaRN" if phase.has_yarn else ""),
             phase.source,
         ),
+    ]
+
+
+def _batch(recipe: Recipe) -> list[Row]:
+    phase, source = recipe.phase, source_of(recipe, "phase")
+    if isinstance(recipe.stage, ReinforcementLearning):
+        said = (
+            f"{phase.sequences_per_step:,} answers a step, packed in rows of {phase.seq_length:,}"
+        )
+        return [Row("batch", f"{said}; {recipe.steps:,} steps", source)]
+    return [
+        Row(
+            "batch",
+            f"{phase.sequences_per_step:,} x {phase.seq_length:,} = {phase.tokens_per_step:,} "
+            f"tokens a step, {recipe.layout.num_microbatches} micro-batches of "
+            f"{recipe.layout.micro_batch_size}",
+            source,
+        ),
+        Row("tokens", f"{phase.tokens:,} in {recipe.steps:,} steps"),
     ]
 
 

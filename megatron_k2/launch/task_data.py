@@ -10,9 +10,11 @@ class TaskData:
     """A file of task sets (``rl/task_sets.py``), and the tokenizer the model was tuned with."""
 
     root: str
-    """Directory that both are relative to."""
+    """Directory that all are relative to."""
     tasks: str
     tokenizer: str
+    model: str = ""
+    """Directory of the release whose configuration engines take; "": the preset's."""
     is_synthetic: bool = False
     """Small ones are made where they are absent (``rl/synthetic.py``)."""
 

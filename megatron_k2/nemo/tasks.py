@@ -24,6 +24,7 @@ from megatron_k2.launch.environment import cluster_environment
 from megatron_k2.launch.graph import PhaseRun, is_done
 from megatron_k2.launch.local import check_fits_here, check_start, write_recipe_record
 from megatron_k2.launch.recipe import Recipe
+from megatron_k2.launch.rl_plan import has_engines
 from megatron_k2.launch.slurm import check_arguments, num_nodes
 from megatron_k2.lock.directory import hold
 from megatron_k2.run.iterations import last_iteration
@@ -61,6 +62,7 @@ def train_recipe(
     from megatron_k2.training.pretrain import run, single_process_environment
 
     chosen = apply(get_recipe(recipe), overrides or [], force=force)
+    check_is_one_program(chosen)
     flags = chosen.program_flags(save, start_from)
     _take_slurms_ranks()
     single_process_environment()
@@ -148,6 +150,19 @@ def task(
     )
 
 
+def check_is_one_program(recipe: Recipe) -> None:
+    """Refuse what is more than one program on every rank: a task of NeMo-Run is just that.
+
+    Raises:
+        UserError: naming the way out.
+    """
+    if has_engines(recipe):
+        raise UserError(
+            f"{recipe.name} is a trainer, engines, environments and a controller in one "
+            "allocation, and NeMo-Run starts one of them; launch it without --nemo-run"
+        )
+
+
 def slurm_executor(recipe: Recipe, cluster: Cluster, base: Path) -> Any:
     """A ``run.SlurmExecutor``: one task a GPU, what ``launch/slurm.py`` renders where it can.
 
@@ -157,8 +172,9 @@ def slurm_executor(recipe: Recipe, cluster: Cluster, base: Path) -> Any:
         base: NeMo-Run's own directory; jobs run in ``<base>/experiments``.
 
     Raises:
-        UserError: without NeMo-Run, an account or a partition.
+        UserError: without NeMo-Run, an account or a partition; see ``check_is_one_program``.
     """
+    check_is_one_program(recipe)
     if not cluster.account or not cluster.partition:
         raise UserError("NeMo-Run asks for --account and --partition (or a --profile with them)")
     run = nemo_run()
@@ -188,8 +204,10 @@ def local_executor(recipe: Recipe) -> Any:
     """A ``run.LocalExecutor`` with torchrun where there are several ranks.
 
     Raises:
-        UserError: for a recipe of a cluster; without NeMo-Run, or torchrun where it is needed.
+        UserError: for a recipe of a cluster; without NeMo-Run, or torchrun where it is needed;
+            see ``check_is_one_program``.
     """
+    check_is_one_program(recipe)
     check_fits_here(recipe)
     size = recipe.layout.world_size
     if size > 1 and shutil.which("torchrun") is None:

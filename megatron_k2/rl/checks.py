@@ -10,7 +10,7 @@ from megatron_k2.rl.task_sets import read_task_sets
 from megatron_k2.run.flags import RunFlags
 from megatron_k2.training.preflight import check_run
 
-_REFUSED = {
+REFUSED = {
     "--overlap-param-gather": "weights are read between steps, for pi_old and for the engine",
     "--overlap-moe-expert-parallel-comm": "its schedule takes no log-probabilities for a loss",
     "--async-save": "what was consumed is committed with the checkpoint, so that must be whole",
@@ -31,7 +31,7 @@ def check_rl(flags: RunFlags, world_size: int) -> None:
     """
     _check_answers(flags, world_size)
     check_run(flags, world_size)
-    for flag, reason in _REFUSED.items():
+    for flag, reason in REFUSED.items():
         if flag in flags:
             raise UserError(f"{flag} with reinforcement learning: {reason}; drop it")
     if flags.micro_batch_size != 1:

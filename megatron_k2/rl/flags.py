@@ -178,9 +178,15 @@ def _renamed(word: str) -> str:
 
 
 def _in_mini_batches(typed: Sequence[str]) -> list[str]:
-    """What was counted in iterations of sampling as Megatron counts: in optimizer steps."""
+    """What was counted in iterations of sampling as Megatron counts: in optimizer steps.
+
+    Flags with ``--train-iters`` are, for this is what wrote them: a script of all flags
+    (``launch --print-args``) is expanded once more where it is run.
+    """
     mini_batches, words = _count(typed, "--mini-batches", 1), list(typed)
-    for name in ("--save-interval", "--exit-interval"):
+    if last_value(typed, "--train-iters") is not None:
+        return words
+    for name in ("--save-interval", "--save-retain-interval", "--exit-interval"):
         if last_value(words, name) is not None:
             number = _count(words, name, 1) * mini_batches
             words = [*take(words, name)[1], name, str(number)]
@@ -188,8 +194,9 @@ def _in_mini_batches(typed: Sequence[str]) -> list[str]:
 
 
 def _start(typed: Sequence[str]) -> list[str]:
-    """Weights alone of what ``--load`` names: steps and momentum begin anew."""
-    is_given = last_value(typed, "--load") is not None and "--finetune" not in typed
+    """Weights alone of what ``--load`` names, another run: steps and momentum begin anew."""
+    load = last_value(typed, "--load")
+    is_given = load not in (None, last_value(typed, "--save")) and "--finetune" not in typed
     return ["--finetune"] if is_given else []
 
 

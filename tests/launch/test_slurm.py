@@ -50,7 +50,12 @@ def test_bash_reads_it(script):
 
 @pytest.mark.parametrize(
     ("stage", "where"),
-    [("pretrain", "256gpu_h800"), ("sft", "256gpu_h800"), ("lora", "32gpu_h200")],
+    [
+        ("pretrain", "256gpu_h800"),
+        ("sft", "256gpu_h800"),
+        ("lora", "32gpu_h200"),
+        ("rl", "256gpu_h800"),
+    ],
 )
 def test_the_example_is_the_recipes_own_flags(stage, where, monkeypatch):
     monkeypatch.setattr(flags, "APEX_WEIGHT_GRADIENTS", "not_installed")  # it was written without

@@ -11,7 +11,8 @@ from megatron_k2.errors import UserError
 from megatron_k2.flags.megatron import add_k2_arguments, last_value
 from megatron_k2.launch.blend import DataBlend
 from megatron_k2.launch.overrides import apply
-from megatron_k2.launch.table import resolved, source_of
+from megatron_k2.launch.row import source_of
+from megatron_k2.launch.table import resolved
 from megatron_k2.planning.cost.memory import rank_parameters
 from megatron_k2.planning.memory_fit import shortfall
 from megatron_k2.planning.phases import kimi_k2_phases
@@ -87,7 +88,7 @@ def test_megatron_accepts_the_twins_flags(name, monkeypatch):
     from megatron_k2.host.cpu import megatron_host
 
     recipe = get_recipe(name)
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("WORLD_SIZE", str(recipe.layout.world_size))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(sys, "argv", ["train", *recipe.to_megatron_args("runs/x")])
     with megatron_host():

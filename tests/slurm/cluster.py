@@ -45,10 +45,16 @@ def _wait(command: list[str], seconds: float = 30.0, output: str = "") -> None:
 
 
 class PrivateCluster:
-    """The daemons of one cluster under ``root``."""
+    """The daemons of one cluster under ``root``, its node with as many CPUs as it is said to have.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: of everything.
+        num_cpus: more than there are let a job of more tasks run.
+    """
+
+    def __init__(self, root: Path, num_cpus: int | None = None) -> None:
         self.root = root
+        self.num_cpus = num_cpus or os.cpu_count()
         self.processes: list[subprocess.Popen[bytes]] = []
         self.ports = {
             name: _free_port() for name in ("mariadbd", "slurmdbd", "slurmctld", "slurmd")
@@ -138,7 +144,8 @@ class PrivateCluster:
             f"PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE\nKillWait=5\n"
             f"StateSaveLocation={root}/state\nSlurmdSpoolDir={root}/spool\n"
             f"SlurmctldPidFile={root}/slurmctld.pid\nSlurmdPidFile={root}/slurmd.pid\n"
-            f"NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} RealMemory=4000\n"
+            f"SlurmdParameters=config_overrides\n"
+            f"NodeName={host} NodeAddr=127.0.0.1 CPUs={self.num_cpus} RealMemory=4000\n"
             f"PartitionName={LOW} Nodes={host} Default=YES PriorityTier=1 GraceTime=60 State=UP\n"
             f"PartitionName={HIGH} Nodes={host} PriorityTier=10 PreemptMode=OFF State=UP\n"
         )
@@ -161,9 +168,9 @@ class PrivateCluster:
 
 
 @contextlib.contextmanager
-def private_cluster(root: Path) -> Iterator[PrivateCluster]:
+def private_cluster(root: Path, num_cpus: int | None = None) -> Iterator[PrivateCluster]:
     """A running cluster; its commands (sbatch, sacct, …) find it by SLURM_CONF."""
-    cluster = PrivateCluster(root)
+    cluster = PrivateCluster(root, num_cpus)
     try:
         cluster.start()
         yield cluster

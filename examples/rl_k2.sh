@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# kimi_k2_rl_256gpu_h800: every flag, nothing looked up at run time.
+# Written by: megatron-k2 launch kimi_k2_rl_256gpu_h800 --print-args
+# Start it on every node with torchrun's own arguments (--nnodes, --node-rank, --rdzv-endpoint, …)
+# in TORCHRUN; further flags of Megatron may follow and win.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+flags=(
+  --distributed-backend nccl
+  --transformer-impl transformer_engine
+  --moe-grouped-gemm
+  --moe-permute-fusion
+  --cross-entropy-loss-fusion
+  --cross-entropy-fusion-impl native
+  --attention-backend fused
+  --no-rope-fusion
+  --no-gradient-accumulation-fusion
+  --preset kimi-k2
+  --num-layers 61
+  --hidden-size 7168
+  --ffn-hidden-size 18432
+  --num-attention-heads 64
+  --normalization RMSNorm
+  --norm-epsilon 1e-06
+  --swiglu
+  --disable-bias-linear
+  --untie-embeddings-and-output-weights
+  --init-method-std 0.02
+  --attention-dropout 0
+  --hidden-dropout 0
+  --position-embedding-type rope
+  --rotary-base 50000
+  --multi-latent-attention
+  --qk-layernorm
+  --kv-lora-rank 512
+  --qk-head-dim 128
+  --qk-pos-emb-head-dim 64
+  --v-head-dim 128
+  --latent-norm-epsilon 1e-06
+  --num-experts 384
+  --moe-layer-freq '([0]*1+[1]*60)'
+  --moe-ffn-hidden-size 2048
+  --moe-router-topk 8
+  --moe-shared-expert-intermediate-size 2048
+  --moe-router-score-function sigmoid
+  --moe-router-dtype fp32
+  --moe-router-enable-expert-bias
+  --moe-router-bias-update-rate 0.001
+  --moe-router-topk-scaling-factor 2.827
+  --moe-router-load-balancing-type seq_aux_loss
+  --moe-aux-loss-coeff 0.001
+  --moe-token-dispatcher-type alltoall
+  --make-vocab-size-divisible-by 1
+  --q-lora-rank 1536
+  --rope-type yarn
+  --rotary-scaling-factor 32.0
+  --mscale 1.0
+  --mscale-all-dim 1.0
+  --yarn-mla-beta-fast 1.0
+  --yarn-mla-beta-slow 1.0
+  --yarn-mla-original-max-position-embeddings 4096
+  --seq-length 4096
+  --max-position-embeddings 4096
+  --micro-batch-size 1
+  --global-batch-size 16384
+  --lr 0.0002
+  --min-lr 2e-05
+  --lr-decay-style WSD
+  --lr-wsd-decay-style cosine
+  --weight-decay 0.1
+  --clip-grad 1.0
+  --adam-beta1 0.9
+  --adam-beta2 0.95
+  --adam-eps 1e-08
+  --muon-momentum 0.95
+  --muon-nesterov
+  --muon-scale-mode spectral
+  --muon-extra-scale-factor 0.2
+  --muon-coefficient-type simple
+  --muon-num-ns-steps 5
+  --qk-clip-threshold 100.0
+  --calculate-per-token-loss
+  --no-create-attention-mask-in-dataloader
+  --ckpt-format torch_dist
+  --save-interval 100
+  --log-interval 10
+  --eval-interval 1000
+  --eval-iters 10
+  --lr-wsd-decay-iters 142
+  --micro-batch-size 1
+  --lr 1e-06
+  --min-lr 1e-06
+  --lr-decay-style constant
+  --eval-iters 0
+  --moe-router-load-balancing-type none
+  --moe-aux-loss-coeff 0
+  --moe-router-bias-update-rate 0
+  --on-spike off
+  --tokenizer-type NullTokenizer
+  --global-batch-size 256
+  --train-iters 400
+  --lr-decay-iters 400
+  --lr-warmup-iters 10
+  --log-muon-steps
+  --transformer-impl transformer_engine
+  --tensor-model-parallel-size 8
+  --pipeline-model-parallel-size 8
+  --context-parallel-size 4
+  --expert-model-parallel-size 32
+  --expert-tensor-parallel-size 1
+  --sequence-parallel
+  --seq-length 32768
+  --max-position-embeddings 32768
+  --micro-batch-size 1
+  --global-batch-size 256
+  --pipeline-model-parallel-layout 'Ettttttt|tttttttt|tttttttt|tttttttt|tttttttt|tttttttt|tttttttt|ttttttL'
+  --bf16
+  --use-distributed-optimizer
+  --overlap-grad-reduce
+  --recompute-granularity selective
+  --recompute-modules layernorm moe_act mla_up_proj
+  --fp8-activation-storage
+  --fine-grained-activation-offloading
+  --offload-modules attn_norm mlp_norm expert_fc1 moe_act
+  --activation-offload-fraction 0.82
+  --seq-length 32768
+  --max-position-embeddings 32768
+  --iterations 100
+  --prompts-per-iteration 128
+  --mini-batches 4
+  --lr 1e-06
+  --min-lr 1e-06
+  --tasks data/task_sets.json
+  --chat-tokenizer data/tokenizer
+  --group-size 8
+  --engine-slots 2048
+  --offload-in-rollout
+  --on-spike off
+  --spike-nats 0.5
+  --spike-margin 10
+  --eval-iters 0
+  --exit-signal-handler
+  --save runs/kimi_k2_rl_256gpu_h800
+  --pretrained-checkpoint runs/kimi_k2_sft_256gpu_h800
+  --eval-every 20
+  --save-interval 20
+  --save-retain-interval 80
+  --vocab-size 163840
+  --load runs/kimi_k2_rl_256gpu_h800
+  --tensorboard-dir runs/kimi_k2_rl_256gpu_h800/tensorboard
+  --optimizer adam
+  --muonclip
+  --dist-ckpt-optim-fully-reshardable
+)
+exec torchrun ${TORCHRUN:---nproc-per-node 8} examples/rl_k2.py "${flags[@]}" "$@"

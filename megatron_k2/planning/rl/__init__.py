@@ -1,0 +1,1 @@
+"""Reinforcement learning's plan: memory by phase, seconds and tokens of an iteration."""
