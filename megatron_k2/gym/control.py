@@ -1,6 +1,8 @@
 """Pauses, deadlines and cancellation of calls that may not heed them."""
 
 import asyncio
+import functools
+import math
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -23,7 +25,9 @@ class Control:
     def __init__(self) -> None:
         self._goes_on = asyncio.Event()
         self._goes_on.set()
-        self._is_cancelled = asyncio.Event()
+        self._is_cancelled = False
+        self._waiting: set[asyncio.Future[None]] = set()
+        """One of each call that is waited for."""
         self._paused_at = 0.0
         self._paused_seconds = 0.0
         self.reason = ""
@@ -43,7 +47,9 @@ class Control:
     def cancel(self, reason: str = "cancelled") -> None:
         """End every episode at once, paused ones too; their records say why."""
         self.reason = self.reason or reason
-        self._is_cancelled.set()
+        self._is_cancelled = True
+        for each in self._waiting:
+            _wake(each)
 
     def clock(self) -> float:
         """Seconds that were not paused, from some beginning."""
@@ -62,22 +68,40 @@ class Control:
             Exception: whatever the call raises.
         """
         task = asyncio.ensure_future(call)
-        stop = asyncio.ensure_future(self._is_cancelled.wait())
         try:
             while not task.done():
                 left = until - self.clock()
-                if self._is_cancelled.is_set():
+                if self._is_cancelled:
                     raise Cancelled(self.reason)
                 if left <= 0:
                     raise Late(f"{what} was late")
-                await asyncio.wait({task, stop}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                await self._woken_by(task, left)
             if task.cancelled():
                 raise RuntimeError(f"{what} cancelled itself")
             return task.result()
         finally:
-            stop.cancel()
             task.cancel()
             task.add_done_callback(_drop)  # done it may be too, where the caller is cancelled
+
+    async def _woken_by(self, task: "asyncio.Future[Any]", seconds: float) -> None:
+        """Until the task is done, somebody asked for the end, or so long.
+
+        ``asyncio.wait`` with a task for each of these takes four times the CPU, and a run has
+        thousands of calls in flight.
+        """
+        loop = asyncio.get_running_loop()
+        woken: asyncio.Future[None] = loop.create_future()
+        wake = functools.partial(_wake, woken)
+        task.add_done_callback(wake)
+        self._waiting.add(woken)
+        timer = None if math.isinf(seconds) else loop.call_later(seconds, wake)
+        try:
+            await woken
+        finally:
+            self._waiting.discard(woken)
+            task.remove_done_callback(wake)
+            if timer is not None:
+                timer.cancel()
 
     async def turn(self, until: float) -> None:
         """Wait while paused.
@@ -86,7 +110,14 @@ class Control:
             Late: the clock is at ``until``.
             Cancelled: somebody asked.
         """
+        if self._goes_on.is_set() and not self._is_cancelled and self.clock() < until:
+            return
         await self.within(self._goes_on.wait(), until, what="the next turn")
+
+
+def _wake(woken: "asyncio.Future[None]", _done: "asyncio.Future[Any] | None" = None) -> None:
+    if not woken.done():
+        woken.set_result(None)
 
 
 def _drop(task: "asyncio.Future[Any]") -> None:

@@ -1,8 +1,9 @@
 """A run put together from parsed arguments: model, optimizer, learner, engine's side, records."""
 
 import asyncio
+import sys
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import torch
@@ -11,15 +12,22 @@ from megatron_k2.checkpoint.hf.config import preset_from_args
 from megatron_k2.errors import UserError
 from megatron_k2.presets import ModelPreset, get_preset
 from megatron_k2.rl.learner import Learner
-from megatron_k2.rl.loop import Iteration, Side, run
+from megatron_k2.rl.loop import Iteration, Side, rested, run
 from megatron_k2.rl.recorder import Recorder
 from megatron_k2.rl.settings import LearnerSettings, settings_from
+from megatron_k2.rl.waiting import (
+    EXIT_CODE,
+    EndAsked,
+    LostError,
+    end_within,
+    waiting_of_ranks,
+)
 from megatron_k2.sft.dataset import Packs
 from megatron_k2.sft.sets import open_packs, row_multiple
 from megatron_k2.training.hooks import TrainingHooks
 from megatron_k2.weight_sync.source import WeightSource
 
-MakeSide = Callable[[Namespace, ModelPreset, int], Awaitable[Side]]
+MakeSide = Callable[[Namespace, ModelPreset, int], Coroutine[Any, Any, Side]]
 """Of parsed arguments, the model, and the iteration that the learner goes on with; on rank 0, when
 the model is built."""
 
@@ -35,22 +43,45 @@ def learn(config: Any, make_side: MakeSide, hooks: TrainingHooks) -> None:
     args = hooks.args
     learner = build(config, hooks, settings_from(args))
     recorder = Recorder(args, learner.number, learner.iteration, hooks.terminal)
-    asyncio.run(_run(args, learner, make_side, recorder.show))
+    try:
+        asyncio.run(_run(args, learner, make_side, recorder.show))
+    except LostError as error:
+        print(error, file=sys.stderr, flush=True)  # the rank's log
+        if args.rank in (0, args.world_size - 1):
+            print(f"rl: rank {args.rank} ends, {error}", file=hooks.terminal, flush=True)
+        raise SystemExit(EXIT_CODE) from None
 
 
 async def _run(
     args: Namespace, learner: Learner, make_side: MakeSide, show: Callable[[Iteration], None]
 ) -> None:
+    waiting = waiting_of_ranks(_asked_to_end(args))
     preset = preset_from_args(args, _preset_of(args))
     source = WeightSource(
         learner.stages, preset, dtype=torch.bfloat16 if args.bf16 else torch.float32
     )
-    side = await make_side(args, preset, learner.iteration) if args.rank == 0 else None
+    work = make_side(args, preset, learner.iteration) if args.rank == 0 else None
+    side = None
     try:
-        await run(learner, source, side, iterations=args.iterations, show=show)
+        side = await rested(waiting, learner, "what samples and scores", work)
+        await run(learner, source, side, waiting=waiting, iterations=args.iterations, show=show)
+    except EndAsked:
+        return  # nothing was learnt yet
+    except LostError:
+        end_within()
+        raise
     finally:
         if side is not None:
             await side.collector.close()
+
+
+def _asked_to_end(args: Namespace) -> Callable[[], bool]:
+    """Whether this rank got the signal of ``--exit-signal-handler``."""
+    from megatron.training import get_signal_handler
+
+    if not args.exit_signal_handler:
+        return lambda: False
+    return lambda: bool(get_signal_handler()._signal_received)
 
 
 def _preset_of(args: Namespace) -> ModelPreset:

@@ -53,8 +53,8 @@ def check_rl(flags: RunFlags, world_size: int) -> None:
     _check_ptx(flags)
 
 
-def check_embedded(flags: RunFlags, world_size: int) -> None:
-    """Refuse what the embedded side would find out when the model is built: files, rails, sets.
+def check_whole(flags: RunFlags, world_size: int) -> None:
+    """Refuse what would be found out when the model is built: files, rails, sets, engines.
 
     Args:
         flags: of the run, expanded.
@@ -62,6 +62,21 @@ def check_embedded(flags: RunFlags, world_size: int) -> None:
 
     Raises:
         UserError: as ``check_rl``.
+    """
+    check_sampling(flags)
+    places = [n for n, word in enumerate(flags.words) if word == "--rail"]
+    rails_from([flags.words[n + 1] for n in places if n + 1 < len(flags.words)])
+    check_rl(flags, world_size)
+
+
+def check_sampling(flags: RunFlags) -> None:
+    """Refuse files that sampling cannot be had with; what the controller reads too.
+
+    Args:
+        flags: of the run, expanded.
+
+    Raises:
+        UserError: naming the flag.
     """
     is_synthetic = "--synthetic-data" in flags
     for flag, what in (
@@ -76,9 +91,6 @@ def check_embedded(flags: RunFlags, world_size: int) -> None:
     tasks = Path(last_value(flags.words, "--tasks") or "")
     if tasks.exists():  # or is made (``synthetic.py``)
         read_task_sets(tasks)
-    places = [n for n, word in enumerate(flags.words) if word == "--rail"]
-    rails_from([flags.words[n + 1] for n in places if n + 1 < len(flags.words)])
-    check_rl(flags, world_size)
 
 
 def _check_answers(flags: RunFlags, world_size: int) -> None:

@@ -47,6 +47,7 @@ def add_rl_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     )
     _add_objective(group)
     _add_sampling(group)
+    _add_cluster(group)
     _add_watching(group)
     group.add_argument(
         "--ptx-packs", type=int, default=1, help=f"packs of {PTX_DATA} in each step (default 1)"
@@ -115,6 +116,19 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
     add("--sandbox", help="back-end for programs; default: the strongest")
     add("--critic", metavar="FILE.json", help="calibration of the critic, for rubric rewards")
     add("--force-critic", action="store_true", help="take a critic that is below its bar")
+
+
+def _add_cluster(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--meet", metavar="DIR", help="where this start's engines and controller meet (docs/rl.md)")
+    add("--engines", metavar="FILE.json", help="of the run, with --meet (docs/rl.md)")
+    add(
+        "--offload-in-rollout",
+        action="store_true",
+        help="while answers are sampled: weights and optimizer state in host memory, no gradients",
+    )
+    add("--gym", type=int, default=0, metavar="N", help="services to wait for, with --meet")
+    add("--host", help="that the controller listens on (default: the address of its node's name)")
 
 
 def _add_watching(group: argparse._ArgumentGroup) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_k2.rl.curriculum import Prompt
-from megatron_k2.rl.journal import Ref
+from megatron_k2.rl.journal_reader import Ref
 from megatron_k2.rl.scoring import Score
 
 

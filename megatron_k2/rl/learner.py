@@ -15,9 +15,10 @@ from megatron.core.utils import get_model_config
 
 from megatron_k2.optimizer.forget import forget
 from megatron_k2.rl.batch import Batch, Room, plan
-from megatron_k2.rl.learnt import Learnt
+from megatron_k2.rl.learnt import Learnt, Mismatch
 from megatron_k2.rl.micro_batch import MicroBatch, micro_batch
 from megatron_k2.rl.old_logprobs import mismatch, old_logprobs
+from megatron_k2.rl.phases import Phases
 from megatron_k2.rl.record import Group
 from megatron_k2.rl.replay import Replay
 from megatron_k2.rl.rows import rows
@@ -26,6 +27,10 @@ from megatron_k2.rl.update import Stepper
 from megatron_k2.sft.dataset import Packs
 from megatron_k2.sft.sets import row_multiple
 from megatron_k2.training.hooks import TrainingHooks
+
+MOST_DIFFERENCE = {"fp32": 1e-4, "bf16": 0.1}
+"""Nats a token between an engine's probes and the trainer, on average. In fp32 1e-7 was seen, and
+4e-4 of an engine with YaRN under a trainer without; the other is where the rail ``mismatch`` is."""
 
 
 class Ended(NamedTuple):
@@ -67,6 +72,10 @@ class Learner:
             multiple=row_multiple(args.context_parallel_size),
             count_multiple=args.pipeline_model_parallel_size if is_interleaved else 1,
         )
+        is_moved = args.offload_in_rollout
+        self._phases = Phases(self.stages, self._stepper.optimizer) if is_moved else None
+        self.most_difference = MOST_DIFFERENCE["bf16" if args.bf16 else "fp32"]
+        """Of an engine, see ``compare``."""
         self.number = int(args.iteration)
         """Mini-batches behind the weights, those without a step included: Megatron's iteration."""
 
@@ -102,6 +111,28 @@ class Learner:
             self.number += 1
             updates.append(self._stepper.step(batch, micros, self.number))
         return Learnt(found, tuple(updates), middle - begin, time.perf_counter() - middle)
+
+    def rest(self, *, keeps_weights: bool) -> None:
+        """Give memory away until ``wake``, where ``--offload-in-rollout`` says so.
+
+        Args:
+            keeps_weights: see ``Phases.rest``.
+        """
+        if self._phases is not None:
+            self._phases.rest(keeps_weights=keeps_weights)
+
+    def wake(self) -> None:
+        """Take it again: before anything else is asked of this learner, or of its ranks."""
+        if self._phases is not None:
+            self._phases.wake()
+
+    def compare(self, groups: Sequence[Group]) -> Mismatch:
+        """Today's weights against what an engine says of the same tokens; nothing is learnt.
+
+        Args:
+            groups: the same on every rank, tokens of today's version.
+        """
+        return mismatch(self._prepared(plan(groups, self._room, self.version)))
 
     def _parts(self, groups: Sequence[Group]) -> list[Sequence[Group]]:
         """Mini-batches, by ordinal; groups of one stay together."""
@@ -152,9 +183,24 @@ class Learner:
         state = (self.stages, self._stepper.optimizer, self._stepper.scheduler)
         num_flops = self._args.num_floating_point_operations_so_far
         must_end = training.checkpoint_and_decide_exit(*state, self.number, num_flops, {}, None)
-        if is_last and self._args.save and self._hooks.last_save != self.number:
-            training.save_checkpoint_and_time(self.number, *state, num_flops, {})
+        if is_last:
+            self.save_now()
         return Ended(self._hooks.last_save == self.number, must_end)
+
+    def save_now(self) -> None:
+        """Save what is behind the last iteration, unless it is: started with, or saved since.
+
+        Raises:
+            UserError: the checkpoint could not be written.
+        """
+        from megatron.training import training
+
+        saved = self._hooks.last_save or int(self._args.iteration)
+        if not self._args.save or saved == self.number:
+            return
+        state = (self.stages, self._stepper.optimizer, self._stepper.scheduler)
+        num_flops = self._args.num_floating_point_operations_so_far
+        training.save_checkpoint_and_time(self.number, *state, num_flops, {})
 
 
 def _replay_of(stages: list[Any]) -> Replay:

@@ -18,6 +18,12 @@ class Mismatch:
     kl: float
     """Mean of (rho - 1 - log rho), rho = pi / mu: an estimate of KL(mu | pi), never negative."""
 
+    def __str__(self) -> str:
+        return (
+            f"{self.num_tokens} log-probabilities differ by {self.mean_absolute:.1e} nats on "
+            f"average, by {self.largest:.1e} at most"
+        )
+
 
 @dataclass(frozen=True)
 class Measured:

@@ -25,17 +25,18 @@ from typing import Any
 from megatron_k2.errors import UserError
 from megatron_k2.lock.directory import hold
 from megatron_k2.records.rollouts import JUDGED
-from megatron_k2.rl.answers import Answer, answer_from, segments_to_object
+from megatron_k2.rl.answers import Answer, segments_to_object
 from megatron_k2.rl.curriculum import Prompt, Stream
+from megatron_k2.rl.handed_out import HandedOut
 from megatron_k2.rl.in_play import Finished, FinishedGroup, OpenGroup, open_group_from
-from megatron_k2.rl.journal import Journal, Position, Ref, Sizes
-from megatron_k2.rl.plan import Iteration
-from megatron_k2.rl.record import Group, Segment, Trajectory, segment_from
+from megatron_k2.rl.journal import Journal, Sizes
+from megatron_k2.rl.journal_reader import Ref
+from megatron_k2.rl.record import Segment, segment_from
 
 SCHEMA_VERSION = 1
 
 
-class Ledger:
+class Ledger(HandedOut[Journal]):
     """Open, with what it holds played into the stream of prompts.
 
     Args:
@@ -57,14 +58,13 @@ class Ledger:
     ) -> None:
         self._held = ExitStack()
         self._held.enter_context(hold(folder, "reinforcement learning"))
+        super().__init__(Journal(folder, tell))
         self._folder, self._stream, self._tell = folder, stream, tell
-        self._journal = Journal(folder, tell)
         self.open_groups: dict[int, OpenGroup] = {}
         """By ordinal: all that were drawn and not trained on."""
         self.finished: defaultdict[int, dict[int, Finished]] = defaultdict(dict)
         """By ordinal, by k: answers of the iteration under way."""
         self._group_size = terms["group_size"]
-        self._iterations: list[int] = []
         self._evaluations: dict[int, int] = {}
         self._begun: dict[str, Any] | None = None
         self._next_ordinal = 0
@@ -116,11 +116,6 @@ class Ledger:
 
     def _add(self, record: dict[str, Any], *, is_durable: bool = True) -> None:
         self._learn(self._journal.append(record, is_durable=is_durable), record)
-
-    @property
-    def num_iterations(self) -> int:
-        """That were handed out, or can be."""
-        return len(self._iterations)
 
     @property
     def next_ordinal(self) -> int:
@@ -190,24 +185,6 @@ class Ledger:
             }
         )
 
-    def iteration(self, number: int, *, is_replayed: bool) -> Iteration:
-        """What is handed out, now or again."""
-        record = self._journal.record(self._iterations[number])
-        groups = tuple(self._group(row) for row in record["groups"])
-        return Iteration(number, record["version"], groups, record["facts"], is_replayed)
-
-    def _group(self, row: Mapping[str, Any]) -> Group:
-        found = []
-        for ref, (reward, parts) in zip(row["answers"], row["scores"], strict=True):
-            answer = self.read_answer(Ref(*ref))
-            found.append(Trajectory(answer.segments, reward, parts, answer.end, answer.reason))
-        prompt = Prompt(**row["prompt"])
-        return Group(prompt.ordinal, prompt.task_set, prompt.task_id, tuple(found))
-
-    def read_answer(self, ref: Ref) -> Answer:
-        """One that was finished."""
-        return answer_from(self._journal.get(ref))
-
     def read_state(self, ref: Ref) -> tuple[Segment, ...]:
         """One that was cut off."""
         return tuple(segment_from(row) for row in self._journal.get(ref))
@@ -220,32 +197,6 @@ class Ledger:
         """What they gave; ``None``: not tried."""
         number = self._evaluations.get(iteration)
         return None if number is None else self._journal.record(number)["results"]
-
-    def position(self, num_iterations: int) -> dict[str, Any]:
-        """For a checkpoint that has trained on so many iterations: which ledger they are of.
-
-        JSON. It belongs inside the checkpoint, so that both are taken over by the same rename.
-        """
-        num_lines = self._iterations[num_iterations - 1] + 1 if num_iterations else 1
-        return {
-            "num_iterations": num_iterations,
-            **self._journal.position(num_lines)._asdict(),
-        }
-
-    def check_position(self, position: Mapping[str, Any]) -> int:
-        """The iteration that a learner goes on with from a checkpoint of that position.
-
-        Raises:
-            UserError: the checkpoint is not of this ledger, or knows more than it.
-        """
-        place = Position(int(position["num_lines"]), str(position["chain"]))
-        if not self._journal.has(place):
-            raise UserError(
-                f"{self._folder} is not the ledger of this checkpoint, or lost what was in it "
-                f"({place.num_lines} records then, {self._journal.num_records} now); give "
-                "the folder that belongs to it"
-            )
-        return int(position["num_iterations"])
 
     def sizes(self) -> Sizes:
         """What it takes on disk."""

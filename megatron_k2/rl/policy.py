@@ -10,6 +10,7 @@ it is text, and calls nothing.
 
 import contextlib
 import hashlib
+import itertools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from megatron_k2.chat.control import IM_END
 from megatron_k2.chat.dialogue import Dialogue
 from megatron_k2.chat.lexer import IdLexer
 from megatron_k2.chat.template import Renderer
-from megatron_k2.engine.protocol import Engine, EngineError, Output, Request, SamplingParams, Token
+from megatron_k2.engine.protocol import Engine, EngineError, Output, Request, SamplingParams
 from megatron_k2.errors import UserError
 from megatron_k2.gym.episode import Action, View
 from megatron_k2.records.messages import Message, ToolSpec
@@ -205,11 +206,8 @@ class EnginePolicy:
     def _take(self, output: Output) -> None:
         if output.prompt_tokens:
             self.transcript.fill_routes(token.routed_experts for token in output.prompt_tokens)
-        for token in output.tokens:
-            origin = Origin(_version(token), self._temperature)
-            if token.logprob is None:
-                raise UserError(f"token {token.id} came without its log-probability; RL needs it")
-            self.transcript.draw(token.id, token.logprob, origin, token.routed_experts)
+        for version, tokens in itertools.groupby(output.tokens, lambda token: token.weight_version):
+            self.transcript.draw(list(tokens), Origin(_number(version), self._temperature))
         self._meter.draw(len(output.tokens))
 
     def _message(self, ids: list[int], tools: tuple[ToolSpec, ...]) -> Message:
@@ -223,16 +221,16 @@ class EnginePolicy:
             return Message("assistant", tokenizer.decode(ids[:-1] if is_closed else ids))
 
 
-def _version(token: Token) -> int:
+def _number(version: str) -> int:
     """The trainer's: an integer.
 
     Raises:
         UserError: it is none.
     """
     try:
-        return int(token.weight_version)
+        return int(version)
     except ValueError:
         raise UserError(
-            f"weights of version {token.weight_version!r}; expected the number of optimizer steps "
+            f"weights of version {version!r}; expected the number of optimizer steps "
             "behind them: give the engine str(number) with its weights"
         ) from None

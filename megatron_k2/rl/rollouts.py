@@ -231,7 +231,8 @@ class Collector:
             "num_format_errors": sum(each.num_format_errors for each in done),
             "num_left_out": self._stream.num_left_out,
         }
-        still_open = (each for each in groups.values() if each not in whole)
+        ended = {each.prompt.ordinal for each in whole}
+        still_open = (each for ordinal, each in groups.items() if ordinal not in ended)
         self._ledger.end(version, done, still_open, facts)
 
     def _carry(self, group: OpenGroup, place: _Place, left: Settled) -> None:

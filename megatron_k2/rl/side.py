@@ -6,7 +6,9 @@ anything, so that nothing is read twice. Another one is another ``MakeSide``.
 
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,12 +27,14 @@ from megatron_k2.rl.collected import metrics
 from megatron_k2.rl.critic import EngineJudge
 from megatron_k2.rl.curriculum import Stream
 from megatron_k2.rl.cut import Cut
+from megatron_k2.rl.handed_out import HandedOut
 from megatron_k2.rl.held_out import HeldOut
 from megatron_k2.rl.history import read_history
 from megatron_k2.rl.ledger import Ledger
 from megatron_k2.rl.loop import Collected, Side
 from megatron_k2.rl.plan import Plan
 from megatron_k2.rl.policy import Speaker
+from megatron_k2.rl.record import Group
 from megatron_k2.rl.rollouts import Collector
 from megatron_k2.rl.scoring import GroupReward, RubricJudge
 from megatron_k2.rl.task_sets import TaskSet, open_domains, read_task_sets
@@ -62,7 +66,15 @@ class Sampling:
         engine: Engine,
     ) -> None:
         self._collector, self._held_out, self._every = collector, held_out, every
-        self._ledger, self._domains, self._engine = ledger, domains, engine
+        self.ledger, self._domains, self._engine = ledger, domains, engine
+
+    async def ready(self) -> None:
+        """It always is."""
+
+    async def probes(self, version: int) -> tuple[Group, ...]:
+        """None: the engine is this process's own."""
+        del version
+        return ()
 
     async def collect(self, iteration: int, version: int) -> Collected:
         """See ``loop.Collector``."""
@@ -70,19 +82,74 @@ class Sampling:
         if self._every and iteration % self._every == 0:
             tried = await self._held_out.evaluate(iteration)
         found = await self._collector.collect(iteration, version)
-        position = self._ledger.position(iteration + 1)
+        position = self.ledger.position(iteration + 1)
         return Collected(found.groups, {**metrics(found), **tried}, position)
 
-    def committed(self, iteration: int) -> None:
+    async def committed(self, iteration: int) -> None:
         """Nothing needs what only checkpoints before the last would read again but the last."""
-        self._ledger.prune(iteration + 1)
+        self.ledger.prune(iteration + 1)
 
     async def close(self) -> None:
         """Everything, whatever one of them does."""
-        self._ledger.close()
+        self.ledger.close()
         for domain in self._domains.values():
             await domain.close()
         await self._engine.close()
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a run samples, read before anything expensive is made."""
+
+    sets: tuple[TaskSet, ...]
+    renderer: Renderer
+    plan: Plan
+
+
+def read_basis(args: Namespace, vocab_size: int) -> Basis:
+    """Of ``--tasks``, ``--chat-tokenizer`` and the flags of sampling.
+
+    Args:
+        args: parsed.
+        vocab_size: ids of the model.
+
+    Raises:
+        UserError: task sets or tokenizer are not what the run needs.
+    """
+    sets = read_task_sets(Path(args.tasks))
+    renderer = Renderer(load_tokenizer(args.chat_tokenizer))
+    _check_vocabulary(renderer, vocab_size, args.chat_tokenizer)
+    return Basis(sets, renderer, plan_of(args))
+
+
+def open_sampling(
+    args: Namespace, basis: Basis, engine: Engine, domains: Mapping[str, Domain]
+) -> Sampling:
+    """The collector, what is held out, and the ledger of both, which is held from here on.
+
+    Args:
+        args: parsed.
+        basis: of the run.
+        engine: that answers; closed with the rest.
+        domains: of all tasks, by name; closed with the rest.
+
+    Raises:
+        UserError: the ledger is in use, damaged or another run's, or the critic is not trusted.
+    """
+    sets, plan = basis.sets, basis.plan
+    judges = _judges(args, sets, engine, basis.renderer)
+    folder = Path(args.save) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    stream = Stream(sets, args.seed)
+    terms = {"seed": args.seed, "group_size": args.group_size}
+    ledger = Ledger(folder / LEDGER, stream, terms, lambda text: print(text, flush=True))
+    routes = not args.no_router_replay
+    speaker = Speaker(engine, basis.renderer, args.seed, returns_routed_experts=routes)
+    collector = Collector(plan, stream, speaker, domains, ledger, judges)
+    held_out = HeldOut(
+        sets, speaker, domains, ledger, args.eval_samples, plan.concurrency, plan.bounds
+    )
+    return Sampling(collector, held_out, args.eval_every, ledger, domains, engine)
 
 
 async def make_side(args: Namespace, preset: ModelPreset, iteration: int) -> Side:
@@ -96,25 +163,11 @@ async def make_side(args: Namespace, preset: ModelPreset, iteration: int) -> Sid
     Raises:
         UserError: task sets, tokenizer or ledger are not what the run needs.
     """
-    sets = read_task_sets(Path(args.tasks))
-    renderer = Renderer(load_tokenizer(args.chat_tokenizer))
-    _check_vocabulary(renderer, preset, args.chat_tokenizer)
-    plan = plan_of(args)
-    engine = LocalEngine(_core(args, preset, plan.cut.num_slots))
-    folder = Path(args.save) / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    stream = Stream(sets, args.seed)
-    terms = {"seed": args.seed, "group_size": args.group_size}
-    ledger = Ledger(folder / LEDGER, stream, terms, lambda text: print(text, flush=True))
-    _check_position(ledger, folder, iteration)
-    speaker = Speaker(engine, renderer, args.seed, returns_routed_experts=not args.no_router_replay)
-    domains = await open_domains(sets, sandbox=args.sandbox)
-    judges = _judges(args, sets, engine, renderer)
-    collector = Collector(plan, stream, speaker, domains, ledger, judges)
-    held_out = HeldOut(
-        sets, speaker, domains, ledger, args.eval_samples, plan.concurrency, plan.bounds
-    )
-    sampling = Sampling(collector, held_out, args.eval_every, ledger, domains, engine)
+    basis = read_basis(args, preset.vocab_size)
+    engine = LocalEngine(_core(args, preset, basis.plan.cut.num_slots))
+    domains = await open_domains(basis.sets, sandbox=args.sandbox)
+    sampling = open_sampling(args, basis, engine, domains)
+    check_position(sampling.ledger, Path(args.save) / FOLDER, iteration)
     return Side(sampling, engine)
 
 
@@ -149,17 +202,26 @@ def _has_cuda() -> bool:
     return torch.version.cuda is not None and Path("/dev/nvidiactl").exists()
 
 
-def _check_vocabulary(renderer: Renderer, preset: ModelPreset, path: str) -> None:
+def _check_vocabulary(renderer: Renderer, vocab_size: int, path: str) -> None:
     most = max(renderer.control.by_name.values())
-    if most >= preset.vocab_size:
+    if most >= vocab_size:
         raise UserError(
             f"--chat-tokenizer {path}: a control token has id {most}, and the model "
-            f"{preset.vocab_size:,} ids; give the tokenizer that it was trained with"
+            f"{vocab_size:,} ids; give the tokenizer that it was trained with"
         )
 
 
-def _check_position(ledger: Ledger, folder: Path, iteration: int) -> None:
-    """The checkpoint's iterations are of this ledger."""
+def check_position(ledger: HandedOut[Any], folder: Path, iteration: int) -> None:
+    """Refuse a ledger that is not the one whose iterations a checkpoint has trained on.
+
+    Args:
+        ledger: of the run, or a reader of it.
+        folder: of the run's RL.
+        iteration: that the checkpoint goes on with.
+
+    Raises:
+        UserError: it is another's, or holds fewer iterations.
+    """
     rows = [row for row in read_history(folder) if row.iteration == iteration - 1]
     if rows and rows[0].position:
         ledger.check_position(rows[0].position)

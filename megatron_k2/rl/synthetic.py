@@ -12,15 +12,29 @@ from pathlib import Path
 
 from megatron_k2.data.hf_tokenizer import train_byte_bpe
 from megatron_k2.files import write_atomically
+from megatron_k2.flags.words import last_value
 from megatron_k2.gym.instructions.constraints import asks
 from megatron_k2.gym.instructions.env import NAME
 from megatron_k2.gym.protocol import Task
+from megatron_k2.run.flags import RunFlags
 
 LETTERS, NUMBERS = "taoinsr", (6, 8, 10, 12)
 MAX_TOKENS = 32
 """Of an answer. Drawn evenly, as many tokens have each of the letters 8 to 11 times on average."""
 NUM_HELD_OUT = 8
 TOKENIZER_FILE = "tokenizer.json"
+
+
+def prepare(flags: RunFlags) -> None:
+    """What ``--synthetic-data`` asks for, unless it is there; several processes may be at it.
+
+    Args:
+        flags: of the run, expanded.
+    """
+    tasks, tokenizer = (last_value(flags.words, name) for name in ("--tasks", "--chat-tokenizer"))
+    if "--synthetic-data" in flags and tasks and tokenizer and flags.vocab_size is not None:
+        write_letter_tasks(Path(tasks))
+        write_tokenizer(Path(tokenizer), flags.vocab_size)
 
 
 def letter_tasks() -> list[Task]:

@@ -171,6 +171,11 @@ async def open_domains(
     Raises:
         UserError: see ``gym.registry.open_domain``.
     """
-    tasks = (task for each in task_sets for task in (*each.tasks, *each.held_out))
-    names = sorted({task.domain for task in tasks})
+    names = domain_names(task_sets)
     return {name: await open_domain(name, sandbox=sandbox, tell=tell) for name in names}
+
+
+def domain_names(task_sets: Sequence[TaskSet]) -> list[str]:
+    """Of all tasks, those held out too."""
+    tasks = (task for each in task_sets for task in (*each.tasks, *each.held_out))
+    return sorted({task.domain for task in tasks})

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NamedTuple
 
+from megatron_k2.engine.protocol import Token
+from megatron_k2.errors import UserError
 from megatron_k2.rl.record import Routes, Segment
 
 _READ = (-1, 1.0)
@@ -46,8 +48,7 @@ class Transcript:
                 found.read(segment.token_ids)
             else:
                 origin = Origin(segment.weight_version, segment.temperature)
-                for token, logprob in zip(segment.token_ids, segment.logprobs, strict=True):
-                    found.draw(token, logprob, origin)
+                found._add(segment.token_ids, segment.logprobs, origin)
             first = len(found.ids) - len(segment.token_ids)
             found.routes[first : first + len(segment.routes)] = segment.routes
         return found
@@ -66,14 +67,27 @@ class Transcript:
         self.routes += [None] * len(ids)
         self.drawings.append(len(self.ids))
 
-    def draw(
-        self, token: int, logprob: float, origin: Origin, routes: Routes | None = None
-    ) -> None:
-        """Append a token of the policy."""
-        self.ids.append(token)
-        self.logprobs.append(logprob)
-        self.origins.append((origin.version, origin.temperature))
-        self.routes.append(routes)
+    def draw(self, tokens: Sequence[Token], origin: Origin) -> None:
+        """Append tokens of the policy.
+
+        Args:
+            tokens: with their log-probabilities.
+            origin: of all of them.
+
+        Raises:
+            UserError: one has none.
+        """
+        logprobs = [each.logprob for each in tokens if each.logprob is not None]
+        if len(logprobs) < len(tokens):
+            raise UserError("a token came without its log-probability; RL needs it")
+        self._add([each.id for each in tokens], logprobs, origin)
+        self.routes[len(self.routes) - len(tokens) :] = [each.routed_experts for each in tokens]
+
+    def _add(self, ids: Sequence[int], logprobs: Sequence[float], origin: Origin) -> None:
+        self.ids += ids
+        self.logprobs += logprobs
+        self.origins += [(origin.version, origin.temperature)] * len(ids)
+        self.routes += [None] * len(ids)
 
     def drawn(self, turn: int) -> list[int]:
         """Ids that a turn drew; turn -1 is the last."""

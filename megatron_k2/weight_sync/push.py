@@ -102,7 +102,11 @@ async def _round(
     except Exception as error:
         code, detail = UpdateCode.SOURCE, f"{type(error).__name__}: {error}"
     finally:
-        tensors.close()  # the other ranks are waiting
+        # The other ranks are waiting. A generator that nobody drew from has not begun to give, and
+        # would not at its close either.
+        with contextlib.suppress(UserError):
+            await asyncio.to_thread(next, tensors, None)
+        tensors.close()
     num_tensors, seconds = len(counted.manifest().tensors), time.perf_counter() - begin
     return _agreed(source, Round(version, code, detail, num_tensors, counted.num_bytes, seconds))
 

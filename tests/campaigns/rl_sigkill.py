@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from megatron_k2.rl.history import read_history
-from megatron_k2.rl.journal import JOURNAL
+from megatron_k2.rl.journal_reader import JOURNAL
 from megatron_k2.rl.side import FOLDER, LEDGER
 from megatron_k2.run.iterations import find_iteration
 from tests.campaigns.sigkill import K2, kill_after, run

@@ -14,7 +14,7 @@ from megatron_k2.launch.bridge_config import to_bridge_config
 from megatron_k2.launch.overrides import apply
 from megatron_k2.presets import K2_TINY
 from megatron_k2.recipes import get_recipe
-from megatron_k2.rl.checks import check_embedded
+from megatron_k2.rl.checks import check_whole
 from megatron_k2.rl.history import read_history
 from megatron_k2.rl.side import FOLDER
 from megatron_k2.rl.synthetic import letter_tasks, write_letter_tasks, write_tokenizer
@@ -36,7 +36,7 @@ def test_the_phase_is_counted_in_iterations_and_groups(tmp_path):
     assert "--train-samples" not in flags[flags.index("--iterations") :]
     assert last_value(flags, "--pretrained-checkpoint") == "runs/a"
     assert last_value(flags, "--tasks") == f"{tmp_path}/letters.json"
-    check_embedded(read_flags(flags), 1)  # nothing is there yet
+    check_whole(read_flags(flags), 1)  # nothing is there yet
 
 
 @pytest.mark.parametrize(

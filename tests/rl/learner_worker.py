@@ -6,6 +6,7 @@ engine held at each collection (``engine_N.pt``) and what the collector was aske
 
 - ``samples``: the engine itself answers, with another selection bias than the trainer's, so that
   its routes are others;
+- ``held``: each rank leaves what it held in each phase, in bytes, in ``held_RANK.json`` of ``out``;
 - ``wrong``: the name of a mistake, see ``WRONG``.
 """
 
@@ -66,8 +67,8 @@ class Seen(Scripted):
         self._note()
         return found
 
-    def committed(self, iteration):
-        super().committed(iteration)
+    async def committed(self, iteration):
+        await super().committed(iteration)
         self._note()
 
     def _note(self):
@@ -131,12 +132,41 @@ def run_case(case):
     with contextlib.ExitStack() as stack:
         if "wrong" in case:
             WRONG[case["wrong"]](stack)
+        if case.get("held"):
+            _note_held(stack, Path(case["out"]))
         run([*MODEL, *case["flags"]], program(make_side))
 
 
 def _put(stack, owner, name, value):
     stack.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
+
+
+def _note_held(stack, out):
+    """Phases of the last iteration, after ``phases.held``."""
+    import torch.distributed as dist
+
+    from megatron_k2.rl.learner import Learner
+    from megatron_k2.rl.phases import held
+
+    noted, learn, rest = {}, Learner.learn, Learner.rest
+
+    def note(learner, phase):
+        noted[phase] = held(learner.stages, learner._stepper.optimizer)._asdict()
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"held_{dist.get_rank()}.json").write_text(json.dumps(noted))
+
+    def learns(self, groups):
+        found = learn(self, groups)
+        note(self, "train")
+        return found
+
+    def rests(self, *, keeps_weights):
+        rest(self, keeps_weights=keeps_weights)
+        note(self, "update" if keeps_weights else "rollout")
+
+    _put(stack, Learner, "learn", learns)
+    _put(stack, Learner, "rest", rests)
 
 
 def _one_answer_a_pack(stack):

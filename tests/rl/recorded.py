@@ -82,11 +82,17 @@ class Scripted:
         self.asked: list[tuple[int, int]] = []
         self.commits: list[int] = []
 
+    async def ready(self) -> None:
+        """It is."""
+
+    async def probes(self, version: int) -> tuple[Group, ...]:
+        return ()
+
     async def collect(self, iteration: int, version: int) -> Collected:
         self.asked.append((iteration, version))
         return Collected(tuple(stamped(self._iterations[iteration], version)))
 
-    def committed(self, iteration: int) -> None:
+    async def committed(self, iteration: int) -> None:
         self.commits.append(iteration)
 
     async def close(self) -> None:

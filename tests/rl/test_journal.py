@@ -9,7 +9,8 @@ import random
 import pytest
 
 from megatron_k2.errors import UserError
-from megatron_k2.rl.journal import JOURNAL, PAYLOAD, Journal, Ref
+from megatron_k2.rl.journal import Journal
+from megatron_k2.rl.journal_reader import JOURNAL, PAYLOAD, JournalReader, Ref
 
 
 def filled(folder, number=5):
@@ -154,3 +155,39 @@ def test_sizes_and_removal(tmp_path):
     assert journal.remove({0}) == sizes.payload_bytes[0]
     assert journal.segments() == [1, 2]
     assert json.dumps(journal.get(refs[2]))
+
+
+def test_a_reader_beside_the_writer_sees_whole_records_alone_and_changes_nothing(tmp_path):
+    writer = Journal(tmp_path)
+    reader = JournalReader(tmp_path)
+    ref = writer.put(0, [1, 2])
+    writer.append({"kind": "answer", "ref": ref})
+    assert reader.num_records == 0
+    reader.look()
+    assert [record["kind"] for _, record in reader.records()] == ["answer"]
+    assert reader.get(Ref(*reader.record(0)["ref"])) == [1, 2]
+    assert reader.position(1) == writer.position(1)
+    writer.append({"kind": "more"})
+    writer.append({"kind": "last"})
+    path = tmp_path / JOURNAL
+    whole = path.read_bytes()
+    for end in range(len(whole) - len("last"), len(whole)):
+        path.write_bytes(whole[:end])  # as far as a write has come
+        reader.look()
+        assert reader.num_records == 2
+    assert path.read_bytes() == whole[:-1]
+    path.write_bytes(whole)
+    reader.look()
+    assert [record["kind"] for _, record in reader.records(1)] == ["more", "last"]
+
+
+def test_a_reader_refuses_what_was_changed_behind_it(tmp_path):
+    writer = Journal(tmp_path)
+    writer.append({"kind": "one"})
+    reader = JournalReader(tmp_path)
+    for kind in ("two", "three"):
+        writer.append({"kind": kind})
+    path = tmp_path / JOURNAL
+    path.write_bytes(path.read_bytes().replace(b"two", b"too"))
+    with pytest.raises(UserError, match=r"journal.jsonl:2: the record is not as it was written"):
+        reader.look()

@@ -188,6 +188,7 @@ def _further(root: Path) -> dict[int, list[dict]]:
             _case(root, "shares", CP2, "", wrong="shares squared alone"),
             exits,
             stopped,
+            _case(root, "at rest", [*ZERO, "--offload-in-rollout"], "PTX", held=True),
             _case(root, "TP2 sampled", [*TP2, *one], "") | samples,
             _case(root, "PP2 sampled", [*PP2, *one], "") | samples,
             _case(root, "no replay", [*TP2, *one, "--no-router-replay"], "") | samples,
@@ -365,3 +366,22 @@ def test_after_every_update_the_engine_holds_the_checkpoints_bits(runs, tmp_path
             assert held.keys() == expected.keys()
             differing.append(sum(not held[key].equal(expected[key]) for key in held))
         assert (sum(differing) == 0) is (name == "PP2, five")
+
+
+@pytest.mark.parametrize("kind", ["", "optimizer"])
+def test_gradients_that_are_freed_in_a_rollout_change_no_bit(runs, kind):
+    found = _tensors(_at(runs, "at rest"), wanted=kind)
+    expected = _tensors(_at(runs, "DP2 ZeRO-1, PTX"), wanted=kind)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def test_what_a_rank_holds_by_phase(runs):
+    """fp32 and ZeRO-1 over two ranks: a gradient a weight, states and no master of half of them."""
+    for rank in range(2):
+        phases = json.loads((_at(runs, "at rest out") / f"held_{rank}.json").read_text())
+        train, update, rollout = (phases[name] for name in ("train", "update", "rollout"))
+        assert train["gradients"] == pytest.approx(train["weights"], rel=0.02)
+        assert 0.4 * train["weights"] < train["optimizer"] < 0.65 * train["weights"]
+        for phase in (update, rollout):
+            assert phase == {**train, "gradients": 0}, "on a CPU nothing else moves"

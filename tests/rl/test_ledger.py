@@ -6,7 +6,7 @@ import pytest
 
 from megatron_k2.errors import UserError
 from megatron_k2.records.rollouts import End
-from megatron_k2.rl.journal import JOURNAL, PAYLOAD
+from megatron_k2.rl.journal_reader import JOURNAL, PAYLOAD
 from megatron_k2.rl.ledger import Ledger
 from tests.rl.collecting import made, two_sets
 

@@ -255,3 +255,26 @@ def test_the_engine_scores_and_routes_as_the_trainer_does(model):
     moved, other = trainers_own(model, [token.id for token in found])
     assert (ours - moved).abs().max() > 0.1
     assert other != routes
+
+
+def test_an_engine_that_draws_nothing_leaves_no_rank_waiting(model, monkeypatch):
+    """Other ranks wait for the root's first word even where its engine has gone before that."""
+
+    class Gone(Link):
+        async def update_weights(self, weights, version, manifest=None):
+            raise EngineError("nobody listens there")
+
+    gathered = []
+    original = torch.distributed.all_gather_object
+    monkeypatch.setattr(
+        torch.distributed,
+        "all_gather_object",
+        lambda *args, **more: (gathered.append(1), original(*args, **more)),
+    )
+
+    async def body(source, engine):
+        return await push(source, Gone(engine), "1")
+
+    found = scenario(model, body)
+    assert (found.code, found.detail) == (UpdateCode.ENGINE, "nobody listens there")
+    assert gathered == [1]

@@ -280,7 +280,7 @@ class Fleet:
             raise UserError("engines behind HTTP take weights with a manifest of them alone")
         try:
             async with self._updating:
-                up = await self._some_up()
+                up = await self.some_up()
                 is_again = version == self._version
                 targets = [each for each in up if not (is_again and each.holds(version))]
                 if targets:
@@ -289,8 +289,12 @@ class Fleet:
         finally:
             self._roster.notify()
 
-    async def _some_up(self) -> list[Replica]:
-        """Those that can be sent weights, once there is one."""
+    async def some_up(self) -> list[Replica]:
+        """Those that can be sent weights, once there is one.
+
+        Raises:
+            UpdateError: none came in ``FleetPatience.away`` seconds.
+        """
         began = time.monotonic()
         await self._roster.look()
         while not (up := self._roster.up()):
