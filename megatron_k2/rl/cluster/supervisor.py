@@ -239,6 +239,7 @@ class Supervisor:
         """Where new weights come in; what earlier starts of this run left there is removed."""
         under, meet = self._engines.weights_under, self._meeting.directory
         is_shared = self._engines.weights_are_shared
+        under.mkdir(mode=0o700, parents=True, exist_ok=True)
         node = "shared" if is_shared else f"node.{self._node.number}"
         run = sha256_of_json(str(meet.parent))[:12]
         found = under / f"megatron-k2.{run}.{self._meeting.generation}.{node}"

@@ -63,7 +63,9 @@ def test_one_that_dies_or_hangs_is_started_again_elsewhere(tmp_path):
 
 
 def test_a_replica_over_two_nodes_is_started_again_as_one(tmp_path):
-    engines = stand_ins(tmp_path, nodes_per_replica=2, gpus_per_node=2, weights_are_shared=True)
+    disk = tmp_path / "disk" / "weights"
+    shared = {"weights_are_shared": True, "weights_directory": str(disk)}
+    engines = stand_ins(tmp_path, nodes_per_replica=2, gpus_per_node=2, **shared)
 
     def logged(run, rank, attempt):
         path = run.meeting.directory / "logs" / f"engine.0.{rank}.{attempt}.log"
@@ -85,9 +87,9 @@ def test_a_replica_over_two_nodes_is_started_again_as_one(tmp_path):
         os.kill(again.details["pid"], signal.SIGKILL)
         run.engine(0, attempt=2)
         assert "'data_parallel_start_rank': 2" in logged(run, 1, 2)
-        (weights,) = (tmp_path / "weights").iterdir()
+        (weights,) = disk.iterdir()
         assert again.details["weights"] == str(weights), "one for both nodes"
-    assert list((tmp_path / "weights").iterdir()) == []
+    assert list(disk.iterdir()) == []
     whys = [each.why for each in run.meeting.attempts("replica.0")]
     assert whys[1].startswith("engine.0.1: process")
     assert whys[2].startswith("engine.0.0: process")
