@@ -29,6 +29,8 @@ class Dialect(NamedTuple):
     output_of: Callable[[Any, Request], Output]
     pause: Callable[[PauseMode], Verb]
     resume: Verb
+    info: str
+    """Path that says ``weight_version``."""
     round_of: Callable[[Client, State, str], Round]
     """Of weights of this version."""
 
@@ -46,6 +48,7 @@ _DIALECTS: dict[Api, Dialect] = {
         answers.output_of,
         lambda mode: Verb(f"/pause?mode={mode}"),
         Verb("/resume"),
+        "/weight_info",
         FileRound,
     ),
     "sglang": Dialect(
@@ -54,6 +57,7 @@ _DIALECTS: dict[Api, Dialect] = {
         sglang.output_of,
         _paused_by_sglang,
         Verb(sglang.RESUME, {}),
+        sglang.INFO,
         DirectoryRound,
     ),
 }

@@ -32,7 +32,7 @@ from megatron_k2.engine.transfer.bucket_files import BucketFolder
 from megatron_k2.errors import UserError
 
 GENERATE = "/generate"
-PAUSE, RESUME = "/pause_generation", "/continue_generation"
+PAUSE, RESUME, INFO = "/pause_generation", "/continue_generation", "/model_info"
 PAUSE_MODES = {"abort": "abort", "keep": "retract"}
 """Of ours, its: what is retracted is read again by the weights of then. It has none that waits."""
 _ALL = -1
@@ -171,7 +171,7 @@ class DirectoryRound:
         base = self._state.endpoint.base
         if not said.get("success"):
             raise UpdateError(UpdateCode.WEIGHTS, f"{base}: {said.get('message')}")
-        info = await self._client.once(self._state, "GET", "/model_info")
+        info = await self._client.once(self._state, "GET", INFO)
         if (served := info.get("weight_version")) != self._version:
             raise UpdateError(
                 UpdateCode.VERSION, f"{base} says that it serves {served!r}, not {self._version!r}"

@@ -14,7 +14,7 @@ an engine holds is what its server says. ``expect`` tells one what another has s
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from torch import Tensor
 
@@ -31,14 +31,14 @@ from megatron_k2.engine.protocol import (
     check_request,
 )
 from megatron_k2.engine.remote.answers import tagged
-from megatron_k2.engine.remote.endpoints import Endpoint
+from megatron_k2.engine.remote.dialects import Verb
 from megatron_k2.engine.remote.engine import RemoteEngine
 from megatron_k2.engine.transfer.buckets import BUCKET_BYTES
 from megatron_k2.engine.transfer.manifest import Manifest
 from megatron_k2.errors import UserError
 from megatron_k2.rl.cluster.engines import KIND, attempts_name
 from megatron_k2.rl.cluster.rendezvous import Meeting
-from megatron_k2.rl.cluster.replica import Replica
+from megatron_k2.rl.cluster.replica import Replica, endpoint_of
 from megatron_k2.rl.cluster.roster import FleetPatience, Roster
 from megatron_k2.rl.cluster.sending import Sending
 
@@ -201,7 +201,7 @@ class Fleet:
         up = self._roster.up()
         for each in up:
             each.is_paused = True
-        await self._everywhere(up, f"/pause?mode={mode}")
+        await self._everywhere(up, lambda each: each.dialect.pause(mode))
 
     async def resume(self) -> None:
         """See the protocol."""
@@ -209,7 +209,7 @@ class Fleet:
         up = self._roster.up()
         for each in up:
             each.is_paused = False
-        await self._everywhere(up, "/resume")
+        await self._everywhere(up, lambda each: each.dialect.resume)
 
     async def sleep(self) -> None:
         """Give the GPUs back: weights and caches are thrown away, so that a whole round is due.
@@ -224,8 +224,9 @@ class Fleet:
             each.empty()
         sleepers = self._sleepers()
         # its own tag outlives the weights, and others go by it
-        await self._everywhere(sleepers, "/update_weight_version", {"new_version": NO_WEIGHTS})
-        await self._everywhere(sleepers, "/sleep?level=2")
+        tag = Verb("/update_weight_version", {"new_version": NO_WEIGHTS})
+        await self._everywhere(sleepers, lambda _: tag)
+        await self._everywhere(sleepers, lambda _: Verb("/sleep?level=2"))
 
     async def wake(self, tag: Literal["weights", "kv_cache"]) -> None:
         """Take the GPUs again: room for weights before they are sent, for caches after.
@@ -233,17 +234,19 @@ class Fleet:
         Raises:
             EngineError: an engine that is up does not do it.
         """
-        await self._everywhere(self._sleepers(), f"/wake_up?tags={tag}")
+        await self._everywhere(self._sleepers(), lambda _: Verb(f"/wake_up?tags={tag}"))
 
     def _sleepers(self) -> list[Replica]:
         return [e for e in self._roster.up() if e.address.details.get("backend") in _SLEEPERS]
 
-    async def _everywhere(self, targets: Iterable[Replica], path: str, body: Any = None) -> None:
+    async def _everywhere(
+        self, targets: Iterable[Replica], verb_of: Callable[[Replica], Verb]
+    ) -> None:
         """A verb; one that does not answer any more is passed over."""
 
         async def one(each: Replica) -> None:
             try:
-                await each.post(path, body)
+                await each.post(*verb_of(each))
             except EngineError:
                 await self._roster.look_at(each.address.index)
                 if each.is_up and self._roster.is_current(each):
@@ -341,7 +344,7 @@ async def _length(
     while True:
         left = max(0.0, end - time.monotonic())
         address = await meeting.wait(KIND, index, left, tell=tell, given_up=given_up)
-        endpoint = Endpoint(address.url, key_file=meeting.token_path)
+        endpoint = endpoint_of(address, meeting.token_path)
         try:
             engine = await RemoteEngine.connect([endpoint], vocab_size=vocab_size)
         except EngineError:  # it has just gone again

@@ -40,7 +40,9 @@ def session(headers: Mapping[str, str] | None = None, *, keeps: bool = False) ->
     return aiohttp.ClientSession(connector=connector, headers=headers)
 
 
-async def look(client: Any, url: str, token: str, seconds: float) -> Probe:
+async def look(
+    client: Any, url: str, token: str, seconds: float, info: str = "/weight_info"
+) -> Probe:
     """Ask for health and, where that does not say them, for the weights' version.
 
     Args:
@@ -48,6 +50,7 @@ async def look(client: Any, url: str, token: str, seconds: float) -> Probe:
         url: of the server.
         token: its key.
         seconds: after which it is taken for silent.
+        info: path that says the version.
     """
     timeout = aiohttp.ClientTimeout(total=seconds)
     headers = {"Authorization": f"Bearer {token}"}
@@ -58,7 +61,7 @@ async def look(client: Any, url: str, token: str, seconds: float) -> Probe:
             return Probe(True, False, None, str(said.get("detail") or f"status {answer.status}"))
         if "weight_version" in said:  # ours
             return Probe(True, True, str(said["weight_version"]), "")
-        async with client.get(f"{url}/weight_info", timeout=timeout, headers=headers) as answer:
+        async with client.get(f"{url}{info}", timeout=timeout, headers=headers) as answer:
             version = _object(await answer.read()).get("weight_version")
         return Probe(True, True, None if version is None else str(version), "")
     except TimeoutError:

@@ -16,7 +16,6 @@ from typing import Any
 
 from megatron_k2.engine.check import drawn_probes, require_version, scored_by
 from megatron_k2.engine.protocol import EngineError
-from megatron_k2.engine.remote.endpoints import Endpoint
 from megatron_k2.engine.remote.engine import RemoteEngine
 from megatron_k2.errors import UserError
 from megatron_k2.presets import ModelPreset
@@ -27,6 +26,7 @@ from megatron_k2.rl.cluster.engines import KIND as ENGINE
 from megatron_k2.rl.cluster.engines import read_engines
 from megatron_k2.rl.cluster.fleet import Fleet
 from megatron_k2.rl.cluster.rendezvous import Address, Meeting, own_host
+from megatron_k2.rl.cluster.replica import endpoint_of
 from megatron_k2.rl.handed_out import LedgerReader
 from megatron_k2.rl.lessons import LessonMaker
 from megatron_k2.rl.loop import Collected, Side
@@ -238,7 +238,7 @@ class Probe:
         return tuple(found)
 
     async def _of(self, index: int, address: Address, version: int) -> Group:
-        endpoint = Endpoint(address.url, key_file=self._meeting.token_path)
+        endpoint = endpoint_of(address, self._meeting.token_path)
         engine = await RemoteEngine.connect([endpoint], vocab_size=self._vocab_size)
         try:
             scored = await scored_by(engine, drawn_probes(self._vocab_size, self._seed))

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_k2.engine.protocol import EngineError, Limits, Output, Request
 from megatron_k2.engine.remote.client import Client
-from megatron_k2.engine.remote.dialects import dialect_of
+from megatron_k2.engine.remote.dialects import Dialect, dialect_of
 from megatron_k2.engine.remote.endpoints import Endpoint, Policy, State
 from megatron_k2.engine.remote.engine import RemoteEngine
 from megatron_k2.engine.remote.rounds import Round
@@ -54,9 +54,14 @@ class Replica:
         """Of its one endpoint, for verbs."""
         return self.client.endpoints.states[0]
 
+    @property
+    def dialect(self) -> Dialect:
+        """What it speaks."""
+        return dialect_of([self.state])
+
     def round_of(self, version: str) -> Round:
         """Its part in a round of weights of this version."""
-        return dialect_of([self.state]).round_of(self.client, self.state, version)
+        return self.dialect.round_of(self.client, self.state, version)
 
     @property
     def is_up(self) -> bool:

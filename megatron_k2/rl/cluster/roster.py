@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_k2.engine.protocol import EngineError, Limits
+from megatron_k2.engine.protocol import EngineError, Limits, PauseMode
 from megatron_k2.errors import UserError
 from megatron_k2.rl.cluster import probe
 from megatron_k2.rl.cluster.engines import KIND, attempts_name
@@ -56,7 +56,7 @@ class Roster:
         """Of each: why there is no replica, or none any longer."""
         self._over: set[int] = set()
         """Those that were given up."""
-        self.paused: str | None = None
+        self.paused: PauseMode | None = None
         """The mode in which every engine is paused, those that come back too."""
         self._changed = asyncio.Event()
         self._session = probe.session()
@@ -104,7 +104,8 @@ class Roster:
         if found is None:
             return
         before, silent = (found.seen, found.is_up), self._patience.silent
-        seen = await probe.look(self._session, found.address.url, self._token, silent)
+        url, info = found.address.url, found.dialect.info
+        seen = await probe.look(self._session, url, self._token, silent, info)
         if not self.is_current(found):
             return
         found.note(seen, silent)
@@ -148,5 +149,5 @@ class Roster:
     async def _keep_paused(self, found: Replica) -> None:
         if self.paused is not None and found.is_up and not found.is_paused:
             with contextlib.suppress(EngineError):
-                await found.post(f"/pause?mode={self.paused}")
+                await found.post(*found.dialect.pause(self.paused))
                 found.is_paused = True
