@@ -239,7 +239,9 @@ class Probe:
 
     async def _of(self, index: int, address: Address, version: int) -> Group:
         endpoint = endpoint_of(address, self._meeting.token_path)
-        engine = await RemoteEngine.connect([endpoint], vocab_size=self._vocab_size)
+        engine = await RemoteEngine.connect(
+            [endpoint], vocab_size=self._vocab_size, version=str(version)
+        )
         try:
             scored = await scored_by(engine, drawn_probes(self._vocab_size, self._seed))
         finally:
