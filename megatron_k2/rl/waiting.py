@@ -25,7 +25,7 @@ import torch.distributed as dist
 from megatron_k2.errors import UserError
 
 BEAT_SECONDS = 1.0
-SILENT_SECONDS = 30.0
+SILENT_SECONDS = 20.0
 """Ours: longer than a busy node delays a thread, far below the ten minutes of a watchdog."""
 EXIT_CODE = 75
 """Of the ranks that are left: sysexits.h's "try again later"; a new start resumes."""
