@@ -33,6 +33,7 @@ from megatron_k2.gym.episode import Bounds
 from megatron_k2.gym.protocol import Step, Task, Verdict, right, wrong
 from megatron_k2.records.messages import Message
 from megatron_k2.rewards.budget import Budget
+from megatron_k2.rl.cluster.controller import collect_seldom
 from megatron_k2.rl.curriculum import Stream
 from megatron_k2.rl.cut import Cut
 from megatron_k2.rl.ledger import Ledger
@@ -144,6 +145,7 @@ def collector_of(options: argparse.Namespace, folder: Path) -> tuple[Collector, 
 def measure(options: argparse.Namespace, folder: Path) -> None:
     """One iteration, and what it took."""
     collector, engine = collector_of(options, folder)
+    collect_seldom()
     before = _peak_gb()
     wall, cpu = time.perf_counter(), time.process_time()
     found: list[Iteration] = []

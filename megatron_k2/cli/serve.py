@@ -142,7 +142,8 @@ def _run(arguments: argparse.Namespace, api_key: str | None, weights: "BucketFol
     import asyncio
 
     from megatron_k2.data.tokenizer import load_tokenizer
-    from megatron_k2.engine.server.app import listening, make_app
+    from megatron_k2.engine.server.app import make_app
+    from megatron_k2.engine.server.listening import listening
     from megatron_k2.engine.server.service import Service
 
     limits = _limits(arguments)

@@ -16,7 +16,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple
 
@@ -108,10 +108,16 @@ class Waiting:
         doing, ended = asyncio.create_task(work), asyncio.create_task(turn.ended())
         try:
             await asyncio.wait({doing, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if doing.done() and turn.tell(_word_of(doing)).kind == "done":
-                return doing.result()
-            await turn.heard()  # this process may end, and the store with it
-            return doing.result() if doing.done() else ended.result()  # raises
+            turn.is_over = True
+            word = turn.tell(_word_of(doing)) if doing.done() else turn.word
+            # what comes next is a collective, or the end of this process and of the store with it
+            is_done = word is not None and word.kind == "done"
+            late = await turn.unheard(self.silent_seconds if is_done else _HEARD_SECONDS)
+            if is_done and late:
+                raise LostError(f"waiting for {what}: {turn.silence(late)}")
+            if not is_done and (not doing.done() or doing.exception() is None):
+                turn.end()  # raises
+            return doing.result()
         finally:
             turn.is_over = True
             doing.cancel()
@@ -150,7 +156,8 @@ class _Turn:
 
     def __init__(self, owner: Waiting, key: str, what: str) -> None:
         self._owner, self._key, self._what = owner, key, what
-        self._word: _Word | None = None
+        self.word: _Word | None = None
+        """How it ended."""
         self._began = self._alive = time.monotonic()
         self._seen: dict[int, tuple[int, float]] = {}
         self.is_over = False
@@ -165,33 +172,43 @@ class _Turn:
             LostError, UserError, EndAsked: as ``Waiting.through``.
         """
         silent = self._owner.silent_seconds
-        while self._word is None:
+        while self.word is None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), self._owner.beat_seconds)
-            if self._word is None and time.monotonic() - self._alive > silent:
-                self._word = _Word("lost", f"{_STORE} has not answered for {silent:g} s")
-        match self._word.kind:
+            if self.word is None and time.monotonic() - self._alive > silent:
+                self.word = _Word("lost", f"{_STORE} has not answered for {silent:g} s")
+        self.end()
+
+    def end(self) -> None:
+        """As the word says: by an exception, unless all is done."""
+        assert self.word is not None
+        match self.word.kind:
             case "end":
                 raise EndAsked
             case "refused":
-                raise UserError(self._word.detail)
+                raise UserError(self.word.detail)
             case "lost":
-                raise LostError(f"waiting for {self._what}: {self._word.detail}")
+                raise LostError(f"waiting for {self._what}: {self.word.detail}")
 
     def tell(self, word: _Word) -> _Word:
-        """The others, if they can still be told."""
+        """The others, if they can still be told; the first word stands, and is returned."""
         with contextlib.suppress(RuntimeError):
-            self._owner.store.set(self._key, json.dumps(word))
+            stands = self._owner.store.compare_set(self._key, "", json.dumps(word))
+            word = _Word(*json.loads(stands))
+        self.word = word
         return word
 
-    async def heard(self) -> None:
-        """Until all others have read the word, or those that can have."""
-        end = time.monotonic() + _HEARD_SECONDS
+    async def unheard(self, seconds: float) -> list[int]:
+        """Ranks that have not read the word after so long; none, as soon as all have."""
+        store, end = self._owner.store, time.monotonic() + seconds
+        late = list(self._owner.others)
         with contextlib.suppress(RuntimeError):
-            while time.monotonic() < end:
-                if self._owner.store.add(f"{self._key}/heard", 0) >= len(self._owner.others):
-                    return
+            while late and time.monotonic() < end:
+                if store.add(f"{self._key}/heard", 0) == len(self._owner.others):
+                    return []
                 await asyncio.sleep(_FIRST_PAUSE_SECONDS)
+            late = [rank for rank in late if not store.check([f"{self._key}/heard/{rank}"])]
+        return late
 
     def _watch(self) -> None:
         """The thread."""
@@ -199,7 +216,7 @@ class _Turn:
             word = self._looked()
         except RuntimeError as error:  # torch's DistError among them
             word = _Word("lost", f"{_STORE} has gone ({str(error).partition(chr(10))[0][:160]})")
-        self._word = self._word or word
+        self.word = self.word or word
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._wake()
 
@@ -210,8 +227,8 @@ class _Turn:
             now = self._alive = time.monotonic()
             if self._owner.rank and store.check([self._key]):
                 said = _Word(*json.loads(store.get(self._key)))
-                if said.kind != "done":
-                    store.add(f"{self._key}/heard", 1)
+                store.set(f"{self._key}/heard/{self._owner.rank}", "")
+                store.add(f"{self._key}/heard", 1)
                 return said
             if now >= next_beat:
                 next_beat = now + self._owner.beat_seconds
@@ -232,10 +249,14 @@ class _Turn:
             return self.tell(_Word("end"))
         if not (silent := [rank for rank in owner.others if self._is_silent(rank)]):
             return None
+        word = _Word("lost", self.silence(silent))
+        return self.tell(word) if is_root else word
+
+    def silence(self, silent: Sequence[int]) -> str:
+        """A sentence with the names of those that are silent."""
         named = ", ".join(f"rank {rank} ({self._where(rank)})" for rank in silent[:_MOST_NAMED])
         more = f" and {len(silent) - _MOST_NAMED} more" if len(silent) > _MOST_NAMED else ""
-        word = _Word("lost", f"no sign of life from {named}{more} for {owner.silent_seconds:g} s")
-        return self.tell(word) if is_root else word
+        return f"no sign of life from {named}{more} for {self._owner.silent_seconds:g} s"
 
     def _is_silent(self, rank: int) -> bool:
         count, now = self._owner.store.add(f"beat/{rank}", 0), time.monotonic()

@@ -82,8 +82,9 @@ def test_importing_the_package_patches_nothing():
     others = {
         "megatron_k2.optimizer.newton_schulz.triton_symmetric",
         "megatron_k2.nemo.factories",
+        "megatron_k2.engine.transfer.vllm_files",
     }
-    assert {name for name, _ in found["failed"]} <= others  # need Triton, and NeMo-Run
+    assert {name for name, _ in found["failed"]} <= others  # need Triton, NeMo-Run, vLLM
 
 
 @pytest.mark.slow

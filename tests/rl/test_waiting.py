@@ -21,12 +21,12 @@ NUM_RANKS = 3
 class Ranks:
     """Three that wait; rank 0 holds the store, or this process does."""
 
-    def __init__(self, folder, work="long", asked=None, store=None):
-        self._folder, self._store = folder / "logs", store
+    def __init__(self, folder, work="long", asked=None, has_store=False, stops=None):
+        self._folder = folder / "logs"
+        self._stores = [] if has_store else [_store()]
         case = folder / "case.json"
-        case.write_text(json.dumps({"work": work, "asked": asked}))
-        stores = [store] if store is not None else []
-        self.all = start_ranks(MODULE, NUM_RANKS, [str(case)], self._folder, stores=stores)
+        case.write_text(json.dumps({"work": work, "asked": asked, "stops": stops}))
+        self.all = start_ranks(MODULE, NUM_RANKS, [str(case)], self._folder, stores=self._stores)
 
     def log(self, rank):
         path = self._folder / f"rank{rank}.log"
@@ -88,10 +88,17 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_and_the_others_end(ranks, nu
     assert "work was cancelled" in found.log(0)
 
 
+def test_a_rank_that_is_stopped_when_the_work_is_done_is_not_waited_for_in_a_collective(ranks):
+    found = ranks("short", stops=1)
+    found.seconds_to_end([0, 2])
+    assert found.all[0].poll() == EXIT_CODE
+    assert "lost: waiting for rollouts: no sign of life from rank 1 (host " in found.log(0)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("has_store", [True, False])
 def test_rank_0_is_missed_whether_or_not_it_holds_the_store(ranks, number, has_store):
-    found = ranks(store=None if has_store else _store())
+    found = ranks(has_store=has_store)
     found.wait_until_all_wait()
     os.kill(found.all[0].pid, number)
     assert found.seconds_to_end([1, 2]) < SILENT_SECONDS + 10

@@ -1,11 +1,14 @@
 """One rank that waits for rank 0: ``python -m tests.rl.waiting_worker JSON``.
 
-The file is ``{"work": "long" | "short" | "fails" | "refuses", "asked": rank or null}``; what came
-of it is the last line that the rank prints.
+The file is ``{"work": "long" | "short" | "fails" | "refuses", "asked": rank or null,
+"stops": rank or null}``; what came of it is the last line that the rank prints. The one that stops
+sends itself SIGSTOP before its second wait.
 """
 
 import asyncio
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -42,7 +45,9 @@ async def wait(case):
         silent_seconds=SILENT_SECONDS,
     )
     print("waits", flush=True)
-    for _ in range(1 if case["work"] == "long" else 2):
+    for number in range(1 if case["work"] == "long" else 2):
+        if number and case["stops"] == rank:
+            os.kill(os.getpid(), signal.SIGSTOP)
         found = await waiting.through("rollouts", work(case["work"]) if rank == 0 else None)
     box = [found]
     dist.broadcast_object_list(box, src=0)

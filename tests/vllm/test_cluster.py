@@ -1,7 +1,8 @@
 """A real vLLM as an engine of a fleet: started without weights, given them, killed, given them.
 
 Dense, since its reload of experts on a CPU is wrong (``tests/vllm/test_vllm.py``). The oracle is
-our engine with the same weights. Not exercised: several processes, GPUs, sleep, NCCL and CUDA IPC.
+our engine with the same weights. Not exercised: several processes, GPUs, memory that sleep gives
+back, NCCL and CUDA IPC.
 """
 
 import asyncio
@@ -77,6 +78,20 @@ async def push(fleet, weights, version):
     await fleet.update_weights(counted, version, counted.manifest)
 
 
+async def slept(fleet, run, weights, vocab_size):
+    """Answers after a night: on a CPU nothing is freed, but its weights are told to be gone."""
+    await fleet.sleep()
+    other = await Fleet.open(run.meeting, 1, vocab_size=vocab_size)
+    other.expect("2")
+    assert fleet.needs_weights() == other.needs_weights() == (0,)
+    await other.close()
+    await fleet.wake("weights")
+    await push(fleet, weights, "2")
+    await fleet.wake("kv_cache")
+    await fleet.resume()
+    return await answers(fleet)
+
+
 def test_vllm_comes_up_empty_is_given_weights_dies_and_is_given_them_again(tmp_path):
     vocab_size = tokenizer_in(tmp_path / "tokenizer").vocab_size
     shape = SHAPE | {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 1}
@@ -106,6 +121,7 @@ def test_vllm_comes_up_empty_is_given_weights_dies_and_is_given_them_again(tmp_p
         found = [await answers(fleet)]
         await push(fleet, second, "2")
         found.append(await answers(fleet))
+        found.append(await slept(fleet, run, second, vocab_size))
         os.kill(run.engine(0).details["pid"], signal.SIGKILL)
         waiting = asyncio.create_task(answers(fleet))
         await asyncio.to_thread(run.engine, 0, 1, START_SECONDS)

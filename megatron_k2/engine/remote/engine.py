@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Self
 
 from torch import Tensor
@@ -28,7 +29,8 @@ from megatron_k2.engine.protocol import (
 from megatron_k2.engine.remote.answers import body_of, output_of, tagged
 from megatron_k2.engine.remote.client import Client
 from megatron_k2.engine.remote.endpoints import Endpoint, Policy
-from megatron_k2.engine.remote.rounds import FileRound, all_of
+from megatron_k2.engine.remote.rounds import FileRound, all_of, in_files
+from megatron_k2.engine.transfer.bucket_files import BucketFolder
 from megatron_k2.engine.transfer.buckets import BUCKET_BYTES, buckets_of
 from megatron_k2.engine.transfer.manifest import Manifest
 from megatron_k2.errors import UserError
@@ -186,8 +188,11 @@ class RemoteEngine:
         await all_of(each.begin() for each in rounds)
         buckets = buckets_of(weights, self._bucket_bytes)
         while (bucket := await asyncio.to_thread(next, buckets, None)) is not None:
-            await all_of(each.give(bucket) for each in rounds)
-        await all_of(each.end(manifest()) for each in rounds)
+            async with in_files(rounds, partial(BucketFolder.write, bucket=bucket)) as names:
+                await all_of(each.give(names[each]) for each in rounds)
+        sent = manifest()
+        async with in_files(rounds, partial(BucketFolder.write_manifest, manifest=sent)) as names:
+            await all_of(each.end(names[each]) for each in rounds)
 
     def health(self) -> Health:
         """See the protocol: as the last requests found them."""

@@ -6,17 +6,15 @@ the directory, and its version is another one until the round is whole.
 """
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from megatron_k2.engine.protocol import NO_WEIGHTS, EngineError, UpdateCode, UpdateError
 from megatron_k2.engine.remote.client import Client
 from megatron_k2.engine.remote.endpoints import State
 from megatron_k2.engine.transfer.bucket_files import BucketFolder
-from megatron_k2.engine.transfer.manifest import Manifest
 
 
 class FileRound:
@@ -39,11 +37,18 @@ class FileRound:
         self._given, self._compares = directory, True
         self._folder: BucketFolder | None = None
 
+    @property
+    def folder(self) -> BucketFolder:
+        """Where files for it are to lie; from ``begin`` on."""
+        assert self._folder is not None
+        return self._folder
+
     async def begin(self) -> None:
         """The server answers nothing from here on.
 
         Raises:
             EngineError: it does not do it, or takes no files.
+            UserError: its directory is not here: it lies on another machine.
         """
         init = {"init_info": {"backend": "files"}}
         place = await self._post("/init_weight_transfer_engine", init)
@@ -58,26 +63,23 @@ class FileRound:
             await self._post("/update_weight_version", {"new_version": NO_WEIGHTS})
         await self._post("/start_weight_update", {"weight_version": self._version})
 
-    async def give(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
-        """Some of the weights; the server has them when this returns."""
-        assert self._folder is not None
-        name = await asyncio.to_thread(self._folder.write, bucket)
-        try:
-            await self._post("/update_weights", {"update_info": {"file": name}})
-        finally:
-            self._folder.remove(name)
+    async def give(self, name: str) -> None:
+        """Some of the weights, in a file; the server has them when this returns."""
+        await self._post("/update_weights", {"update_info": {"file": name}})
 
-    async def end(self, manifest: Manifest) -> None:
+    async def end(self, manifest: str) -> None:
         """That was all: the server compares what it holds with what was sent.
+
+        Args:
+            manifest: name of the file that says it.
 
         Raises:
             UpdateError: it holds something else, or says afterwards that it serves other weights.
         """
         body = {"weight_version": self._version}
-        if self._compares:
-            await self._end_compared(manifest, body)
-        else:
-            await self._post("/finish_weight_update", body)
+        await self._post(
+            "/finish_weight_update", body | ({"manifest": manifest} if self._compares else {})
+        )
         info = await self._client.once(self._state, "GET", "/weight_info")
         if (served := info.get("weight_version")) != self._version:
             raise UpdateError(
@@ -86,16 +88,29 @@ class FileRound:
                 f"not {self._version!r}",
             )
 
-    async def _end_compared(self, manifest: Manifest, body: dict[str, str]) -> None:
-        assert self._folder is not None
-        name = await asyncio.to_thread(self._folder.write_manifest, manifest)
-        try:
-            await self._post("/finish_weight_update", body | {"manifest": name})
-        finally:
-            self._folder.remove(name)
-
     async def _post(self, path: str, body: Any) -> Any:
         return await self._client.once(self._state, "POST", path, body)
+
+
+@contextlib.asynccontextmanager
+async def in_files(
+    rounds: Sequence[FileRound], write: Callable[[BucketFolder], str]
+) -> AsyncIterator[Mapping[FileRound, str]]:
+    """What ``write`` writes, once in each directory: of each round the file's name, in the block.
+
+    Args:
+        rounds: begun. Several may read the same directory.
+        write: gives the name.
+    """
+    folders = {each.folder.directory: each.folder for each in rounds}
+    names: dict[Path, str] = {}
+    try:
+        for directory, folder in folders.items():
+            names[directory] = await asyncio.to_thread(write, folder)
+        yield {each: names[each.folder.directory] for each in rounds}
+    finally:
+        for directory, name in names.items():
+            folders[directory].remove(name)
 
 
 async def all_of(work: Iterable[Awaitable[Any]]) -> list[Any]:

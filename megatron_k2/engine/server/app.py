@@ -10,7 +10,6 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import (
     HTMLResponse,
@@ -53,10 +52,6 @@ from megatron_k2.errors import UserError
 type Answer = Callable[[Any, Request], Awaitable[Any]]
 type Post = Callable[[str, type[Body], Answer], None]
 
-KEEP_ALIVE_SECONDS = 75
-"""nginx's. uvicorn's 5 close connections that a waiting client is about to use again, which it sees
-as a request lost."""
-
 
 class Metrics:
     """Prometheus' numbers of one server."""
@@ -73,13 +68,6 @@ class Metrics:
         running.set_function(lambda: service.engine.health().num_running)
         waiting = Gauge("k2_waiting", "Sequences that wait for a slot.", registry=self.registry)
         waiting.set_function(lambda: service.engine.health().num_waiting)
-
-
-def listening(app: FastAPI, host: str, port: int) -> uvicorn.Config:
-    """How the application is served."""
-    return uvicorn.Config(
-        app, host, port, log_level="warning", timeout_keep_alive=KEEP_ALIVE_SECONDS
-    )
 
 
 def make_app(

@@ -83,8 +83,11 @@ class Engines:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the backend, see ``commands.py``."""
     weights_directory: str = "/dev/shm"
-    """Under which each engine has a directory for new weights: shared memory where rank 0 of the
-    trainer is on its node, else a disk that both see."""
+    """Under which there is a directory for new weights, which rank 0 of the trainer writes and
+    engines read: shared memory where they are on its node, else a disk that all of them see."""
+    weights_are_shared: bool = False
+    """Such a disk: one directory for all nodes, so that weights are written once; it is made where
+    it is not there. Without it each node has its own."""
     patience: Patience = Patience()
 
     @property
@@ -107,7 +110,7 @@ class Engines:
             raise UserError("a vllm replica over several nodes without gpus_per_node; give it")
         if ("directory" in self.model) == ("preset" in self.model):
             raise UserError("model: expected either 'directory' or 'preset'")
-        if not self.weights_under.is_dir():
+        if not self.weights_are_shared and not self.weights_under.is_dir():
             raise UserError(f"weights_directory {self.weights_directory}: no such directory")
 
 

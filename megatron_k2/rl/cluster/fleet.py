@@ -179,12 +179,13 @@ class Fleet:
             elif askable := [each for each in self._roster if each.holds(self._version)]:
                 others = [each for each in askable if each is not tried] or askable
                 return min(others, key=lambda each: (each.num_running, each.num_answered))
-            if time.monotonic() - began > self._patience.away:
+            left = began + self._patience.away - time.monotonic()
+            if left <= 0:
                 raise EngineError(
                     f"no engine could be asked for {self._patience.away:g} seconds: "
                     f"{self._roster.told()}"
                 )
-            await self._roster.changed(self._patience.look)
+            await self._roster.changed(left)
 
     async def abort(self, ids: Iterable[str] | None = None) -> None:
         """See the protocol; of this fleet's own requests."""
@@ -277,14 +278,16 @@ class Fleet:
         """
         if manifest is None:
             raise UserError("engines behind HTTP take weights with a manifest of them alone")
-        async with self._updating:
-            up = await self.some_up()
-            is_again = version == self._version
-            targets = [each for each in up if not (is_again and each.holds(version))]
-            if targets:
-                await Sending(targets, version).send(weights, manifest, self._bucket_bytes)
-            self._version = version
-        self._roster.notify()
+        try:
+            async with self._updating:
+                up = await self.some_up()
+                is_again = version == self._version
+                targets = [each for each in up if not (is_again and each.holds(version))]
+                if targets:
+                    await Sending(targets, version).send(weights, manifest, self._bucket_bytes)
+                self._version = version
+        finally:
+            self._roster.notify()
 
     async def some_up(self) -> list[Replica]:
         """Those that can be sent weights, once there is one.

@@ -1,6 +1,7 @@
 """One look at an engine's server: does it answer, may it be asked, which weights does it hold."""
 
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from megatron_k2.errors import UserError
@@ -23,15 +24,20 @@ class Probe(NamedTuple):
     detail: str
 
 
-def session() -> Any:
-    """For looks, on the running event loop; the caller closes it.
+def session(headers: Mapping[str, str] | None = None, *, keeps: bool = False) -> Any:
+    """Connections of the running event loop, without a bound on their number; the caller closes it.
+
+    Args:
+        headers: of every request.
+        keeps: whether one is used again.
 
     Raises:
         UserError: aiohttp is not installed.
     """
     if aiohttp is None:
         raise UserError("aiohttp is not installed; pip install 'megatron-k2[remote]'")
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True))
+    connector = aiohttp.TCPConnector(limit=0, force_close=not keeps)
+    return aiohttp.ClientSession(connector=connector, headers=headers)
 
 
 async def look(client: Any, url: str, token: str, seconds: float) -> Probe:

@@ -9,7 +9,6 @@ Episodes that their caller has dropped are closed, also those that no verdict wa
 import asyncio
 import contextlib
 import json
-import random
 import time
 import uuid
 import weakref
@@ -27,12 +26,18 @@ from megatron_k2.rl.cluster.gym_service import KIND
 from megatron_k2.rl.cluster.gym_wire import step_from, verdict_from
 from megatron_k2.rl.cluster.rendezvous import Address, Meeting
 
-CLOSE_SECONDS = 2.0
-"""Between two looks for episodes that were dropped."""
+TEND_SECONDS = 2.0
+"""Between two looks for episodes that were dropped, and for services that have come back."""
+_LOOK_SECONDS = 5.0
+"""After which a service is not asked for new episodes. Choice: its loop is busy for less."""
 
 
 class ServiceError(Exception):
     """An environment's service failed, or its environment did; the message says which."""
+
+
+class GoneError(ServiceError):
+    """A service gives no answer any more."""
 
 
 @dataclass(frozen=True)
@@ -70,20 +75,22 @@ class GymClient:
     def __init__(
         self, meeting: Meeting, num_services: int = 1, patience: GymPatience | None = None
     ) -> None:
-        self._meeting, self._indices = meeting, range(num_services)
+        self._meeting = meeting
         self.patience = patience or GymPatience()
-        self._headers = {"Authorization": f"Bearer {meeting.token()}"}
-        self._session = probe.session()
-        self._num_open = dict.fromkeys(self._indices, 0)
+        headers = {"Authorization": f"Bearer {meeting.token()}"}
+        self._session = probe.session(headers, keeps=True)
+        self._num_open = dict.fromkeys(range(num_services), 0)
+        self._up: dict[int, Address] = {}
         self._dropped: deque[tuple[Address, str]] = deque()
-        self._closing = asyncio.create_task(self._close_dropped())
+        self._tending = asyncio.create_task(self._tend())
 
     async def post(self, address: Address, path: str, body: Any) -> Any:
         """One answer of one service, asked for again where it was lost.
 
         Raises:
             Again: the environment says that nothing has happened.
-            ServiceError: the service has gone, or refuses; or its environment failed.
+            GoneError: the service has gone.
+            ServiceError: the service refuses, or its environment failed.
         """
         content, why = json.dumps(body).encode(), ""
         for number in range(1, self.patience.tries + 1):
@@ -91,30 +98,30 @@ class GymClient:
                 return await self._once(address, path, content)
             except _LostError as lost:
                 why = f"gym {address.index} at {address.url}: {lost}"
-                if number == self.patience.tries or self._has_moved(address):
+                if number == self.patience.tries or await self._has_moved(address):
                     break
                 await asyncio.sleep(self.patience.again * number)
-        raise ServiceError(why)
+        if self._up.get(address.index) == address:
+            del self._up[address.index]
+        raise GoneError(why)
 
     async def choose(self) -> Address:
         """The service with fewest open episodes; where none is up, the next that is.
 
         Raises:
-            ServiceError: none came up.
+            GoneError: none came up.
         """
         end = time.monotonic() + self.patience.away
-        while True:
-            for index in sorted(self._indices, key=lambda i: (self._num_open[i], random.random())):
-                with contextlib.suppress(UserError):
-                    address = self._meeting.read(KIND, index)
-                    if address is not None and await self._is_up(address):
-                        return address
-            if time.monotonic() > end:
-                raise ServiceError(
-                    f"no gym service was up for {self.patience.away:g} seconds, of "
-                    f"{len(self._indices)}; their own outputs say why"
-                )
-            await asyncio.sleep(self.patience.again)
+        while not self._up:
+            await self._look()
+            if not self._up:
+                if time.monotonic() > end:
+                    raise GoneError(
+                        f"no gym service was up for {self.patience.away:g} seconds, of "
+                        f"{len(self._num_open)}; their own outputs say why"
+                    )
+                await asyncio.sleep(self.patience.again)
+        return self._up[min(self._up, key=self._num_open.__getitem__)]
 
     def opened(self, address: Address) -> None:
         """An episode was begun there."""
@@ -127,35 +134,49 @@ class GymClient:
 
     async def close(self) -> None:
         """Close what is left, and the connections."""
-        self._closing.cancel()
-        await asyncio.gather(self._closing, return_exceptions=True)
-        await self._close_all()
+        self._tending.cancel()
+        await asyncio.gather(self._tending, return_exceptions=True)
+        await self._close_dropped()
         await self._session.close()
 
-    def _has_moved(self, address: Address) -> bool:
-        """Whether another process has taken its place."""
-        with contextlib.suppress(UserError):
-            return self._meeting.read(KIND, address.index) != address
-        return True
+    async def _look(self) -> None:
+        """Find the services that are up."""
+        found = await asyncio.gather(*map(self._found, self._num_open))
+        self._up = {address.index: address for address in found if address is not None}
 
-    async def _is_up(self, address: Address) -> bool:
-        timeout = probe.aiohttp.ClientTimeout(total=5)
+    async def _found(self, index: int) -> Address | None:
+        address = await asyncio.to_thread(self._read, index)
+        if address is None:
+            return None
+        timeout = probe.aiohttp.ClientTimeout(total=_LOOK_SECONDS)
         try:
             async with self._session.get(f"{address.url}/health", timeout=timeout) as answer:
-                return bool(answer.status == 200)
+                return address if answer.status == 200 else None
         except (TimeoutError, OSError, probe.aiohttp.ClientError):
-            return False
+            return None
 
-    async def _once(self, address: Address, path: str, content: bytes) -> Any:
-        url, timeout = address.url + path, probe.aiohttp.ClientTimeout(total=self.patience.call)
+    def _read(self, index: int) -> Address | None:
+        with contextlib.suppress(UserError):
+            return self._meeting.read(KIND, index)
+        return None
+
+    async def _has_moved(self, address: Address) -> bool:
+        """Whether another process has taken its place."""
+        return await asyncio.to_thread(self._read, address.index) != address
+
+    async def _once(
+        self, address: Address, path: str, content: bytes, seconds: float | None = None
+    ) -> Any:
+        seconds = seconds or self.patience.call
+        timeout = probe.aiohttp.ClientTimeout(total=seconds)
         try:
             async with self._session.post(
-                url, data=content, headers=self._headers, timeout=timeout
+                address.url + path, data=content, timeout=timeout
             ) as answer:
                 found = json.loads(await answer.read())
                 status = answer.status
         except TimeoutError:
-            raise _LostError(f"no answer in {self.patience.call:g} seconds") from None
+            raise _LostError(f"no answer in {seconds:g} seconds") from None
         except (OSError, probe.aiohttp.ClientError) as problem:
             raise _LostError(f"{type(problem).__name__}: {problem}"[:300]) from None
         except ValueError:
@@ -168,19 +189,22 @@ class GymClient:
             raise Again(said)
         raise ServiceError(said)
 
-    async def _close_dropped(self) -> None:
+    async def _tend(self) -> None:
+        """Close what was dropped; notice services that have gone, or come back."""
         while True:
-            await asyncio.sleep(CLOSE_SECONDS)
-            await self._close_all()
+            await asyncio.sleep(TEND_SECONDS)
+            await self._look()
+            await self._close_dropped()
 
-    async def _close_all(self) -> None:
-        names: dict[str, tuple[Address, list[str]]] = {}
+    async def _close_dropped(self) -> None:
+        names: dict[Address, list[str]] = {}
         while self._dropped:
             address, name = self._dropped.popleft()
-            names.setdefault(address.url, (address, []))[1].append(name)
-        for address, ids in names.values():
+            names.setdefault(address, []).append(name)
+        for address, ids in names.items():
             with contextlib.suppress(_LostError, ServiceError, Again):  # gone: they are, too
-                await self._once(address, "/close", json.dumps({"ids": ids}).encode())
+                content = json.dumps({"ids": ids}).encode()
+                await self._once(address, "/close", content, _LOOK_SECONDS)
 
 
 class _LostError(Exception):
@@ -235,12 +259,19 @@ class RemoteEnvironment:
             ServiceError: none is up, or the environment failed.
         """
         self._drop()
-        self._address = address = await self._client.choose()
-        self._name, self._ordinal = uuid.uuid4().hex, 0
-        self._client.opened(address)
-        self._end = weakref.finalize(self, self._client.dropped, address, self._name)
-        self._end.atexit = False
-        return step_from(await self._post("reset", {"task": task.as_json()}))
+        end = time.monotonic() + self._client.patience.away
+        while True:
+            self._address = address = await self._client.choose()
+            self._name, self._ordinal = uuid.uuid4().hex, 0
+            self._client.opened(address)
+            self._end = weakref.finalize(self, self._client.dropped, address, self._name)
+            self._end.atexit = False
+            try:
+                return step_from(await self._post("reset", {"task": task.as_json()}))
+            except GoneError:
+                self._drop()
+                if time.monotonic() > end:
+                    raise
 
     async def step(self, action: Message) -> Step:
         """One action, that the environment is told once.

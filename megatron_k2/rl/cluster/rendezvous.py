@@ -42,7 +42,7 @@ class Address:
     pid: int
     attempt: int
     """How often it was started before."""
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """JSON, of its kind."""
 
     @property

@@ -53,7 +53,9 @@ class Roster:
         self._token = meeting.token()
         self._replicas: dict[int, Replica] = {}
         self._why = dict.fromkeys(range(num_replicas), "it has not published an address")
-        """Of each: why there is no replica."""
+        """Of each: why there is no replica, or none any longer."""
+        self._over: set[int] = set()
+        """Those that were given up."""
         self.paused: str | None = None
         """The mode in which every engine is paused, those that come back too."""
         self._changed = asyncio.Event()
@@ -75,12 +77,9 @@ class Roster:
     def told(self) -> str:
         """How each of them is, for a sentence."""
         return "; ".join(
-            f"engine {index}: {self._given_up(index) or self._replicas.get(index) or why}"
-            for index, why in self._why.items()
+            f"engine {i}: {why if i in self._over else self._replicas.get(i, why)}"
+            for i, why in self._why.items()
         )
-
-    def _given_up(self, index: int) -> str:
-        return self._meeting.given_up(attempts_name(index))
 
     def notify(self) -> None:
         """Wake those that wait for a change."""
@@ -98,22 +97,31 @@ class Roster:
 
     async def look_at(self, index: int) -> None:
         """Read where an engine is now, and ask how it is."""
-        address = None
-        try:
-            address = await asyncio.to_thread(self._meeting.read, KIND, index)
-        except UserError as problem:
-            self._why[index] = str(problem)
+        address = await asyncio.to_thread(self._read, index)
         found = self._replicas.get(index)
         if address is not None and (found is None or found.address != address):
             found = await self._replaced(index, address)
         if found is None:
             return
-        silent = self._patience.silent
+        before, silent = (found.seen, found.is_up), self._patience.silent
         seen = await probe.look(self._session, found.address.url, self._token, silent)
-        if self.is_current(found):
-            found.note(seen, silent)
-            await self._keep_paused(found)
-        self.notify()
+        if not self.is_current(found):
+            return
+        found.note(seen, silent)
+        await self._keep_paused(found)
+        if (found.seen, found.is_up) != before:  # thousands of requests may wait for it
+            self.notify()
+
+    def _read(self, index: int) -> Address | None:
+        """On a thread: the disk may be slow."""
+        if why := self._meeting.given_up(attempts_name(index)):
+            self._why[index] = why
+            self._over.add(index)
+        try:
+            return self._meeting.read(KIND, index)
+        except UserError as problem:
+            self._why[index] = str(problem)
+            return None
 
     async def close(self) -> None:
         """Look no more; end all requests."""

@@ -1,14 +1,15 @@
 """One round of new weights to several engines in step, bucket by bucket; who fails is left out."""
 
 import asyncio
-import functools
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from megatron_k2.engine.protocol import EngineError, UpdateCode, UpdateError
-from megatron_k2.engine.remote.rounds import FileRound
+from megatron_k2.engine.remote.rounds import FileRound, in_files
+from megatron_k2.engine.transfer.bucket_files import BucketFolder
 from megatron_k2.engine.transfer.buckets import buckets_of
 from megatron_k2.engine.transfer.manifest import Manifest
 from megatron_k2.errors import UserError
@@ -47,11 +48,20 @@ class Sending:
         await self._step(FileRound.begin)
         buckets = buckets_of(weights, bucket_bytes)
         while (bucket := await asyncio.to_thread(next, buckets, None)) is not None:
-            await self._step(functools.partial(FileRound.give, bucket=bucket))
+            write = partial(BucketFolder.write, bucket=bucket)
+            await self._in_files(write, FileRound.give)
         sent = manifest()
-        await self._step(functools.partial(FileRound.end, manifest=sent))
+        await self._in_files(partial(BucketFolder.write_manifest, manifest=sent), FileRound.end)
         for each, _ in self._open:
             each.fill(self._version)
+
+    async def _in_files(
+        self,
+        write: Callable[[BucketFolder], str],
+        do: Callable[[FileRound, str], Awaitable[None]],
+    ) -> None:
+        async with in_files([part for _, part in self._open], write) as names:
+            await self._step(lambda part: do(part, names[part]))
 
     async def _step(self, do: Callable[[FileRound], Awaitable[Any]]) -> None:
         """The same at every engine that is still in the round."""

@@ -26,7 +26,7 @@ async def serving(make_app: Callable[[], Any], host: str) -> AsyncIterator[int]:
     try:
         import uvicorn
 
-        from megatron_k2.engine.server.app import listening
+        from megatron_k2.engine.server.listening import listening
 
         app = make_app()
     except ImportError as missing:

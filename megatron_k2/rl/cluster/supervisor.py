@@ -16,12 +16,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_k2.errors import UserError
+from megatron_k2.files import sha256_of_json
 from megatron_k2.rl.cluster import probe, program
 from megatron_k2.rl.cluster.commands import Place, command_of
 from megatron_k2.rl.cluster.engines import (
@@ -111,11 +112,12 @@ class Supervisor:
                 self._meeting.fail(name, number, why)
         if self._engines.after:
             await self._meeting.wait(self._engines.after, 0, AFTER_SECONDS, tell=self._node.tell)
-        async with probe.session() as client, asyncio.TaskGroup() as group:
-            for member in self._members:
-                group.create_task(self._keep(member, client))
+        with self._weights_directory() as weights:
+            async with probe.session() as client, asyncio.TaskGroup() as group:
+                for member in self._members:
+                    group.create_task(self._keep(member, weights, client))
 
-    async def _keep(self, member: Member, client: Any) -> None:
+    async def _keep(self, member: Member, weights: Path, client: Any) -> None:
         """One process after another."""
         name = attempts_name(member.replica)
         while True:
@@ -123,7 +125,8 @@ class Supervisor:
             await self._wait_before(name, attempts)
             attempt = attempts[-1]
             try:
-                why = await self._lived(member, attempt, client)
+                place = await self._place(member, attempt, weights)
+                why = await self._lived(member, attempt, place, client)
             except UserError as problem:  # of this attempt; what never works was refused before
                 why = str(problem)
             self._node.tell(f"{member.name}, attempt {attempt.number}: {why}")
@@ -148,29 +151,27 @@ class Supervisor:
             seconds = min(patience.most_backoff, patience.backoff * 2 ** (len(recent) - 1))
             await asyncio.sleep(max(0.0, recent[-1].at + seconds - now))
 
-    async def _lived(self, member: Member, attempt: Attempt, client: Any) -> str:
+    async def _lived(self, member: Member, attempt: Attempt, place: Place, client: Any) -> str:
         """Start a process, watch it; why it is of no use any longer, once it has ended."""
-        with self._weights_directory(member) as weights:
-            place = await self._place(member, attempt, weights)
-            command = command_of(self._engines, member, place, self._token)
-            for path, content in command.files.items():
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                path.unlink(missing_ok=True)
-                with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-                    file.write(content)
-            log = self._meeting.directory / "logs" / f"{member.name}.{attempt.number}.log"
-            own = {k: v for k, v in os.environ.items() if k not in _OF_RANKS}
-            if command.words[0] != sys.executable:
-                own.pop("PYTHONPATH", None)  # of this interpreter
-            child = await start(command.words, own | dict(command.environment), log)
-            seconds = 0.0
-            try:
-                return await self._watched(member, attempt, place, child, client)
-            except asyncio.CancelledError:
-                seconds = self._patience.end
-                raise
-            finally:
-                await child.end(seconds)
+        command = command_of(self._engines, member, place, self._token)
+        for path, content in command.files.items():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+                file.write(content)
+        log = self._meeting.directory / "logs" / f"{member.name}.{attempt.number}.log"
+        own = {k: v for k, v in os.environ.items() if k not in _OF_RANKS}
+        if command.words[0] != sys.executable:
+            own.pop("PYTHONPATH", None)  # of this interpreter
+        child = await start(command.words, own | dict(command.environment), log)
+        seconds = 0.0
+        try:
+            return await self._watched(member, attempt, place, child, client)
+        except asyncio.CancelledError:
+            seconds = self._patience.end
+            raise
+        finally:
+            await child.end(seconds)
 
     async def _place(self, member: Member, attempt: Attempt, weights: Path) -> Place:
         node = self._node
@@ -234,18 +235,26 @@ class Supervisor:
         self._node.tell(f"{member.name}, attempt {attempt.number}: at {place.host}:{place.port}")
 
     @contextlib.contextmanager
-    def _weights_directory(self, member: Member) -> Any:
-        """Where new weights come in; what an earlier start of this job left there is removed."""
-        under, job = self._engines.weights_under, self._meeting.generation.rpartition(".")[0]
-        earlier = f"{job}.*" if job else self._meeting.generation
-        for left in under.glob(f"megatron-k2.{earlier}.{member.name}"):
-            shutil.rmtree(left)
-        found = under / f"megatron-k2.{self._meeting.generation}.{member.name}"
-        found.mkdir(mode=0o700)
+    def _weights_directory(self) -> Iterator[Path]:
+        """Where new weights come in; what earlier starts of this run left there is removed."""
+        under, meet = self._engines.weights_under, self._meeting.directory
+        is_shared = self._engines.weights_are_shared
+        under.mkdir(mode=0o700, parents=True, exist_ok=True)
+        node = "shared" if is_shared else f"node.{self._node.number}"
+        run = sha256_of_json(str(meet.parent))[:12]
+        found = under / f"megatron-k2.{run}.{self._meeting.generation}.{node}"
+        for left in under.glob(f"megatron-k2.{run}.*.{node}"):
+            if not is_shared or left != found:  # other supervisors may be at it
+                shutil.rmtree(left, ignore_errors=is_shared)
+        found.mkdir(mode=0o700, exist_ok=is_shared)
         try:
             yield found
         finally:
-            shutil.rmtree(found, ignore_errors=True)
+            if is_shared:
+                with contextlib.suppress(OSError):  # the last one finds it empty
+                    found.rmdir()
+            else:
+                shutil.rmtree(found, ignore_errors=True)
 
 
 def _silence(child: Child, seen: probe.Probe, is_up: bool, seconds: float) -> str:

@@ -15,7 +15,8 @@ from megatron_k2.engine.constrained import Grammars
 from megatron_k2.engine.local.core import Core
 from megatron_k2.engine.local.engine import LocalEngine
 from megatron_k2.engine.local.weights import Weights
-from megatron_k2.engine.server.app import listening, make_app
+from megatron_k2.engine.server.app import make_app
+from megatron_k2.engine.server.listening import listening
 from megatron_k2.engine.server.service import Service
 from tests.engine.local.models import TINY
 

@@ -30,6 +30,10 @@ from megatron_k2.engine.protocol import (
     UpdateCode,
     UpdateError,
 )
+from megatron_k2.engine.remote.endpoints import Endpoint
+from megatron_k2.engine.remote.engine import RemoteEngine
+from megatron_k2.engine.transfer.bucket_files import BucketFolder
+from megatron_k2.engine.transfer.buckets import buckets_of
 from megatron_k2.engine.transfer.manifest import Counted
 from megatron_k2.errors import UserError
 from megatron_k2.presets import get_preset
@@ -42,7 +46,7 @@ SHAPE = {"num_layers": 2, "vocab_size": 512}
 PRESET = dataclasses.replace(get_preset("k2-tiny"), **SHAPE)
 pytestmark = pytest.mark.slow
 
-LENGTH = 512
+LENGTH, BUCKET_BYTES = 512, 200_000
 QUICK = FleetPatience(look=0.1, silent=3, away=60, again=0.05)
 
 
@@ -132,7 +136,7 @@ def scenario(run, body, patience=QUICK):
             vocab_size=PRESET.vocab_size,
             seconds=90,
             patience=patience,
-            bucket_bytes=200_000,
+            bucket_bytes=BUCKET_BYTES,
         )
         try:
             return await asyncio.wait_for(body(fleet), 90)
@@ -167,8 +171,14 @@ def status(url, token=None, body=b"{}"):
         return error.code
 
 
-def test_engines_start_empty_and_answer_after_the_first_round(run, first):
-    requests = asked(6, 12)
+def test_engines_start_empty_and_answer_after_the_first_round(run, first, monkeypatch):
+    requests, written, write = asked(6, 12), [], BucketFolder.write
+
+    def counting(folder, bucket):
+        written.append(folder.directory)
+        return write(folder, bucket)
+
+    monkeypatch.setattr(BucketFolder, "write", counting)
 
     async def body(fleet):
         assert fleet.limits[:2] == (PRESET.vocab_size, LENGTH)
@@ -185,6 +195,8 @@ def test_engines_start_empty_and_answer_after_the_first_round(run, first):
             assert status(f"{url}/{verb}", "another token") == 401
         counted = await push(fleet, first, "1")
         assert counted.num_bytes == sum(t.numel() * 4 for t in first.values()), "drawn once"
+        assert len(written) == len(list(buckets_of(first.items(), BUCKET_BYTES))), "once for both"
+        assert list(written[0].iterdir()) == [], "nothing is left"
         assert fleet.needs_weights() == ()
         assert fleet.health()[:2] == (True, "")
         return await asyncio.gather(*(answer(fleet, each) for each in requests))
@@ -281,11 +293,21 @@ def test_another_version_is_not_asked(run):
         assert fleet.needs_weights() == (0, 1)
         with pytest.raises(EngineError, match=r"for 0\.3 seconds: engine 0: .*weights '2'"):
             await answer(fleet, asked(1, 4)[0])
+        assert await careless(run) == {"2"}
         fleet.expect("2")
         return await answer(fleet, asked(1, 4)[0])
 
     patience = dataclasses.replace(QUICK, away=0.3)
     assert [scenario(run, body, patience)] == oracle(drawn_weights(2), asked(1, 4))
+
+
+async def careless(run):
+    """The mistake: whoever is up is asked; the versions of what it says."""
+    endpoint = Endpoint(run.engine(0).url, key_file=run.meeting.token_path)
+    engine = await RemoteEngine.connect([endpoint], vocab_size=PRESET.vocab_size)
+    outputs = [output async for output in engine.generate(asked(1, 4)[0])]
+    await engine.close()
+    return {token.weight_version for output in outputs for token in output.tokens}
 
 
 def test_pausing_aborting_leaving(run):

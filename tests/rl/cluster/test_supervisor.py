@@ -8,10 +8,12 @@ import asyncio
 import os
 import signal
 import socket
+from pathlib import Path
 
 import pytest
 
 from megatron_k2.errors import UserError
+from megatron_k2.files import sha256_of_json
 from megatron_k2.rl.cluster.engines import members_of, read_engines
 from megatron_k2.rl.cluster.fleet import Fleet
 from megatron_k2.rl.cluster.rendezvous import Meeting, free_port
@@ -34,8 +36,18 @@ def stand_ins(folder, **more):
 
 
 def test_one_that_dies_or_hangs_is_started_again_elsewhere(tmp_path):
-    with Supervised(tmp_path / "7.0", stand_ins(tmp_path)) as run:
+    engines, run = stand_ins(tmp_path), sha256_of_json(str(tmp_path))[:12]
+    left = tmp_path / "weights" / f"megatron-k2.{run}.6.0.node.0"
+    others = tmp_path / "weights" / "megatron-k2.another-run.6.0.node.0"
+    for each in (left, others):
+        each.mkdir()
+        (each / "bucket").write_text("weights")
+    with Supervised(tmp_path / "7.0", engines) as run:
         first = run.engine(0)
+        weights = Path(first.details["weights"])
+        assert weights.stat().st_mode & 0o777 == 0o700
+        assert not left.exists(), "of an earlier start of this run"
+        assert others.exists()
         os.kill(first.details["pid"], signal.SIGKILL)
         second = run.engine(0, attempt=1)
         assert second.details["pid"] != first.details["pid"]
@@ -47,11 +59,13 @@ def test_one_that_dies_or_hangs_is_started_again_elsewhere(tmp_path):
     assert "is wedged, and is killed" in attempts[2].why
     assert not is_running(third.details["pid"]), "SIGTERM ends it with its supervisor"
     assert run.processes[0].returncode == 0
-    assert list((tmp_path / "weights").iterdir()) == []
+    assert list((tmp_path / "weights").iterdir()) == [others]
 
 
 def test_a_replica_over_two_nodes_is_started_again_as_one(tmp_path):
-    engines = stand_ins(tmp_path, nodes_per_replica=2, gpus_per_node=2)
+    disk = tmp_path / "disk" / "weights"
+    shared = {"weights_are_shared": True, "weights_directory": str(disk)}
+    engines = stand_ins(tmp_path, nodes_per_replica=2, gpus_per_node=2, **shared)
 
     def logged(run, rank, attempt):
         path = run.meeting.directory / "logs" / f"engine.0.{rank}.{attempt}.log"
@@ -73,6 +87,9 @@ def test_a_replica_over_two_nodes_is_started_again_as_one(tmp_path):
         os.kill(again.details["pid"], signal.SIGKILL)
         run.engine(0, attempt=2)
         assert "'data_parallel_start_rank': 2" in logged(run, 1, 2)
+        (weights,) = disk.iterdir()
+        assert again.details["weights"] == str(weights), "one for both nodes"
+    assert list(disk.iterdir()) == []
     whys = [each.why for each in run.meeting.attempts("replica.0")]
     assert whys[1].startswith("engine.0.1: process")
     assert whys[2].startswith("engine.0.0: process")
