@@ -3,9 +3,10 @@
     python examples/demo_rl/study.py [--out runs/demo-rl-study] [--seeds 1 2 3] [--iterations 21]
 
 Goes on from the warm-up that ``make demo-rl`` left, and from the packed dialogues of ``make
-demo-sft``, which are the PTX set. Every arm reads the same PTX packs; where PTX is off their weight
-is 1e-9, so that their NLL is measured beside weights that do not learn it. Run it again after an
-interruption: runs resume. Prints a row a run, then the differences of each pair.
+demo-sft``, which are the PTX set. Where PTX is off its packs are read all the same, with a weight
+of 1e-9, so that arms of a seed differ in nothing else. The loss on the PTX set is that of the last
+checkpoint on the same packs for all, by the embedded engine. Run it again after an interruption:
+runs resume. Prints a row a run, then the differences of each pair.
 """
 
 import argparse
@@ -18,7 +19,10 @@ from pathlib import Path
 
 from check import held_out
 
+from megatron_k2.engine.local.opened import core_of
+from megatron_k2.engine.protocol import Request, SamplingParams
 from megatron_k2.rl.history import Row, read_history
+from megatron_k2.sft.packed_set import PackedSet
 
 ARMS = {
     "both": (1.0, "linear:1.0:0.8:{}"),
@@ -26,6 +30,7 @@ ARMS = {
     "no decay": (1.0, "1.0"),
 }
 """The PTX weight (ours; the report's is not stated), and the temperature over the iterations."""
+LENGTH, NUM_PACKS = 1024, 40
 OFF = tuple(arm for arm in ARMS if arm != "both")
 
 
@@ -61,18 +66,38 @@ def run(arm: str, seed: int, options: argparse.Namespace) -> Path:
     return save
 
 
-def found_in(save: Path) -> dict[str, float]:
+def found_in(save: Path, ptx: Path) -> dict[str, float]:
     """Held-out rewards at temperature 1 before and after, greedy after, and the PTX NLL."""
-    rows = read_history(save / "rl")
-    tried = [row for row in rows if held_out(row, "sampled")]
-    tail = [row.metrics["learn/ptx_nll"] for row in rows if "learn/ptx_nll" in row.metrics]
+    tried = [row for row in read_history(save / "rl") if held_out(row, "sampled")]
     return {
         "before": _mean(tried[0], "sampled"),
         "after": _mean(tried[-1], "sampled"),
         "greedy": _mean(tried[-1], "greedy"),
-        "ptx_first": tail[0],
-        "ptx_last": statistics.fmean(tail[-5:]),
+        "ptx": ptx_nll(save, ptx),
     }
+
+
+def ptx_nll(run: Path, folder: Path) -> float:
+    """Nats per target of ``NUM_PACKS`` packs that are spread over the set."""
+    packs = PackedSet(folder, "train", capacity=LENGTH)
+    core = core_of(run, num_slots=8, max_length=LENGTH)
+    masks = {}
+    for number in range(NUM_PACKS):
+        pack, first = packs[number * len(packs) // NUM_PACKS], 0
+        for length in map(int, pack.lengths):
+            here = slice(first, first + min(length, LENGTH))
+            name, ids = f"{number}/{first}", tuple(map(int, pack.tokens[here]))
+            masks[name], first = pack.loss_mask[here], first + length
+            core.add(Request(name, ids, SamplingParams(max_tokens=0, prompt_logprobs=0)))
+    found = []
+    while core.has_work:
+        for name, output in core.step():
+            found += [
+                -token.logprob
+                for token, is_target in zip(output.prompt_tokens, masks[name], strict=False)
+                if is_target and token.logprob is not None
+            ]
+    return statistics.fmean(found)
 
 
 def _mean(row: Row, kind: str) -> float:
@@ -85,18 +110,18 @@ def main(options: argparse.Namespace) -> None:
     rows: dict[tuple[str, int], dict[str, float]] = {}
     for seed in options.seeds:
         for arm in ARMS:
-            rows[arm, seed] = found_in(run(arm, seed, options))
+            rows[arm, seed] = found_in(run(arm, seed, options), options.ptx)
             said = "  ".join(f"{name} {value:.3f}" for name, value in rows[arm, seed].items())
             print(f"seed {seed}  {arm:9} {said}", flush=True)
     results = {}
     for arm in OFF:
-        for name in ("ptx_last", "after", "greedy"):
+        for name in ("ptx", "after", "greedy"):
             off = [rows[arm, seed][name] - rows["both", seed][name] for seed in options.seeds]
             each = ", ".join(f"{value:+.3f}" for value in off)
             print(f"{arm}, {name}: {each} against both on")
             results[f"{arm.replace(' ', '_')}_{name}"] = statistics.fmean(off)
-    values = [rows["both", seed]["ptx_last"] for seed in options.seeds]
-    results["ptx_last_spread"] = max(values) - min(values)
+    values = [rows["both", seed]["ptx"] for seed in options.seeds]
+    results["ptx_spread"] = max(values) - min(values)
     print("RESULT", " ".join(f"{name}={value:.4f}" for name, value in results.items()))
 
 
