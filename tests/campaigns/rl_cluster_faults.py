@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from megatron_k2.rl.cluster.rendezvous import Address
 from megatron_k2.rl.waiting import EXIT_CODE
 from tests.campaigns.rl_sigkill import differ
-from tests.rl.cluster.running import NUM_RANKS, Cluster, local
+from tests.rl.cluster.running import NUM_RANKS, Cluster, local, wait_all
 
 ITERATIONS = 3
 PHASES = ("collect", "train", "update")
@@ -150,6 +150,11 @@ def row(fault, folder, alone):
         if fault.name != STALE:
             disturb(run, fault)
         sent = time.monotonic()
+        is_stopped = fault.name.startswith("rank") and fault.signal is signal.SIGSTOP
+        if is_stopped:  # srun kills it when the others have ended
+            stopped = int(fault.name.partition(".")[2])
+            wait_all([rank for n, rank in enumerate(run.ranks) if n != stopped], MOST_SECONDS)
+            run.send(fault.name, signal.SIGKILL)
         codes = run.wait(MOST_SECONDS + 60)
         seconds = time.monotonic() - sent
         log = (run.logs / "controller.log").read_text()

@@ -196,6 +196,7 @@ async def _control(options: Given) -> None:
         async def lacking(version: str) -> str:
             if fleet.health().weight_version != version:
                 fleet.expect(version)
+            if fleet.needs_weights():  # as of a second ago: rank 0 may have given them since
                 look = asyncio.create_task(fleet.look())  # a wedged engine is not waited for
                 await asyncio.wait({look}, timeout=ANSWER_SECONDS)
             return ", ".join(f"engine {index}" for index in fleet.needs_weights())
