@@ -25,7 +25,7 @@ import torch.distributed as dist
 from megatron_k2.errors import UserError
 
 BEAT_SECONDS = 1.0
-SILENT_SECONDS = 30.0
+SILENT_SECONDS = 20.0
 """Ours: longer than a busy node delays a thread, far below the ten minutes of a watchdog."""
 EXIT_CODE = 75
 """Of the ranks that are left: sysexits.h's "try again later"; a new start resumes."""
@@ -108,15 +108,14 @@ class Waiting:
         doing, ended = asyncio.create_task(work), asyncio.create_task(turn.ended())
         try:
             await asyncio.wait({doing, ended}, return_when=asyncio.FIRST_COMPLETED)
-            turn.is_over = True
-            word = turn.tell(_word_of(doing)) if doing.done() else turn.word
+            word = turn.tell(_word_of(doing)) if doing.done() else turn.found()
             # what comes next is a collective, or the end of this process and of the store with it
-            is_done = word is not None and word.kind == "done"
+            is_done = word.kind == "done"
             late = await turn.unheard(self.silent_seconds if is_done else _HEARD_SECONDS)
-            if is_done and late:
-                raise LostError(f"waiting for {what}: {turn.silence(late)}")
-            if not is_done and (not doing.done() or doing.exception() is None):
-                turn.end()  # raises
+            if is_done:
+                word = turn.go(late)
+            if not doing.done() or doing.exception() is None:
+                turn.end(word)
             return doing.result()
         finally:
             turn.is_over = True
@@ -177,25 +176,36 @@ class _Turn:
                 await asyncio.wait_for(self._woken.wait(), self._owner.beat_seconds)
             if self.word is None and time.monotonic() - self._alive > silent:
                 self.word = _Word("lost", f"{_STORE} has not answered for {silent:g} s")
-        self.end()
+        self.end(self.word)
 
-    def end(self) -> None:
-        """As the word says: by an exception, unless all is done."""
+    def found(self) -> _Word:
+        """How it ended, of a wait that has."""
         assert self.word is not None
-        match self.word.kind:
+        return self.word
+
+    def end(self, word: _Word) -> None:
+        """As the word says: by an exception, unless all is done."""
+        match word.kind:
             case "end":
                 raise EndAsked
             case "refused":
-                raise UserError(self.word.detail)
+                raise UserError(word.detail)
             case "lost":
-                raise LostError(f"waiting for {self._what}: {self.word.detail}")
+                raise LostError(f"waiting for {self._what}: {word.detail}")
 
     def tell(self, word: _Word) -> _Word:
         """The others, if they can still be told; the first word stands, and is returned."""
+        return self._told(self._key, word)
+
+    def go(self, late: Sequence[int]) -> _Word:
+        """All may go on, or none because of some; those that have read "done" wait for it."""
+        word = _Word("lost", self.silence(late)) if late else _Word("done")
+        return self._told(f"{self._key}/go", word)
+
+    def _told(self, key: str, word: _Word) -> _Word:
         with contextlib.suppress(RuntimeError):
-            stands = self._owner.store.compare_set(self._key, "", json.dumps(word))
-            word = _Word(*json.loads(stands))
-        self.word = word
+            stands = self._owner.store.compare_set(key, "", json.dumps(word))
+            return _Word(*json.loads(stands))
         return word
 
     async def unheard(self, seconds: float) -> list[int]:
@@ -222,14 +232,18 @@ class _Turn:
 
     def _looked(self) -> _Word | None:
         """Beats and looks until it is over."""
-        store, next_beat = self._owner.store, self._began
+        store, next_beat, has_heard = self._owner.store, self._began, False
         while not self.is_over:
             now = self._alive = time.monotonic()
-            if self._owner.rank and store.check([self._key]):
-                said = _Word(*json.loads(store.get(self._key)))
-                store.set(f"{self._key}/heard/{self._owner.rank}", "")
-                store.add(f"{self._key}/heard", 1)
-                return said
+            key = f"{self._key}/go" if has_heard else self._key
+            if self._owner.rank and store.check([key]):
+                said = _Word(*json.loads(store.get(key)))
+                if not has_heard:
+                    store.set(f"{self._key}/heard/{self._owner.rank}", "")
+                    store.add(f"{self._key}/heard", 1)
+                if has_heard or said.kind != "done":
+                    return said
+                self._began, has_heard = now, True
             if now >= next_beat:
                 next_beat = now + self._owner.beat_seconds
                 if (word := self._beat()) is not None:

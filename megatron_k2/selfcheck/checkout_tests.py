@@ -74,7 +74,7 @@ CHECKS = (
     Check("adapters at every layout", ("sft/lora/test_layouts.py",)),
     Check(
         "RL's loss, routes replayed",
-        ("rl/test_objective.py", "rl/test_logprobs.py", "rl/test_replay.py"),
+        ("rl/test_objective.py", "rl/test_logprobs.py", "rl/test_replay.py", "rl/test_phases.py"),
         is_quick=True,
     ),
     Check("RL at every layout = one rank", ("rl/test_learner.py",)),

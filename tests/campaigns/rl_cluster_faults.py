@@ -6,9 +6,10 @@
 Two supervisors with an engine each, a gym service, a controller, four ranks: three iterations on
 ``k2-tiny``. The run goes once with the embedded engine in one program, undisturbed. Then, row by
 row, one process gets a signal while iteration 1 is collected (its rollouts have begun), trained on
-(they are in the ledger) or its weights are sent (a bucket lies in an engine's folder). A supervisor
-or a gym service is started again, as the job's script does; where a rank or the controller died,
-all else is ended, and the job starts again with a new generation.
+(they are in the ledger) or its weights are sent (a bucket lies in an engine's folder). Rollouts in
+which an engine gets it go on until it has been given weights in their midst. A supervisor or a gym
+service is started again, as the job's script does; where a rank or the controller died, all else is
+ended, and the job starts again with a new generation.
 
 Each row must end with what the undisturbed run trained on, answer by answer and reward by reward,
 its figures, and the bits of its last checkpoint. Not exercised: nodes that are other machines.
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from megatron_k2.rl.cluster.rendezvous import Address
 from megatron_k2.rl.waiting import EXIT_CODE
 from tests.campaigns.rl_sigkill import differ
-from tests.rl.cluster.running import NUM_RANKS, Cluster, local
+from tests.rl.cluster.running import NUM_RANKS, Cluster, local, wait_all
 
 ITERATIONS = 3
 PHASES = ("collect", "train", "update")
@@ -98,9 +99,28 @@ def leave_stale_files(there):
         (there / f"{kind}.{index}.json").write_text(json.dumps(asdict(old)))
 
 
+def signal_while_held(run, name, number, seconds=120.0):
+    """Send an engine a signal while no rollout can end, until it has been given weights again.
+
+    The gym service, which is stopped meanwhile, holds every episode.
+    """
+    run.send("gym.0", signal.SIGSTOP)
+    try:
+        run.send(name, number)
+        deadline = time.monotonic() + seconds
+        while "weights of version" not in (run.logs / "controller.log").read_text():
+            assert time.monotonic() < deadline, run.told()
+            time.sleep(0.05)
+    finally:
+        run.send("gym.0", signal.SIGCONT)
+
+
 def disturb(run, fault):
     """Send the signal in its phase; start again what a script would."""
     wait_for(run, fault.phase)
+    if fault.name.startswith("engine") and fault.phase == "collect":
+        signal_while_held(run, fault.name, fault.signal)
+        return
     if fault.name == "all ranks":
         for number in range(NUM_RANKS):
             run.send(f"rank.{number}", fault.signal)
@@ -130,6 +150,11 @@ def row(fault, folder, alone):
         if fault.name != STALE:
             disturb(run, fault)
         sent = time.monotonic()
+        is_stopped = fault.name.startswith("rank") and fault.signal is signal.SIGSTOP
+        if is_stopped:  # srun kills it when the others have ended
+            stopped = int(fault.name.partition(".")[2])
+            wait_all([rank for n, rank in enumerate(run.ranks) if n != stopped], MOST_SECONDS)
+            run.send(fault.name, signal.SIGKILL)
         codes = run.wait(MOST_SECONDS + 60)
         seconds = time.monotonic() - sent
         log = (run.logs / "controller.log").read_text()

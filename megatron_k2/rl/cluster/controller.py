@@ -27,8 +27,9 @@ from megatron_k2.errors import UserError
 from megatron_k2.gym.protocol import Domain
 from megatron_k2.rl.cluster import program
 from megatron_k2.rl.cluster.given import Given, given
+from megatron_k2.rl.cluster.gym_client import GymClient
 from megatron_k2.rl.cluster.gym_service import KIND as GYM
-from megatron_k2.rl.cluster.remote_domain import GymClient, remote_domains
+from megatron_k2.rl.cluster.remote_domain import remote_domains
 from megatron_k2.rl.cluster.rendezvous import own_host
 from megatron_k2.rl.cluster.serving import serving
 from megatron_k2.rl.loop import Collected
@@ -195,6 +196,7 @@ async def _control(options: Given) -> None:
         async def lacking(version: str) -> str:
             if fleet.health().weight_version != version:
                 fleet.expect(version)
+            if fleet.needs_weights():  # as of a second ago: rank 0 may have given them since
                 look = asyncio.create_task(fleet.look())  # a wedged engine is not waited for
                 await asyncio.wait({look}, timeout=ANSWER_SECONDS)
             return ", ".join(f"engine {index}" for index in fleet.needs_weights())

@@ -14,7 +14,7 @@ an engine holds is what its server says. ``expect`` tells one what another has s
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from torch import Tensor
 
@@ -31,22 +31,17 @@ from megatron_k2.engine.protocol import (
     check_request,
 )
 from megatron_k2.engine.remote.answers import tagged
-from megatron_k2.engine.remote.endpoints import Endpoint
-from megatron_k2.engine.remote.engine import RemoteEngine
 from megatron_k2.engine.transfer.buckets import BUCKET_BYTES
 from megatron_k2.engine.transfer.manifest import Manifest
 from megatron_k2.errors import UserError
-from megatron_k2.rl.cluster.engines import KIND, attempts_name
 from megatron_k2.rl.cluster.rendezvous import Meeting
 from megatron_k2.rl.cluster.replica import Replica
-from megatron_k2.rl.cluster.roster import FleetPatience, Roster
+from megatron_k2.rl.cluster.roster import FleetPatience, Roster, length_of
 from megatron_k2.rl.cluster.sending import Sending
 
 NUM_TRIES = 100
 """Of one request, at engines that say they can be asked. Choice: twenty seconds' worth of errors
 at once is no crash of an engine, which takes longer to come back and counts one."""
-_SLEEPERS = ("vllm",)
-"""Backends with verbs to give their GPUs back."""
 
 
 class Fleet:
@@ -102,7 +97,7 @@ class Fleet:
         lengths, problems = [], []
         for index in range(num_replicas):
             try:
-                lengths.append(await _length(meeting, index, vocab_size, end, tell))
+                lengths.append(await length_of(meeting, index, vocab_size, end, tell))
             except (UserError, EngineError) as problem:
                 problems.append(str(problem))
                 tell(f"going on without an engine: {problem}")
@@ -195,61 +190,19 @@ class Fleet:
 
     async def pause(self, mode: PauseMode = "abort") -> None:
         """See the protocol; engines that come back later are paused then."""
-        if mode not in ("abort", "wait", "keep"):
-            raise UserError(f"pause mode {mode!r}: abort, wait or keep")
-        self._roster.paused = mode
-        up = self._roster.up()
-        for each in up:
-            each.is_paused = True
-        await self._everywhere(up, f"/pause?mode={mode}")
+        await self._roster.pause(mode)
 
     async def resume(self) -> None:
         """See the protocol."""
-        self._roster.paused = None
-        up = self._roster.up()
-        for each in up:
-            each.is_paused = False
-        await self._everywhere(up, "/resume")
+        await self._roster.resume()
 
     async def sleep(self) -> None:
-        """Give the GPUs back: weights and caches are thrown away, so that a whole round is due.
-
-        Engines without such a verb (``local``) are paused alone.
-
-        Raises:
-            EngineError: an engine that is up does not do it; its memory is not free then.
-        """
-        await self.pause("abort")
-        for each in self._roster:
-            each.empty()
-        sleepers = self._sleepers()
-        # its own tag outlives the weights, and others go by it
-        await self._everywhere(sleepers, "/update_weight_version", {"new_version": NO_WEIGHTS})
-        await self._everywhere(sleepers, "/sleep?level=2")
+        """Give the GPUs back, see ``Roster.sleep``: a whole round is due afterwards."""
+        await self._roster.sleep()
 
     async def wake(self, tag: Literal["weights", "kv_cache"]) -> None:
-        """Take the GPUs again: room for weights before they are sent, for caches after.
-
-        Raises:
-            EngineError: an engine that is up does not do it.
-        """
-        await self._everywhere(self._sleepers(), f"/wake_up?tags={tag}")
-
-    def _sleepers(self) -> list[Replica]:
-        return [e for e in self._roster.up() if e.address.details.get("backend") in _SLEEPERS]
-
-    async def _everywhere(self, targets: Iterable[Replica], path: str, body: Any = None) -> None:
-        """A verb; one that does not answer any more is passed over."""
-
-        async def one(each: Replica) -> None:
-            try:
-                await each.post(path, body)
-            except EngineError:
-                await self._roster.look_at(each.address.index)
-                if each.is_up and self._roster.is_current(each):
-                    raise
-
-        await asyncio.gather(*(one(each) for each in targets))
+        """Take the GPUs again, see ``Roster.wake``."""
+        await self._roster.wake(tag)
 
     def expect(self, version: str) -> None:
         """Ask for answers of these weights from here on: another fleet has sent them."""
@@ -323,31 +276,3 @@ class Fleet:
         await self.abort()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         await self._roster.close()
-
-
-async def _length(
-    meeting: Meeting, index: int, vocab_size: int, end: float, tell: Callable[[str], None]
-) -> int:
-    """Tokens of prompt and answer that an engine holds, once it is up.
-
-    Raises:
-        UserError: it did not come up.
-        EngineError: it does not say it.
-    """
-
-    def given_up() -> str:
-        return meeting.given_up(attempts_name(index))
-
-    while True:
-        left = max(0.0, end - time.monotonic())
-        address = await meeting.wait(KIND, index, left, tell=tell, given_up=given_up)
-        endpoint = Endpoint(address.url, key_file=meeting.token_path)
-        try:
-            engine = await RemoteEngine.connect([endpoint], vocab_size=vocab_size)
-        except EngineError:  # it has just gone again
-            if time.monotonic() > end:
-                raise
-            await asyncio.sleep(1.0)
-            continue
-        await engine.close()
-        return engine.limits.max_length

@@ -34,9 +34,13 @@ class Child:
         self.pid = process.pid
 
     @property
-    def is_running(self) -> bool:
-        """Whether it has not ended."""
-        return self._process.returncode is None
+    def is_stopped(self) -> bool:
+        """Whether it lies still, by SIGSTOP or a debugger."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return False
+        return fields[0] in "Tt"
 
     async def ended(self) -> str:
         """Wait for its end; how it ended, with the last it said."""

@@ -2,15 +2,22 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from megatron_k2.engine.protocol import EngineError, Limits
+from megatron_k2.engine.protocol import NO_WEIGHTS, EngineError, Limits, PauseMode
+from megatron_k2.engine.remote.endpoints import Endpoint
+from megatron_k2.engine.remote.engine import RemoteEngine
 from megatron_k2.errors import UserError
 from megatron_k2.rl.cluster import probe
 from megatron_k2.rl.cluster.engines import KIND, attempts_name
 from megatron_k2.rl.cluster.rendezvous import Address, Meeting
 from megatron_k2.rl.cluster.replica import Replica
+
+_SLEEPERS = ("vllm",)
+"""Back-ends with verbs to give their GPUs back."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,68 @@ class Roster:
             self._why[index] = str(problem)
             return None
 
+    async def pause(self, mode: PauseMode) -> None:
+        """Of all; those that come back later are paused then.
+
+        Raises:
+            UserError: there is no such mode.
+        """
+        if mode not in ("abort", "wait", "keep"):
+            raise UserError(f"pause mode {mode!r}: abort, wait or keep")
+        self.paused = mode
+        up = self.up()
+        for each in up:
+            each.is_paused = True
+        await self._everywhere(up, f"/pause?mode={mode}")
+
+    async def resume(self) -> None:
+        """Go on."""
+        self.paused = None
+        up = self.up()
+        for each in up:
+            each.is_paused = False
+        await self._everywhere(up, "/resume")
+
+    async def sleep(self) -> None:
+        """Give the GPUs back: weights and caches are thrown away, so that a whole round is due.
+
+        Engines without such a verb (``local``) are paused alone.
+
+        Raises:
+            EngineError: an engine that is up does not do it; its memory is not free then.
+        """
+        await self.pause("abort")
+        for each in self:
+            each.empty()
+        sleepers = self._sleepers()
+        # its own tag outlives the weights, and others go by it
+        await self._everywhere(sleepers, "/update_weight_version", {"new_version": NO_WEIGHTS})
+        await self._everywhere(sleepers, "/sleep?level=2")
+
+    async def wake(self, tag: Literal["weights", "kv_cache"]) -> None:
+        """Take the GPUs again: room for weights before they are sent, for caches after.
+
+        Raises:
+            EngineError: an engine that is up does not do it.
+        """
+        await self._everywhere(self._sleepers(), f"/wake_up?tags={tag}")
+
+    def _sleepers(self) -> list[Replica]:
+        return [each for each in self.up() if each.address.details.get("backend") in _SLEEPERS]
+
+    async def _everywhere(self, targets: Iterable[Replica], path: str, body: Any = None) -> None:
+        """A verb; one that does not answer any more is passed over."""
+
+        async def one(each: Replica) -> None:
+            try:
+                await each.post(path, body)
+            except EngineError:
+                await self.look_at(each.address.index)
+                if each.is_up and self.is_current(each):
+                    raise
+
+        await asyncio.gather(*(one(each) for each in targets))
+
     async def close(self) -> None:
         """Look no more; end all requests."""
         for task in self._watchers:
@@ -150,3 +219,31 @@ class Roster:
             with contextlib.suppress(EngineError):
                 await found.post(f"/pause?mode={self.paused}")
                 found.is_paused = True
+
+
+async def length_of(
+    meeting: Meeting, index: int, vocab_size: int, end: float, tell: Callable[[str], None]
+) -> int:
+    """Tokens of prompt and answer that an engine holds, once it is up.
+
+    Raises:
+        UserError: it did not come up.
+        EngineError: it does not say it.
+    """
+
+    def given_up() -> str:
+        return meeting.given_up(attempts_name(index))
+
+    while True:
+        left = max(0.0, end - time.monotonic())
+        address = await meeting.wait(KIND, index, left, tell=tell, given_up=given_up)
+        endpoint = Endpoint(address.url, key_file=meeting.token_path)
+        try:
+            engine = await RemoteEngine.connect([endpoint], vocab_size=vocab_size)
+        except EngineError:  # it has just gone again
+            if time.monotonic() > end:
+                raise
+            await asyncio.sleep(1.0)
+            continue
+        await engine.close()
+        return engine.limits.max_length

@@ -6,7 +6,8 @@ other ports, after a wait that grows. The processes of a replica that spans node
 together: whoever sees one fail raises the replica's count of attempts in the meeting folder, and
 every supervisor follows it. One that fails too often ends the supervisor, with a sentence.
 
-A follower has no health of its own: one that hangs is seen where its leader hangs with it.
+A follower has no health of its own: one that is stopped is seen, one that hangs only where its
+leader hangs with it.
 """
 
 import argparse
@@ -35,12 +36,7 @@ from megatron_k2.rl.cluster.engines import (
     read_engines,
 )
 from megatron_k2.rl.cluster.processes import Child, start
-from megatron_k2.rl.cluster.rendezvous import (
-    Attempt,
-    Meeting,
-    free_port,
-    own_host,
-)
+from megatron_k2.rl.cluster.rendezvous import Attempt, Meeting, free_port, own_host
 
 _OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher of ranks sets, and an engine must not take for itself."""
@@ -203,9 +199,10 @@ class Supervisor:
                 newest = self._meeting.attempts(attempts_name(member.replica))[-1]
                 if newest.number > attempt.number:
                     return f"started again with its replica: {newest.why}"
-                if not member.is_leader:
-                    continue
-                seen = await probe.look(client, url, self._token, patience.silent)
+                if member.is_leader:
+                    seen = await probe.look(client, url, self._token, patience.silent)
+                else:
+                    seen, is_up = _still(child), True
                 now = time.monotonic()
                 if seen.is_alive and not is_up:
                     is_up = True
@@ -219,18 +216,14 @@ class Supervisor:
             ended.cancel()
 
     def _publish(self, member: Member, attempt: Attempt, place: Place, child: Child) -> None:
-        details = {
-            "pid": child.pid,
-            "backend": self._engines.backend,
-            "weights": str(place.weights),
-        }
+        details = {"pid": child.pid, "backend": self._engines.backend}
         self._meeting.publish(
             KIND,
             member.replica,
             place.host,
             place.port,
             attempt=attempt.number,
-            details=details,
+            details=details | {"weights": str(place.weights)},
         )
         self._node.tell(f"{member.name}, attempt {attempt.number}: at {place.host}:{place.port}")
 
@@ -255,6 +248,11 @@ class Supervisor:
                     found.rmdir()
             else:
                 shutil.rmtree(found, ignore_errors=True)
+
+
+def _still(child: Child) -> probe.Probe:
+    """A look at one without HTTP: it is alive unless it is stopped."""
+    return probe.Probe(not child.is_stopped, False, None, "it is stopped")
 
 
 def _silence(child: Child, seen: probe.Probe, is_up: bool, seconds: float) -> str:

@@ -24,14 +24,14 @@ from megatron_k2.gym.episode import Action, Again, Bounds, play
 from megatron_k2.gym.protocol import Outcome, Task
 from megatron_k2.records.messages import Message
 from megatron_k2.records.rollouts import End
-from megatron_k2.rl.cluster.gym_service import Episodes, Refused
-from megatron_k2.rl.cluster.remote_domain import (
+from megatron_k2.rl.cluster.gym_client import (
     GymClient,
     GymPatience,
     ServiceError,
     _LostError,
-    remote_domains,
 )
+from megatron_k2.rl.cluster.gym_episodes import Episodes, Refused
+from megatron_k2.rl.cluster.remote_domain import remote_domains
 from megatron_k2.rl.cluster.rendezvous import Meeting
 from tests.rl.cluster.gym_domain import NAME, Counting
 from tests.rl.cluster.supervising import HOST, until
@@ -235,7 +235,7 @@ def test_one_that_dies_in_a_step_is_a_failure_in_time(service):
 
 
 def test_dropped_episodes_are_closed(service, monkeypatch):
-    monkeypatch.setattr("megatron_k2.rl.cluster.remote_domain.TEND_SECONDS", 0.05)
+    monkeypatch.setattr("megatron_k2.rl.cluster.gym_client.TEND_SECONDS", 0.05)
 
     async def body(domain, client):
         before = service.log.read_text().count("closed") if service.log.exists() else 0

@@ -87,12 +87,17 @@ def test_a_replica_over_two_nodes_is_started_again_as_one(tmp_path):
         os.kill(again.details["pid"], signal.SIGKILL)
         run.engine(0, attempt=2)
         assert "'data_parallel_start_rank': 2" in logged(run, 1, 2)
+        follower = until(lambda: pid_of("--headless", run.meeting.directory))
+        os.kill(follower, signal.SIGSTOP)
+        run.engine(0, attempt=3)
+        assert not is_running(follower)
         (weights,) = disk.iterdir()
         assert again.details["weights"] == str(weights), "one for both nodes"
     assert list(disk.iterdir()) == []
     whys = [each.why for each in run.meeting.attempts("replica.0")]
     assert whys[1].startswith("engine.0.1: process")
     assert whys[2].startswith("engine.0.0: process")
+    assert "wedged, and is killed: it is stopped" in whys[3]
 
 
 def pid_of(word, meet):

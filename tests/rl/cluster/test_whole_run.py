@@ -12,7 +12,7 @@ import pytest
 
 from megatron_k2.rl.waiting import EXIT_CODE
 from megatron_k2.run.iterations import TRACKER
-from tests.campaigns.rl_cluster_faults import wait_for
+from tests.campaigns.rl_cluster_faults import signal_while_held, wait_for
 from tests.campaigns.rl_sigkill import differ
 from tests.rl.cluster.running import NUM_RANKS, Cluster, local
 
@@ -39,11 +39,11 @@ def test_a_cluster_learns_what_one_program_does(alone, tmp_path):
 
 
 def test_who_dies_is_replaced_or_the_run_is_started_again_and_nothing_is_lost(alone, tmp_path):
-    """An engine while it answers, then the controller while ranks learn; another start resumes."""
+    """An engine, which gets weights during the rollout; then the controller, while ranks learn."""
     shutil.copytree(alone.parent / "data", tmp_path / "data")
     with Cluster(tmp_path, ITERATIONS, gyms=1) as run:
         wait_for(run, "collect")
-        run.send("engine.0", signal.SIGKILL)
+        signal_while_held(run, "engine.0", signal.SIGKILL)
         wait_for(run, "train")
         run.send("controller", signal.SIGKILL)
         assert run.wait() == [EXIT_CODE] * NUM_RANKS, run.told()
