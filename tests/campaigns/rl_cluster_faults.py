@@ -6,7 +6,7 @@
 Two supervisors with an engine each, a gym service, a controller, four ranks: three iterations on
 ``k2-tiny``. The run goes once with the embedded engine in one program, undisturbed. Then, row by
 row, one process gets a signal while iteration 1 is collected (its rollouts have begun), trained on
-(they are in the ledger) or its weights are sent (a bucket lies in an engine's folder). Rollouts in
+(they are in the ledger) or its weights are sent (a bucket lies in its node's folder). Rollouts in
 which an engine gets it go on until it has been given weights in their midst. A supervisor or a gym
 service is started again, as the job's script does; where a rank or the controller died, all else is
 ended, and the job starts again with a new generation.
@@ -68,11 +68,11 @@ def faults():
 
 def wait_for(run, phase, iteration=1, seconds=300.0):
     """Until the run is in that phase of an iteration."""
-    weights = Path(f"/dev/shm/megatron-k2.{run.meeting.generation}.engine.0.0")
+    buckets = f"megatron-k2.*.{run.meeting.generation}.node.0/*.safetensors"
 
     def is_there():
         if phase == "update":
-            return has("iteration") and weights.exists() and any(weights.iterdir())
+            return has("iteration") and any(Path("/dev/shm").glob(buckets))
         if phase == "train":
             return has("iteration")
         return has("begin") and sum(r["kind"] == "answer" for r in run.records()) > asked
