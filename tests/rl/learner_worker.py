@@ -157,8 +157,8 @@ def _note_held(stack, out):
         out.mkdir(parents=True, exist_ok=True)
         (out / f"held_{dist.get_rank()}.json").write_text(json.dumps(noted))
 
-    def learns(self, groups):
-        found = learn(self, groups)
+    def learns(self, groups, lessons):
+        found = learn(self, groups, lessons)
         note(self, "train")
         return found
 
