@@ -56,14 +56,34 @@ def output_of(answer: Any, request: Request) -> Output:
             routes = decoded_routes(choice["routed_experts"])
             prompt = prompt or tuple(Token(i, None) for i in request.prompt)
             prompt, tokens = _routed(prompt, tokens, routes)
-        reason = _reason(choice["finish_reason"])
+        reason = str(choice["finish_reason"])
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise EngineError(f"an answer that is not as vLLM's: {error!r}") from None
+    return whole_output(request, prompt, tokens, reason)
+
+
+def whole_output(
+    request: Request, prompt: tuple[Token, ...], tokens: tuple[Token, ...], reason: str
+) -> Output:
+    """An answer that came at once; the token that was asked for beyond ``max_tokens`` 0 is cut.
+
+    Args:
+        request: that it answers.
+        prompt: tokens of the prompt, where they were asked for.
+        tokens: of the answer.
+        reason: why it ended, by the name that vLLM and SGLang share with the protocol.
+
+    Raises:
+        EngineError: there is no such reason.
+    """
+    reasons: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+    if reason not in reasons:
+        raise EngineError(f"an answer ended with {reason!r}; expected {', '.join(reasons)}")
     if not request.params.max_tokens:
         return Output((), prompt, "length")
     last = tokens[-1].id if tokens else None
     is_stop = reason == "stop" and last in request.params.stop_token_ids
-    return Output(tokens, prompt, reason, last if is_stop else None)
+    return Output(tokens, prompt, reasons[reason], last if is_stop else None)
 
 
 def tagged(output: Output, version: str) -> Output:
@@ -116,8 +136,3 @@ def _routed(
         for i, t in enumerate(every)
     ]
     return tuple(with_routes[: len(prompt)]), tuple(with_routes[len(prompt) :])
-
-
-def _reason(said: Any) -> FinishReason:
-    reasons: dict[Any, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
-    return reasons[said]

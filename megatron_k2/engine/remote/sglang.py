@@ -19,13 +19,13 @@ from typing import Any
 from megatron_k2.engine.protocol import (
     Candidate,
     EngineError,
-    FinishReason,
     Output,
     Request,
     Token,
     UpdateCode,
     UpdateError,
 )
+from megatron_k2.engine.remote.answers import whole_output
 from megatron_k2.engine.remote.client import Client
 from megatron_k2.engine.remote.endpoints import State
 from megatron_k2.engine.transfer.bucket_files import BucketFolder
@@ -86,14 +86,10 @@ def output_of(answer: Any, request: Request) -> Output:
             prompt = _tokens(about["input_token_logprobs"], tops, params.prompt_logprobs, version)
             if tuple(token.id for token in prompt) != request.prompt:
                 raise ValueError("log-probabilities of another prompt")
-        reason = _reason(about["finish_reason"])
+        reason = str(about["finish_reason"]["type"])
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise EngineError(f"an answer that is not as SGLang's: {error!r}") from None
-    if not request.params.max_tokens:
-        return Output((), prompt, "length")
-    last = tokens[-1].id if tokens else None
-    is_stop = reason == "stop" and last in request.params.stop_token_ids
-    return Output(tokens, prompt, reason, last if is_stop else None)
+    return whole_output(request, prompt, tokens, reason)
 
 
 def _tokens(rows: Any, tops: Any, count: int, version: str) -> tuple[Token, ...]:
@@ -105,11 +101,6 @@ def _tokens(rows: Any, tops: Any, count: int, version: str) -> tuple[Token, ...]
         value = None if logprob is None else float(logprob)
         found.append(Token(int(number), value, candidates, version))
     return tuple(found)
-
-
-def _reason(said: Any) -> FinishReason:
-    reasons: dict[Any, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
-    return reasons[said["type"]]
 
 
 class DirectoryRound:
