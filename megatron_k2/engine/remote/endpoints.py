@@ -17,7 +17,7 @@ Api = Literal["openai", "sglang"]
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One OpenAI-compatible server.
+    """One server; what it speaks is ``api``.
 
     Raises:
         UserError: the address is none, or holds a key; or the weight is not positive.
