@@ -63,7 +63,12 @@ class Learner:
     ) -> None:
         self._args, self._hooks, self._settings, self._ptx = args, hooks, settings, ptx
         self.stages = built[0]
-        self._replay = _replay_of(self.stages) if settings.replays_routes else None
+        config, group = get_model_config(self.stages[0]), mpu.get_tensor_model_parallel_group()
+        self._num_parts = group.size() if config.sequence_parallel else 1
+        self._replay = None
+        if settings.replays_routes:
+            split = group if self._num_parts > 1 else None
+            self._replay = Replay(self.stages, config.moe_layer_freq, split)
         self._stepper = Stepper(args, hooks, built, settings.objective, self._replay)
         is_interleaved = len(self.stages) > 1
         self._room = Room(
@@ -166,6 +171,7 @@ class Learner:
             micro_batch(
                 rows(source, self._room, batch.version, keeps_old=keeps_old),
                 replays=self._replay is not None,
+                num_parts=self._num_parts,
             )
             for source in batch.shares[mpu.get_data_parallel_rank()]
         ]
@@ -206,10 +212,3 @@ class Learner:
         state = (self.stages, self._stepper.optimizer, self._stepper.scheduler)
         num_flops = self._args.num_floating_point_operations_so_far
         training.save_checkpoint_and_time(self.number, *state, num_flops, {})
-
-
-def _replay_of(stages: list[Any]) -> Replay:
-    config = get_model_config(stages[0])
-    group = mpu.get_tensor_model_parallel_group()
-    is_split = config.sequence_parallel and group.size() > 1
-    return Replay(stages, config.moe_layer_freq, group if is_split else None)

@@ -14,6 +14,7 @@ from megatron.core import mpu
 from torch import Tensor
 
 from megatron_k2.model.packed import PackedDocuments, describe
+from megatron_k2.rl.asked import AskedRows, asked_rows
 from megatron_k2.rl.logprobs import token_logprobs
 from megatron_k2.rl.replay import Replay
 from megatron_k2.rl.rows import Rows
@@ -39,6 +40,9 @@ class MicroBatch:
     advantage: Tensor
     weight: Tensor
     lengths: Tensor
+    asked: AskedRows
+    is_tempered: bool
+    """Some label was drawn at a temperature other than 1."""
     old: "Old | None" = None
     """The last pipeline stage alone has it."""
 
@@ -71,12 +75,14 @@ _ROWS = (
 _ANSWERS = ("advantage", "weight", "lengths")
 
 
-def micro_batch(rows: Rows, *, replays: bool) -> MicroBatch:
+def micro_batch(rows: Rows, *, replays: bool, num_parts: int) -> MicroBatch:
     """This rank's part of a pack, on its device.
 
     Args:
         rows: the whole pack.
         replays: whether routes on record are taken along.
+        num_parts: tensor-parallel ranks that hidden rows are split over, 1 without sequence
+            parallelism.
     """
     group = mpu.get_context_parallel_group()
     held = rows.layout.rows_of_rank(group.size(), group.rank())
@@ -86,12 +92,19 @@ def micro_batch(rows: Rows, *, replays: bool) -> MicroBatch:
         for name in _ROWS
     }
     parts |= {name: torch.from_numpy(getattr(rows, name)).to(device) for name in _ANSWERS}
+    is_asked = rows.is_trained | rows.is_current | (rows.nll_weight > 0) | (rows.lesson_weight > 0)
     packed = describe(rows.layout, held, device)
     packed.loss_weight = (parts["is_trained"] | (parts["nll_weight"] > 0)).sum()
     routes = None
     if replays and rows.routes is not None:
         routes = torch.from_numpy(rows.routes[held])
-    return MicroBatch(**parts, packed=packed, routes=routes)
+    return MicroBatch(
+        **parts,
+        packed=packed,
+        routes=routes,
+        asked=asked_rows(is_asked[held], num_parts, device),
+        is_tempered=bool((rows.temperature != 1).any()),
+    )
 
 
 def forward(
@@ -130,35 +143,46 @@ def forward(
 def scored(**given: Any) -> Tensor:
     """[2, s / CP] fp32: log-probability of each label at its temperature, entropy there.
 
-    The same on every tensor-parallel rank. The entropy has no gradient.
+    0 in rows that are not asked for; the same on every tensor-parallel rank. The entropy has no
+    gradient.
     """
     batch: MicroBatch = given["context"]
-    return torch.stack(_logprobs(_logits(**given), batch, batch.temperature))
+    return batch.asked.spread(torch.stack(_logprobs(_logits(**given), batch, batch.temperature)))
 
 
 def scored_twice(**given: Any) -> Tensor:
     """[2, s / CP] fp32: log-probability of each label at its temperature, and at 1."""
     batch: MicroBatch = given["context"]
     logits = _logits(**given)
-    ones = torch.ones_like(batch.temperature)
-    return torch.stack([_logprobs(logits, batch, scale)[0] for scale in (batch.temperature, ones)])
+    plain, _ = _logprobs(logits, batch, torch.ones_like(batch.temperature))
+    drawn = plain
+    if batch.is_tempered:
+        drawn, _ = _logprobs(logits, batch, batch.temperature)
+    return batch.asked.spread(torch.stack([drawn, plain]))
 
 
 def _logits(
     *,
+    context: MicroBatch,
     hidden_states: Tensor,
     output_layer: Any,
     output_weight: Tensor | None,
     runtime_gather_output: bool | None,
     **_: Any,
 ) -> Tensor:
-    """[s / CP, P / TP] of this tensor-parallel rank."""
+    """[asked rows, P / TP] of this tensor-parallel rank."""
+    parts = context.asked.parts
+    own = parts[mpu.get_tensor_model_parallel_rank() if len(parts) > 1 else 0]
     logits, _bias = output_layer(
-        hidden_states, weight=output_weight, runtime_gather_output=runtime_gather_output
+        hidden_states.index_select(0, own),
+        weight=output_weight,
+        runtime_gather_output=runtime_gather_output,
     )
     return logits[:, 0]
 
 
 def _logprobs(logits: Tensor, batch: MicroBatch, scale: Tensor) -> tuple[Tensor, Tensor]:
-    group = mpu.get_tensor_model_parallel_group()
-    return token_logprobs(logits, batch.labels, scale, group if group.size() > 1 else None)
+    group, rows = mpu.get_tensor_model_parallel_group(), batch.asked.rows
+    return token_logprobs(
+        logits, batch.labels[rows], scale[rows], group if group.size() > 1 else None
+    )
