@@ -51,5 +51,9 @@ def asked_rows(is_asked: NDArray[np.bool_], num_parts: int, device: torch.device
         parts[number, : len(found)] = found
         is_kept[number, : len(found)] = True
     rows = parts + size * np.arange(num_parts)[:, None]
-    given = (parts, rows.ravel(), np.flatnonzero(is_kept))
-    return AskedRows(*(torch.from_numpy(a).to(device) for a in given), num_rows=len(is_asked))
+    return AskedRows(
+        parts=torch.from_numpy(parts).to(device),
+        rows=torch.from_numpy(rows.ravel()).to(device),
+        kept=torch.from_numpy(np.flatnonzero(is_kept)).to(device),
+        num_rows=len(is_asked),
+    )
