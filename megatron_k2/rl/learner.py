@@ -21,7 +21,7 @@ from megatron_k2.rl.old_logprobs import mismatch, old_logprobs
 from megatron_k2.rl.phases import Phases
 from megatron_k2.rl.record import Group
 from megatron_k2.rl.replay import Replay
-from megatron_k2.rl.rows import rows
+from megatron_k2.rl.rows import Rows, rows
 from megatron_k2.rl.settings import LearnerSettings
 from megatron_k2.rl.update import Stepper
 from megatron_k2.sft.dataset import Pack, Packs
@@ -65,7 +65,7 @@ class Learner:
         self.stages = built[0]
         config, group = get_model_config(self.stages[0]), mpu.get_tensor_model_parallel_group()
         self._num_parts = group.size() if config.sequence_parallel else 1
-        self._replay = None
+        self._replay, self._told_unrecorded = None, False
         if settings.replays_routes:
             split = group if self._num_parts > 1 else None
             self._replay = Replay(self.stages, config.moe_layer_freq, split)
@@ -166,19 +166,29 @@ class Learner:
         """This rank's packs, with pi_old on the last stage."""
         if not batch.is_live:
             return []
-        keeps_old = self._settings.objective.keeps_old
-        micros = [
-            micro_batch(
-                rows(source, self._room, batch.version, keeps_old=keeps_old),
-                replays=self._replay is not None,
-                num_parts=self._num_parts,
-            )
-            for source in batch.shares[mpu.get_data_parallel_rank()]
-        ]
+        keeps_old, replays = self._settings.objective.keeps_old, self._replay is not None
+        mine = batch.shares[mpu.get_data_parallel_rank()]
+        packs = [rows(each, self._room, batch.version, keeps_old=keeps_old) for each in mine]
+        self._tell_unrecorded(packs)
+        micros = [micro_batch(each, replays=replays, num_parts=self._num_parts) for each in packs]
         olds = old_logprobs(
             get_forward_backward_func(), self.stages, micros, self._replay, self._args.seq_length
         )
         return [micro.with_old(old) for micro, old in zip(micros, olds, strict=True)]
+
+    def _tell_unrecorded(self, packs: Sequence[Rows]) -> None:
+        """Once: where routes should be replayed and the engine has sent none."""
+        if self._replay is None or not self._replay.num_layers or self._told_unrecorded:
+            return
+        if missing := sum(each.routes is None and len(each.lengths) > 0 for each in packs):
+            self._told_unrecorded = True
+            print(
+                f"rl: rank {self._args.rank}: {missing} of {len(packs)} packs have no routes on "
+                "record, so that routers choose anew; have the engine return routed experts "
+                "(vLLM: --enable-return-routed-experts), or say --no-router-replay",
+                file=self._hooks.terminal,
+                flush=True,
+            )
 
     def end_iteration(self, *, is_last: bool) -> Ended:
         """Save where it is due, by Megatron's functions and flags, and decide whether to go on.

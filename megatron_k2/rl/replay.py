@@ -97,7 +97,8 @@ class Replay:
         self, stages: Sequence[torch.nn.Module], moe_layer_freq: Sequence[int], tensor_group: Any
     ) -> None:
         self._tensor_group = tensor_group
-        self._num_layers = sum(moe_layer_freq)
+        self.num_layers = sum(moe_layer_freq)
+        """MoE layers of the whole model."""
         self._of: dict[int, list[tuple[int, RecordedRoutes]]] = {}
         for stage in stages:
             found = self._of[id(stage)] = []
@@ -125,10 +126,10 @@ class Replay:
         Raises:
             UserError: of a model with another number of MoE layers.
         """
-        if routes is not None and routes.shape[1] != self._num_layers:
+        if routes is not None and routes.shape[1] != self.num_layers:
             raise UserError(
                 f"routes of {routes.shape[1]} MoE layers are on record, this model has "
-                f"{self._num_layers}; the engine serves another model"
+                f"{self.num_layers}; the engine serves another model"
             )
         if routes is not None:
             routes = routes.to(next(stage.parameters()).device, non_blocking=True)

@@ -16,6 +16,7 @@ import argparse
 import json
 import random
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -130,7 +131,6 @@ def killed_run(
     Raises:
         RuntimeError: it could not be ended.
     """
-    place.mkdir()
     for _ in range(kills):
         if not kill_after(command, place, next(moments)):
             return
@@ -153,6 +153,8 @@ def campaign(kills: int, seed: int, root: Path, iterations: int = ITERATIONS) ->
     lost, number = [], 0
     while (left := kills - sum(phases.values())) > 0:
         place, number = root / f"run{number}", number + 1
+        # the tokenizer is trained on this package's own text, which may be edited meanwhile
+        shutil.copytree(whole / "data", place / "data")
         try:
             killed_run(command, place, min(left, KILLS_A_RUN), moments, phases)
             fault = differ(place / "out", whole / "out")
@@ -171,9 +173,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument(
+        "--keep", action="store_true", help="runs, where they are named
+    )
     options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(prefix="rl_sigkill.", delete=not options.keep) as name:
         lost = campaign(options.kills, options.seed, Path(name))
+    if options.keep:
+        print(name)
     print("\n".join([f"{len(lost)} lost", *lost]))
     return min(len(lost), 1)
 

@@ -5,6 +5,7 @@ micro-batch that came last where an earlier one is computed again.
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_func
 from torch.utils.checkpoint import checkpoint
 
 from megatron_k2.errors import UserError
+from megatron_k2.rl.learner import Learner
 from megatron_k2.rl.replay import RecordedRoutes
 from tests.support.devices import DEVICES, on_device
 
@@ -124,3 +126,22 @@ def test_routes_of_another_model_are_refused():
     replay.begin(routes[:, :2], is_training=False)
     with pytest.raises(UserError, match=r"\[7, 2\]"):
         _routed(hidden, _weight(), replay)
+
+
+def test_packs_without_recorded_routes_are_told_of_once(capsys):
+    def learner(num_layers):
+        found = Learner.__new__(Learner)
+        found._replay = SimpleNamespace(num_layers=num_layers)
+        found._told_unrecorded = False
+        found._args, found._hooks = SimpleNamespace(rank=3), SimpleNamespace(terminal=None)
+        return found
+
+    none = SimpleNamespace(routes=None, lengths=[4])
+    some = SimpleNamespace(routes=[[[0]]], lengths=[4])
+    curated = SimpleNamespace(routes=None, lengths=[])
+    with_experts, dense = learner(2), learner(0)
+    for packs in ([some, curated], [none, some], [none]):
+        with_experts._tell_unrecorded(packs)
+        dense._tell_unrecorded(packs)
+    told = capsys.readouterr().out
+    assert told.count("rank 3: 1 of 2 packs have no routes") == 1 == told.count("\n")

@@ -52,8 +52,9 @@ def output_of(answer: Any, request: Request) -> Output:
         (choice,) = answer["choices"]
         tokens = _tokens(choice)
         prompt = _prompt_tokens(choice, request)
-        if request.params.returns_routed_experts:
-            routes = decoded_routes(choice["routed_experts"])
+        recorded = choice["routed_experts"] if request.params.returns_routed_experts else None
+        if recorded is not None:  # vLLM: null where it was not told to record, or is dense
+            routes = decoded_routes(recorded)
             prompt = prompt or tuple(Token(i, None) for i in request.prompt)
             prompt, tokens = _routed(prompt, tokens, routes)
         reason = str(choice["finish_reason"])

@@ -21,7 +21,7 @@ from megatron_k2.engine.protocol import (
     UpdateCode,
     UpdateError,
 )
-from megatron_k2.engine.remote.answers import tagged
+from megatron_k2.engine.remote.answers import output_of, tagged
 from megatron_k2.engine.remote.endpoints import Endpoint, Policy
 from megatron_k2.engine.remote.engine import RemoteEngine
 from megatron_k2.engine.transfer.bucket_files import BucketFolder
@@ -235,3 +235,18 @@ def test_what_cannot_be_is_refused(model, tokenizer, tmp_path):
     scenario(model, tokenizer, tmp_path, body)
     with pytest.raises(EngineError, match="/v1/models: Client"):
         asyncio.run(RemoteEngine.connect([Endpoint("http://127.0.0.1:9")], vocab_size=9))
+
+
+def test_an_answer_without_recorded_routes_has_none_and_a_torn_one_is_refused():
+    choice = {
+        "finish_reason": "length",
+        "token_ids": [5],
+        "logprobs": {"token_logprobs": [-1.0]},
+        "routed_experts": None,
+    }
+    request = Request("r", (1, 2), SamplingParams(max_tokens=1, returns_routed_experts=True))
+    output = output_of({"choices": [choice]}, request)
+    assert [token.routed_experts for token in output.tokens] == [None]
+    for torn in ({**choice, "routed_experts": "AAAA"}, {"token_ids": [5]}):
+        with pytest.raises(EngineError, match="not as vLLM's"):
+            output_of({"choices": [torn]}, request)

@@ -50,11 +50,11 @@ FLAGS = shlex.split("""
 PATIENCE = {"look": 0.2, "silent": 4.0, "start": 120, "backoff": 0.1, "most_backoff": 1, "end": 3}
 
 
-def flags(folder, iterations, *more):
+def flags(folder, iterations, *more, of=FLAGS):
     """Of a run in a folder; tasks and tokenizer are made there, unless they are."""
     data = ["--tasks", str(folder / "data/letters.json")]
     data += ["--chat-tokenizer", str(folder / "data/tokenizer")]
-    whole = [*FLAGS, *data, "--save", str(folder / "out"), "--iterations", str(iterations)]
+    whole = [*of, *data, "--save", str(folder / "out"), "--iterations", str(iterations)]
     return [*whole, *more]
 
 
@@ -98,11 +98,15 @@ class Cluster:
         folder: of the run.
         iterations: of it.
         start: how often it was started before.
-        more: flags.
+        gyms: services, none: the controller plays episodes itself.
+        of: flags of the run.
+        engines: what the file of engines says otherwise.
     """
 
-    def __init__(self, folder, iterations, start=0, more=(), gyms=0):
+    def __init__(self, folder, iterations, start=0, gyms=0, of=FLAGS, engines=None):
         self.folder, self.iterations, self.gyms = folder, iterations, gyms
+        self._other = engines or {}
+        self._num_engines = self._other.get("replicas", NUM_ENGINES)
         job = hashlib.sha256(str(folder).encode()).hexdigest()[:8]  # engines' folders go by it
         self.meeting = Meeting(folder / "out" / "rl" / "rendezvous" / f"{job}.{start}")
         self.logs = folder / f"logs.{start}"
@@ -110,12 +114,12 @@ class Cluster:
         self.engines = folder / "engines.json"
         meet = ["--meet", str(self.meeting.directory), "--engines", str(self.engines)]
         meet += ["--host", HOST, "--gym", str(gyms)]
-        self.words = flags(folder, iterations, *meet, *more)
+        self.words = flags(folder, iterations, *meet, of=of)
         self.processes, self.ranks = {}, []
 
     def __enter__(self):
         self._write_engines()
-        for node in range(NUM_ENGINES):
+        for node in range(self._num_engines):
             self.start(f"supervisor.{node}")
         for number in range(self.gyms):
             self.start(f"gym.{number}")
@@ -134,7 +138,7 @@ class Cluster:
             "options": options,
             "patience": PATIENCE,
         }
-        self.engines.write_text(json.dumps(row))
+        self.engines.write_text(json.dumps(row | self._other))
 
     def start(self, name):
         """A process that is no rank, by its name."""
@@ -145,7 +149,7 @@ class Cluster:
             "gym": ["--tasks", str(self.folder / "data/letters.json")],
         }.get(kind, self.words)
         if kind == "supervisor":
-            words = [*meet, *words, "--nodes", str(NUM_ENGINES)]
+            words = [*meet, *words, "--nodes", str(self._num_engines)]
         if kind == "gym":
             words = [*meet, *words, "--index", number]
         module = {"gym": "gym_service"}.get(kind, kind)
