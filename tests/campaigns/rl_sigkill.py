@@ -173,9 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument(
-        "--keep", action="store_true", help="runs, where they are named
-    )
+    parser.add_argument("--keep", action="store_true", help="what the runs left")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="rl_sigkill.", delete=not options.keep) as name:
         lost = campaign(options.kills, options.seed, Path(name))
