@@ -36,7 +36,7 @@ from megatron_k2.rl.history import read_history
 from megatron_k2.rl.journal_reader import JOURNAL
 from megatron_k2.rl.side import FOLDER, LEDGER
 from megatron_k2.run.iterations import find_iteration
-from tests.campaigns.sigkill import K2, kill_after, run
+from tests.campaigns.sigkill import BY_ITSELF, K2, kill_after, run
 
 KILLS_A_RUN = 5
 """At most: so that some runs are killed while they resume, and each ends."""
@@ -132,8 +132,12 @@ def killed_run(
         RuntimeError: it could not be ended.
     """
     for _ in range(kills):
-        if not kill_after(command, place, next(moments)):
-            return
+        try:
+            if not kill_after(command, place, next(moments)):
+                return
+        except RuntimeError:
+            phases[BY_ITSELF] += 1
+            raise
         phases[phase(place)] += 1
     run(command, place)
 

@@ -162,26 +162,45 @@ def run(command: list[str], place: Path) -> None:
         raise RuntimeError(f"exit {done.returncode}: {(done.stdout + done.stderr)[-600:]}")
 
 
+BY_ITSELF = "failed by itself"
+"""In place of a phase: no kill, and counted as one, so that a campaign ends."""
+
+
 def kill_after(command: list[str], place: Path, seconds: float) -> bool:
-    """Start ``command``, SIGKILL it and all it started after ``seconds``; False if it had ended."""
-    process = subprocess.Popen(
-        command,
-        cwd=place,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
+    """Start ``command``, SIGKILL it and all it started after ``seconds``; False if it had ended.
+
+    Raises:
+        RuntimeError: it failed by itself before; with the end of what it printed.
+    """
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command, cwd=place, env=ENVIRONMENT, stdout=said, stderr=subprocess.STDOUT
+        )
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            started = _stopped(psutil.Process(process.pid))
+            for each in started:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
+            psutil.wait_procs(started[1:])
+            process.wait()
+            return True
+        if process.returncode:
+            said.seek(0)
+            text = said.read().decode(errors="replace")[-600:]
+            raise RuntimeError(f"exit {process.returncode} by itself: {text}")
         return False
-    parent = psutil.Process(process.pid)
-    started = [parent, *parent.children(recursive=True)]
-    for each in started:
+
+
+def _stopped(parent: psutil.Process) -> list[psutil.Process]:
+    """A process and all it started, stopped one by one, so that none starts another meanwhile."""
+    found = [parent]
+    for each in found:  # grows
         with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
-    psutil.wait_procs(started[1:])
-    process.wait()
-    return True
+            each.suspend()
+            found += each.children()
+    return found
 
 
 def campaign(subject: Subject, kills: int, moments: random.Random, root: Path) -> list[str]:
@@ -199,8 +218,13 @@ def campaign(subject: Subject, kills: int, moments: random.Random, root: Path) -
         place = root / f"kill{number}"
         place.mkdir(exist_ok=True)
         moment = moments.uniform(0, duration)
-        if not kill_after(command, place, moment):
-            place.rename(root / f"ended{time.monotonic_ns()}")
+        try:
+            if not kill_after(command, place, moment):
+                place.rename(root / f"ended{time.monotonic_ns()}")
+                continue
+        except RuntimeError as error:
+            phases[BY_ITSELF] += 1
+            lost.append(str(error))
             continue
         phases[subject.phase(place)] += 1
         try:
