@@ -1,9 +1,9 @@
 """A closed set of facts: people of a world that is not, each with six attributes, and its teacher.
 
 The encyclopaedia has one article a person, in one order of facts and one of three registers; each
-of its three parts names the person once and goes on with a pronoun. The scripted teacher says an article again as statements
-that stand alone: in other words, in another order, each with the name. None of its forms is a
-question of the kind that is asked in the end.
+of its three parts names the person once and goes on with a pronoun. The scripted teacher says an
+article again as statements that stand alone: in other words, in another order, each with the name.
+None of its forms is a question of the kind that is asked in the end.
 """
 
 import random

@@ -1,6 +1,6 @@
 """The rephrasing experiment: its world and teacher are what it says, and a run ends in its figure.
 
-Not exercised: what its arms remember, which takes half an hour.
+Not exercised: what its arms remember, half an hour.
 """
 
 import importlib.util
