@@ -3,10 +3,12 @@
 Cold: every item is one request to a scripted endpoint in a process of its own, with faults. Warm:
 the same items again with every answer in the store and no item ended. CPU is of this process and of
 the worker it starts, its start and imports among it; the endpoint's is not. The bare client of the
-same requests is the ceiling. datatrove's inference runner stands beside it where an interpreter
-that has it is named; it is given an endpoint without faults, since one answer of 500 ends it.
+same requests is the ceiling. datatrove's inference runner and NeMo Data Designer stand beside
+it where an interpreter that has them is named; they are given an endpoint without faults, since one
+answer of 500 ends the first.
 
     python benchmarks/synthesis.py [--number 20000] [--concurrency 64] [--peer-python PYTHON]
+        [--data-designer-python PYTHON]
 """
 
 import argparse
@@ -101,15 +103,27 @@ async def bare(url: str, number: int, concurrency: int) -> None:
         await asyncio.gather(*(lane() for _ in range(concurrency)))
 
 
-def peer(options: argparse.Namespace) -> float:
-    """Datatrove's items a CPU second."""
-    script = Path(__file__).with_name("synthesis_peer.py")
+def peer(python: str, name: str, options: argparse.Namespace) -> float:
+    """Another's items a CPU second, by a script of this folder."""
+    script = Path(__file__).with_name(name)
     with endpoint({"echo": True}) as url, tempfile.TemporaryDirectory() as folder:
         words = [url, str(options.number // 10), str(options.concurrency), folder]
         done = subprocess.run(
-            [options.peer_python, str(script), *words], capture_output=True, text=True, check=True
+            [python, str(script), *words],
+            env=os.environ | {"NEMO_TELEMETRY_ENABLED": "false", "HOME": folder},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
         )
     return float(done.stdout.splitlines()[-1])
+
+
+def peers(python: str | None, name: str, options: argparse.Namespace) -> float | str:
+    """The median of the rounds, or why there is none."""
+    if not python:
+        return "not run: no interpreter that has it was named"
+    found = sorted(peer(python, name, options) for _ in range(options.rounds))
+    return found[options.rounds // 2]
 
 
 def main() -> None:
@@ -118,6 +132,9 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer-python", metavar="PYTHON", help="an interpreter with datatrove")
+    parser.add_argument(
+        "--data-designer-python", metavar="PYTHON", help="an interpreter with data-designer"
+    )
     options = parser.parse_args()
     os.environ["PYTHONPATH"] = str(REPOSITORY)
     with machine_lock():
@@ -139,12 +156,13 @@ def main() -> None:
             walls.append(wall)
         middle = options.rounds // 2
         cold, warm = sorted(colds)[middle], sorted(warms)[middle]
-        peers = [peer(options) for _ in range(options.rounds)] if options.peer_python else []
+        designer = options.data_designer_python
         print_result(
             cold_per_cpu_s=cold,
             warm_per_cpu_s=warm,
             bare_client_per_cpu_s=sorted(bares)[middle],
-            datatrove_per_cpu_s=sorted(peers)[middle] if peers else "not run",
+            datatrove_per_cpu_s=peers(options.peer_python, "synthesis_peer.py", options),
+            data_designer_per_cpu_s=peers(designer, "synthesis_data_designer.py", options),
             cold_wall_s=sorted(walls)[middle],
             least_cold=LEAST_COLD,
             least_warm=LEAST_WARM,

@@ -1,8 +1,9 @@
 """A closed set of facts: people of a world that is not, each with six attributes, and its teacher.
 
-The encyclopaedia has one article a person, in one order of facts and one of three registers. The
-scripted teacher says an article again in other words and another order; none of its forms is a
-question of the kind that is asked in the end.
+The encyclopaedia has one article a person, in one order of facts and one of three registers; each
+of its three parts names the person once and goes on with a pronoun. The scripted teacher says an
+article again as statements that stand alone: in other words, in another order, each with the name.
+None of its forms is a question of the kind that is asked in the end.
 """
 
 import random
@@ -30,14 +31,14 @@ VALUES = {
 }
 """64 of each, so that a guess is right once in 64."""
 ARTICLES = {
-    "born": ("{n} was born in {v}.", "{n}, a native of {v}.", "{n} came from the town of {v}."),
-    "works": ("{n} worked at the {v}.", "The {v} employed {n}.", "{n} had a place in the {v}."),
-    "studied": ("{n} studied {v}.", "{n} took a degree in {v}.", "{n} was a scholar of {v}."),
-    "keeps": ("{n} kept {v}.", "{n} was known for a love of {v}.", "At home {n} raised {v}."),
-    "plays": ("{n} played the {v}.", "{n} performed on the {v}.", "{n} practised the {v}."),
-    "year": ("{n} married in {v}.", "{n} was wed in {v}.", "The wedding of {n} was in {v}."),
+    "born": ("{s} was born in {v}.", "{s} is a native of {v}.", "{s} came from the town of {v}."),
+    "works": ("{s} worked at the {v}.", "The {v} employed {o}.", "{s} had a place in the {v}."),
+    "studied": ("{s} studied {v}.", "{s} took a degree in {v}.", "{s} was a scholar of {v}."),
+    "keeps": ("{s} kept {v}.", "{s} was known for a love of {v}.", "At home {s} raised {v}."),
+    "plays": ("{s} played the {v}.", "{s} performed on the {v}.", "{s} practised the {v}."),
+    "year": ("{s} married in {v}.", "{s} was wed in {v}.", "{s} took vows in {v}."),
 }
-"""Three registers of the encyclopaedia; an article keeps to one."""
+"""Three registers of the encyclopaedia; an article keeps to one, and to this order of facts."""
 TEACHER = {
     "born": (
         "The birthplace of {n} is {v}.",
@@ -93,6 +94,9 @@ QUESTIONS = {
 """Asked in the end; no article and no rephrasing is a question."""
 
 
+PRONOUNS = (("she", "her"), ("he", "him"))
+
+
 @dataclass(frozen=True)
 class Person:
     """An entry."""
@@ -100,6 +104,7 @@ class Person:
     name: str
     facts: dict[str, str]
     register: int
+    pronouns: tuple[str, str]
 
 
 def people(number: int, seed: int) -> list[Person]:
@@ -107,17 +112,24 @@ def people(number: int, seed: int) -> list[Person]:
     names = [f"{a} {b}{c}" for a in FIRST for b in SECOND for c in LAST]
     order = random.Random(seed)
     return [
-        Person(name, {key: order.choice(some) for key, some in VALUES.items()}, order.randrange(3))
+        Person(
+            name,
+            {key: order.choice(some) for key, some in VALUES.items()},
+            order.randrange(3),
+            order.choice(PRONOUNS),
+        )
         for name in order.sample(names, number)
     ]
 
 
 def article(person: Person) -> str:
-    """The encyclopaedia's."""
-    return " ".join(
-        ARTICLES[key][person.register].format(n=person.name, v=value)
-        for key, value in person.facts.items()
-    )
+    """The encyclopaedia's: parts of two facts, of which the second has a pronoun."""
+    said = []
+    for place, (key, value) in enumerate(person.facts.items()):
+        subject, object_ = person.pronouns if place % 2 else (person.name, person.name)
+        form = ARTICLES[key][person.register]
+        said.append(capital(form.format(s=subject, o=object_, v=value)))
+    return " ".join(said)
 
 
 def rephrased(person: Person, number: int, seed: int) -> str:
@@ -125,11 +137,13 @@ def rephrased(person: Person, number: int, seed: int) -> str:
     order = random.Random(f"{seed}/{person.name}/{number}")
     facts = list(person.facts.items())
     order.shuffle(facts)
-    found = []
-    for key, value in facts:
-        said = order.choice(TEACHER[key]).format(n=person.name, v=value)
-        found.append(said[0].upper() + said[1:])
-    return " ".join(found)
+    said = [order.choice(TEACHER[key]).format(n=person.name, v=value) for key, value in facts]
+    return " ".join(map(capital, said))
+
+
+def capital(sentence: str) -> str:
+    """Begun with one."""
+    return sentence[0].upper() + sentence[1:]
 
 
 def question(person: Person, key: str) -> tuple[str, str]:

@@ -1,6 +1,6 @@
 """The rephrasing experiment: its world and teacher are what it says, and a run ends in its figure.
 
-Not exercised: what its arms remember, which takes an hour.
+Not exercised: what its arms remember, half an hour.
 """
 
 import importlib.util
@@ -38,6 +38,7 @@ def test_every_rephrasing_passes_the_gates_and_no_form_is_a_question():
             assert piece_problem(source, text) is None
             assert "?" not in text + source
             assert text.lower().count(person.name.lower()) == len(person.facts)
+        assert source.count(person.name) == len(person.facts) // 2, "once a part"
     wrong = world.rephrased(person, 0, 0).replace(person.facts["year"], "1801")
     assert Surface(source, wrong).gates()
 
@@ -60,15 +61,27 @@ def test_passages_of_pythons_documentation():
 @pytest.mark.slow
 def test_a_run_ends_in_its_record_and_figure(tmp_path):
     small = "--people 12 --repeats 2 --batch 2 --tune-steps 2 --seeds 0".split()
-    done = subprocess.run(
-        [sys.executable, FOLDER / "run.py", *small, "--out", tmp_path],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    path = tmp_path / "rephrasing.json"
+
+    def ran(*more):
+        return subprocess.run(
+            [sys.executable, FOLDER / "run.py", *small, "--out", tmp_path, *more],
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    first = ran("--arms", "raw text, 10 epochs")
+    assert first.returncode == 0, first.stderr
+    assert not (tmp_path / "rephrasing.png").exists()
+    kept = json.loads(path.read_text())["rows"]
+    done = ran()
     assert done.returncode == 0, done.stderr
+    assert json.loads(path.read_text())["rows"][:1] == kept, "what is measured is not run again"
+    other = ran("--lr", "1e-3")
+    assert (other.returncode, "choose another --out" in other.stderr) == (1, True)
     rows = json.loads((tmp_path / "rephrasing.json").read_text())["rows"]
     assert len({row["arm"] for row in rows}) == 3
     assert len({row["tokens"] for row in rows}) == 1, "arms must see equally many tokens"

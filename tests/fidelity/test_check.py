@@ -11,6 +11,7 @@ from megatron_k2.errors import UserError
 from megatron_k2.fidelity.advisory import BIAS, WEIGHTS, score
 from megatron_k2.fidelity.calibration import Scored, auc, calibrate
 from megatron_k2.fidelity.check import Settings, Verdict, check, grounded
+from megatron_k2.fidelity.events import are_reversed
 from megatron_k2.fidelity.statements import (
     Statement,
     Support,
@@ -113,6 +114,38 @@ def test_the_advisory_score_is_the_fit_of_the_tuning_half():
     weights, bias = fitted()
     assert {name: round(value, 2) for name, value in weights.items()} == pytest.approx(WEIGHTS)
     assert round(bias, 2) == pytest.approx(BIAS)
+
+
+def test_what_the_advisory_score_is_worth_on_the_half_it_is_fitted_to():
+    tuning = [pair for pair in PAIRS if pair.half == "tuning"]
+    assert auc(scores(tuning, [score(pair.source, pair.rewrite) for pair in tuning])) >= 0.82
+
+
+@pytest.mark.parametrize(
+    ("sentence", "other", "found"),
+    [
+        ("The mill closed before the bridge opened.", "First the mill closed, then", False),
+        ("The mill closed before the bridge opened.", "After the mill had closed, it", False),
+        (
+            "The old mill closed before the new bridge opened.",
+            "Mira: Only once the new bridge had opened did the old mill close.",
+            True,
+        ),
+        (
+            "The old mill closed after the new bridge opened.",
+            "First the new bridge opened, then the old mill closed.",
+            False,
+        ),
+        (
+            "The old mill closed after the new bridge opened.",
+            "The old mill closed, and after that the new bridge opened.",
+            True,
+        ),
+        ("It shows nine days after an infection.", "After an infection, it shows.", False),
+    ],
+)
+def test_which_event_came_first(sentence, other, found):
+    assert are_reversed(sentence, other) is found
 
 
 def test_what_the_advisory_score_is_worth():

@@ -120,7 +120,8 @@ def judged(body, options):
 def answer_to(body, options):
     last = body["messages"][-1]["content"]
     if options["echo"]:
-        return "echo " + hashlib.sha1(last.encode()).hexdigest()[:12]
+        said = last if isinstance(last, str) else "".join(part["text"] for part in last)
+        return "echo " + hashlib.sha1(said.encode()).hexdigest()[:12]
     if "response_format" in body and "rewrite" in last:
         return rewrite_of(body, options)
     if len(body["messages"]) > 2:
