@@ -258,7 +258,7 @@ def parsed() -> argparse.Namespace:
     add = parser.add_argument
     add("--preset", default="k2-mini")
     add("--prompt", type=int, default=256, help="tokens of a prompt")
-    add("--prompts", type=int, default=4, help="of an iteration")
+    add("--prompts", type=int, default=2, help="of an iteration")
     add("--group-size", type=int, default=8, help="answers to a prompt")
     add("--new", type=int, default=256, help="tokens of an answer; twice that at most if drawn")
     add("--lengths", choices=["equal", "log-normal"], default="equal")
