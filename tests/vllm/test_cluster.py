@@ -28,7 +28,8 @@ from megatron_k2.rl.cluster.fleet import Fleet  # noqa: E402
 from megatron_k2.rl.cluster.roster import FleetPatience  # noqa: E402
 from tests.engine.server.served import tokenizer_in  # noqa: E402
 from tests.rl.cluster.supervising import Supervised, engines_file  # noqa: E402
-from tests.vllm.test_vllm import RIGHT, SETTINGS, START_SECONDS  # noqa: E402
+from tests.vllm.engines import one_engine  # noqa: E402
+from tests.vllm.test_vllm import START_SECONDS  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -97,19 +98,8 @@ def test_vllm_comes_up_empty_is_given_weights_dies_and_is_given_them_again(tmp_p
     shape = SHAPE | {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 1}
     preset = dataclasses.replace(get_preset("k2-tiny"), **shape)
     first, second = (drawn_weights(preset, seed) for seed in (1, 2))
-    row = {
-        "backend": "vllm",
-        "replicas": 1,
-        "model": {"preset": "k2-tiny", "tokenizer": str(tmp_path / "tokenizer")} | shape,
-        "options": {
-            "python": VLLM_PYTHON,
-            "dtype": "float32",
-            "max_model_len": LENGTH,
-            "flags": ["--enforce-eager", *RIGHT],
-            "environment": SETTINGS,
-        },
-        "patience": {"start": START_SECONDS, "silent": 20},
-    }
+    model = {"tokenizer": str(tmp_path / "tokenizer"), **shape}
+    row = one_engine(VLLM_PYTHON, model, LENGTH)
 
     async def scenario(run):
         patience = FleetPatience(look=0.2, away=START_SECONDS)

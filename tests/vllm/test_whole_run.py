@@ -18,7 +18,8 @@ if not VLLM_PYTHON:
 from megatron_k2.rl.history import read_history  # noqa: E402
 from megatron_k2.rl.side import FOLDER  # noqa: E402
 from tests.rl.cluster.running import NUM_RANKS, Cluster  # noqa: E402
-from tests.vllm.test_vllm import RIGHT, SETTINGS, START_SECONDS  # noqa: E402
+from tests.vllm.engines import one_engine  # noqa: E402
+from tests.vllm.test_vllm import START_SECONDS  # noqa: E402
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -37,20 +38,8 @@ FLAGS = shlex.split(f"""
 
 def test_a_run_learns_from_what_vllm_draws(tmp_path):
     shape = {"num_layers": 2, "num_dense_layers": 2, "max_position_embeddings": LENGTH}
-    tokenizer = str(tmp_path / "data/tokenizer")
-    engines = {
-        "backend": "vllm",
-        "replicas": 1,
-        "model": {"preset": "k2-tiny", "tokenizer": tokenizer, "yarn": None} | shape,
-        "options": {
-            "python": VLLM_PYTHON,
-            "dtype": "float32",
-            "max_model_len": LENGTH,
-            "flags": ["--enforce-eager", *RIGHT],
-            "environment": SETTINGS,
-        },
-        "patience": {"start": START_SECONDS, "silent": 20},
-    }
+    model = {"tokenizer": str(tmp_path / "data/tokenizer"), "yarn": None, **shape}
+    engines = one_engine(VLLM_PYTHON, model, LENGTH)
     with Cluster(tmp_path, ITERATIONS, gyms=1, of=FLAGS, engines=engines) as run:
         codes = run.wait(START_SECONDS + 300)
         assert codes == [0] * NUM_RANKS, run.told()
