@@ -169,8 +169,10 @@ STUBS = {
     "supervisor)\n"
     '  [ "$tried" -gt 1 ] || [ "$FIRST" -eq 0 ] || exit "$FIRST" ;;\n'
     "esac\n"
-    'trap "echo $module >> $SAVE/ended; exit 0" TERM\n'
-    "for i in $(seq 400); do sleep 0.05; done",
+    # A step asks twice: the group as a whole, and its bash the child.
+    "trap over=1 TERM\n"
+    'for i in $(seq 400); do [ -z "$over" ] || break; sleep 0.05; done\n'
+    'echo "$module" >> "$SAVE/ended"',
     "sleep": 'exec /bin/sleep "$(case $1 in 2) echo 0.1;; *) echo $1;; esac)"',
 }
 NOT_QUEUED = "show hostnames n1"
