@@ -42,6 +42,10 @@ _SIGN_SECONDS = 0.5
 """Between two looks for a sign of life."""
 
 
+class InUseError(UserError):
+    """A living process holds the directory."""
+
+
 @dataclass(frozen=True)
 class Owner:
     """Who writes in a directory: the lock file's content."""
@@ -182,8 +186,8 @@ def _replace(path: Path, own: Path, dead: Owner, now: float) -> bool:
         right.unlink(missing_ok=True)
 
 
-def _refusal(directory: Path, owner: Owner, silent_seconds: float) -> UserError:
-    return UserError(
+def _refusal(directory: Path, owner: Owner, silent_seconds: float) -> "InUseError":
+    return InUseError(
         f"{directory} is in use by another process: {owner.what} on host {owner.host}, pid "
         f"{owner.pid}, since {owner.since} (last sign of life {max(silent_seconds, 0):.0f} s ago); "
         f"wait for it, end it, or take another directory. A dead one's hold ends within "
@@ -195,7 +199,7 @@ def _take(path: Path, directory: Path, me: Owner) -> tuple[Owner, Owner | None]:
     """Make ``path`` say ``me``; returns what it says, and the owner that handed it over.
 
     Raises:
-        UserError: where an owner is alive; names directory, host and process.
+        InUseError: where an owner is alive; names directory, host and process.
     """
     handed_over = os.environ.get(HANDED_OVER)
     parent = None if handed_over is None else _parsed(handed_over)
@@ -280,8 +284,8 @@ def hold(directory: Path, what: str, *, is_beside: bool = False) -> Iterator[Hol
             beside it, and it is not made.
 
     Raises:
-        UserError: another process is at it, named with its host and number; or the directory
-            cannot be written.
+        InUseError: another process is at it, named with its host and number.
+        UserError: the directory cannot be written.
     """
     path = directory.absolute() / LOCK_FILE
     if is_beside:

@@ -127,6 +127,37 @@ def test_a_worker_ends_with_whoever_started_it(tmp_path):
         assert process.wait(20) == STOPPED
 
 
+def test_the_same_command_right_after_a_kill_waits_for_what_is_still_being_answered(
+    tmp_path, undisturbed
+):
+    """The workers outlive the run by the answers under way, here half a second."""
+    with teacher(echo=True, delay=0.5) as (url, counts):
+        job = begun(tmp_path, url, NUMBER, num_shards=2)
+        code = "import sys; from pathlib import Path; from megatron_k2.synthesis.work import local"
+        code += "\nfrom megatron_k2.synthesis.work.job import read_job\n"
+        code += "local.run_local(Path(sys.argv[1]), read_job(Path(sys.argv[1])), 64)"
+        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+        while counts().get("answered", 0) < 64:
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        assert run_local(tmp_path, job, 64)
+        assert counts()["repeated"] == 0
+        assert merged(tmp_path, job) == undisturbed
+
+
+def test_a_shard_that_another_run_works_on_is_refused(tmp_path):
+    with teacher(echo=True, delay=0.5) as (url, counts):
+        job = begun(tmp_path, url, NUMBER)
+        process = subprocess.Popen(worker(tmp_path, 4))
+        while not counts().get("answered"):
+            time.sleep(0.005)
+        with pytest.raises(UserError, match=f"in use by another process.*pid {process.pid}"):
+            run_local(tmp_path, job, 4)
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize("status", [401, 404])
 def test_an_endpoint_that_refuses_ends_the_run_in_a_sentence(tmp_path, status):
     with teacher(echo=True, refuses=status) as (url, _):

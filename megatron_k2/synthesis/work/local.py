@@ -1,7 +1,6 @@
 """The engine of this machine: a process a shard, as many at one time as there are cores."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -14,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_k2.errors import UserError
-from megatron_k2.synthesis.work.job import PROGRESS_FILE, Job, shard_folder
-from megatron_k2.synthesis.work.worker import STOPPED
+from megatron_k2.synthesis.work.job import Job, shard_folder
+from megatron_k2.synthesis.work.worker import STOPPED, read_progress
 
 LOG_FILE = "worker.log"
 """What a shard's worker said last, below its folder."""
@@ -142,7 +141,10 @@ class _Teller:
         if self._bar.disable or now - self._told < 0.5:
             return
         self._told = now
-        found = [read_progress(self._folder, shard) for shard in range(self._job.num_shards)]
+        found = [
+            read_progress(shard_folder(self._folder, shard))
+            for shard in range(self._job.num_shards)
+        ]
         kept, rejected = (sum(each.get(name, 0) for each in found) for name in ("kept", "rejected"))
         done = kept + rejected
         if self._begun < 0:
@@ -151,12 +153,3 @@ class _Teller:
         share = f"{rate:.1f}/s, kept {kept / max(done, 1):.0%}"
         total = sum(each.get("total", 0) for each in found)
         self._bar.update(self._task, completed=done, total=total, rate=share)
-
-
-def read_progress(folder: Path, shard: int) -> dict[str, int]:
-    """What a worker said last; nothing where it has not, or is just saying it."""
-    try:
-        found = json.loads((shard_folder(folder, shard) / PROGRESS_FILE).read_text())
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        return {}

@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_k2.engine.protocol import EngineError
 from megatron_k2.engine.remote.client import RefusedError
 from megatron_k2.errors import UserError
-from megatron_k2.lock.directory import hold
+from megatron_k2.lock.directory import InUseError, hold
 from megatron_k2.synthesis.llm.model import StoppingError
 from megatron_k2.synthesis.store import COMMIT_SECONDS, Item, Store
 from megatron_k2.synthesis.work.job import (
@@ -39,6 +39,8 @@ WRONG_REQUEST = frozenset({400, 413, 422})
 MOST_FAILURES_IN_A_ROW = 32
 """Items that had no answer, none with one between them, after which the run ends."""
 _PROGRESS_SECONDS = 1.0
+_STOP_SEEN_SECONDS = 3.0
+"""Within which a worker whose starter was killed has told that it is stopping."""
 
 
 @dataclass
@@ -168,6 +170,31 @@ def _at_end(stop: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:
     loop.remove_reader(sys.stdin.fileno())
 
 
+def read_progress(place: Path) -> dict[str, int]:
+    """What a shard's worker said last; nothing where it has not, or is just saying it."""
+    try:
+        found = json.loads((place / PROGRESS_FILE).read_text())
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+@contextlib.contextmanager
+def _held(place: Path) -> Iterator[None]:
+    """Hold a shard; what a killed run left stopping there is let put its last answers away."""
+    patient_until = time.monotonic() + _STOP_SEEN_SECONDS
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(hold(place, "synthesis"))
+                break
+            except InUseError:
+                if time.monotonic() > patient_until and not read_progress(place).get("is_stopped"):
+                    raise
+            time.sleep(COMMIT_SECONDS)
+        yield
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run it; a wrong input ends with one line and code 2, a graceful stop with 130."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -177,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--watch-stdin", action="store_true", help="stop where it ends")
     arguments = parser.parse_args(argv)
     try:
-        with hold(shard_folder(arguments.folder, arguments.shard), "synthesis"):
+        with _held(shard_folder(arguments.folder, arguments.shard)):
             tally = asyncio.run(_main(arguments))
     except UserError as error:
         print(error, file=sys.stderr)
