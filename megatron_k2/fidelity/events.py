@@ -12,17 +12,22 @@ _FORMS = tuple(
         (r"^\W*before\b(.+?),(.+)", 2),
         (r"^\W*(?:only )?(?:after|once)\b(?! that)(.+?)(?:,| does | do | did )(.+)", 1),
         (r"^\W*by the time\b(.+?),(.+)", 2),
+        (r"^\W*(?:only )?when\b(.+?\bhad\b.+?)(?:,| does | do | did )(.+)", 1),
         (r"(.+\bfirst\b.*?)[,;](.+)", 1),
         (r"(.+\bfirst\b.*?)\s+and\s+(.+)", 1),
         (r"^(\W*first\b.+?)(?:[,;]|\s+and\s)(.+)", 1),
         (rf"(.+?){_THEN}(.+)", 1),
         (r"(.+)\bbefore\b(.+)", 1),
         (r"(.+)\b(?:after|once)\b(?! that)(.+)", 2),
+        (r"(.+)\bwhen\b(.+?\bhad\b.+)", 2),
     )
 )
 """Two clauses, and which of them came first; the first form that is there counts. Ours."""
 _LEAST = 2
 """Words of content of a clause: *nine days after infection* has no two events; ours."""
+
+_RANGE = re.compile(r"\bfrom (\w+) (?:to|until|till|through) (\w+)", re.IGNORECASE)
+_BETWEEN = re.compile(r"\bbetween (\w+) and (\w+)", re.IGNORECASE)
 
 
 def in_order(sentence: str) -> tuple[set[str], set[str]] | None:
@@ -35,9 +40,18 @@ def in_order(sentence: str) -> tuple[set[str], set[str]] | None:
 
 
 def are_reversed(sentence: str, other: str) -> bool:
-    """Whether what one says came first is what the other says came then."""
+    """Whether what one says came first is what the other says came then, or a range runs back."""
+    if _run_back(sentence, other) or _run_back(other, sentence):
+        return True
     one, two = in_order(sentence), in_order(other)
     if one is None or two is None:
         return False
     straight = len(one[0] & two[0]) + len(one[1] & two[1])
     return len(one[0] & two[1]) + len(one[1] & two[0]) > straight
+
+
+def _run_back(sentence: str, other: str) -> bool:
+    """Whether the other has one of the sentence's ranges with its ends exchanged."""
+    here = _RANGE.findall(sentence.lower())
+    there = {*_RANGE.findall(other.lower()), *_BETWEEN.findall(other.lower())}
+    return any(pair not in there and pair[::-1] in there for pair in here)

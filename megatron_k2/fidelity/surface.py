@@ -19,8 +19,14 @@ LABEL = re.compile(r"^[ \t>*#-]*\**[A-Z][\w .]{0,24}:\**[ \t]", re.MULTILINE)
 """A speaker, or a heading of notes, at the beginning of a line: of the style, not of the text."""
 _NEGATIONS = frozenset(
     "not no never none neither nor nobody nothing nowhere cannot without unable hardly scarcely "
-    "barely fail fails failed refuse refused refuses deny denied denies lack lacks lacked".split()
+    "barely fail fails failed refuse refused refuses deny denied denies lack lacks lacked "
+    "forbid forbids forbade forbidden prohibit prohibits prohibited banned".split()
 )
+_NO_NEGATION = re.compile(
+    r"\b(?:no|not|never) (?:only|later than|(?:more|less|fewer) than|over|above|under|below)\b",
+    re.IGNORECASE,
+)
+"""Bounds, and *not only*: they turn nothing round."""
 _OPPOSITES = (
     ("before", "after"), ("until", "after"), ("earlier", "later"), ("preceded", "followed"),
     ("more", "less"), ("more", "fewer"), ("most", "least"), ("most", "fewest"),
@@ -184,7 +190,7 @@ def _is_rare(word: str) -> bool:
 
 def num_negations(text: str) -> int:
     """Words that turn a sentence round; *n't* among them."""
-    found = [folded(word) for word in words(text)]
+    found = [folded(word) for word in words(_NO_NEGATION.sub("", text))]
     return sum(word in _NEGATIONS or word.endswith("n't") for word in found)
 
 

@@ -35,10 +35,10 @@ def pairs() -> list[Pair]:
         half = "tuning" if topics.index(passage.topic) % 2 else "test"
         source = " ".join(each for each, _ in passage.said)
         good = [other for _, other in passage.said]
-        made = [("faithful", _styled(style, good, number)) for style in STYLES]
+        made = [("faithful", styled(style, good, number)) for style in STYLES]
         for place, kind in enumerate((*KINDS, "omission")):
             bad = _spoilt(passage, kind, number)
-            made.append((kind, _styled(STYLES[(number + place) % len(STYLES)], bad, number)))
+            made.append((kind, styled(STYLES[(number + place) % len(STYLES)], bad, number)))
         found += [Pair(passage.topic, source, text, kind, half) for kind, text in made]
     return found
 
@@ -52,7 +52,7 @@ def _spoilt(passage: Passage, kind: str, seed: int) -> list[str]:
     return [*good[:place], text, *good[place + (kind != "addition") :]]
 
 
-def _styled(style: str, sentences: list[str], seed: int) -> str:
+def styled(style: str, sentences: list[str], seed: int) -> str:
     match style:
         case "dialogue":
             openings = (

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_k2.errors import UserError
+from megatron_k2.fidelity import numbers, roles
 from megatron_k2.fidelity.advisory import BIAS, WEIGHTS, score
 from megatron_k2.fidelity.calibration import Scored, auc, calibrate
 from megatron_k2.fidelity.check import Settings, Verdict, check, grounded
@@ -22,6 +23,7 @@ from megatron_k2.fidelity.statements import (
 )
 from megatron_k2.fidelity.surface import Surface
 from tests.fidelity.fit import fitted
+from tests.fidelity.generated import generated
 from tests.fidelity.pairs import KINDS, ScriptedCritic, pairs
 
 PAIRS = pairs()
@@ -118,7 +120,7 @@ def test_the_advisory_score_is_the_fit_of_the_tuning_half():
 
 def test_what_the_advisory_score_is_worth_on_the_half_it_is_fitted_to():
     tuning = [pair for pair in PAIRS if pair.half == "tuning"]
-    assert auc(scores(tuning, [score(pair.source, pair.rewrite) for pair in tuning])) >= 0.82
+    assert auc(scores(tuning, [score(pair.source, pair.rewrite) for pair in tuning])) >= 0.85
 
 
 @pytest.mark.parametrize(
@@ -148,8 +150,65 @@ def test_which_event_came_first(sentence, other, found):
     assert are_reversed(sentence, other) is found
 
 
+@pytest.mark.parametrize(
+    ("sentence", "other", "found"),
+    [
+        ("Trains run from May to June.", "From June to May trains run.", True),
+        ("Trains run from May to June.", "Between May and June trains run.", False),
+        ("It is 9 km from Karst to Lund.", "It is 9 km from Lund to Karst.", True),
+    ],
+)
+def test_a_range_that_runs_back(sentence, other, found):
+    assert are_reversed(sentence, other) is found
+
+
+@pytest.mark.parametrize(
+    ("sentence", "other", "share"),
+    [
+        ("Aldo beat Renn.", "Renn was beaten by Aldo.", 0.0),
+        ("Aldo beat Renn.", "Aldo was beaten by Renn.", 1.0),
+        ("Josef sold a mill to Mina.", "Mina bought a mill from her uncle, old Josef.", 0.0),
+        ("Josef sold a mill to Mina.", "Josef bought a mill from Mina.", 1.0),
+        ("Aldo beat Renn.", "Renn beat Aldo.", 0.0),  # no preposition tells: order's to see
+        ("The clerk stamps letters.", "Letters are stamped by the clerk.", 0.0),
+        ("The clerk stamps letters.", "By letters the clerk is stamped.", 0.5),  # the verb's too
+    ],
+)
+def test_who_does_it_to_whom(sentence, other, share):
+    assert roles.are_exchanged(sentence, other) == pytest.approx(share)
+
+
+def test_a_number_belongs_to_the_words_beside_it():
+    said = "It had 7 presses in the hall and 12 in the cellar."
+    good = "Twelve presses stood in the hall and seven in the cellar."
+    assert numbers.are_exchanged(said, said.replace("7", "seven")) == 0.0
+    assert numbers.are_exchanged(said, good) == 1.0
+    assert numbers.are_exchanged(said, "In the cellar it had 12 presses, in the hall 7.") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("sentence", "other", "found"),
+    [
+        ("At most 40 fit.", "Up to 40 fit.", False),
+        ("At most 40 fit.", "No more than 40 fit.", False),
+        ("At most 40 fit.", "At least 40 fit.", True),
+        ("Jobs over 30 GiB end.", "Jobs under 30 GiB end.", True),
+        ("Jobs over 30 GiB end.", "Jobs of 30 GiB end.", False),
+    ],
+)
+def test_the_bound_of_a_number(sentence, other, found):
+    assert numbers.have_other_bounds(sentence, other) is found
+
+
 def test_what_the_advisory_score_is_worth():
-    assert auc(scores(TEST, [score(pair.source, pair.rewrite) for pair in TEST])) >= 0.72
+    assert auc(scores(TEST, [score(pair.source, pair.rewrite) for pair in TEST])) >= 0.75
+
+
+def test_what_it_is_worth_on_generated_pairs_of_schemas_that_it_has_not_seen():
+    unseen = generated("unseen")
+    assert auc(scores(unseen, [score(pair.source, pair.rewrite) for pair in unseen])) >= 0.80
+    kinds = {pair.kind for pair in unseen}
+    assert kinds == {*KINDS, "omission", "faithful"}
 
 
 def test_what_it_is_worth_on_pairs_by_another_hand():
