@@ -102,7 +102,7 @@ def test_vllm_comes_up_empty_is_given_weights_dies_and_is_given_them_again(tmp_p
     row = one_engine(VLLM_PYTHON, model, LENGTH)
 
     async def scenario(run):
-        patience = FleetPatience(look=0.2, away=START_SECONDS)
+        patience = FleetPatience(look=0.2, away=2 * START_SECONDS)  # a start, and its weights
         fleet = await Fleet.open(run.meeting, 1, vocab_size=vocab_size, patience=patience)
         assert fleet.needs_weights() == (0,)
         fleet.expect("0")
