@@ -26,14 +26,20 @@ _FORMS = tuple(
 _LEAST = 2
 """Words of content of a clause: *nine days after infection* has no two events; ours."""
 
+_OF_TIME = re.compile(r"\b(?:before|after|once|first|then|later|when|time)\b", re.IGNORECASE)
+_LONGEST = 400
+"""Characters of a sentence that is looked at: what is longer is a table or a list; ours."""
 _RANGE = re.compile(r"\bfrom (\w+) (?:to|until|till|through) (\w+)", re.IGNORECASE)
 _BETWEEN = re.compile(r"\bbetween (\w+) and (\w+)", re.IGNORECASE)
 
 
 def in_order(sentence: str) -> tuple[set[str], set[str]] | None:
     """Content of what came first and of what came then; ``None`` where no word of time says it."""
+    plain = LABEL.sub("", sentence)
+    if len(plain) > _LONGEST or not _OF_TIME.search(plain):
+        return None
     for form, earlier in _FORMS:
-        if found := form.search(LABEL.sub("", sentence)):
+        if found := form.search(plain):
             first, then = set(content(found[earlier])), set(content(found[3 - earlier]))
             return (first, then) if min(len(first), len(then)) >= _LEAST else None
     return None
