@@ -12,6 +12,7 @@ would gain if that phase took ours no time and the others what they take the pee
     python benchmarks/rl_iteration.py [--preset k2-mini] [--prompt 256] [--group-size 8] [--seed 0]
     python benchmarks/rl_iteration.py --lengths log-normal        # median 64, at most 512
     python benchmarks/rl_iteration.py --quick
+    python benchmarks/rl_iteration.py --trl-python PYTHON         # TRL's GRPOTrainer beside them
 """
 
 import argparse
@@ -23,7 +24,9 @@ import json
 import logging
 import math
 import multiprocessing
+import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -57,6 +60,8 @@ MEDIAN, SIGMA = 64, 1.0
 TAU, LR, DECAY = 0.1, 1e-6, 0.1
 SAME = 1e-3
 """Nats a token between the two on our answers, before anything is learnt."""
+RANK_VARIABLES = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
+"""By which a trainer would join ours."""
 PHASES = ("sample", "old", "step", "push")
 
 
@@ -187,7 +192,9 @@ async def compare(ours: Ours, options: argparse.Namespace) -> None:
         )
         peer.start()
         there.close()  # so that its end is seen here
-        print(f"peer: transformers DeepseekV3ForCausalLM, {here.recv()}", flush=True)
+        choices = here.recv()
+        print(f"peer: transformers DeepseekV3ForCausalLM, {choices}", flush=True)
+        trl = trl_seconds(options, Path(folder), ours.work, choices) if options.trl_python else None
     check_same(await ours.sample(), here)
     order, found = random.Random(options.seed), {"ours": [], "peer": []}
     for _ in range(options.rounds + 1):
@@ -200,10 +207,26 @@ async def compare(ours: Ours, options: argparse.Namespace) -> None:
     here.send(None)
     peer.join()
     await ours.close()
-    report({name: rounds[1:] for name, rounds in found.items()}, ours.work)
+    report({name: rounds[1:] for name, rounds in found.items()}, ours.work, trl)
 
 
-def report(found: dict[str, list[Seconds]], work: Work) -> None:
+def trl_seconds(options: argparse.Namespace, directory: Path, work: Work, choices: str) -> float:
+    """CPU seconds of an iteration of TRL's trainer, the median of as many rounds."""
+    said = {name: getattr(work, name).tolist() for name in ("prompts", "lengths", "rewards")}
+    said |= {name: getattr(work, name) for name in ("tau", "lr", "decay")}
+    (directory / "work.json").write_text(json.dumps(said))
+    attention, experts = choices.rpartition(" ")[2].split("/")  # those it trains with
+    words = [options.trl_python, str(Path(__file__).with_name("rl_iteration_trl.py"))]
+    words += [str(directory), "--attention", attention, "--experts", experts]
+    words += ["--steps", str(options.rounds + 1), "--seed", str(options.seed)]
+    alone = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=alone)
+    steps = summarize([tuple(each) for each in json.loads(done.stdout)[1:]])
+    print(f"TRL: {steps.cpu_seconds:.2f} CPU s an iteration, spread {steps.spread:.2f}", flush=True)
+    return steps.cpu_seconds
+
+
+def report(found: dict[str, list[Seconds]], work: Work, trl: float | None) -> None:
     """Phases side by side, the whole, and the ceilings."""
     total = {
         name: summarize([tuple(map(sum, zip(*each.values(), strict=True))) for each in rounds])
@@ -237,6 +260,7 @@ def report(found: dict[str, list[Seconds]], work: Work) -> None:
         sample_ceiling=theirs / (theirs - sampling),
         ours_seconds=a.cpu_seconds,
         peer_seconds=theirs,
+        **({} if trl is None else {"trl_ratio": trl / a.cpu_seconds, "trl_seconds": trl}),
     )
 
 
@@ -266,7 +290,10 @@ def parsed() -> argparse.Namespace:
     add("--rounds", type=int, default=2)
     add("--seed", type=int, default=0)
     add("--quick", action="store_true", help="a shape that shows that it runs, nothing else")
+    add("--trl-python", metavar="PYTHON", help="an interpreter with trl; answers of one length")
     options = parser.parse_args()
+    if options.trl_python and options.lengths != "equal":
+        parser.error("--trl-python: TRL cannot end answers at given lengths; use --lengths equal")
     if options.quick:
         vars(options).update(preset="k2-tiny", prompt=16, group_size=4, new=16, rounds=1)
     return options
