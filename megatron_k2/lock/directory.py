@@ -186,7 +186,7 @@ def _replace(path: Path, own: Path, dead: Owner, now: float) -> bool:
         right.unlink(missing_ok=True)
 
 
-def _refusal(directory: Path, owner: Owner, silent_seconds: float) -> "InUseError":
+def _refusal(directory: Path, owner: Owner, silent_seconds: float) -> InUseError:
     return InUseError(
         f"{directory} is in use by another process: {owner.what} on host {owner.host}, pid "
         f"{owner.pid}, since {owner.since} (last sign of life {max(silent_seconds, 0):.0f} s ago); "
