@@ -14,6 +14,8 @@ from megatron_k2.errors import UserError
 from megatron_k2.records.messages import ToolSpec
 
 INDENT = "  "
+MAX_DEPTH = 200
+"""Objects and lists within one another that a schema may hold: two for each field of a field."""
 _PRIMITIVES = {
     "string": "string",
     "number": "number",
@@ -47,14 +49,23 @@ def typescript_declarations(tools: Sequence[ToolSpec]) -> str:
         lines += _comment(tool.function.get("description"), "")
         parameters = tool.function.get("parameters")
         has_fields = isinstance(parameters, dict) and parameters.get("properties")
-        try:
-            argument = f"_: {_type(parameters, '')}" if has_fields else ""
-        except RecursionError:
+        if has_fields and _is_deeper(parameters, MAX_DEPTH):
             raise UserError(
-                f"the parameters of tool {tool.name} are nested too deeply; declare it as JSON"
-            ) from None
+                f"the parameters of tool {tool.name} are nested too deeply: they hold more than "
+                f"{MAX_DEPTH} objects and lists within one another; declare it as JSON"
+            )
+        argument = f"_: {_type(parameters, '')}" if has_fields else ""
         lines.append(f"type {tool.name} = ({argument}) => any;")
     return "\n".join([*lines, "}"])
+
+
+def _is_deeper(value: Any, limit: int) -> bool:
+    """Whether ``value`` holds more than ``limit`` objects and lists within one another."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [each for each in level if isinstance(each, dict | list)]
+        level = [x for each in level for x in (each.values() if isinstance(each, dict) else each)]
+    return any(isinstance(each, dict | list) for each in level)
 
 
 def _comment(text: Any, indent: str) -> list[str]:

@@ -1,7 +1,8 @@
 """``tiles`` through a few dozen lines of C, for a CPU: the same bytes, many times as fast as eager.
 
 Eager torch makes a pass over memory for each operation, and Megatron's CPU host turns torch.compile
-off. Without a compiler (``native``) ``tiles`` does the work. One thread.
+off. Without a compiler (``native``) ``tiles`` does the work. One thread. The sign of a NaN alone is
+not promised: of a product of two, IEEE 754 leaves it to the processor.
 """
 
 import ctypes

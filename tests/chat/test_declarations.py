@@ -1,10 +1,15 @@
 """TypeScript declarations, by the example of the report's appendix B and by hand."""
 
 import json
+import sys
 
 import pytest
 
-from megatron_k2.chat.declarations import json_declarations, typescript_declarations
+from megatron_k2.chat.declarations import (
+    MAX_DEPTH,
+    json_declarations,
+    typescript_declarations,
+)
 from megatron_k2.chat.template import Format, render_text
 from megatron_k2.errors import UserError
 from megatron_k2.records.messages import Message, ToolSpec
@@ -70,10 +75,22 @@ def test_schemas_of_other_kinds():
     )
 
 
+@pytest.fixture(params=[None, 5000])
+def recursion_limit(request):
+    """The interpreter's own, and a higher one, as torch's compiler sets it in its process."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(request.param or before)
+    yield
+    sys.setrecursionlimit(before)
+
+
+@pytest.mark.usefixtures("recursion_limit")
 def test_a_schema_without_end_is_refused_by_the_tool_s_name():
-    deep: dict = {}
-    for _ in range(600):
+    deep: dict = {"type": "string"}
+    for _ in range(MAX_DEPTH // 2):
         deep = {"properties": {"a": deep}}
+    assert typescript_declarations([spec({"name": "odd", "parameters": deep})]).count("a?") == 100
+    deep = {"properties": {"a": deep}}
     with pytest.raises(UserError, match="the parameters of tool odd are nested too deeply"):
         typescript_declarations([spec({"name": "odd", "parameters": deep})])
 

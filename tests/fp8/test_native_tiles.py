@@ -24,6 +24,11 @@ def same_bytes(a, b):
     )
 
 
+def plain_nan(codes):
+    """NaN without its sign, which is of whichever factor the processor's code names first."""
+    return codes.view(torch.uint8).masked_fill(codes.float().isnan(), 0x7F)
+
+
 def awkward(width, dtype):
     """Every magnitude, ties between codes, zeros, infinities and NaN."""
     x = matrix(64, width, torch.float32, seed=3)
@@ -40,7 +45,7 @@ def awkward(width, dtype):
 def test_codes_scales_and_what_comes_back_are_torchs_bytes(width, dtype):
     x = awkward(width, dtype) if width > 2 else matrix(64, 2, dtype)[:, :1]
     found, expected = native_tiles.quantize_tiles(x), tiles.quantize_tiles(x.contiguous())
-    assert same_bytes(found[:1], expected[:1])
+    assert torch.equal(plain_nan(found[0]), plain_nan(expected[0]))
     assert torch.equal(found[1].nan_to_num(-1), expected[1].nan_to_num(-1))
     back = native_tiles.dequantize_tiles(*expected, dtype)
     assert torch.equal(
