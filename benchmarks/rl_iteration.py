@@ -2,8 +2,9 @@
 
 Ours is what ``megatron-k2 rl`` does between two lines of its log: the embedded engine samples K
 answers a prompt, the trainer takes pi_old, learns in packs through Megatron's schedule with
-MuonClip, and the engine is given the new weights; routes are recorded and replayed. Left out are
-tasks and their judging: prompts are random ids, lengths are drawn beforehand, rewards alternate.
+MuonClip, and the engine is given the new weights; routes are recorded and replayed. Answers to a
+prompt share its rows, as in a run; the peer reads it with each. Left out are tasks and their
+judging: prompts are random ids, lengths are drawn beforehand, rewards alternate.
 The peer (``rl_iteration_peer.py``) starts from the same weights as a Hugging Face directory, in a
 process of its own. Both on one thread in fp32, in turns; ratios are of CPU seconds, the trainer's
 divided between pi_old and step as its wall seconds are. The ceiling of a phase is what the whole
@@ -267,7 +268,7 @@ def report(found: dict[str, list[Seconds]], work: Work, trl: float | None) -> No
 def flags_of(options: argparse.Namespace, work: Work) -> list[str]:
     """Of the run that ours is a part of."""
     longest = options.prompt + int(work.lengths.max())
-    pack = max(options.pack, longest)
+    pack = max(options.pack or options.group_size * longest, longest)
     return f"""
         --preset {options.preset} --seq-length {pack} --max-position-embeddings {pack}
         --iterations {options.rounds + 1} --prompts-per-iteration {options.prompts}
@@ -286,7 +287,7 @@ def parsed() -> argparse.Namespace:
     add("--group-size", type=int, default=8, help="answers to a prompt")
     add("--new", type=int, default=256, help="tokens of an answer; twice that at most if drawn")
     add("--lengths", choices=["equal", "log-normal"], default="equal")
-    add("--pack", type=int, default=0, help="rows of a pack; the longest answer's at least")
+    add("--pack", type=int, default=0, help="rows of a pack; by default the peer's micro-batch")
     add("--rounds", type=int, default=2)
     add("--seed", type=int, default=0)
     add("--quick", action="store_true", help="a shape that shows that it runs, nothing else")

@@ -7,7 +7,8 @@ Megatron-Core 0.19.2's local ``DotProductAttention`` cannot be built by MLA (it 
 - rows are worked through in blocks, forward and backward, so that only
   ``b * h * block * s_k`` logits exist at a time and none are kept for the backward pass;
 - context parallelism by an all-gather of K and V over the zigzag layout;
-- packed documents (``thd``), each of which sees itself alone, or any boolean mask;
+- packed documents (``thd``), each of which sees itself alone or goes on from another of the pack,
+  or any boolean mask;
 - S_max of each head (Kimi K2 report, section 2.1: the largest input to softmax) in training mode.
 
 Legend: ``s`` sequence, ``b`` batch, ``h`` heads on this rank, ``d`` width of a head.
@@ -25,7 +26,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_k2.model.packed import GatherRows, PackLayout
+from megatron_k2.model.packed import GatherRows, PackLayout, SeenRows
 from megatron_k2.model.segments import (
     Block,
     Segment,
@@ -266,6 +267,8 @@ class MLACoreAttention(MegatronModule):
         group = self.cp_group
         if group.size() > 1:
             k, v = GatherRows.apply(k, group, layout), GatherRows.apply(v, group, layout)
+        if layout.beginnings:
+            k, v = SeenRows.apply(k, layout), SeenRows.apply(v, layout)
         if k.shape[1] != q.shape[1]:  # grouped queries: heads of a group are adjacent
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -278,7 +281,7 @@ class MLACoreAttention(MegatronModule):
         return out
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:
-        """Documents laid end to end: each attends to itself only. [t, h, d] -> [t, h * d_v]."""
+        """Documents laid end to end, by their layout. [t, h, d] -> [t, h * d_v]."""
         if packed.qkv_format != "thd":
             raise ValueError(f"packed qkv_format={packed.qkv_format!r}; only 'thd' is supported")
         layout = getattr(packed, "layout", None)

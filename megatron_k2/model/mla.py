@@ -86,6 +86,35 @@ class K2SelfAttention(LatentAttention):
             rows["linear_q_down_proj"] = config.q_lora_rank
         for name in sorted(rows, reverse=True):  # the query's first, in the order of the model
             setattr(self, name, self._replicated(name, rows[name], lora))
+        self._positions: Tensor | None = None
+        self.rotary_pos_emb.register_forward_hook(self._at_positions)
+
+    @override
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Any = None,
+        position_ids: Any = None,
+        packed_seq_params: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Upstream's, with rows at the positions that the pack gives them."""
+        self._positions = getattr(packed_seq_params, "positions", None)
+        return super().get_query_key_value_tensors(
+            hidden_states, key_value_states, position_ids, packed_seq_params, *args, **kwargs
+        )
+
+    def _at_positions(self, _module: Any, _given: Any, angles: Any) -> Any:
+        """A row of angles for each of the pack's, which upstream takes as they are.
+
+        ``rope_utils._apply_rotary_pos_emb_thd``, 0.19.2: as many angles as rows are one each.
+        """
+        if self._positions is None:
+            return angles
+        if isinstance(angles, tuple):  # YaRN's, with its factor
+            return (angles[0].index_select(0, self._positions), *angles[1:])
+        return angles.index_select(0, self._positions)
 
     @override
     def _run_core_attention(self, *args: Any, **kwargs: Any) -> Any:

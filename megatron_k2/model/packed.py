@@ -5,6 +5,10 @@ parallelism padding up to a multiple of ``2 CP``: it is then cut into ``2 CP`` e
 rank r holds r and 2 CP − 1 − r (Megatron's zigzag, document by document). Rows that no document
 takes are padding too, a last document without tokens.
 
+A document may go on from another of its pack, as every answer of a group goes on from one prompt:
+its positions begin behind that one's tokens, and it attends to them as if they stood before it.
+They are computed once, and so is their share of the gradient. Not with context parallelism.
+
 Everything here is arithmetic on the host; ``model/padding_rows.py`` keeps padding at zero in the
 network, ``model/attention.py`` and Transformer Engine attend by what is written here.
 """
@@ -33,6 +37,16 @@ class PackLayout:
     """Tokens of each document; 0 for rows that are all padding."""
     bounds: tuple[int, ...]
     """First row of each document, and the number of rows; one more than ``lengths``."""
+    beginnings: tuple[int, ...] = ()
+    """The document, before it in the pack, that each goes on from; -1 for one that stands alone.
+    Empty where all do."""
+
+    @property
+    def first_positions(self) -> tuple[int, ...]:
+        """Position of each document's first token."""
+        if not self.beginnings:
+            return (0,) * len(self.lengths)
+        return tuple(0 if at < 0 else self.lengths[at] for at in self.beginnings)
 
     @property
     def num_rows(self) -> int:
@@ -41,8 +55,9 @@ class PackLayout:
 
     @property
     def longest(self) -> int:
-        """Rows of the longest document, its padding included."""
-        return max(end - start for start, end in itertools.pairwise(self.bounds))
+        """Rows of the longest document, its padding and what it goes on from included."""
+        spans = zip(self.first_positions, itertools.pairwise(self.bounds), strict=True)
+        return max(first + end - start for first, (start, end) in spans)
 
     @property
     def has_padding(self) -> bool:
@@ -52,8 +67,19 @@ class PackLayout:
     def positions(self) -> NDArray[np.int64]:
         """Position of each row within its document, ``PADDING_POSITION`` in padding; [s]."""
         found = np.full(self.num_rows, PADDING_POSITION, np.int64)
-        for start, length in zip(self.bounds, self.lengths, strict=False):
-            found[start : start + length] = np.arange(length)
+        firsts = self.first_positions
+        for start, length, first in zip(self.bounds, self.lengths, firsts, strict=False):
+            found[start : start + length] = np.arange(first, first + length)
+        return found
+
+    def key_spans(self) -> list[tuple[int, int]]:
+        """Rows of the keys that documents see, in turn: what each goes on from, then its own."""
+        found = []
+        for number, span in enumerate(itertools.pairwise(self.bounds)):
+            at = self.beginnings[number] if self.beginnings else -1
+            if at >= 0:
+                found.append((self.bounds[at], self.bounds[at] + self.lengths[at]))
+            found.append(span)
         return found
 
     def rows_of_rank(self, cp_size: int, cp_rank: int) -> NDArray[np.int64]:
@@ -71,17 +97,32 @@ class PackLayout:
         return np.concatenate(parts)
 
 
-def lay_out(lengths: Sequence[int], num_rows: int, multiple: int = 1) -> PackLayout:
+def lay_out(
+    lengths: Sequence[int], num_rows: int, multiple: int = 1, beginnings: Sequence[int] = ()
+) -> PackLayout:
     """Documents one after another, each padded to a multiple, the rest of the pack behind them.
 
     Args:
         lengths: tokens that each document reads, at least 1.
         num_rows: s, itself a multiple.
         multiple: of rows, for every document: 2 CP where the sequence is split.
+        beginnings: what each goes on from, see ``PackLayout``; of documents that stand alone.
 
     Raises:
-        ValueError: where they do not fit; the packing was made for another size.
+        ValueError: where they do not fit; the packing was made for another size. A beginning that
+            itself goes on from another, or one with a multiple.
     """
+    if any(at >= 0 for at in beginnings):
+        is_wrong = any(
+            at >= n or (at >= 0 and beginnings[at] >= 0) for n, at in enumerate(beginnings)
+        )
+        if multiple > 1 or is_wrong or len(beginnings) != len(lengths):
+            raise ValueError(
+                f"beginnings {list(beginnings)} of {len(lengths)} documents in multiples of "
+                f"{multiple}: expected earlier documents that stand alone, and multiples of 1"
+            )
+    else:
+        beginnings = ()
     starts = [0, *itertools.accumulate(-(-length // multiple) * multiple for length in lengths)]
     if starts[-1] > num_rows or num_rows % multiple:
         raise ValueError(
@@ -89,8 +130,9 @@ def lay_out(lengths: Sequence[int], num_rows: int, multiple: int = 1) -> PackLay
             f"has {num_rows}"
         )
     if starts[-1] == num_rows:
-        return PackLayout(tuple(lengths), tuple(starts))
-    return PackLayout((*lengths, 0), (*starts, num_rows))
+        return PackLayout(tuple(lengths), tuple(starts), tuple(beginnings))
+    alone = (-1,) if beginnings else ()
+    return PackLayout((*lengths, 0), (*starts, num_rows), (*beginnings, *alone))
 
 
 @dataclass
@@ -104,6 +146,9 @@ class PackedDocuments(PackedSeqParams):
     layout: PackLayout | None = None
     is_padding: Tensor | None = None
     """Bool [s / CP] on the device: this rank's rows of padding; ``None`` where there are none."""
+    positions: Tensor | None = None
+    """[s] int64 on the device, of each row within its document, 0 in padding; ``None`` where every
+    document begins at 0, as Megatron's rotary embedding takes it."""
     loss_weight: Tensor | None = None
     """Sum of the loss mask over this rank's rows, 0-d fp32, for multi-token prediction."""
 
@@ -119,7 +164,9 @@ def describe(
         device: of the tensors.
     """
     bounds = torch.tensor(layout.bounds, dtype=torch.int32).to(device, non_blocking=True)
-    padding = layout.positions()[rows] == PADDING_POSITION
+    positions = layout.positions()
+    padding = positions[rows] == PADDING_POSITION
+    begun = torch.from_numpy(positions.clip(0)).to(device) if layout.beginnings else None
     return PackedDocuments(
         qkv_format="thd",
         cu_seqlens_q=bounds,
@@ -130,6 +177,7 @@ def describe(
         max_seqlen_kv=layout.longest,
         layout=layout,
         is_padding=torch.from_numpy(padding).to(device) if padding.any() else None,
+        positions=begun,
     )
 
 
@@ -154,6 +202,28 @@ class GatherRows(torch.autograd.Function):
         dist.all_reduce(grad, group=ctx.group)
         rows = ctx.layout.rows_of_rank(ctx.group.size(), ctx.group.rank())
         return grad.index_select(2, torch.from_numpy(rows).to(grad.device)), None, None
+
+
+class SeenRows(torch.autograd.Function):
+    """Rows of keys or values as documents see them; backward sums over those that see a row.
+
+    Forward: [b, h, s, d] -> [b, h, rows of ``layout.key_spans()``, d].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: PackLayout) -> Tensor:  # type: ignore[override]
+        """See the class."""
+        ctx.spans, ctx.shape = layout.key_spans(), x.shape
+        return torch.cat([x[:, :, start:end] for start, end in ctx.spans], 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """See the class; in one order, so that the bits are the same each time."""
+        found, at = grads[0].new_zeros(ctx.shape), 0
+        for start, end in ctx.spans:
+            found[:, :, start:end] += grads[0][:, :, at : at + end - start]
+            at += end - start
+        return found, None
 
 
 def gathered(x: Tensor, dim: int, group: dist.ProcessGroup, layout: PackLayout) -> Tensor:

@@ -42,7 +42,10 @@ def document_segments(layout: PackLayout, cp_size: int, cp_rank: int) -> tuple[S
     """A rank's rows of tokens; padding is in none.
 
     Of each document rank r of c holds chunks r and 2c-1-r of 2c (``PackLayout.rows_of_rank``).
+    Where documents go on from others, keys are in the order of ``PackLayout.key_spans``.
     """
+    if layout.beginnings:
+        return _continued_segments(layout)
     found, row = [], 0
     num_chunks = 1 if cp_size == 1 else 2 * cp_size
     here = (0,) if cp_size == 1 else (cp_rank, 2 * cp_size - 1 - cp_rank)
@@ -54,6 +57,18 @@ def document_segments(layout: PackLayout, cp_size: int, cp_rank: int) -> tuple[S
             if num_tokens > 0:
                 found.append(Segment(row, num_tokens, number * chunk, start))
             row += chunk
+    return tuple(found)
+
+
+def _continued_segments(layout: PackLayout) -> tuple[Segment, ...]:
+    found, first_key = [], 0
+    spans = itertools.pairwise(layout.bounds)
+    for (start, end), length, first in zip(
+        spans, layout.lengths, layout.first_positions, strict=True
+    ):
+        if length:
+            found.append(Segment(start, length, first, first_key))
+        first_key += first + end - start
     return tuple(found)
 
 

@@ -6,6 +6,10 @@ trajectory and is never cut, since the sequence form squares a sum over all of i
 n tokens takes n - 1 rows: the row that reads a token is asked for the next one, and what is known
 of that next token (who drew it, with which weights, how likely) lies with the row.
 
+Answers to one prompt share its rows, where the model can (``Room.shares_prompts``): all of them but
+that of its last token, which each answer asks for another token. Of K answers of n tokens to a
+prompt of p this leaves p + K n rows of K (p + n), with the same loss and the same gradient.
+
 Packs of the PTX stream lie among the others, and a critic's lessons: rows with a weight of the NLL
 and of no answer.
 
@@ -14,13 +18,14 @@ of which no token is trained on; all of them would have a gradient of exactly ze
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from megatron_k2.errors import UserError
+from megatron_k2.rl.bundles import Answer, Bundle, bundled
 from megatron_k2.rl.objective import advantages
 from megatron_k2.rl.record import Group, Segment, Trajectory
 from megatron_k2.sft.dataset import Pack
@@ -28,32 +33,30 @@ from megatron_k2.sft.packing import pack
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A trajectory that is learnt from."""
-
-    trajectory: Trajectory
-    advantage: float
-    weight: float
-    """Among all answers of the step; of ``objective.Advantages``."""
-    num_trained: int
-    """Tokens in its mask."""
-
-
-@dataclass(frozen=True)
 class Source:
     """What one pack holds: answers, or a pack of dialogues; neither: rows of padding."""
 
-    answers: tuple[Answer, ...] = ()
+    bundles: tuple[Bundle, ...] = ()
     dialogues: Pack | None = None
     is_lesson: bool = False
     """Whether they are a critic's lessons; else they are of the PTX stream."""
+
+    @property
+    def answers(self) -> tuple[Answer, ...]:
+        """In the order in which they lie."""
+        return tuple(answer for bundle in self.bundles for answer in bundle.answers)
 
     @property
     def num_tokens(self) -> int:
         """Rows that are not padding."""
         if self.dialogues is not None:
             return int(self.dialogues.lengths.sum()) - len(self.dialogues.lengths)
-        return sum(len(each.trajectory.token_ids) - 1 for each in self.answers)
+        return sum(each.num_rows for each in self.bundles)
+
+    @property
+    def num_saved(self) -> int:
+        """Rows more that it would have if no answer shared any."""
+        return sum(each.num_shared * (len(each.answers) - 1) for each in self.bundles)
 
     @property
     def num_targets(self) -> int:
@@ -73,6 +76,8 @@ class Batch:
 
     shares: tuple[tuple[Source, ...], ...]
     """Packs of each data-parallel rank, as many on each."""
+    sizes: tuple[int, ...]
+    """Rows of the n-th pack of each rank: the room's, or as many as the fullest of them needs."""
     num_groups: int
     num_live_groups: int
     num_answers: int
@@ -82,6 +87,8 @@ class Batch:
     num_lesson_targets: int
     num_tokens: int
     """Rows that are not padding, of all packs."""
+    num_saved: int
+    """Rows more that there would be if no answer shared its prompt's."""
     version: int
     """Of the weights that are pi_old."""
 
@@ -108,6 +115,11 @@ class Room:
     """Rows of a document are a multiple of it: ``sft.sets.row_multiple``."""
     count_multiple: int = 1
     """Packs of a rank are: pipeline stages where the schedule interleaves virtual ones."""
+    shares_prompts: bool = False
+    """Whether answers to one prompt share its rows; with a multiple of 1 alone."""
+    unit: int = 0
+    """Packs end behind the last row that one of them needs, in such units; with a multiple of 1
+    alone. 0: all have ``num_rows``."""
 
 
 def plan(
@@ -135,12 +147,14 @@ def plan(
     """
     answers, num_live = _answers(groups, version, keeps_old)
     taken = [each for each in answers if each.num_trained]
-    sources = [Source(tuple(found)) for found in _packed(taken, room)]
+    sources = [Source(found) for found in _packed(taken, room)]
     curated = [Source(dialogues=each) for each in ptx] if taken else []
     taught = [Source(dialogues=each, is_lesson=True) for each in lessons] if taken else []
     sources += curated + taught
+    shares = _shares(sources, room)
     return Batch(
-        shares=_shares(sources, room),
+        shares=shares,
+        sizes=tuple(_size(each, room) for each in zip(*shares, strict=True)),
         num_groups=len(groups),
         num_live_groups=num_live,
         num_answers=len(answers),
@@ -148,6 +162,7 @@ def plan(
         num_ptx_targets=sum(each.num_targets for each in curated),
         num_lesson_targets=sum(each.num_targets for each in taught),
         num_tokens=sum(each.num_tokens for each in sources),
+        num_saved=sum(each.num_saved for each in sources),
         version=version,
     )
 
@@ -186,18 +201,22 @@ def is_kept(segment: Segment, version: int, keeps_old: bool) -> bool:
     return segment.is_sampled and (keeps_old or segment.weight_version == version)
 
 
-def _packed(answers: Sequence[Answer], room: Room) -> Iterator[list[Answer]]:
-    if not answers:
-        return
-    lengths = np.array([len(each.trajectory.token_ids) for each in answers])
-    if (longest := int(lengths.max()) - 1) > room.num_rows // room.multiple * room.multiple:
+def _packed(answers: Sequence[Answer], room: Room) -> list[tuple[Bundle, ...]]:
+    """Best fit, of answers that are never cut."""
+    lengths = np.array([len(each.trajectory.token_ids) for each in answers], np.int64)
+    if (
+        longest := int(lengths.max(initial=0)) - 1
+    ) > room.num_rows // room.multiple * room.multiple:
         raise UserError(
             f"an answer of {longest + 1:,} tokens with its prompt: a pack has {room.num_rows:,} "
             "rows and an answer is not cut; raise --seq-length, or shorten answers"
         )
+    if room.shares_prompts:
+        return bundled(answers, room.num_rows)
+    if not answers:
+        return []
     packs = pack(lengths, room.num_rows, multiple=room.multiple)
-    for number in range(len(packs)):
-        yield [answers[i] for i in packs[number]]
+    return [tuple(Bundle((answers[i],)) for i in packs[n]) for n in range(len(packs))]
 
 
 def _shares(sources: Sequence[Source], room: Room) -> tuple[tuple[Source, ...], ...]:
@@ -212,6 +231,14 @@ def _shares(sources: Sequence[Source], room: Room) -> tuple[tuple[Source, ...], 
         ranks[rank].append(source)
         loads[rank] += source.num_tokens
     return tuple((*each, *[IDLE] * (most - len(each))) for each in ranks)
+
+
+def _size(sources: Sequence[Source], room: Room) -> int:
+    """Rows of packs that are computed at once: the same, for what ranks exchange."""
+    if not room.unit:
+        return room.num_rows
+    needed = max(1, *(source.num_tokens for source in sources))
+    return min(-(-needed // room.unit) * room.unit, room.num_rows)
 
 
 def _num_targets(dialogues: Pack) -> int:

@@ -62,6 +62,11 @@ def add_rl_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         action="store_true",
         help="let the trainer's routers choose, although the engine recorded where tokens went",
     )
+    group.add_argument(
+        "--no-shared-prompts",
+        action="store_true",
+        help="compute a prompt for each of its answers, not once for those of a pack",
+    )
     return parser
 
 

@@ -7,6 +7,7 @@ schedules run every pass, its functions save and load.
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from megatron.core import mpu
@@ -31,6 +32,10 @@ from megatron_k2.training.hooks import TrainingHooks
 MOST_DIFFERENCE = {"fp32": 1e-4, "bf16": 0.1}
 """Nats a token between an engine's probes and the trainer, on average. In fp32 1e-7 was seen, and
 4e-4 of an engine with YaRN under a trainer without; the other is where the rail ``mismatch`` is."""
+
+
+PACK_UNIT = 64
+"""Rows that a tensor-parallel rank's share of a pack is a multiple of; ours, and enough for FP8."""
 
 
 class Ended(NamedTuple):
@@ -76,6 +81,8 @@ class Learner:
             num_ranks=mpu.get_data_parallel_world_size(),
             multiple=row_multiple(args.context_parallel_size),
             count_multiple=args.pipeline_model_parallel_size if is_interleaved else 1,
+            shares_prompts=settings.shares_prompts,
+            unit=_unit(args),
         )
         is_moved = args.offload_in_rollout
         self._phases = Phases(self.stages, self._stepper.optimizer) if is_moved else None
@@ -168,7 +175,10 @@ class Learner:
             return []
         keeps_old, replays = self._settings.objective.keeps_old, self._replay is not None
         mine = batch.shares[mpu.get_data_parallel_rank()]
-        packs = [rows(each, self._room, batch.version, keeps_old=keeps_old) for each in mine]
+        packs = [
+            rows(each, replace(self._room, num_rows=size), batch.version, keeps_old=keeps_old)
+            for each, size in zip(mine, batch.sizes, strict=True)
+        ]
         self._tell_unrecorded(packs)
         micros = [micro_batch(each, replays=replays, num_parts=self._num_parts) for each in packs]
         olds = old_logprobs(
@@ -222,3 +232,10 @@ class Learner:
         state = (self.stages, self._stepper.optimizer, self._stepper.scheduler)
         num_flops = self._args.num_floating_point_operations_so_far
         training.save_checkpoint_and_time(self.number, *state, num_flops, {})
+
+
+def _unit(args: Namespace) -> int:
+    """Of packs that may end early: not where stages, context parallelism or graphs want a size."""
+    is_split = args.pipeline_model_parallel_size > 1 or args.context_parallel_size > 1
+    is_captured = args.cuda_graph_impl != "none"
+    return 0 if is_split or is_captured else PACK_UNIT * args.tensor_model_parallel_size

@@ -63,6 +63,8 @@ class Update:
     num_trained_tokens: int
     num_tokens: int
     """Rows of all packs that are not padding."""
+    num_saved: int
+    """Rows more that there would be if no answer shared its prompt's."""
     measured: Measured | None
     """``None`` where no pass was run."""
 
@@ -83,11 +85,11 @@ def metrics(learnt: Learnt) -> dict[str, float]:
 
     ``learn/mismatch`` (mean over tokens of the absolute difference, nats),
     ``learn/mismatch_largest`` and ``learn/mismatch_kl``; ``learn/steps``, ``learn/live_groups``,
-    ``learn/tokens``, ``learn/clipped_heads`` of all mini-batches; means over them of
-    ``learn/loss``, ``learn/objective``, ``learn/ptx_nll``, ``learn/lesson_nll``,
-    ``learn/entropy``, ``learn/log_ratio``; their largest ``learn/kl``, ``learn/grad_norm``,
-    ``learn/max_logit`` and ``learn/update_rms`` (of the group where it is largest, times the
-    learning rate).
+    ``learn/tokens``, ``learn/saved_tokens`` (rows that answers share), ``learn/clipped_heads``
+    of all mini-batches; means over them of ``learn/loss``, ``learn/objective``,
+    ``learn/ptx_nll``, ``learn/lesson_nll``, ``learn/entropy``, ``learn/log_ratio``; their largest
+    ``learn/kl``, ``learn/grad_norm``, ``learn/max_logit`` and ``learn/update_rms`` (of the group
+    where it is largest, times the learning rate).
     """
     passes = [each.measured for each in learnt.updates if each.measured is not None]
     steps = [each.step for each in passes]
@@ -95,6 +97,7 @@ def metrics(learnt: Learnt) -> dict[str, float]:
         "learn/steps": float(sum(each.is_taken for each in learnt.updates)),
         "learn/live_groups": float(sum(each.num_live_groups for each in learnt.updates)),
         "learn/tokens": float(sum(each.num_tokens for each in learnt.updates)),
+        "learn/saved_tokens": float(sum(each.num_saved for each in learnt.updates)),
         "learn/clipped_heads": float(sum(step.num_clipped_heads for step in steps)),
         "learn/mismatch": learnt.mismatch.mean_absolute,
         "learn/mismatch_largest": learnt.mismatch.largest,

@@ -1,7 +1,7 @@
 """One pack as rows: what is read, what is asked for, and what is known of what is asked for."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,39 +76,76 @@ def rows(source: Source, room: Room, version: int, *, keeps_old: bool = False) -
     if source.dialogues is not None:
         term = "lesson_weight" if source.is_lesson else "nll_weight"
         return _dialogue_rows(source.dialogues, room, term)
-    lengths = [len(each.trajectory.token_ids) - 1 for each in source.answers]
-    layout = lay_out(lengths, room.num_rows, room.multiple)
+    spans = _spans(source)
+    lengths = [span.stop - span.start for span in spans]
+    layout = lay_out(lengths, room.num_rows, room.multiple, [span.goes_on_from for span in spans])
     found: dict[str, Any] = {name: np.zeros(room.num_rows, dtype) for name, dtype in _BLANK.items()}
-    temperature = np.ones(room.num_rows, np.float32)
-    routes = _blank_routes(source.answers, room.num_rows)
-    for number, (answer, start) in enumerate(zip(source.answers, layout.bounds, strict=False)):
-        tokens = np.array(answer.trajectory.token_ids)
-        here = slice(start, start + len(tokens) - 1)
-        found["tokens"][here], found["labels"][here] = tokens[:-1], tokens[1:]
-        found["sample"][here] = number
-        at = start - 1  # of the row that is asked for the segment's first token
-        for segment in answer.trajectory.segments:
-            size = len(segment.token_ids)
-            asked = slice(at, at + size)
-            if segment.is_sampled:
-                found["is_trained"][asked] = is_kept(segment, version, keeps_old)
-                found["is_current"][asked] = segment.weight_version == version
-                found["behaviour"][asked] = segment.logprobs
-                temperature[asked] = segment.temperature
-            if routes is not None and segment.routes:
-                count = min(len(segment.routes), start + len(tokens) - 1 - (at + 1))
-                routes[at + 1 : at + 1 + count] = segment.routes[:count]
-            at += size
+    found["temperature"] = np.ones(room.num_rows, np.float32)
+    found["routes"] = _blank_routes(source.answers, room.num_rows)
+    columns = [_columns(each, version, found["routes"], keeps_old) for each in source.answers]
+    for span, start in zip(spans, layout.bounds, strict=False):
+        here = slice(start, start + span.stop - span.start)
+        found["sample"][here] = span.answer
+        for name, values in columns[span.answer].items():
+            found[name][here] = values[span.start : span.stop]
     return Rows(
         layout=layout,
         position_ids=layout.positions(),
-        temperature=temperature,
-        routes=routes,
         advantage=np.array([each.advantage for each in source.answers], np.float32),
         weight=np.array([each.weight for each in source.answers], np.float32),
         lengths=np.array([each.num_trained for each in source.answers], np.int64),
         **found,
     )
+
+
+class _Span(NamedTuple):
+    """A document of a pack: rows [start, stop) of an answer's own."""
+
+    answer: int
+    start: int
+    stop: int
+    goes_on_from: int
+    """The document that it goes on from, -1 for none."""
+
+
+def _spans(source: Source) -> list[_Span]:
+    """Documents: of answers that share rows those first, then what each has of its own."""
+    found: list[_Span] = []
+    number = 0
+    for bundle in source.bundles:
+        shared, at = bundle.num_shared, len(found) if bundle.num_shared else -1
+        if shared:
+            found.append(_Span(number, 0, shared, -1))
+        for answer in bundle.answers:
+            found.append(_Span(number, shared, len(answer.trajectory.token_ids) - 1, at))
+            number += 1
+    return found
+
+
+def _columns(
+    answer: Answer, version: int, blank: NDArray[np.int16] | None, keeps_old: bool
+) -> dict[str, NDArray[Any]]:
+    """What is known of the rows of one answer, [tokens - 1] each."""
+    tokens = np.array(answer.trajectory.token_ids)
+    size = len(tokens) - 1
+    names = ("is_trained", "is_current", "behaviour")
+    found: dict[str, Any] = {name: np.zeros(size, _BLANK[name]) for name in names}
+    found |= {"tokens": tokens[:-1], "labels": tokens[1:], "temperature": np.ones(size, np.float32)}
+    if blank is not None:
+        found["routes"] = np.full((size, *blank.shape[1:]), -1, np.int16)
+    at = -1  # of the row that is asked for the segment's first token
+    for segment in answer.trajectory.segments:
+        asked = slice(at, at + len(segment.token_ids))
+        if segment.is_sampled:
+            found["is_trained"][asked] = is_kept(segment, version, keeps_old)
+            found["is_current"][asked] = segment.weight_version == version
+            found["behaviour"][asked] = segment.logprobs
+            found["temperature"][asked] = segment.temperature
+        if blank is not None and segment.routes:
+            count = min(len(segment.routes), size - (at + 1))
+            found["routes"][at + 1 : at + 1 + count] = segment.routes[:count]
+        at += len(segment.token_ids)
+    return found
 
 
 def _blank_routes(answers: tuple[Answer, ...], num_rows: int) -> NDArray[np.int16] | None:

@@ -99,6 +99,7 @@ class Stepper:
             num_answers=batch.num_answers,
             num_trained_tokens=batch.num_trained,
             num_tokens=batch.num_tokens,
+            num_saved=batch.num_saved,
             measured=measured,
         )
 

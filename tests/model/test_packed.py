@@ -12,6 +12,8 @@ from tests.model.test_attention import _core, _sbhd
 from tests.support.single_rank import SMALL, build, one_rank, randomise
 
 LENGTHS = [5, 12, 1, 3]
+NO_BALANCE = "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0".split()
+"""Whose loss counts rows, so that a prompt's would count as often as it is computed."""
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 3])
@@ -58,10 +60,27 @@ def test_padding_is_in_no_maximum_and_comes_out_as_zero_whatever_it_holds():
     assert (counting.current_max_attn_logits > 10 * core.current_max_attn_logits).all()
 
 
+def test_documents_that_go_on_from_another_by_hand():
+    layout = lay_out([3, 2, 1, 2], 10, beginnings=[-1, 0, 0, -1])
+    assert layout.positions().tolist() == [0, 1, 2, 3, 4, 3, 0, 1, -1, -1]
+    assert layout.key_spans() == [(0, 3), (0, 3), (3, 5), (0, 3), (5, 6), (6, 8), (8, 10)]
+    assert layout.longest == 5
+    assert lay_out([3, 2], 8, beginnings=[-1, -1]) == lay_out([3, 2], 8)
+    assert describe(lay_out([3, 2], 8), np.arange(8), "cpu").positions is None
+
+
+@pytest.mark.parametrize(
+    ("beginnings", "multiple"), [([-1, 1, -1], 1), ([-1, 0, -1], 4), ([-1, 0], 1), ([-1, 0, 1], 1)]
+)
+def test_a_beginning_is_an_earlier_document_that_stands_alone(beginnings, multiple):
+    with pytest.raises(ValueError, match=r"expected earlier documents that stand alone"):
+        lay_out([4] * 3, 16, multiple, beginnings)
+
+
 @pytest.fixture(scope="module")
 def model():
     with one_rank():
-        model = build(SMALL, "--sft-data", "memory", "--sft-loss", "token").train()
+        model = build(SMALL, "--sft-data", "memory", "--sft-loss", "token", *NO_BALANCE).train()
         randomise(model)
         yield model
 
@@ -112,3 +131,58 @@ def test_upstreams_own_padding_mask_does_not_reach_the_loads(model):
     with pytest.raises(RuntimeError, match="must match the size"):
         _run(model, torch.arange(32)[None], padding_mask=torch.zeros(1, 32, dtype=torch.bool))
     _loads(model)
+
+
+PROMPT, ENDS = 9, (4, 7, 1)
+
+
+def _ids(number):
+    """Token ids of a prompt (-1) or of what follows it."""
+    generator = torch.Generator().manual_seed(17 + number)
+    return torch.randint(50, ((PROMPT, *ENDS)[number + 1],), generator=generator)
+
+
+def _learnt(model, layout, ids, rows):
+    """Hidden states of the rows that are asked for, gradients of a sum over them, S_max."""
+    ids = torch.cat([*ids, torch.zeros(layout.num_rows - sum(map(len, ids)), dtype=torch.long)])
+    packed = describe(layout, layout.rows_of_rank(1, 0), "cpu")
+    positions = torch.from_numpy(layout.positions())[None]
+    maxima = [
+        layer.self_attention.core_attention.current_max_attn_logits for layer in layers(model)
+    ]
+    for each in maxima:
+        each.fill_(-torch.inf)
+    model.zero_grad()
+    logits = model(ids[None], positions, None, packed_seq_params=packed)[0, rows]
+    logits.log_softmax(-1)[torch.arange(len(rows)), torch.arange(len(rows)) % 50].sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    _loads(model)
+    return logits.detach(), gradients, torch.stack(maxima).clone()
+
+
+def layers(model):
+    return model.decoder.layers
+
+
+def test_a_prompt_that_documents_go_on_from_is_one_before_each_of_them(model):
+    """Logits, gradients and S_max. Wrong variant: documents that do not see where they began."""
+    prompt, ends = _ids(-1), [_ids(number) for number in range(len(ENDS))]
+    whole = [torch.cat([prompt, end]) for end in ends]
+    apart = lay_out([len(each) for each in whole], 48)
+    rows = [
+        row
+        for start, each in zip(apart.bounds, whole, strict=False)
+        for row in range(start + PROMPT, start + len(each))
+    ]
+    expected = _learnt(model, apart, whole, rows)
+    lengths, beginnings = [PROMPT, *ENDS], [-1, 0, 0, 0]
+    rows = list(range(PROMPT, PROMPT + sum(ENDS)))
+    for found, is_same in (
+        (_learnt(model, lay_out(lengths, 24, 1, beginnings), [prompt, *ends], rows), True),
+        (_learnt(model, lay_out(lengths, 24), [prompt, *ends], rows), False),
+    ):
+        assert torch.allclose(found[0], expected[0], atol=1e-5) is is_same
+        assert torch.allclose(found[2], expected[2], rtol=1e-5) is is_same
+        worst = max(float((found[1][n] - grad).abs().max()) for n, grad in expected[1].items())
+        largest = max(float(grad.abs().max()) for grad in expected[1].values())
+        assert (worst < 1e-5 * largest) is is_same

@@ -179,6 +179,14 @@ def _one_answer_a_pack(stack):
     _put(stack, batch, "pack", functools.partial(batch.pack, method="none"))
 
 
+def _answers_forget_their_prompt(stack):
+    """They share its rows and do not go on from them."""
+    from megatron_k2.rl import rows
+
+    original = rows.lay_out
+    _put(stack, rows, "lay_out", lambda *given: original(*given[:3]))
+
+
 def _dead_groups_count(stack):
     """Every group has the same weight, whatever its rewards."""
     from megatron_k2.rl import batch
@@ -261,6 +269,7 @@ def _a_stage_sends_what_it_held(stack):
 
 
 WRONG = {
+    "answers forget their prompt": _answers_forget_their_prompt,
     "a stage sends what it held": _a_stage_sends_what_it_held,
     "one answer a pack": _one_answer_a_pack,
     "dead groups count": _dead_groups_count,

@@ -39,8 +39,10 @@ def _wrote(draw: random.Random, lag: int, *, has_routes: bool, is_last: bool) ->
     return Segment(ids, logprobs, lag, draw.choice((1.0, 0.8)), routes)
 
 
-def trajectory(draw: random.Random, reward: float | None, *, has_routes=False, lags=(0, 0)):
-    segments = [_read(draw, has_routes=has_routes)]
+def trajectory(
+    draw: random.Random, reward: float | None, *, has_routes=False, lags=(0, 0), prompt=None
+):
+    segments = [prompt or _read(draw, has_routes=has_routes)]
     for number, lag in enumerate(lags):
         is_last = number + 1 == len(lags)
         segments.append(_wrote(draw, lag, has_routes=has_routes, is_last=is_last))
@@ -51,7 +53,8 @@ def trajectory(draw: random.Random, reward: float | None, *, has_routes=False, l
 
 def group(ordinal: int, rewards: Sequence[float | None], seed: int = 0, **fields) -> Group:
     draw = random.Random(f"{seed} {ordinal}")
-    found = tuple(trajectory(draw, reward, **fields) for reward in rewards)
+    prompt = _read(draw, has_routes=fields.get("has_routes", False))
+    found = tuple(trajectory(draw, reward, prompt=prompt, **fields) for reward in rewards)
     return Group(ordinal, "toy", f"task {ordinal}", found)
 
 

@@ -63,6 +63,90 @@ def test_routes_lie_with_the_row_that_reads_the_token():
     assert (found[7:] == -1).all()
 
 
+ALIKE = replace(SHORT, segments=(READ, *SHORT.segments[1:]))
+SHARING = replace(ROOM, shares_prompts=True)
+
+
+def test_answers_share_all_rows_of_their_prompt_but_its_last_tokens_by_hand():
+    """Of (10, 11) the row that reads 11 is asked for 20 by one answer, for 60 by the other."""
+    batch = plan([replace(GROUP, trajectories=(THREE, ALIKE))], SHARING, 3)
+    (source,) = batch.shares[0]
+    found = rows(source, SHARING, 3)
+    assert found.layout.bounds == (0, 1, 7, 8, 64)
+    assert found.layout.beginnings == (-1, 0, 0, -1)
+    assert found.tokens[:9].tolist() == [10, 11, 20, 21, 30, 40, 50, 11, 0]
+    assert found.labels[:9].tolist() == [11, 20, 21, 30, 40, 50, 51, 60, 0]
+    assert found.position_ids[:9].tolist() == [0, 1, 2, 3, 4, 5, 6, 1, -1]
+    assert found.sample[:9].tolist() == [0] * 7 + [1, 0]
+    assert found.is_trained[:9].tolist() == [*[False] * 5, True, True, True, False]
+    assert found.behaviour[:8].tolist() == [0, -1, -1.5, 0, -2, -2.5, -3, -1]
+    assert found.temperature[:8].tolist() == pytest.approx([1, 0.8, 0.8, 1, 1, 0.5, 0.5, 1])
+    routes = [[0, 1], [2, 3], [4, 5], [6, 7], [-1, -1], [-1, -1], [1, 2], [2, 3]]
+    assert found.routes[:8, :, 0].tolist() == routes
+    assert (batch.num_tokens, batch.num_saved, source.num_tokens) == (8, 1, 8)
+
+
+def test_a_prompt_that_was_routed_otherwise_is_not_shared():
+    batch = plan([GROUP], SHARING, 3)  # of one the routes are known, of the other not
+    assert [len(each.answers) for each in batch.shares[0][0].bundles] == [1, 1]
+    assert batch.num_saved == 0
+
+
+def test_answers_that_do_not_fit_one_pack_share_in_several():
+    """40 rows of a prompt and 4 of each of eight answers: five, then three, in packs of 60."""
+    prompt = Segment(tuple(range(1, 42)))
+    answers = tuple(
+        Trajectory((prompt, Segment((7,) * 4, (-1.0,) * 4, 0)), k % 2, {}, End.OVER)
+        for k in range(8)
+    )
+    batch = plan([Group(0, "toy", "a", answers)], Room(60, shares_prompts=True), 0)
+    bundles = [each for source in batch.shares[0] for each in source.bundles]
+    assert sorted(len(each.answers) for each in bundles) == [3, 5]
+    assert {each.num_shared for each in bundles} == {40}
+    assert batch.num_tokens == 2 * 40 + 8 * 4
+    assert batch.num_saved == 6 * 40
+    own = plan([Group(0, "toy", "a", answers)], Room(60), 0)
+    assert own.num_tokens == batch.num_tokens + batch.num_saved == 8 * 44
+
+
+def test_a_group_is_divided_where_packs_would_else_stay_half_empty():
+    """Three groups of 10 + 3 * 10 rows, packs of 60: 40 and 10 + 10, 10 + 20 twice, 10 + 10."""
+    prompts = [Segment(tuple(range(k, k + 11))) for k in (1, 20, 40)]
+    groups = [
+        Group(
+            n,
+            "toy",
+            str(n),
+            tuple(
+                Trajectory((each, Segment((7,) * 10, (-1.0,) * 10, 0)), k % 2, {}, End.OVER)
+                for k in range(3)
+            ),
+        )
+        for n, each in enumerate(prompts)
+    ]
+    batch = plan(groups, Room(60, shares_prompts=True), 0)
+    used = [source.num_tokens for source in batch.shares[0]]
+    assert used == [60, 60, 20]
+    bundles = [each for source in batch.shares[0] for each in source.bundles]
+    assert [len(each.answers) for each in bundles] == [3, 1, 2, 2, 1]
+    assert [each.num_shared for each in bundles] == [10, 0, 10, 10, 0]
+
+
+def test_packs_end_where_the_fullest_of_all_ranks_does():
+    groups = stamped([each for seed in range(3) for each in iteration(seed)], 0)
+    batch = plan(groups, Room(200, 2, shares_prompts=True, unit=64), 0)
+    pairs = list(zip(*batch.shares, strict=True))
+    assert len(batch.sizes) == len(pairs)
+    for size, pair in zip(batch.sizes, pairs, strict=True):
+        assert size % 64 == 0 or size == 200
+        assert size - 64 < max(source.num_tokens for source in pair) <= size
+    assert min(batch.sizes) < 200
+    assert set(plan(groups, Room(200, 2), 0).sizes) == {200}
+    idle = plan(groups[:1], Room(200, 2, unit=64), 0)
+    assert idle.sizes == (128,)
+    assert [rows(share[0], Room(128), 0).layout.num_rows for share in idle.shares] == [128, 128]
+
+
 def test_only_live_groups_are_packed_and_every_live_one_weighs_the_same():
     groups = stamped(iteration(), 0)
     batch = plan(groups, ROOM, 0)

@@ -2,7 +2,8 @@
 
 Two iterations of two mini-batches each, segments of two versions, MuonClip with QK-Clip at work.
 Bounds are pretraining's (``tests/parallel/test_layouts.py``): losses 1e-6 relative, weights 1e-6
-absolute at a rate of the report's size. The oracle of packs is a run with one answer a pack.
+absolute at a rate of the report's size. The oracle of packs, in which answers share their prompt's
+rows, is a run with one answer a pack.
 
 AdamW's epsilon is above the rounding of a gradient: a token that is read once or twice has elements
 of its embedding whose gradient is hardly more than that, and would be moved by its sign.
@@ -38,6 +39,7 @@ RUN = f"""
     --policy-tau 1.5 --save-interval 9 --qk-clip-threshold 0.02 --adam-eps 1e-5
 """.split()
 OVERLAP = "--overlap-grad-reduce --ddp-bucket-size 20000".split()
+LONG = "--seq-length 256 --max-position-embeddings 256".split()
 EACH = "--save-interval 1".split()
 PP4 = "--pipeline-model-parallel-size 4".split()
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
@@ -50,7 +52,7 @@ KINDS = {
     "replay": [],
     "PTX": "--ptx-weight 0.5 --ptx-packs 3 --critic-weight 0.7".split(),
     "MTP": "--mtp-num-layers 1 --clip-grad 0".split(),
-    "no MTP": "--clip-grad 0".split(),
+    "no MTP": "--clip-grad 0 --no-shared-prompts".split(),
     "LoRA": "--lora-rank 4 --lora-alpha 8 --lr 2e-3 --min-lr 2e-3".split(),
 }
 LAYOUTS = {
@@ -59,6 +61,7 @@ LAYOUTS = {
         "TP2+SP, replay, whole layers again": [*TP2, *FULL],
         "TP2+SP, LoRA": TP2,
         "EP2": EP2,
+        "EP2, long packs that end early": [*EP2, *LONG],
         "EP2, replay, experts again": [*EP2, *MOE],
         "PP2": PP2,
         "PP2, replay, whole layers again": [*PP2, *FULL],
@@ -159,7 +162,10 @@ def _on_one_rank(root: Path) -> list[dict]:
         _case(root, "start_MTP", ["--iterations", "1"], "MTP") | dead,
     ]
     cases += [_case(root, f"one rank, {kind}", [], kind) for kind in KINDS]
-    cases.append(_case(root, "alone", [], "", wrong="one answer a pack"))
+    alone = ["--no-shared-prompts"]
+    cases.append(_case(root, "alone", alone, "", wrong="one answer a pack"))
+    cases.append(_case(root, "own prompts, replay", alone, "replay"))
+    cases.append(_case(root, "forgotten", [], "", wrong="answers forget their prompt"))
     dead = {"groups": str(root / "then_dead.json")}
     cases.append(_case(root, "then dead", EACH, "PTX") | dead)
     cases.append(_case(root, "dead groups count", EACH, "PTX", wrong="dead groups count") | dead)
@@ -271,6 +277,22 @@ def test_packed_answers_on_four_stages_equal_each_in_a_pack_of_its_own(runs):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-6, abs=1e-6)
         assert _difference(_tensors(_at(runs, layout)), _tensors(alone)) < BOUND
     assert _difference(_tensors(_at(runs, "bounds")), _tensors(alone)) > 100 * BOUND
+
+
+def test_answers_that_share_their_prompts_rows_learn_the_same(runs):
+    """Loss, gradients and S_max, with routes and without; the wrong variant is far off."""
+    for found, own in (("one rank, ", "alone"), ("one rank, replay", "own prompts, replay")):
+        lines = [_lines(_at(runs, name)) for name in (found, own)]
+        for a, b in zip(*lines, strict=True):
+            assert a["num_tokens"] + a["num_saved"] == b["num_tokens"]
+            assert a["num_saved"] > b["num_saved"] == 0
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-6, abs=1e-6)
+        for a, b in zip(_steps(_at(runs, found)), _steps(_at(runs, own)), strict=True):
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+            assert a["max_logit_per_layer"] == pytest.approx(b["max_logit_per_layer"], rel=1e-4)
+        assert _difference(_tensors(_at(runs, found)), _tensors(_at(runs, own))) < BOUND
+    forgotten = _tensors(_at(runs, "forgotten"))
+    assert _difference(forgotten, _tensors(_at(runs, "alone"))) > 100 * BOUND
 
 
 def test_shares_of_an_answer_are_joined_before_they_are_squared(runs):

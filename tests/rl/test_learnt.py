@@ -17,7 +17,7 @@ def _measured(kl, nll=None, clipped=0, rms=None):
 
 
 def _update(number, measured):
-    return Update(number, number, measured is not None, 4, 3, 12, 50, 80, measured)
+    return Update(number, number, measured is not None, 4, 3, 12, 50, 80, 20, measured)
 
 
 def test_means_and_largest_are_of_the_mini_batches_that_ran():
@@ -36,6 +36,7 @@ def test_means_and_largest_are_of_the_mini_batches_that_ran():
         "learn/steps": 2,
         "learn/live_groups": 9,
         "learn/tokens": 240,
+        "learn/saved_tokens": 60,
         "learn/clipped_heads": 3,
         "learn/mismatch": 1e-3,
         "learn/mismatch_largest": 0.5,
@@ -57,5 +58,11 @@ def test_of_an_iteration_without_a_step_little_is_known():
     nan = math.nan
     found = metrics(Learnt(Mismatch(0, nan, nan, nan, nan), (_update(1, None),), 0.0, 0.0))
     assert set(found) == {
-        *("learn/steps", "learn/live_groups", "learn/tokens", "learn/clipped_heads"),
+        *(
+            "learn/steps",
+            "learn/live_groups",
+            "learn/tokens",
+            "learn/saved_tokens",
+            "learn/clipped_heads",
+        ),
     }

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -27,6 +28,8 @@ CANARY_VARIABLE = "MEGATRON_K2_CANARY"
 PREFIX = "HO_"
 LEAST_BYTES = 8
 """A canary file shorter than this may appear in an output by chance."""
+GRACE_SECONDS = 2.0
+"""In which a process that was killed with its program must be gone, on a machine that is busy."""
 IPC_CREAT, IPC_RMID = 0o1000, 0
 
 
@@ -136,7 +139,7 @@ class Scene:
         reached = [name for name, listener in self._listeners.items() if _was_called(listener)]
         if reached:
             return f"reached {', '.join(reached)}"
-        survivors = processes_with(self.mark)
+        survivors = _survivors(self.mark)
         for pid in survivors:
             with suppress(OSError):
                 os.kill(pid, 9)
@@ -152,6 +155,14 @@ class Scene:
         trace: TracebackType | None,
     ) -> None:
         self._stack.close()
+
+
+def _survivors(mark: str) -> list[int]:
+    """Processes of a program that is over; one that was killed is gone once the kernel runs it."""
+    end = time.monotonic() + GRACE_SECONDS
+    while (found := processes_with(mark)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:
