@@ -81,7 +81,7 @@ class Learner:
             num_ranks=mpu.get_data_parallel_world_size(),
             multiple=row_multiple(args.context_parallel_size),
             count_multiple=args.pipeline_model_parallel_size if is_interleaved else 1,
-            shares_prompts=settings.shares_prompts,
+            shares_prompts=settings.shares_prompts and can_share_prompts(args),
             unit=_unit(args),
         )
         is_moved = args.offload_in_rollout
@@ -232,6 +232,16 @@ class Learner:
         state = (self.stages, self._stepper.optimizer, self._stepper.scheduler)
         num_flops = self._args.num_floating_point_operations_so_far
         training.save_checkpoint_and_time(self.number, *state, num_flops, {})
+
+
+def can_share_prompts(args: Namespace) -> bool:
+    """Whether the model computes documents that go on from others.
+
+    Transformer Engine's attention and context parallelism do not, fused rotary embeddings begin
+    every document at 0, and a prediction layer asks a prompt's last rows for tokens that differ.
+    """
+    is_ours = args.transformer_impl == "local" and not args.apply_rope_fusion
+    return is_ours and args.context_parallel_size == 1 and not args.mtp_num_layers
 
 
 def _unit(args: Namespace) -> int:

@@ -49,7 +49,7 @@ class LearnerSettings:
     replays_routes: bool = True
     """Experts as the engine chose them, where it recorded them."""
     shares_prompts: bool = True
-    """Answers of a pack share their prompt's rows, where the model can (``model.packed``)."""
+    """Answers of a pack share their prompt's rows, where the model can."""
 
 
 def settings_from(args: Namespace) -> LearnerSettings:
@@ -74,18 +74,8 @@ def settings_from(args: Namespace) -> LearnerSettings:
         ptx_packs=args.ptx_packs if args.sft_data is not None else 0,
         resets_optimizer=args.reset_optimizer,
         replays_routes=not args.no_router_replay,
-        shares_prompts=not args.no_shared_prompts and _can_share(args),
+        shares_prompts=not args.no_shared_prompts,
     )
-
-
-def _can_share(args: Namespace) -> bool:
-    """Whether the model computes documents that go on from others.
-
-    Transformer Engine's attention and context parallelism do not, fused rotary embeddings begin
-    every document at 0, and a prediction layer asks a prompt's last rows for tokens that differ.
-    """
-    is_ours = args.transformer_impl == "local" and not args.apply_rope_fusion
-    return is_ours and args.context_parallel_size == 1 and not args.mtp_num_layers
 
 
 def _check(args: Namespace) -> None:

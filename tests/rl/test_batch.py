@@ -1,6 +1,7 @@
 """Plans and rows of batches by hand: masks, packs, shares of ranks."""
 
 import random
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from megatron_k2.errors import UserError
 from megatron_k2.records.rollouts import End
 from megatron_k2.rl.batch import IDLE, Room, Source, plan
+from megatron_k2.rl.learner import can_share_prompts
 from megatron_k2.rl.record import Group, Segment, Trajectory
 from megatron_k2.rl.rows import rows
 from megatron_k2.sft.packed_set import PackedSet
@@ -107,6 +109,27 @@ def test_answers_that_do_not_fit_one_pack_share_in_several():
     assert batch.num_saved == 6 * 40
     own = plan([Group(0, "toy", "a", answers)], Room(60), 0)
     assert own.num_tokens == batch.num_tokens + batch.num_saved == 8 * 44
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("transformer_impl", "transformer_engine"),
+        ("apply_rope_fusion", True),
+        ("context_parallel_size", 2),
+        ("mtp_num_layers", 1),
+    ],
+)
+def test_prompts_are_shared_where_every_part_of_the_model_can(name, value):
+    args = Namespace(
+        transformer_impl="local",
+        apply_rope_fusion=False,
+        context_parallel_size=1,
+        mtp_num_layers=None,
+    )
+    assert can_share_prompts(args)
+    setattr(args, name, value)
+    assert not can_share_prompts(args)
 
 
 def test_a_group_is_divided_where_packs_would_else_stay_half_empty():

@@ -60,6 +60,7 @@ def test_settings_are_the_defaults_where_nothing_is_said():
     )
     assert found.objective == Objective("window", window=(-1.0, 2.0))
     assert not found.replays_routes
+    assert not settings_from(_parsed("--no-shared-prompts")).shares_prompts
 
 
 def test_a_gpus_fused_router_gives_way_to_replay():
