@@ -6,10 +6,13 @@ that reads them. Whole sentences go, so that nothing of them is left to obey; wh
 as it is. That something was removed is said in the record, not to the critic.
 """
 
+import functools
 import re
 import unicodedata
 from typing import NamedTuple
 
+CACHED = 512
+"""Answers whose result is kept: each of a group is compared with all the others."""
 _INVISIBLE = re.compile(
     r"[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\U000e0000-\U000e007f]"
 )
@@ -94,6 +97,7 @@ class Neutral(NamedTuple):
     """Whether one of them can have been meant for a judge alone."""
 
 
+@functools.lru_cache(maxsize=CACHED)
 def neutral(answer: str) -> Neutral:
     """Take out sentences that address a judge; letters that look like others are read as those.
 
@@ -106,7 +110,9 @@ def neutral(answer: str) -> Neutral:
         sentence = match.group()
         if not sentence:
             continue
-        said = f"{sentence.strip()}\n{_plain(sentence).strip()}"
+        said, plain = sentence.strip(), _plain(sentence).strip()
+        if plain != said:
+            said = f"{said}\n{plain}"
         if _ADDRESSED.search(said):
             removed += 1
             is_attack |= bool(_ATTACK.search(said))
