@@ -4,6 +4,7 @@
 are 3. What is counted small and idly ("one of", "two of them") is there, and marked.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -34,6 +35,8 @@ _LARGE = {
     "trillion": 10**12,
 }
 _LARGEST_IDLE = 2
+CACHED_TEXTS = 2048
+"""Whose numbers are kept: a sentence is compared with each that may have come of it."""
 _WORDS = "|".join(sorted([*_SMALL, *_LARGE, *_ORDINALS], key=len, reverse=True))
 _SPELLED = rf"\b(?:{_WORDS})s?\b(?:(?:[ -]|,? and )(?:{_WORDS})s?\b)*"
 _SPACE = "[\u00a0\u202f\u2009]"
@@ -57,7 +60,8 @@ class Quantity:
     """A small number as a word, which prose adds and drops."""
 
 
-def quantities(text: str) -> list[Quantity]:
+@functools.lru_cache(maxsize=CACHED_TEXTS)
+def quantities(text: str) -> tuple[Quantity, ...]:
     """Numbers in order."""
     found = []
     for match in _FOUND.finditer(text):
@@ -68,7 +72,7 @@ def quantities(text: str) -> list[Quantity]:
             for value in _of_words(re.findall(r"[a-z]+", match["spelled"].lower())):
                 is_idle = value <= _LARGEST_IDLE and not match["parts"]
                 found.append(Quantity(value, match.start(), match.end(), is_idle))
-    return found
+    return tuple(found)
 
 
 def values(text: str, *, with_idle: bool = True) -> set[Fraction | str]:

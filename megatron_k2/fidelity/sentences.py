@@ -5,10 +5,13 @@ a heading, a blank line. A fenced block is one piece. Concatenated, the pieces a
 whoever rewrites piece by piece can say what became of each.
 """
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterator
 
+CACHED_WORDS = 1 << 16
+"""Whose stems are kept; a text says most of its words again."""
 _ABBREVIATIONS = frozenset(
     "mr mrs ms dr prof st jr sr vs etc e.g i.e cf al fig figs no nos vol pp p ed eds approx ca "
     "dept gen col lt sgt rev hon gov sen rep inc ltd co corp ave blvd mt jan feb mar apr jun jul "
@@ -80,6 +83,8 @@ def _is_abbreviation(before: str) -> bool:
 
 def folded(text: str) -> str:
     """Lower case without accents, with plain quotes: what names are compared as."""
+    if text.isascii():
+        return text.lower()
     plain = unicodedata.normalize("NFKD", text.replace("’", "'").replace("‘", "'"))
     return "".join(each for each in plain if not unicodedata.combining(each)).lower()
 
@@ -89,6 +94,7 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
+@functools.lru_cache(maxsize=CACHED_WORDS)
 def stem(word: str) -> str:
     """A word without its English endings, roughly: *founded*, *founding*, *founds* are one."""
     found = folded(word).removesuffix("'s").removesuffix("'")
