@@ -47,7 +47,7 @@ FLAGS = shlex.split("""
     --max-decode-steps 80 --eval-every 2 --rail truncated=off --lr 2e-3 --min-lr 2e-3
     --lr-warmup-iters 0 --seed 7 --save-interval 1 --exit-signal-handler
 """)
-PATIENCE = {"look": 0.2, "silent": 4.0, "start": 120, "backoff": 0.1, "most_backoff": 1, "end": 3}
+PATIENCE = {"look": 0.2, "silent": 8.0, "start": 120, "backoff": 0.1, "most_backoff": 1, "end": 3}
 
 
 def flags(folder, iterations, *more, of=FLAGS):

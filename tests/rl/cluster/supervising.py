@@ -13,10 +13,10 @@ from megatron_k2.rl.cluster.rendezvous import Meeting
 
 HOST = "127.0.0.1"
 STAND_IN = Path(__file__).parent / "stand_in.py"
-QUICK = {"look": 0.1, "silent": 4, "start": 60, "backoff": 0.05, "most_backoff": 0.2, "end": 2}
+QUICK = {"look": 0.1, "silent": 8, "start": 180, "backoff": 0.05, "most_backoff": 0.2, "end": 2}
 
 
-def until(found, seconds=30.0):
+def until(found, seconds=90.0):
     """What ``found()`` gives once it is something."""
     end = time.monotonic() + seconds
     while not (value := found()):
@@ -69,7 +69,7 @@ class Supervised:
     def said(self, node=0):
         return (self.meeting.directory / f"supervisor.{node}.log").read_text()
 
-    def engine(self, index, attempt=0, seconds=60.0):
+    def engine(self, index, attempt=0, seconds=180.0):
         """The address of an engine, of this attempt at least."""
 
         def found():
