@@ -245,7 +245,10 @@ def can_share_prompts(args: Namespace) -> bool:
 
 
 def _unit(args: Namespace) -> int:
-    """Of packs that may end early: not where stages, context parallelism or graphs want a size."""
+    """Rows that a pack's size is a multiple of where it may end early, else 0.
+
+    Pipeline stages, context parallelism and captured graphs want one size.
+    """
     is_split = args.pipeline_model_parallel_size > 1 or args.context_parallel_size > 1
     is_captured = args.cuda_graph_impl != "none"
     return 0 if is_split or is_captured else PACK_UNIT * args.tensor_model_parallel_size
