@@ -47,6 +47,7 @@ from megatron_k2.engine.local.weights import Weights
 from megatron_k2.engine.protocol import Request, SamplingParams
 from megatron_k2.presets import get_preset
 from megatron_k2.records.rollouts import End
+from megatron_k2.records.routes import Routes
 from megatron_k2.rl.assembly import build
 from megatron_k2.rl.checks import check_rl
 from megatron_k2.rl.flags import add_rl_arguments, expand
@@ -123,14 +124,14 @@ class Ours:
         async for output in self._engine.generate(Request(f"{i} {k}", prompt, params)):
             read += output.prompt_tokens
             wrote += output.tokens
-        routes = [token.routed_experts for token in (*read, *wrote)][:-1]
+        routes = Routes.joined(token.routed_experts for token in (*read, *wrote)[:-1])
         segments = (
-            Segment(prompt, routes=tuple(routes[: len(prompt)])),
+            Segment(prompt, routes=routes[: len(prompt)]),
             Segment(
                 tuple(token.id for token in wrote),
                 tuple(token.logprob for token in wrote),
                 self._learner.version,
-                routes=tuple(routes[len(prompt) :]),
+                routes=routes[len(prompt) :],
             ),
         )
         return Trajectory(segments, float(self.work.rewards[i, k]), {}, End.OVER)

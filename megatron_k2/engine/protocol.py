@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from megatron_k2.errors import UserError
+from megatron_k2.records.routes import Routes
 
 if TYPE_CHECKING:
     from torch import Tensor  # clients of engines elsewhere do without torch
@@ -118,9 +119,9 @@ class Token:
     """The likeliest at this place, best first."""
     weight_version: str = ""
     """Of the weights that computed ``logprob``."""
-    routed_experts: tuple[tuple[int, ...], ...] | None = None
-    """[MoE layers][top-k]: where the router sent this token *as input*; ``None`` if not asked for,
-    or for an answer's last token, which was never an input."""
+    routed_experts: Routes | None = None
+    """Where the router sent this token *as input*; ``None`` if not asked for, or for an answer's
+    last token, which was never an input."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """An append-only file of records, each chained to the one before it, and payloads beside it.
 
     journal.jsonl          a record a line: hash of (the line before's hash, this line's text), text
-    payload/0000012.bin    what records of segment 12 refer to, compressed
+    payload/0000012.bin    what records of segment 12 refer to
 
 A kill leaves at most a last line that is not whole: it is cut off, with a sentence, and what it
 said is done again. Any other line or payload that is not as it was written is refused: what follows
@@ -12,7 +12,6 @@ small.
 
 import json
 import os
-import zlib
 from collections.abc import Callable, Collection
 from io import FileIO
 from pathlib import Path
@@ -23,6 +22,7 @@ from megatron_k2.rl.journal_reader import (
     JOURNAL,
     PAYLOAD,
     JournalReader,
+    Payload,
     Ref,
     chained,
     short_hash,
@@ -101,9 +101,9 @@ class Journal(JournalReader):
         self.offsets.append(offset)
         return len(self.offsets) - 1
 
-    def put(self, segment: int, content: Any) -> Ref:
-        """Write a payload, JSON; durable with the next durable record."""
-        packed = zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 1)
+    def put(self, segment: int, payload: Payload) -> Ref:
+        """Write a payload; durable with the next durable record."""
+        packed = payload.packed()
         if self._payload is None or self._segment != segment:
             self.close_payload()
             self._payload = self.file(segment).open("ab", buffering=0)

@@ -6,6 +6,7 @@ line yet, and is looked at again.
 
 import hashlib
 import json
+import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,15 +19,38 @@ _HASH_LETTERS = 32
 _ORIGIN = "0" * _HASH_LETTERS
 
 
+_JSON_SIZE = struct.Struct("<I")
+
+
+class Payload(NamedTuple):
+    """What is too long for a record."""
+
+    content: Any
+    """JSON; it is compressed."""
+    raw: bytes = b""
+    """Of any form; it lies as it is."""
+
+    def packed(self) -> bytes:
+        """The JSON's size, compressed, then the JSON, then the rest."""
+        text = zlib.compress(json.dumps(self.content, separators=(",", ":")).encode(), 1)
+        return _JSON_SIZE.pack(len(text)) + text + self.raw
+
+    @classmethod
+    def unpacked(cls, packed: bytes) -> "Payload":
+        """The reverse."""
+        end = _JSON_SIZE.size + _JSON_SIZE.unpack_from(packed)[0]
+        return cls(json.loads(zlib.decompress(packed[_JSON_SIZE.size : end])), packed[end:])
+
+
 class Ref(NamedTuple):
     """Where a payload lies."""
 
     segment: int
     offset: int
     size: int
-    """Bytes, compressed."""
+    """Bytes, as they lie."""
     sha256: str
-    """Its beginning, of the compressed bytes."""
+    """Its beginning, of those bytes."""
 
 
 class Position(NamedTuple):
@@ -123,7 +147,7 @@ class JournalReader:
         """One again."""
         return json.loads(self._line(number)[1])
 
-    def get(self, ref: Ref) -> Any:
+    def get(self, ref: Ref) -> Payload:
         """A payload again.
 
         Raises:
@@ -140,7 +164,7 @@ class JournalReader:
                 f"{path}: {ref.size:,} bytes at {ref.offset:,} are not as they were written; "
                 "restore the file from a copy, or begin a new run from a checkpoint"
             )
-        return json.loads(zlib.decompress(packed))
+        return Payload.unpacked(packed)
 
     def file(self, segment: int) -> Path:
         """Of a segment's payloads."""

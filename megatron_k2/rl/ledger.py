@@ -25,15 +25,15 @@ from typing import Any
 from megatron_k2.errors import UserError
 from megatron_k2.lock.directory import hold
 from megatron_k2.records.rollouts import JUDGED
-from megatron_k2.rl.answers import Answer, segments_to_object
+from megatron_k2.rl.answers import Answer, segments_from, segments_to_payload
 from megatron_k2.rl.curriculum import Prompt, Stream
 from megatron_k2.rl.handed_out import HandedOut
 from megatron_k2.rl.in_play import Finished, FinishedGroup, OpenGroup, open_group_from
 from megatron_k2.rl.journal import Journal, Sizes
 from megatron_k2.rl.journal_reader import Ref
-from megatron_k2.rl.record import Segment, segment_from
+from megatron_k2.rl.record import Segment
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Ledger(HandedOut[Journal]):
@@ -139,7 +139,7 @@ class Ledger(HandedOut[Journal]):
 
     def answer(self, prompt: Prompt, k: int, num_steps: int, answer: Answer) -> None:
         """An answer is finished; durable with the last of its group, or where it failed."""
-        ref = self._journal.put(self.num_iterations, answer.to_object())
+        ref = self._journal.put(self.num_iterations, answer.to_payload())
         row = {"ordinal": prompt.ordinal, "k": k, "num_steps": num_steps, "answer": ref}
         group = self.open_groups[prompt.ordinal]
         num_known = len(group.answers.keys() | self.finished[prompt.ordinal].keys() | {k})
@@ -164,7 +164,7 @@ class Ledger(HandedOut[Journal]):
 
     def keep(self, segments: tuple[Segment, ...]) -> Ref:
         """A beginning that is to be resumed; durable with the next record."""
-        return self._journal.put(self.num_iterations, segments_to_object(segments))
+        return self._journal.put(self.num_iterations, segments_to_payload(segments))
 
     def end(
         self,
@@ -187,7 +187,7 @@ class Ledger(HandedOut[Journal]):
 
     def read_state(self, ref: Ref) -> tuple[Segment, ...]:
         """One that was cut off."""
-        return tuple(segment_from(row) for row in self._journal.get(ref))
+        return segments_from(self._journal.get(ref))
 
     def evaluated(self, iteration: int, results: Mapping[str, Any]) -> None:
         """Held-out prompts were tried with the weights that iteration starts from."""

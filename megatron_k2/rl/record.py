@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_k2.records.rollouts import End
-
-Routes = tuple[tuple[int, ...], ...]
-"""[MoE layers][top-k]: where one token was sent as input."""
+from megatron_k2.records.routes import NO_ROUTES, Routes, routes_from
 
 
 @dataclass(frozen=True)
@@ -33,9 +31,9 @@ class Segment:
     """Of the weights that drew them; -1 for what the policy read."""
     temperature: float = 1.0
     """They were drawn at."""
-    routes: tuple[Routes, ...] = ()
-    """Of each token, by the engine; empty where it gives none. A trajectory's last token was never
-    an input and has none."""
+    routes: Routes = NO_ROUTES
+    """Of each token, by the engine; ``NO_ROUTES`` where it gives none. A trajectory's last token
+    was never an input and has none."""
 
     def __post_init__(self) -> None:
         if self.is_sampled and len(self.logprobs) != len(self.token_ids):
@@ -53,6 +51,10 @@ class Segment:
     def is_sampled(self) -> bool:
         """Whether the policy wrote them."""
         return self.weight_version >= 0
+
+    def to_object(self) -> dict[str, Any]:
+        """JSON."""
+        return {**vars(self), "routes": self.routes.to_object()}
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Trajectory:
         """JSON."""
         return {
             **vars(self),
-            "segments": [dict(vars(segment)) for segment in self.segments],
+            "segments": [segment.to_object() for segment in self.segments],
             "parts": dict(self.parts),
         }
 
@@ -153,20 +155,23 @@ def trajectory_from(row: Mapping[str, Any]) -> Trajectory:
         raise ValueError(f"not a trajectory: {problem}") from None
 
 
-def segment_from(row: Mapping[str, Any]) -> Segment:
+def segment_from(row: Mapping[str, Any], routes: Routes | None = None) -> Segment:
     """An object, back.
+
+    Args:
+        row: the object.
+        routes: instead of the row's.
 
     Raises:
         ValueError: a field that is missing, unknown or of another form.
     """
     try:
-        routes = tuple(tuple(tuple(layer) for layer in token) for token in row["routes"])
         return Segment(
             **{
                 **row,
                 "token_ids": tuple(row["token_ids"]),
                 "logprobs": tuple(row["logprobs"]),
-                "routes": routes,
+                "routes": routes_from(row["routes"]) if routes is None else routes,
             }
         )
     except (KeyError, TypeError) as problem:

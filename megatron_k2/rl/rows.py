@@ -143,14 +143,14 @@ def _columns(
             found["temperature"][asked] = segment.temperature
         if blank is not None and segment.routes:
             count = min(len(segment.routes), size - (at + 1))
-            found["routes"][at + 1 : at + 1 + count] = segment.routes[:count]
+            found["routes"][at + 1 : at + 1 + count] = segment.routes[:count].array
         at += len(segment.token_ids)
     return found
 
 
 def _blank_routes(answers: tuple[Answer, ...], num_rows: int) -> NDArray[np.int16] | None:
     shapes = {
-        (len(segment.routes[0]), len(segment.routes[0][0]))
+        (segment.routes.num_layers, segment.routes.top_k)
         for each in answers
         for segment in each.trajectory.segments
         if segment.routes

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from megatron_k2.engine.protocol import Token
 from megatron_k2.errors import UserError
-from megatron_k2.rl.record import Routes, Segment
+from megatron_k2.records.routes import NO_ROUTES, Routes
+from megatron_k2.rl.record import Segment
 
 _READ = (-1, 1.0)
 """Version and temperature of what nobody drew."""
@@ -34,6 +35,7 @@ class Transcript:
     """0 for what was read."""
     origins: list[tuple[int, float]] = field(default_factory=list)
     routes: list[Routes | None] = field(default_factory=list)
+    """Of one token each; ``None`` where it is not known."""
     turns: list[int] = field(default_factory=list)
     """Places at which a turn's reading begins."""
     drawings: list[int] = field(default_factory=list)
@@ -124,7 +126,7 @@ class Transcript:
             tuple(self.logprobs[begin:end]) if version >= 0 else (),
             version,
             temperature,
-            tuple(known) if end - begin - len(known) in (0, 1) else (),
+            Routes.joined(known) if end - begin - len(known) in (0, 1) else NO_ROUTES,
         )
 
 

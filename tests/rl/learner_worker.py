@@ -100,6 +100,7 @@ class Sampled(Scripted):
     async def _answer(self, number, version):
         from megatron_k2.engine.protocol import Request, SamplingParams
         from megatron_k2.records.rollouts import End
+        from megatron_k2.records.routes import Routes
         from megatron_k2.rl.record import Segment, Trajectory
 
         draw = random.Random(number // 4)
@@ -109,12 +110,12 @@ class Sampled(Scripted):
         async for output in self._engine.generate(Request(str(number), prompt, params)):
             read += output.prompt_tokens
             wrote += output.tokens
-        routes = [token.routed_experts for token in (*read, *wrote)][:-1]
+        routes = Routes.joined(token.routed_experts for token in (*read, *wrote)[:-1])
         logprobs = tuple(token.logprob for token in wrote)
         ids = tuple(token.id for token in wrote)
         segments = (
-            Segment(prompt, routes=tuple(routes[: len(prompt)])),
-            Segment(ids, logprobs, version, 0.8, tuple(routes[len(prompt) :])),
+            Segment(prompt, routes=routes[: len(prompt)]),
+            Segment(ids, logprobs, version, 0.8, routes[len(prompt) :]),
         )
         return Trajectory(segments, float(number % 4 == 0), {}, End.OVER)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_k2.records.rollouts import End
+from megatron_k2.records.routes import NO_ROUTES, Routes
 from megatron_k2.rl.lessons import Lesson
 from megatron_k2.rl.loop import Collected
 from megatron_k2.rl.record import Group, Segment, Trajectory
@@ -19,23 +20,24 @@ def _tokens(draw: random.Random, low: int, high: int) -> tuple[int, ...]:
     return tuple(draw.randrange(1, VOCAB_SIZE) for _ in range(draw.randint(low, high)))
 
 
-def _routes(draw: random.Random, number: int):
-    return tuple(
-        tuple(tuple(draw.sample(range(NUM_EXPERTS), TOP_K)) for _ in range(NUM_MOE_LAYERS))
+def _routes(draw: random.Random, number: int) -> Routes:
+    experts = [
+        [draw.sample(range(NUM_EXPERTS), TOP_K) for _ in range(NUM_MOE_LAYERS)]
         for _ in range(number)
-    )
+    ]
+    return Routes.of(experts)
 
 
 def _read(draw: random.Random, *, has_routes: bool, low=2, high=6) -> Segment:
     ids = _tokens(draw, low, high)
-    return Segment(ids, routes=_routes(draw, len(ids)) if has_routes else ())
+    return Segment(ids, routes=_routes(draw, len(ids)) if has_routes else NO_ROUTES)
 
 
 def _wrote(draw: random.Random, lag: int, *, has_routes: bool, is_last: bool) -> Segment:
     """``weight_version`` says by how many versions it is behind, until ``stamped``."""
     ids = _tokens(draw, 2, 7)
     logprobs = tuple(draw.uniform(-6, -4) for _ in ids)
-    routes = _routes(draw, len(ids) - is_last) if has_routes else ()
+    routes = _routes(draw, len(ids) - is_last) if has_routes else NO_ROUTES
     return Segment(ids, logprobs, lag, draw.choice((1.0, 0.8)), routes)
 
 

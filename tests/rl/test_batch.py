@@ -9,6 +9,7 @@ import pytest
 
 from megatron_k2.errors import UserError
 from megatron_k2.records.rollouts import End
+from megatron_k2.records.routes import Routes
 from megatron_k2.rl.batch import IDLE, Room, Source, plan
 from megatron_k2.rl.learner import can_share_prompts
 from megatron_k2.rl.record import Group, Segment, Trajectory
@@ -18,11 +19,11 @@ from tests.rl.recorded import group, iteration, lesson, stamped
 from tests.sft.build_set import write_set
 
 ROOM = Room(64)
-READ = Segment((10, 11), routes=(((0,), (1,)), ((2,), (3,))))
-FIRST = Segment((20, 21), (-1.0, -1.5), 1, 0.8, (((4,), (5,)), ((6,), (7,))))
+READ = Segment((10, 11), routes=Routes.of([[[0], [1]], [[2], [3]]]))
+FIRST = Segment((20, 21), (-1.0, -1.5), 1, 0.8, Routes.of([[[4], [5]], [[6], [7]]]))
 TOOL = Segment((30,))
 SECOND = Segment((40,), (-2.0,), 2, 1.0)
-THIRD = Segment((50, 51), (-2.5, -3.0), 3, 0.5, (((1,), (2,)),))
+THIRD = Segment((50, 51), (-2.5, -3.0), 3, 0.5, Routes.of([[[1], [2]]]))
 THREE = Trajectory((READ, FIRST, TOOL, SECOND, THIRD), 1.0, {}, End.OVER)
 SHORT = Trajectory((Segment((10, 11)), Segment((60,), (-1.0,), 3)), 0.0, {}, End.OVER)
 GROUP = Group(0, "toy", "a", (THREE, SHORT))

@@ -3,21 +3,25 @@
 Wrong variants are what is refused: a record that is changed, gone, or in another place.
 """
 
-import json
 import random
 
 import pytest
 
 from megatron_k2.errors import UserError
 from megatron_k2.rl.journal import Journal
-from megatron_k2.rl.journal_reader import JOURNAL, PAYLOAD, JournalReader, Ref
+from megatron_k2.rl.journal_reader import JOURNAL, PAYLOAD, JournalReader, Payload, Ref
+
+
+def payload(place):
+    content = {"tokens": list(range(place * 10)), "x": 0.1 * place}
+    return Payload(content, bytes(range(place)))
 
 
 def filled(folder, number=5):
     journal = Journal(folder)
     refs = []
     for place in range(number):
-        refs.append(journal.put(place // 2, {"tokens": list(range(place * 10)), "x": 0.1 * place}))
+        refs.append(journal.put(place // 2, payload(place)))
         journal.append({"kind": "answer", "ref": refs[-1], "place": place})
     journal.close()
     return refs
@@ -30,7 +34,7 @@ def test_what_was_written_is_read_again(tmp_path):
     assert journal.record(3)["place"] == 3
     for place, ref in enumerate(refs):
         assert journal.get(Ref(*journal.record(place)["ref"])) == journal.get(ref)
-        assert journal.get(ref) == {"tokens": list(range(place * 10)), "x": 0.1 * place}
+        assert journal.get(ref) == payload(place)
     assert journal.append({"kind": "more"}) == 5
     journal.close()
     assert Journal(tmp_path).num_records == 6
@@ -108,9 +112,9 @@ def test_what_a_kill_left_of_a_payload_is_in_nobodys_way(tmp_path):
     with (tmp_path / PAYLOAD / "0000002.bin").open("ab") as stream:
         stream.write(b"half a payl")
     journal = Journal(tmp_path)
-    ref = journal.put(2, {"new": 1})
+    ref = journal.put(2, Payload({"new": 1}))
     journal.append({"kind": "answer", "ref": ref})
-    assert journal.get(ref) == {"new": 1}
+    assert journal.get(ref) == Payload({"new": 1})
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
@@ -154,18 +158,18 @@ def test_sizes_and_removal(tmp_path):
     assert f"{sum(ref.size for ref in refs):,} of payload in 3 files" in str(sizes)
     assert journal.remove({0}) == sizes.payload_bytes[0]
     assert journal.segments() == [1, 2]
-    assert json.dumps(journal.get(refs[2]))
+    assert journal.get(refs[2]) == payload(2)
 
 
 def test_a_reader_beside_the_writer_sees_whole_records_alone_and_changes_nothing(tmp_path):
     writer = Journal(tmp_path)
     reader = JournalReader(tmp_path)
-    ref = writer.put(0, [1, 2])
+    ref = writer.put(0, Payload([1, 2]))
     writer.append({"kind": "answer", "ref": ref})
     assert reader.num_records == 0
     reader.look()
     assert [record["kind"] for _, record in reader.records()] == ["answer"]
-    assert reader.get(Ref(*reader.record(0)["ref"])) == [1, 2]
+    assert reader.get(Ref(*reader.record(0)["ref"])) == Payload([1, 2])
     assert reader.position(1) == writer.position(1)
     writer.append({"kind": "more"})
     writer.append({"kind": "last"})

@@ -15,6 +15,7 @@ from megatron_k2.errors import UserError
 from megatron_k2.gym.episode import View, play
 from megatron_k2.records.messages import Message, ToolCall
 from megatron_k2.records.rollouts import End
+from megatron_k2.records.routes import Routes
 from megatron_k2.rl.policy import EnginePolicy, Speaker
 from megatron_k2.rl.record import Segment
 from megatron_k2.rl.transcript import Transcript, cut_to
@@ -199,7 +200,7 @@ class Routing(Saying):
             given = ()
             if number + 1 == len(self.requests) and output.tokens:
                 given = tuple(
-                    Token(i, None, routed_experts=((place, number),))
+                    Token(i, None, routed_experts=Routes.of([[[place, number]]]))
                     for place, i in enumerate(request.prompt)
                 )
                 number = -1
@@ -212,9 +213,10 @@ def test_every_token_but_the_last_has_the_route_of_its_last_reading():
     policy = EnginePolicy(Speaker(engine, RENDERER, 3, returns_routed_experts=True), "0/0", 1.0)
     asyncio.run(play(policy, Talk(), task, QUICK))
     routes = policy.transcript.routes
-    assert [route[0][0] for route in routes[:-3]] == list(range(len(routes) - 3))
+    found = Routes.joined(routes[:-3]).array[:, 0]
+    assert found[:, 0].tolist() == list(range(len(routes) - 3))
     first = len(engine.requests[0].prompt)
-    assert {route[0][1] for route in routes[:first]} == {1}  # 0: the weights before, which are gone
+    assert set(found[:first, 1].tolist()) == {1}  # 0: the weights before, which are gone
     segments = policy.transcript.segments()
     assert [len(each.token_ids) - len(each.routes) for each in segments[:-1]] == [0, 0, 0]
 

@@ -6,10 +6,11 @@ import math
 import pytest
 
 from megatron_k2.records.rollouts import End
+from megatron_k2.records.routes import Routes
 from megatron_k2.rl.record import Group, Segment, Trajectory, group_from
 
-READ = Segment((5, 6, 7), routes=(((0, 1),), ((2, 3),), ((1, 0),)))
-WROTE = Segment((8, 9), (-0.5, -1.25), 3, 0.8, (((3, 1),),))
+READ = Segment((5, 6, 7), routes=Routes.of([[[0, 1]], [[2, 3]], [[1, 0]]]))
+WROTE = Segment((8, 9), (-0.5, -1.25), 3, 0.8, Routes.of([[[3, 1]]]))
 
 
 def _trajectory(reward: float | None = 1.0) -> Trajectory:
@@ -42,7 +43,7 @@ def test_tokens_come_in_order_with_what_is_known_of_them() -> None:
         {"logprobs": (-1.0, math.nan)},
         {"weight_version": -1},
         {"temperature": 0.0},
-        {"routes": (((0,),),) * 3},
+        {"routes": Routes.of([[[0]]] * 3)},
     ],
 )
 def test_a_segment_whose_numbers_do_not_fit_is_refused(changed: dict[str, object]) -> None:

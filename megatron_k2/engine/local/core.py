@@ -16,6 +16,7 @@ from megatron_k2.engine.local.weights import Weights
 from megatron_k2.engine.protocol import Constraint, FinishReason, Limits, Output, Request, Token
 from megatron_k2.engine.transfer.manifest import Manifest
 from megatron_k2.errors import UserError
+from megatron_k2.records.routes import Routes
 
 STEP_TOKENS = 1024
 """Rows of a step, unless there are more slots: enough for large products, and a reader of a long
@@ -134,7 +135,7 @@ class Core:
         if not members:
             return []
         routes: list[Tensor] | None = None
-        if any(s.request.params.returns_routed_experts for s in members):
+        if any(s.is_routed for s in members):
             routes = []
         tokens = torch.tensor(ids, device=self.weights.device)
         hidden = self._model.forward(tokens, step, routes=routes)
@@ -145,15 +146,15 @@ class Core:
     ) -> list[tuple[str, Output]]:
         """Book a step's rows, and sample where a sequence is read to its end."""
         counts = [1] * len(step.slots) + [chunk.count for chunk in step.chunks]
-        chosen = torch.stack(routes, 1).cpu().numpy() if routes else None
+        sent = Routes.of(torch.stack(routes, 1).cpu().numpy()) if routes else None
         begin, sampled, last_rows = 0, [], []
         for sequence, count in zip(members, counts, strict=True):
             rows = slice(begin, begin + count)
             if sequence.request.params.prompt_logprobs is not None:
                 self._score_prompt(sequence, hidden[rows])
             self.scheduler.cached(sequence, count)
-            if chosen is not None and sequence.request.params.returns_routed_experts:
-                sequence.routes.extend(chosen[rows])
+            if sent is not None and sequence.is_routed:
+                sequence.routes += [sent[row : row + 1] for row in range(begin, begin + count)]
             begin += count
             if not sequence.num_open:
                 sampled.append(sequence)
@@ -243,7 +244,7 @@ class Core:
         stop: int | None,
     ) -> Output:
         """What may be given out now: routed tokens once they have been an input."""
-        if not sequence.request.params.returns_routed_experts:
+        if not sequence.is_routed:
             given = tuple(sequence.prompt_tokens) if not sequence.has_given_prompt else ()
             sequence.has_given_prompt = True
             return Output(tuple(tokens), given, reason, stop)
@@ -274,8 +275,8 @@ def _routed_output(
 
 
 def _with_routes(token: Token, sequence: Sequence, place: int) -> Token:
-    experts = tuple(map(tuple, sequence.routes[place].tolist()))
-    return Token(token.id, token.logprob, token.top, token.weight_version, experts)
+    routes = sequence.routes[place]
+    return Token(token.id, token.logprob, token.top, token.weight_version, routes)
 
 
 def require_room(

@@ -2,8 +2,9 @@
 
 A slot keeps its tokens after their answer has ended. A new prompt that begins with tokens of some
 slot takes their rows instead of computing them: in place where that slot is free (a dialogue's next
-turn), by a copy where it is not (several samples of one prompt). The last token of a prompt is
-always computed, since its logits are needed.
+turn), by a copy where it is not (several samples of one prompt). Where the tokens' routes are asked
+for they are taken along, so only as many rows as have theirs on record. The last token of a prompt
+is always computed, since its logits are needed.
 """
 
 import itertools
@@ -16,6 +17,7 @@ import numpy as np
 from megatron_k2.engine.local.model import Chunk, Step
 from megatron_k2.engine.local.sampling import Row, uniform
 from megatron_k2.engine.protocol import Constraint, Request, Token
+from megatron_k2.records.routes import Routes
 
 MIN_SHARED = 16
 """Tokens below which a prefix is not worth a copy."""
@@ -32,8 +34,8 @@ class Sequence:
     slot: int = -1
     num_cached: int = 0
     prompt_tokens: list[Token] = field(default_factory=list)
-    routes: list[np.ndarray] = field(default_factory=list)
-    """Chosen experts of the cached tokens, [MoE layers, k] each, where asked for."""
+    routes: list[Routes] = field(default_factory=list)
+    """Of the first cached tokens, one by one: of all, where they are asked for."""
     held: list[Token] = field(default_factory=list)
     """Sampled, but not yet routed: not given out yet."""
     has_given_prompt: bool = False
@@ -54,9 +56,13 @@ class Sequence:
 
     @property
     def needs_whole_prompt(self) -> bool:
-        """Whether something is to be told of every token of the prompt."""
-        params = self.request.params
-        return params.prompt_logprobs is not None or params.returns_routed_experts
+        """Whether its logits are needed, of every token."""
+        return self.request.params.prompt_logprobs is not None
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether each token's routes are asked for."""
+        return self.request.params.returns_routed_experts
 
     def row(self) -> Row:
         """For the sampler."""
@@ -88,6 +94,8 @@ class Scheduler:
         self.running: list[Sequence | None] = [None] * num_slots
         self.resident: list[list[int]] = [[] for _ in range(num_slots)]
         """Tokens whose rows lie in each slot, running or not."""
+        self._routed: list[list[Routes]] = [[] for _ in range(num_slots)]
+        """Routes of the first of them: the list that the slot's last sequence writes on."""
         self._last_use = [0] * num_slots
         self._clock = itertools.count(1)
         self.waiting: deque[Sequence] = deque()
@@ -122,7 +130,7 @@ class Scheduler:
                 target = min(free, key=lambda slot: (self._last_use[slot], slot))
                 if shared:
                     copies.append((source, target, shared))
-            self._place(sequence, target, shared)
+            self._place(sequence, source, target, shared)
         return copies
 
     def _may_share(self, sequence: Sequence) -> bool:
@@ -135,6 +143,8 @@ class Scheduler:
         best = (-1, 0)
         for slot, held in enumerate(self.resident):
             shared = min(num_common(held, sequence.ids), len(sequence.ids) - 1)
+            if sequence.is_routed:
+                shared = min(shared, len(self._routed[slot]))
             if shared >= MIN_SHARED and shared > best[1]:
                 best = (slot, shared)
         return best
@@ -146,12 +156,15 @@ class Scheduler:
         least = max(shared + 1, MIN_SHARED)
         return any(
             other.num_open > 1
+            and (other.is_routed or not sequence.is_routed)
             and min(num_common(other.ids, sequence.ids), len(sequence.ids) - 1) >= least
             for other in self.going
         )
 
-    def _place(self, sequence: Sequence, slot: int, shared: int) -> None:
+    def _place(self, sequence: Sequence, source: int, slot: int, shared: int) -> None:
         sequence.slot, sequence.num_cached = slot, shared
+        sequence.routes = self._routed[source][:shared]
+        self._routed[slot] = sequence.routes
         self.running[slot] = sequence
         self.resident[slot] = sequence.ids[:shared]
         self._last_use[slot] = next(self._clock)
@@ -204,6 +217,7 @@ class Scheduler:
     def forget(self) -> None:
         """Rows of old weights: nothing is resident, those that run are read again."""
         self.resident = [[] for _ in self.resident]
+        for routes in self._routed:  # those of sequences that run among them
+            routes.clear()
         for sequence in self.going:
             sequence.num_cached = 0
-            sequence.routes.clear()

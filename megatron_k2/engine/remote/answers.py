@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 from megatron_k2.engine.protocol import (
@@ -13,6 +14,7 @@ from megatron_k2.engine.protocol import (
     Token,
 )
 from megatron_k2.engine.server.routes import decoded_routes
+from megatron_k2.records.routes import Routes
 
 _PREFIX = "token_id:"
 
@@ -126,14 +128,14 @@ def _prompt_tokens(choice: Mapping[str, Any], request: Request) -> tuple[Token, 
 def _routed(
     prompt: tuple[Token, ...],
     tokens: tuple[Token, ...],
-    routes: list[tuple[tuple[int, ...], ...]],
+    routes: Routes,
 ) -> tuple[tuple[Token, ...], tuple[Token, ...]]:
     """The same with experts; the last token was never an input."""
     every = (*prompt, *tokens)
     if len(routes) not in (len(every), len(every) - 1):
         raise ValueError(f"routed experts of {len(routes)} of {len(every)} tokens")
     with_routes = [
-        Token(t.id, t.logprob, t.top, t.weight_version, routes[i] if i < len(routes) else None)
-        for i, t in enumerate(every)
+        Token(token.id, token.logprob, token.top, token.weight_version, own)
+        for token, own in zip_longest(every, routes)
     ]
     return tuple(with_routes[: len(prompt)]), tuple(with_routes[len(prompt) :])

@@ -7,24 +7,24 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_k2.engine.protocol import Token
+from megatron_k2.records.routes import Routes
 
 
 def encoded_routes(tokens: Sequence[Token]) -> str:
     """Of every token that was an input: all but an answer's last."""
-    rows = [token.routed_experts for token in tokens if token.routed_experts is not None]
-    largest = max((expert for row in rows for layer in row for expert in layer), default=0)
+    known = (token.routed_experts for token in tokens)
+    found = Routes.joined(each for each in known if each is not None).array
+    kind = np.uint8 if found.max(initial=0) < 256 else np.int16
     buffer = io.BytesIO()
-    np.save(buffer, np.array(rows, np.uint8 if largest < 256 else np.int16), allow_pickle=False)
+    np.save(buffer, found.astype(kind), allow_pickle=False)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def decoded_routes(text: str) -> list[tuple[tuple[int, ...], ...]]:
-    """The reverse: of each token the experts, [MoE layers][k].
+def decoded_routes(text: str) -> Routes:
+    """The reverse.
 
     Raises:
         ValueError: it is no such array.
     """
-    array = np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False)
-    if array.ndim != 3 or array.dtype.kind not in "iu":
-        raise ValueError(f"routed experts {array.dtype} {array.shape}: expected whole numbers, 3-D")
-    return [tuple(map(tuple, token)) for token in array.tolist()]
+    packed = io.BytesIO(base64.b64decode(text, validate=True))
+    return Routes.of(np.load(packed, allow_pickle=False))

@@ -108,21 +108,63 @@ def test_an_answer_ends_at_a_stop_token_which_is_its_last(model):
     assert ends == {"a": "stop"}
 
 
-def test_samples_of_one_prompt_share_its_rows(model):
-    prompt = tuple(tokens(60))
-    requests = [
-        Request(str(i), prompt, SamplingParams(max_tokens=6, seed=i, temperature=1.5))
-        for i in range(4)
-    ]
-    core = core_of(model)
-    computed = []
-    forward = core._model.forward
+def counting(core):
+    """Rows of each forward pass from here on."""
+    computed, forward = [], core._model.forward
     core._model.forward = lambda ids, *a, **k: computed.append(len(ids)) or forward(ids, *a, **k)
-    together, _, _ = run(core, requests)
+    return computed
+
+
+def routed(found, given, name):
+    """Ids and routes of a prompt and its answer."""
+    return [(t.id, t.routed_experts) for t in (*given[name], *found[name])]
+
+
+@pytest.mark.parametrize("is_routed", [False, True])
+def test_samples_of_one_prompt_share_its_rows(model, is_routed):
+    prompt = tuple(tokens(60))
+    params = SamplingParams(max_tokens=6, temperature=1.5, returns_routed_experts=is_routed)
+    requests = [Request(str(i), prompt, replace(params, seed=i)) for i in range(4)]
+    core = core_of(model)
+    computed = counting(core)
+    together, _, given = run(core, requests)
     assert sum(computed) == 60 + 3 + 4 * 5  # the prompt once, its last token for the other three
     for request in requests:
-        alone, _, _ = run(core_of(model), [request])
-        assert [t.id for t in alone[request.id]] == [t.id for t in together[request.id]]
+        alone, _, read = run(core_of(model, shares_prefixes=False), [request])
+        assert routed(alone, read, request.id) == routed(together, given, request.id)
+
+
+def test_rows_without_routes_are_no_use_to_who_asks_for_them(model):
+    """A prompt that b has read, c reads again, and d takes from c."""
+    prompt = tuple(tokens(60))
+    asked = SamplingParams(temperature=0, max_tokens=6, returns_routed_experts=True)
+    core = core_of(model, step_tokens=16)
+    run(core, [Request("a", prompt, GREEDY)])
+    computed = counting(core)
+    found, _, given = run(
+        core, [Request("b", prompt, replace(asked, returns_routed_experts=False)),
+               Request("c", prompt, asked), Request("d", prompt, asked)]
+    )  # fmt: skip
+    assert sum(computed) == 1 + 60 + 1 + 3 * 5  # a's rows serve b, and c's serve d
+    alone, _, read = run(core_of(model), [Request("c", prompt, asked)])
+    assert routed(found, given, "c") == routed(found, given, "d") == routed(alone, read, "c")
+
+
+def test_routes_of_old_weights_are_forgotten_with_their_rows(model):
+    prompt = tuple(tokens(40))
+    asked = SamplingParams(temperature=0, max_tokens=6, returns_routed_experts=True)
+    core = core_of(model)
+    run(core, [Request("a", prompt, asked)])
+    core.add(Request("b", prompt, asked))
+    core.step()
+    from megatron_k2.checkpoint.names.mapping import classic_from_transformers
+
+    moved = reference(TINY, seed=1)
+    core.update(classic_from_transformers(moved.state_dict()).items(), "2")
+    drain(core)
+    found, _, given = run(core, [Request("c", prompt, asked)])
+    alone, _, read = run(core_of(moved), [Request("c", prompt, asked)])
+    assert routed(found, given, "c") == routed(alone, read, "c")
 
 
 def test_drawn_answers_are_the_same_alone_and_in_a_crowd(model):
@@ -152,9 +194,7 @@ def test_a_dialogues_next_turn_computes_only_what_is_new(model):
     core, prompt = core_of(model), tokens(40)
     first, _, _ = run(core, [Request("a", tuple(prompt), GREEDY)])
     longer = [*prompt, *(t.id for t in first["a"]), *tokens(5, 3)]
-    computed = []
-    forward = core._model.forward
-    core._model.forward = lambda ids, *a, **k: computed.append(len(ids)) or forward(ids, *a, **k)
+    computed = counting(core)
     second, _, _ = run(core, [Request("b", tuple(longer), GREEDY)])
     assert computed[0] == 6  # the answer's last token was never an input
     same_or_near_tie(model, longer, second["b"])
@@ -203,7 +243,7 @@ def test_routes_are_the_routers_own(model):
         chosen.append(scores.topk(TINY.moe_router_topk, -1).indices)
     for place, token in enumerate(whole[:-1]):
         for layer, ids in enumerate(chosen):
-            assert sorted(token.routed_experts[layer]) == sorted(ids[place].tolist())
+            assert sorted(token.routed_experts.array[0, layer]) == sorted(ids[place].tolist())
 
 
 def test_new_weights_are_used_from_the_next_token_on(model):

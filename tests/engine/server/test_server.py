@@ -16,6 +16,7 @@ httpx = pytest.importorskip("httpx2", reason="needs httpx2, which openai brings"
 from megatron_k2.engine.protocol import Output, SamplingParams, Token  # noqa: E402
 from megatron_k2.engine.scripted import Faults, ScriptedEngine, answer_of  # noqa: E402
 from megatron_k2.engine.server.service import ServerLimits  # noqa: E402
+from megatron_k2.records.routes import Routes  # noqa: E402
 from tests.engine.server.served import served, settled, tokenizer_in  # noqa: E402
 
 VOCAB = 400
@@ -193,7 +194,7 @@ def test_stop_strings_end_a_chat_and_are_not_shown(tokenizer, is_streamed):
 def test_generate_speaks_tokens_and_versions(tokenizer):
     class Routed(ScriptedEngine):
         async def generate(self, request):
-            route = ((1, 2), (3, 300))
+            route = Routes.of([[[1, 2], [3, 300]]])
             yield Output(
                 (Token(5, -1.0, (), "9", None),), (Token(4, None, (), "9", route),), "length"
             )
