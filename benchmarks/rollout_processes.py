@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from megatron_k2.engine.local import offline
-from megatron_k2.engine.local.core import STEP_TOKENS, Core
+from megatron_k2.engine.local.core import Core
 from megatron_k2.engine.local.engine import LocalEngine
 from megatron_k2.engine.local.pool import PoolEngine
 from megatron_k2.engine.local.weights import Weights
@@ -48,23 +48,25 @@ async def answers(engine: Engine, prompts: Prompts, new: int) -> list[list[int]]
 @contextmanager
 def in_files(
     core: Core, tensors: Iterable[tuple[str, Tensor]], batch: int
-) -> Iterator[tuple[Weights, Share]]:
+) -> Iterator[tuple[Weights, Share, Path]]:
     """The weights that ``tensors`` brings, in files that are gone afterwards."""
     preset, files = core.weights.preset, Path(tempfile.mkdtemp())
     try:
-        weights = Weights(preset, torch.float32, torch.device("cpu"), folder=files)
+        share = Share(preset, torch.float32, batch, core.max_length, "0")
+        weights = share.weights(files)
         weights.load(tensors)
-        settings = (batch, core.max_length, "0", STEP_TOKENS, False, None)
-        yield weights, Share(preset, torch.float32, (1, 1), files, *settings)
+        yield weights, share, files
     finally:
         shutil.rmtree(files)
 
 
-def work_apart(share: Share, rounds: list[Prompts], new: int, at_once: Any, told: Any) -> None:
+def work_apart(
+    share: Share, folder: Path, rounds: list[Prompts], new: int, at_once: Any, told: Any
+) -> None:
     """A process that answers by itself: nothing comes in or goes out but CPU seconds."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    core, params = core_over(share), SamplingParams(temperature=0, max_tokens=new)
+    core, params = core_over(share, folder), SamplingParams(temperature=0, max_tokens=new)
     seconds = []
     for prompts in rounds:
         at_once.wait()
@@ -74,12 +76,13 @@ def work_apart(share: Share, rounds: list[Prompts], new: int, at_once: Any, told
     told.put(seconds)
 
 
-def seconds_apart(share: Share, rounds: list[list[Prompts]], new: int) -> list[float]:
+def seconds_apart(share: Share, folder: Path, rounds: list[list[Prompts]], new: int) -> list[float]:
     """CPU seconds of the busiest of processes that have nothing to do with each other, a round."""
     context = multiprocessing.get_context("spawn")
     at_once, told = context.Barrier(len(rounds)), context.Queue()
     processes = [
-        context.Process(target=work_apart, args=(share, own, new, at_once, told)) for own in rounds
+        context.Process(target=work_apart, args=(share, folder, own, new, at_once, told))
+        for own in rounds
     ]
     for process in processes:
         process.start()
@@ -105,10 +108,10 @@ async def _measured(
     drawn = torch.randint(4, vocab, shape, generator=generator).tolist()
     every = [[tuple(row) for row in rows] for rows in drawn]  # new prompts a round: none shared
     rounds: list[tuple[float, float, float]] = []
-    with in_files(core, tensors, batch) as (weights, share):
-        pool, one = PoolEngine(weights, share, count), LocalEngine(core)
+    with in_files(core, tensors, batch) as (weights, share, files):
+        pool, one = PoolEngine(weights, share, files, count), LocalEngine(core)
         own = [[rows[i * batch : (i + 1) * batch] for rows in every] for i in range(count)]
-        apart = median((await asyncio.to_thread(seconds_apart, share, own, options.new))[1:])
+        apart = median((await asyncio.to_thread(seconds_apart, share, files, own, options.new))[1:])
     for number, prompts in enumerate(every):
         begin = time.process_time()
         alone = await answers(one, prompts, options.new)

@@ -116,6 +116,13 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
     add("--chat-tokenizer", metavar="DIR", help="of K2's chat format")
     add("--groups-in-play", type=int, metavar="M", help="prompts at once (default 1.5 x prompts)")
     add("--engine-slots", type=int, metavar="S", help="answers decoded at once (default: all, 64)")
+    add(
+        "--engine-processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="on a CPU, to share the slots out; other ranks' cores are idle meanwhile (default 1)",
+    )
     add("--max-decode-steps", type=int, metavar="N", help="that end an iteration before its groups")
     add("--batch-invariant", action="store_true", help="the same bits whatever else is sampled")
     add("--sandbox", help="back-end for programs; default: the strongest")

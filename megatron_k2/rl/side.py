@@ -1,7 +1,8 @@
 """What rank 0 has beside its part of the model: the engine, what collects, what is held out.
 
-The engine here is the embedded one, in this process: it is given every weight before it answers
-anything, so that nothing is read twice. Another one is another ``MakeSide``.
+The engine here is the embedded one, in this process or in several on this machine: it is given
+every weight before it answers anything, so that nothing is read twice. Another one is another
+``MakeSide``.
 """
 
 from argparse import Namespace
@@ -16,7 +17,9 @@ from megatron_k2.chat.template import Renderer
 from megatron_k2.data.tokenizer import load_tokenizer
 from megatron_k2.engine.local.core import Core
 from megatron_k2.engine.local.engine import LocalEngine
+from megatron_k2.engine.local.pool import PoolEngine
 from megatron_k2.engine.local.weights import Weights
+from megatron_k2.engine.local.worker import Share
 from megatron_k2.engine.protocol import NO_WEIGHTS, Engine
 from megatron_k2.errors import UserError
 from megatron_k2.gym.protocol import Domain
@@ -174,7 +177,7 @@ async def make_side(args: Namespace, preset: ModelPreset, iteration: int) -> Sid
         UserError: task sets, tokenizer or ledger are not what the run needs.
     """
     basis = read_basis(args, preset.vocab_size)
-    engine = LocalEngine(_core(args, preset, basis.plan.cut.num_slots))
+    engine = _engine(args, preset, basis.plan.cut.num_slots)
     domains = await open_domains(basis.sets, sandbox=args.sandbox)
     sampling = open_sampling(args, basis, engine, domains)
     check_position(sampling.ledger, Path(args.save) / FOLDER, iteration)
@@ -194,17 +197,33 @@ def plan_of(args: Namespace) -> Plan:
     return Plan(args.group_size, cut, in_play, concurrency=max(2 * slots, 64))
 
 
-def _core(args: Namespace, preset: ModelPreset, num_slots: int) -> Core:
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    device = torch.device("cuda", torch.cuda.current_device()) if _has_cuda() else "cpu"
-    weights = Weights(preset, dtype, torch.device(device))
-    return Core(
-        weights,
-        num_slots=num_slots,
-        max_length=args.seq_length,
-        version=NO_WEIGHTS,
-        is_batch_invariant=args.batch_invariant,
+def _engine(args: Namespace, preset: ModelPreset, num_slots: int) -> Engine:
+    """Without weights: it is given them before it is asked for anything.
+
+    Raises:
+        UserError: more processes than slots, or more than one over a GPU.
+    """
+    dtype, number = torch.bfloat16 if args.bf16 else torch.float32, args.engine_processes
+    if number == 1:
+        device = torch.device("cuda", torch.cuda.current_device()) if _has_cuda() else "cpu"
+        weights = Weights(preset, dtype, torch.device(device))
+        core = Core(
+            weights,
+            num_slots=num_slots,
+            max_length=args.seq_length,
+            version=NO_WEIGHTS,
+            is_batch_invariant=args.batch_invariant,
+        )
+        return LocalEngine(core)
+    if _has_cuda():
+        raise UserError(
+            f"--engine-processes {number}: on a CPU alone; leave it, since a GPU's engine is one "
+            "process, or let engines stand elsewhere (--meet)"
+        )
+    share = Share(
+        preset, dtype, num_slots, args.seq_length, is_batch_invariant=args.batch_invariant
     )
+    return PoolEngine.over(share, None, number)
 
 
 def _has_cuda() -> bool:

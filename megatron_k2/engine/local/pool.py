@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -47,10 +48,13 @@ class PoolEngine:
     Args:
         weights: in files, loaded unless the share's version is ``NO_WEIGHTS``; the pool's.
         share: what each process computes with.
+        folder: of the files.
         num_processes: of them.
     """
 
-    def __init__(self, weights: Weights, share: worker.Share, num_processes: int) -> None:
+    def __init__(
+        self, weights: Weights, share: worker.Share, folder: Path, num_processes: int
+    ) -> None:
         self._weights, self._version, self._grammars = weights, share.version, share.grammars
         self.limits = Limits(
             share.preset.vocab_size, share.max_length, share.num_slots * num_processes
@@ -58,7 +62,7 @@ class PoolEngine:
         self._numbers = itertools.count()
         self._is_paused = self._is_closed = False
         self._fault = UNGIVEN if share.version == NO_WEIGHTS else ""
-        self._members = [self._started(number, share) for number in range(num_processes)]
+        self._members = [self._started(number, share, folder) for number in range(num_processes)]
         for member in self._members:
             self._await_ready(member)
 
@@ -85,38 +89,58 @@ class PoolEngine:
         Raises:
             UserError: see ``opened.core_of``; or a process does not start.
         """
-        if not 1 <= num_processes <= num_slots:
-            raise UserError(f"{num_processes} processes for {num_slots} slots: 1 to {num_slots}")
-        model = model_for(folder, max_length, is_read=version != NO_WEIGHTS)
-        each = -(-num_slots // num_processes)
+        _require_slots(num_processes, num_slots)
+        is_read = version != NO_WEIGHTS
+        model = model_for(folder, max_length, is_read=is_read)
+        share = worker.Share(
+            model.preset,
+            dtype,
+            num_slots,
+            max_length,
+            version,
+            model.expert_groups,
+            step_tokens,
+            is_batch_invariant,
+            grammars_of(model, tokenizer),
+        )
+        return cls.over(share, model.tensors() if is_read else None, num_processes, memory_bytes)
+
+    @classmethod
+    def over(
+        cls,
+        share: worker.Share,
+        tensors: Iterable[tuple[str, Tensor]] | None,
+        num_processes: int,
+        memory_bytes: int | None = None,
+    ) -> Self:
+        """The same of a model whose shape is known.
+
+        Args:
+            share: what the processes compute with; they share its slots out.
+            tensors: its weights; ``None``: they are given later.
+            num_processes: of them.
+            memory_bytes: that weights and slots may take.
+
+        Raises:
+            UserError: no room for it, or a process does not start.
+        """
+        _require_slots(num_processes, share.num_slots)
+        share = replace(share, num_slots=-(-share.num_slots // num_processes))
         files = Path(tempfile.mkdtemp(prefix="megatron-k2-weights-"))
         try:
-            groups = model.expert_groups
-            weights = Weights(model.preset, dtype, torch.device("cpu"), groups, files)
-            length = whole_tiles(max_length) if is_batch_invariant else max_length
-            require_room(weights, each * num_processes, length, memory_bytes)
-            if version != NO_WEIGHTS:
-                weights.load(model.tensors())
-            share = worker.Share(
-                model.preset,
-                dtype,
-                groups,
-                files,
-                each,
-                max_length,
-                version,
-                step_tokens,
-                is_batch_invariant,
-                grammars_of(model, tokenizer),
-            )
-            return cls(weights, share, num_processes)
+            weights = share.weights(files)
+            length = whole_tiles(share.max_length) if share.is_batch_invariant else share.max_length
+            require_room(weights, share.num_slots * num_processes, length, memory_bytes)
+            if tensors is not None:
+                weights.load(tensors)
+            return cls(weights, share, files, num_processes)
         finally:
             shutil.rmtree(files)  # mapped by all who need them; nothing is left behind
 
-    def _started(self, number: int, share: worker.Share) -> Member:
+    def _started(self, number: int, share: worker.Share, folder: Path) -> Member:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=worker.main, args=(theirs, share), daemon=True)
+        process = context.Process(target=worker.main, args=(theirs, share, folder), daemon=True)
         process.start()
         theirs.close()
         return Member(number, process, ours)
@@ -292,3 +316,8 @@ class PoolEngine:
             if not future.done():
                 future.set_result(None)
         member.calls.clear()
+
+
+def _require_slots(num_processes: int, num_slots: int) -> None:
+    if not 1 <= num_processes <= num_slots:
+        raise UserError(f"{num_processes} processes for {num_slots} slots: 1 to {num_slots}")

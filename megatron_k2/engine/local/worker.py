@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from megatron_k2.engine.constrained import Grammars
-from megatron_k2.engine.local.core import Core
+from megatron_k2.engine.local.core import STEP_TOKENS, Core
 from megatron_k2.engine.local.core_thread import CoreThread, Deliveries
 from megatron_k2.engine.local.weights import Weights
-from megatron_k2.engine.protocol import EngineError, Request
+from megatron_k2.engine.protocol import NO_WEIGHTS, EngineError, Request
 from megatron_k2.errors import UserError
 from megatron_k2.presets import ModelPreset
 
@@ -36,24 +36,23 @@ class Share:
 
     preset: ModelPreset
     dtype: torch.dtype
-    expert_groups: tuple[int, int]
-    folder: Path
-    """Of the weights' files."""
     num_slots: int
     max_length: int
-    version: str
-    step_tokens: int
-    is_batch_invariant: bool
-    grammars: Grammars | None
+    version: str = NO_WEIGHTS
+    expert_groups: tuple[int, int] = (1, 1)
+    step_tokens: int = STEP_TOKENS
+    is_batch_invariant: bool = False
+    grammars: Grammars | None = None
+
+    def weights(self, folder: Path) -> Weights:
+        """In the files of a folder."""
+        return Weights(self.preset, self.dtype, torch.device("cpu"), self.expert_groups, folder)
 
 
-def core_over(share: Share) -> Core:
+def core_over(share: Share, folder: Path) -> Core:
     """A core over weights in files."""
-    weights = Weights(
-        share.preset, share.dtype, torch.device("cpu"), share.expert_groups, share.folder
-    )
     return Core(
-        weights,
+        share.weights(folder),
         num_slots=share.num_slots,
         max_length=share.max_length,
         version=share.version,
@@ -63,16 +62,17 @@ def core_over(share: Share) -> Core:
     )
 
 
-def main(connection: Connection, share: Share) -> None:
+def main(connection: Connection, share: Share, folder: Path) -> None:
     """Map the weights, say so, work until the pipe closes.
 
     Raises:
         SystemExit: a step failed, and the engine answers nothing any more: the pool would send it
             every request, having none in flight.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to all; the pool ends this one
+    for number in (signal.SIGINT, signal.SIGUSR1):  # a terminal's and a job's warning go to all;
+        signal.signal(number, signal.SIG_IGN)  # the pool ends this one
     torch.set_num_threads(1)
-    if fault := _Worker(connection, core_over(share)).obey():
+    if fault := _Worker(connection, core_over(share, folder)).obey():
         raise SystemExit(f"a process of the engine ends: {fault}")
 
 
