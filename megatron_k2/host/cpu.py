@@ -10,12 +10,13 @@ upstream line that needs it (files relative to ``megatron/``, version 0.19.2).
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 
 import torch
 
 from megatron_k2.host.cpu_megatron import megatron_redirections
-from megatron_k2.host.cpu_torch import tensor_redirections, torch_cuda_redirections
+from megatron_k2.host.cpu_torch import tensor_redirections, torch_cuda_redirections, uncompiled
 from megatron_k2.host.redirection import replace
 from megatron_k2.host.repairs import require_checked_megatron
 
@@ -30,6 +31,20 @@ def _set_environment(stack: contextlib.ExitStack, name: str, value: str) -> None
     if name not in os.environ:
         os.environ[name] = value
         stack.callback(os.environ.pop, name, None)
+
+
+def _stop_compiling(stack: contextlib.ExitStack) -> None:
+    """core/jit.py binds jit_fuser = torch.compile, which has nothing to fuse for here.
+
+    What Megatron decorates while the context is entered stays as it is, and the compiler is never
+    loaded, a third of the CPU seconds that importing Megatron takes. The variable is for processes
+    that are started meanwhile, the stance for what was decorated before: the compiler that is
+    loaded has read the variable already.
+    """
+    _set_environment(stack, "TORCHDYNAMO_DISABLE", "1")
+    replace(stack, "torch.compile", uncompiled)
+    if "torch._dynamo" in sys.modules:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
 
 
 @contextlib.contextmanager
@@ -49,8 +64,7 @@ def cpu_host() -> Iterator[None]:
     with torch.device("meta"):  # here torch notes its factories, once, and knows them by identity
         torch.empty(0)
     with contextlib.ExitStack() as stack:
-        # core/jit.py binds jit_fuser = torch.compile, which has nothing to fuse for here.
-        _set_environment(stack, "TORCHDYNAMO_DISABLE", "1")
+        _stop_compiling(stack)
         # training/arguments.py:1437 asserts it for TP or CP above 1.
         _set_environment(stack, "CUDA_DEVICE_MAX_CONNECTIONS", "1")
         for row in (*torch_cuda_redirections(), *tensor_redirections()):

@@ -56,6 +56,11 @@ class _CpuDeviceProperties:
     total_memory, multi_processor_count = 1 << 34, 1
 
 
+def uncompiled(function: Any = None, **_options: Any) -> Any:
+    """Stands for ``torch.compile``, as a decorator with options and without."""
+    return (lambda own: own) if function is None else function
+
+
 def _is_cuda(device: Any) -> bool:
     if isinstance(device, bool) or device is None:
         return False

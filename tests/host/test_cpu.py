@@ -19,7 +19,7 @@ from megatron_k2.errors import UserError
 from megatron_k2.host import repairs
 from megatron_k2.host.cpu import cpu_host, megatron_host
 from megatron_k2.host.cpu_megatron import megatron_redirections
-from megatron_k2.host.cpu_torch import tensor_redirections, torch_cuda_redirections
+from megatron_k2.host.cpu_torch import tensor_redirections, torch_cuda_redirections, uncompiled
 from tests.support.paths import REPOSITORY
 
 MEGATRON = Path(megatron.core.__file__).resolve().parent.parent
@@ -220,3 +220,46 @@ def test_split_sizes_leave_the_tensor_world_only_when_asked():
         assert token_dispatcher.maybe_move_tensor_to_cpu(sizes) is sizes
         assert token_dispatcher.maybe_move_tensor_to_cpu(sizes, as_numpy=True).tolist() == [1, 2]
         assert token_dispatcher.maybe_move_tensor_to_cpu(None, as_numpy=True) is None
+
+
+def _doubled(x):
+    return x + x
+
+
+@pytest.mark.parametrize("decorate", [lambda: torch.compile, lambda: torch.compile(dynamic=True)])
+def test_what_is_decorated_on_the_cpu_host_is_not_compiled(decorate):
+    with cpu_host():
+        assert decorate()(_doubled) is _doubled
+    assert torch.compile is not uncompiled
+
+
+def test_what_was_decorated_before_runs_eagerly_meanwhile(monkeypatch):
+    """Loaded before the context, the compiler does not look at the variable again."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    function = torch.compile(_doubled, backend=backend)
+    with cpu_host():
+        assert function(torch.ones(2)).tolist() == [2, 2]
+    assert graphs == []
+    assert function(torch.ones(2)).tolist() == [2, 2]
+    assert len(graphs) == 1  # the wrong variant: without the context it is compiled
+
+
+def test_megatron_is_imported_without_the_compiler():
+    text = (
+        "import sys, torch\n"
+        "from megatron_k2.host.cpu import cpu_host\n"
+        "with cpu_host():\n"
+        "    import megatron.training.training\n"
+        "print('torch._inductor' in sys.modules, 'torch._dynamo' in sys.modules)"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.split() == ["False", "False"]
