@@ -15,6 +15,7 @@ import torch
 
 from megatron_k2.errors import UserError
 from megatron_k2.fp8.tiles import stored_bytes
+from megatron_k2.host.cpu import megatron_host
 from megatron_k2.presets import K2_TINY
 from tests.fp8.stored_experts import SIZES, expected, inputs, run, worst
 from tests.support.saved_tensors import saved_bytes
@@ -182,8 +183,10 @@ def test_megatrons_recomputation_of_the_activation_reads_the_stored_input():
 
     storage = ActivationStorage(torch.empty(1), 40, is_input_stored=True)
     same = (lambda t: t, lambda t: t)
-    found = gradient(gate_up, (storage.pack, storage.unpack))
-    through = gradient(restore(store(gate_up)), same)
+    with megatron_host():  # on a CPU: nothing is compiled
+        found = gradient(gate_up, (storage.pack, storage.unpack))
+        through = gradient(restore(store(gate_up)), same)
+        other = gradient(gate_up, same)
     for a, b in zip(found, through, strict=True):
         assert torch.equal(a, b)
-    assert not torch.equal(found[0], gradient(gate_up, same)[0])
+    assert not torch.equal(found[0], other[0])

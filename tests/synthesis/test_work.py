@@ -230,8 +230,9 @@ def test_two_workers_are_never_in_one_shard(tmp_path):
         first = subprocess.Popen(command)
         while not counts().get("answered"):
             time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)  # it must not end before the second has begun
         second = subprocess.run(command, capture_output=True, text=True, check=False)
-        first.terminate()
+        first.kill()
         first.wait()
     assert second.returncode == 2
     assert "in use by another process" in second.stderr
