@@ -27,8 +27,8 @@ step "3/4  RL: 32 prompts x 8 answers an iteration, temperature 1.0 to 0.8, Muon
 k2 rl --preset k2-tiny --load "$out/warm" --tasks "$out/tasks/task_sets.json" \
     --chat-tokenizer "$tokenizer" --save "$out/run" --nproc "$ranks" --seq-length 512 \
     --max-position-embeddings 1024 --iterations "${ITERATIONS:-41}" --prompts-per-iteration 32 \
-    --group-size 8 --engine-processes "$ranks" --lr "${LR:-4e-4}" --min-lr "${LR:-4e-4}" --eval-every 20 --eval-samples 4 \
-    --save-interval 10 --seed "$seed" ${FLAGS:-}
+    --group-size 8 --engine-processes "$ranks" --lr "${LR:-4e-4}" --min-lr "${LR:-4e-4}" \
+    --eval-every 20 --eval-samples 4 --save-interval 10 --seed "$seed" ${FLAGS:-}
 
 step "4/4  Samples before and after, and the bar this demo must meet"
 .venv/bin/python examples/demo_rl/check.py "$out/run"

@@ -4,10 +4,8 @@ K2 has 60 MoE layers and eight experts a token: 480 numbers, 960 bytes here and 
 of Python's integers, for every token of every answer of an iteration.
 """
 
-import base64
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -94,23 +92,6 @@ class Routes:
         """Of one token after the other."""
         return (self[place : place + 1] for place in range(len(self)))
 
-    def to_object(self) -> list[Any]:
-        """JSON."""
-        return [base64.b64encode(self.experts).decode(), self.num_layers, self.top_k]
-
 
 NO_ROUTES = Routes()
 """Where none were recorded."""
-
-
-def routes_from(row: Any) -> Routes:
-    """What ``to_object`` gave, back.
-
-    Raises:
-        ValueError: it is of another form.
-    """
-    try:
-        experts, num_layers, top_k = row
-        return Routes(base64.b64decode(experts, validate=True), int(num_layers), int(top_k))
-    except (TypeError, ValueError) as problem:
-        raise ValueError(f"not routes: {problem}") from None

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_k2.records.rollouts import End
 from megatron_k2.records.routes import Routes
 from megatron_k2.rl.journal_reader import Payload
-from megatron_k2.rl.record import Segment, segment_from
+from megatron_k2.rl.record import Segment
 
 
 @dataclass(frozen=True)
@@ -69,5 +69,11 @@ def _unpacked(rows: Sequence[dict[str, Any]], raw: bytes) -> tuple[Segment, ...]
     found, stream = [], io.BytesIO(raw)
     for row in rows:
         size, num_layers, top_k = row["routes"]
-        found.append(segment_from(row, Routes(stream.read(size), num_layers, top_k)))
+        fields = {
+            **row,
+            "token_ids": tuple(row["token_ids"]),
+            "logprobs": tuple(row["logprobs"]),
+            "routes": Routes(stream.read(size), num_layers, top_k),
+        }
+        found.append(Segment(**fields))
     return tuple(found)

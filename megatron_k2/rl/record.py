@@ -1,4 +1,4 @@
-"""What lies between sampling and training: segments, trajectories, groups; JSON objects.
+"""What lies between sampling and training: segments, trajectories, groups.
 
 A trajectory is the token ids of one answer as the engine read and wrote them, turn after turn,
 never rendered anew from text. A segment is a stretch of it of one origin: the policy's tokens drew
@@ -9,10 +9,9 @@ Versions are the trainer's, the number of optimizer steps behind the weights.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_k2.records.rollouts import End
-from megatron_k2.records.routes import NO_ROUTES, Routes, routes_from
+from megatron_k2.records.routes import NO_ROUTES, Routes
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,6 @@ class Segment:
         """Whether the policy wrote them."""
         return self.weight_version >= 0
 
-    def to_object(self) -> dict[str, Any]:
-        """JSON."""
-        return {**vars(self), "routes": self.routes.to_object()}
-
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -94,14 +89,6 @@ class Trajectory:
             for place, token in enumerate(segment.token_ids):
                 yield token, segment, place
 
-    def to_object(self) -> dict[str, Any]:
-        """JSON."""
-        return {
-            **vars(self),
-            "segments": [segment.to_object() for segment in self.segments],
-            "parts": dict(self.parts),
-        }
-
 
 @dataclass(frozen=True)
 class Group:
@@ -123,56 +110,3 @@ class Group:
     def is_live(self) -> bool:
         """Whether two of its rewards differ: others teach nothing."""
         return len({each.reward for each in self.judged}) > 1
-
-    def to_object(self) -> dict[str, Any]:
-        """JSON."""
-        return {**vars(self), "trajectories": [each.to_object() for each in self.trajectories]}
-
-
-def group_from(row: Mapping[str, Any]) -> Group:
-    """An object, back.
-
-    Raises:
-        ValueError: a field that is missing, unknown or of another form.
-    """
-    try:
-        found = tuple(trajectory_from(each) for each in row["trajectories"])
-        return Group(**{**row, "trajectories": found})
-    except (KeyError, TypeError) as problem:
-        raise ValueError(f"not a group: {problem}") from None
-
-
-def trajectory_from(row: Mapping[str, Any]) -> Trajectory:
-    """An object, back.
-
-    Raises:
-        ValueError: a field that is missing, unknown or of another form.
-    """
-    try:
-        segments = tuple(segment_from(each) for each in row["segments"])
-        return Trajectory(**{**row, "segments": segments, "end": End(row["end"])})
-    except (KeyError, TypeError) as problem:
-        raise ValueError(f"not a trajectory: {problem}") from None
-
-
-def segment_from(row: Mapping[str, Any], routes: Routes | None = None) -> Segment:
-    """An object, back.
-
-    Args:
-        row: the object.
-        routes: instead of the row's.
-
-    Raises:
-        ValueError: a field that is missing, unknown or of another form.
-    """
-    try:
-        return Segment(
-            **{
-                **row,
-                "token_ids": tuple(row["token_ids"]),
-                "logprobs": tuple(row["logprobs"]),
-                "routes": routes_from(row["routes"]) if routes is None else routes,
-            }
-        )
-    except (KeyError, TypeError) as problem:
-        raise ValueError(f"not a segment: {problem}") from None

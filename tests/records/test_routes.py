@@ -1,11 +1,9 @@
-"""Routes: taken apart and joined, compared by content, as JSON, and what is refused."""
-
-import json
+"""Routes: taken apart and joined, compared by content, and what is refused."""
 
 import numpy as np
 import pytest
 
-from megatron_k2.records.routes import NO_ROUTES, Routes, routes_from
+from megatron_k2.records.routes import NO_ROUTES, Routes
 
 EXPERTS = np.random.default_rng(0).integers(0, 384, (5, 3, 2))
 ROUTES = Routes.of(EXPERTS)
@@ -39,33 +37,20 @@ def test_nothing_is_the_same_nothing(none: Routes) -> None:
     assert list(none) == []
 
 
-@pytest.mark.parametrize("routes", [ROUTES, NO_ROUTES])
-def test_json_brings_them_back(routes: Routes) -> None:
-    assert routes_from(json.loads(json.dumps(routes.to_object()))) == routes
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        None,
-        [],
-        ["AAAA", 1],
-        ["AAAAAAA=", 1, 1],  # five bytes
-        ["AAAAAA==", 2, 2],
-        ["AAA", 1, 1],
-        ["", 0, 0, 0],
-        [[[[1]]]],
-    ],
-)
-def test_json_of_another_form_is_refused(row: object) -> None:
-    with pytest.raises(ValueError, match="not routes"):
-        routes_from(row)
-
-
 @pytest.mark.parametrize("experts", [[1, 2], [[[0.5]]], [[[-1]]], [[[40_000]]], [[["a"]]]], ids=str)
 def test_what_is_no_table_of_experts_is_refused(experts: list[object]) -> None:
     with pytest.raises(ValueError, match="expected"):
         Routes.of(experts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("experts", "num_layers", "top_k"), [(b"abcde", 1, 1), (b"abcd", 2, 2), (b"abcd", 0, 0)]
+)
+def test_bytes_that_are_no_whole_tokens_are_refused(
+    experts: bytes, num_layers: int, top_k: int
+) -> None:
+    with pytest.raises(ValueError, match=f"{len(experts)} bytes of routes"):
+        Routes(experts, num_layers, top_k)
 
 
 def test_answers_of_two_models_are_not_joined() -> None:

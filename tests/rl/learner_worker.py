@@ -13,6 +13,7 @@ engine held at each collection (``engine_N.pt``) and what the collector was aske
 import asyncio
 import contextlib
 import json
+import pickle
 import random
 import sys
 from dataclasses import replace
@@ -34,9 +35,7 @@ MODEL = """
 
 
 def recorded(path):
-    from megatron_k2.rl.record import group_from
-
-    return [[group_from(row) for row in groups] for groups in json.loads(Path(path).read_text())]
+    return pickle.loads(Path(path).read_bytes())
 
 
 def local_engine(args):

@@ -40,7 +40,7 @@ def learn(folder, ledger_class=None):
     for iteration in range(state["iteration"], NUM_ITERATIONS):
         m.engine.set(state["weights"], state["version"])
         groups = m.collect(iteration, state["version"]).groups
-        said = json.dumps([group.to_object() for group in groups])
+        said = repr(groups)
         with (folder / TRAINED).open("a") as stream:
             stream.write(f"{iteration} {hashlib.sha256(said.encode()).hexdigest()}\n")
         state["trained"] += [[iteration, group.ordinal] for group in groups]

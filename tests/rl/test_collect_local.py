@@ -4,7 +4,6 @@ Wrong variant: the engine's default mode, whose bits hang on who else is in the 
 """
 
 import asyncio
-import json
 from dataclasses import replace
 
 import pytest
@@ -68,8 +67,8 @@ def collected(models, folder, numbers=range(NUM), **more):
     return found
 
 
-def text(iterations):
-    return json.dumps([[g.to_object() for g in each.groups] for each in iterations])
+def handed_out(iterations):
+    return [each.groups for each in iterations]
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +77,12 @@ def undisturbed(models, tmp_path_factory):
 
 
 def test_groups_are_the_same_bits_whatever_the_concurrency(models, tmp_path, undisturbed):
-    assert text(collected(models, tmp_path, concurrency=1)) == text(undisturbed)
+    assert handed_out(collected(models, tmp_path, concurrency=1)) == handed_out(undisturbed)
 
 
 def test_groups_are_the_same_bits_after_restarts(models, tmp_path, undisturbed):
     found = [collected(models, tmp_path, [number])[0] for number in range(NUM)]
-    assert text(found) == text(undisturbed)
+    assert handed_out(found) == handed_out(undisturbed)
 
 
 def test_the_default_mode_is_found(models, tmp_path):
@@ -91,7 +90,7 @@ def test_the_default_mode_is_found(models, tmp_path):
         collected(models, tmp_path / str(n), [0], concurrency=n, is_batch_invariant=False)
         for n in (1, 8)
     ]
-    assert text(found[0]) != text(found[1])
+    assert handed_out(found[0]) != handed_out(found[1])
 
 
 def answers(iterations):

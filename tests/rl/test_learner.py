@@ -15,6 +15,7 @@ Not exercised: bf16, Transformer Engine, more than four ranks.
 """
 
 import json
+import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -97,7 +98,7 @@ def _case(root: Path, name: str, flags: list[str], kind: str, **more) -> dict:
     save = ["--save", str(_at(root, name))]
     return {
         "flags": [*RUN, *flags, *KINDS[kind], *ptx, *load, *save],
-        "groups": str(root / f"{groups}.json"),
+        "groups": str(root / f"{groups}.pkl"),
         "out": str(_at(root, f"{name} out")),
         "is_taught": kind == "PTX",
         **more,
@@ -105,7 +106,7 @@ def _case(root: Path, name: str, flags: list[str], kind: str, **more) -> dict:
 
 
 def _write(path: Path, iterations) -> None:
-    path.write_text(json.dumps([[g.to_object() for g in groups] for groups in iterations]))
+    path.write_bytes(pickle.dumps(list(iterations)))
 
 
 def _lagging(seed: int, *, has_routes: bool = False):
@@ -132,13 +133,13 @@ def runs(request, tmp_path_factory) -> Path:
     write_set(root / "set")
     for name, has_routes in (("groups", False), ("with_routes", True)):
         _write(
-            root / f"{name}.json", [_lagging(s, has_routes=has_routes) for s in range(ITERATIONS)]
+            root / f"{name}.pkl", [_lagging(s, has_routes=has_routes) for s in range(ITERATIONS)]
         )
-    _write(root / "six.json", [iteration(seed) for seed in range(6)])
+    _write(root / "six.pkl", [iteration(seed) for seed in range(6)])
     live = [[g for g in _lagging(s) if g.is_live] for s in range(ITERATIONS)]
-    _write(root / "live.json", live)
-    _write(root / "dead.json", [_dead(0)])
-    _write(root / "then_dead.json", [_lagging(0), _dead(1)])
+    _write(root / "live.pkl", live)
+    _write(root / "dead.pkl", [_dead(0)])
+    _write(root / "then_dead.pkl", [_lagging(0), _dead(1)])
     run_ranks("tests.rl.learner_worker", 1, _on_one_rank(root), root / "logs1", request.param)
     for world_size, layouts in LAYOUTS.items():
         cases = [_case(root, name, flags, _kind(name)) for name, flags in layouts.items()]
@@ -150,13 +151,13 @@ def runs(request, tmp_path_factory) -> Path:
 
 def _fresh(root: Path, first: int = 0) -> dict:
     """Iterations from ``first`` on, of which no token is of an older version."""
-    path = root / f"fresh_{first}.json"
+    path = root / f"fresh_{first}.pkl"
     _write(path, [iteration(seed) for seed in range(first, 2)])
     return {"groups": str(path)}
 
 
 def _on_one_rank(root: Path) -> list[dict]:
-    dead = {"groups": str(root / "dead.json")}
+    dead = {"groups": str(root / "dead.pkl")}
     cases = [
         _case(root, "start", ["--iterations", "1"], "") | dead,
         _case(root, "start_MTP", ["--iterations", "1"], "MTP") | dead,
@@ -166,7 +167,7 @@ def _on_one_rank(root: Path) -> list[dict]:
     cases.append(_case(root, "alone", alone, "", wrong="one answer a pack"))
     cases.append(_case(root, "own prompts, replay", alone, "replay"))
     cases.append(_case(root, "forgotten", [], "", wrong="answers forget their prompt"))
-    dead = {"groups": str(root / "then_dead.json")}
+    dead = {"groups": str(root / "then_dead.pkl")}
     cases.append(_case(root, "then dead", EACH, "PTX") | dead)
     cases.append(_case(root, "dead groups count", EACH, "PTX", wrong="dead groups count") | dead)
     reset = [*ZERO, "--reset-optimizer", *EACH]
@@ -174,7 +175,7 @@ def _on_one_rank(root: Path) -> list[dict]:
     again = _case(root, "not reset", [*ZERO, "--iterations", "1"], "", **_fresh(root, 1))
     again["flags"] += ["--load", str(root / "reset"), "--ckpt-step", "2"]
     cases.append(again)
-    cases.append(_case(root, "live", ["--mini-batches", "1"], "", groups=str(root / "live.json")))
+    cases.append(_case(root, "live", ["--mini-batches", "1"], "", groups=str(root / "live.pkl")))
     cases.append(_case(root, "all", ["--mini-batches", "1"], ""))
     cases.append(_case(root, "heads move the trunk", [], "MTP", wrong="heads move the trunk"))
     cases.append(_case(root, "masks ignore versions", [], "", wrong="masks ignore versions"))
@@ -187,7 +188,7 @@ def _further(root: Path) -> dict[int, list[dict]]:
     exits = {**stopped, "flags": [*stopped["flags"], "--exit-interval", "1"]}
     samples = {"samples": True}
     five = [*PP2, *"--iterations 6 --mini-batches 1 --save-interval 1".split()]
-    six = {"groups": str(root / "six.json")}
+    six = {"groups": str(root / "six.pkl")}
     one = "--iterations 1 --prompts-per-iteration 2 --mini-batches 1 --seq-length 64".split()
     return {
         2: [

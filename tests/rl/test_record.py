@@ -1,13 +1,12 @@
-"""Groups as JSON and back, and what is refused."""
+"""Segments, trajectories and groups: what is read off them, and what is refused."""
 
-import json
 import math
 
 import pytest
 
 from megatron_k2.records.rollouts import End
 from megatron_k2.records.routes import Routes
-from megatron_k2.rl.record import Group, Segment, Trajectory, group_from
+from megatron_k2.rl.record import Group, Segment, Trajectory
 
 READ = Segment((5, 6, 7), routes=Routes.of([[[0, 1]], [[2, 3]], [[1, 0]]]))
 WROTE = Segment((8, 9), (-0.5, -1.25), 3, 0.8, Routes.of([[[3, 1]]]))
@@ -15,11 +14,6 @@ WROTE = Segment((8, 9), (-0.5, -1.25), 3, 0.8, Routes.of([[[3, 1]]]))
 
 def _trajectory(reward: float | None = 1.0) -> Trajectory:
     return Trajectory((READ, WROTE), reward, {"verdict": 1.0}, End.OVER)
-
-
-def test_a_group_comes_back_from_its_json_as_it_was() -> None:
-    group = Group(7, "sort", "abc", (_trajectory(), _trajectory(None)))
-    assert group_from(json.loads(json.dumps(group.to_object()))) == group
 
 
 def test_answers_without_a_reward_are_missing_from_their_group() -> None:
@@ -54,11 +48,3 @@ def test_a_segment_whose_numbers_do_not_fit_is_refused(changed: dict[str, object
 def test_a_trajectory_begins_with_what_was_read() -> None:
     with pytest.raises(ValueError, match="begins with the prompt"):
         Trajectory((WROTE,), 1.0, {}, End.OVER)
-
-
-@pytest.mark.parametrize("name", ["segments", "reward", "end"])
-def test_json_without_a_field_is_refused(name: str) -> None:
-    row = Group(7, "sort", "abc", (_trajectory(),)).to_object()
-    del row["trajectories"][0][name]
-    with pytest.raises(ValueError, match=name):
-        group_from(row)

@@ -27,9 +27,9 @@ from tests.rl.collecting import PLAN, DrawingEngine, Talk, Talking, made, tasks,
 NUM = 8
 
 
-def text(iterations):
-    """All that was handed out, to be compared byte by byte."""
-    return json.dumps([[g.to_object() for g in each.groups] for each in iterations])
+def handed_out(iterations):
+    """All that was handed out."""
+    return [each.groups for each in iterations]
 
 
 def collected(folder, number=NUM, **more):
@@ -47,7 +47,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("concurrency", [1, 8, 64])
 def test_which_groups_come_out_hangs_on_no_speed(tmp_path, undisturbed, concurrency):
     plan, engine = replace(PLAN, concurrency=concurrency), DrawingEngine(jitter=0.0005)
-    assert text(collected(tmp_path, plan=plan, engine=engine)) == text(undisturbed)
+    assert handed_out(collected(tmp_path, plan=plan, engine=engine)) == handed_out(undisturbed)
 
 
 class WallClock(Clock):
@@ -62,8 +62,9 @@ class WallClock(Clock):
 
 def test_a_cut_by_the_clock_on_the_wall_is_found(tmp_path, undisturbed, monkeypatch):
     monkeypatch.setattr("megatron_k2.rl.rollouts.Clock", WallClock)
-    found = [text(collected(tmp_path / str(n), plan=replace(PLAN, concurrency=n))) for n in (1, 8)]
-    assert found[0] != found[1]
+    plans = [replace(PLAN, concurrency=concurrency) for concurrency in (1, 8)]
+    one, eight = (collected(tmp_path / str(p.concurrency), plan=p) for p in plans)
+    assert handed_out(one) != handed_out(eight)
 
 
 def test_other_slots_seeds_and_weights_give_others(tmp_path, undisturbed):
@@ -72,7 +73,7 @@ def test_other_slots_seeds_and_weights_give_others(tmp_path, undisturbed):
         "seed": {"seed": 6},
         "weights": {"engine": DrawingEngine("other")},
     }.items():
-        assert text(collected(tmp_path / name, **changed)) != text(undisturbed)
+        assert handed_out(collected(tmp_path / name, **changed)) != handed_out(undisturbed)
 
 
 def ordinals(iterations):
@@ -110,7 +111,7 @@ def test_openrlhf_1322_vime_324_unfinished_segments_survive(tmp_path, undisturbe
         m = made(tmp_path)
         found += [m.collect(i) for i in range(begin, end)]
         m.close()
-    assert text(found) == text(undisturbed)
+    assert handed_out(found) == handed_out(undisturbed)
 
 
 class WithoutSegments(Ledger):
@@ -119,7 +120,7 @@ class WithoutSegments(Ledger):
 
 
 def test_a_ledger_that_forgets_what_was_cut_off_is_found(tmp_path, undisturbed):
-    assert text(collected(tmp_path, ledger_class=WithoutSegments)) != text(undisturbed)
+    assert handed_out(collected(tmp_path, ledger_class=WithoutSegments)) != handed_out(undisturbed)
 
 
 class FromTheNewest(Ledger):
@@ -154,7 +155,7 @@ def test_a_learner_that_is_behind_gets_the_same_groups_again(tmp_path, undisturb
     collected(tmp_path)
     m = made(tmp_path)
     again = [m.collect(i) for i in range(2, NUM)]
-    assert text(again) == text(undisturbed[2:])
+    assert handed_out(again) == handed_out(undisturbed[2:])
     assert all(each.is_replayed for each in again)
     assert not m.engine.requests
     assert not m.collect(NUM).is_replayed
@@ -191,7 +192,7 @@ def test_verl_7155_an_environment_that_never_returns_is_a_recorded_failure_in_ti
     m.close()
     other = Talking(lambda: Talk())
     again = made(tmp_path, plan=plan, sets=hanging(1, 2), domain=other)
-    assert text([again.collect(0)]) == text([found])
+    assert handed_out([again.collect(0)]) == handed_out([found])
     assert other.num_environments == 0  # not decided again
 
 
@@ -270,7 +271,7 @@ def test_an_engine_that_dies_takes_nothing_that_was_finished(tmp_path, undisturb
         m.collect(0)
     engine.num_left, engine.requests = 10**9, []  # mended
     found = [m.collect(i) for i in range(NUM)]
-    assert text(found) == text(undisturbed)
+    assert handed_out(found) == handed_out(undisturbed)
     assert finished.isdisjoint(each.id.rpartition("/")[0] for each in engine.requests)
 
 
