@@ -90,7 +90,7 @@ def main(out: Path) -> None:
     rows = [
         {
             "name": name, "tasks": name, "max_tokens": 96, "held_out": NUM_HELD_OUT,
-            "temperature": "linear:1.0:0.8:30",
+            "temperature": "linear:1.0:0.8:26",
         }
         for name in sets
     ]  # fmt: skip

@@ -20,15 +20,15 @@ k2 data chat --input "$out/tasks/noisy.jsonl" --output "$out/set" --tokenizer "$
 
 step "2/4  Warm-up: fine-tune on them, $ranks ranks over gloo"
 k2 sft --preset k2-tiny --load "$start" --data "$out/set" --save "$out/warm" --nproc "$ranks" \
-    --seq-length 1024 --max-position-embeddings 1024 --global-batch-size 4 --epochs 3 \
+    --seq-length 1024 --max-position-embeddings 1024 --global-batch-size 4 --epochs 2 \
     --lr 1.5e-3 --min-lr 1.5e-4 --on-spike off --seed 1
 
 step "3/4  RL: 32 prompts x 8 answers an iteration, temperature 1.0 to 0.8, MuonClip with QK-Clip"
 k2 rl --preset k2-tiny --load "$out/warm" --tasks "$out/tasks/task_sets.json" \
     --chat-tokenizer "$tokenizer" --save "$out/run" --nproc "$ranks" --seq-length 512 \
-    --max-position-embeddings 1024 --iterations "${ITERATIONS:-41}" --prompts-per-iteration 32 \
+    --max-position-embeddings 1024 --iterations "${ITERATIONS:-27}" --prompts-per-iteration 32 \
     --group-size 8 --engine-processes "$ranks" --lr "${LR:-4e-4}" --min-lr "${LR:-4e-4}" \
-    --eval-every 20 --eval-samples 4 --save-interval 10 --seed "$seed" ${FLAGS:-}
+    --eval-every 26 --eval-samples 4 --save-interval 10 --seed "$seed" ${FLAGS:-}
 
 step "4/4  Samples before and after, and the bar this demo must meet"
 .venv/bin/python examples/demo_rl/check.py "$out/run"
