@@ -23,6 +23,8 @@ from megatron_k2.records.read import tools_from
 NUM_TASKS, NUM_HELD_OUT, NUM_SORTED, NUM_CALLS = 320, 64, 2400, 200
 NOISE = 0.3
 """Of demonstrations of sorting, the share that is wrong."""
+WEIGHTS = {"calls": 1, "sorting": 2}
+"""Of an iteration's prompts: sorting has more to learn, and its answers are shorter."""
 
 
 def question(numbers: list[int]) -> str:
@@ -90,7 +92,7 @@ def main(out: Path) -> None:
     rows = [
         {
             "name": name, "tasks": name, "max_tokens": 96, "held_out": NUM_HELD_OUT,
-            "temperature": "linear:1.0:0.8:26",
+            "temperature": "linear:1.0:0.8:26", "weight": WEIGHTS[name],
         }
         for name in sets
     ]  # fmt: skip
