@@ -67,6 +67,7 @@ class Alarm:
     """A metric beyond its rail."""
 
     iteration: int
+    """From 0 on; a run's lines and pages count from 1."""
     rail: Rail
     metric: str
     value: float
@@ -76,7 +77,7 @@ class Alarm:
     def __str__(self) -> str:
         side = "under" if self.rail.kind in ("below", "fall") else "over"
         return (
-            f"iteration {self.iteration}: {self.metric} is {self.value:.4g}, {side} "
+            f"iteration {self.iteration + 1}: {self.metric} is {self.value:.4g}, {side} "
             f"{self.limit:.4g} (--rail {self.rail.name}): {self.rail.says}"
         )
 

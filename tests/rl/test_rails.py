@@ -28,7 +28,7 @@ def test_a_reward_that_falls_stops():
     assert not any(found[:8])
     (alarm,) = found[-1]
     assert alarm.rail.action == "stop"
-    assert "rl/verdict/sums is 0.2, under 0.27" in str(alarm)
+    assert "iteration 12: rl/verdict/sums is 0.2, under 0.27" in str(alarm)
     # The wrong variant, against the iteration before alone, sees no step of it.
     steps = [b - a for a, b in itertools.pairwise(rewards)]
     assert min(steps) > -0.25
