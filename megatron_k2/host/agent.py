@@ -1,8 +1,9 @@
-"""torchrun, of which an input that a rank refuses is one sentence: ``python -m`` in its place.
+"""torchrun, of which a rank that ends on purpose is no crash: ``python -m`` in its place.
 
-torchrun reports every rank that failed in a box, behind a traceback of its own, and ends with 1.
+torchrun reports every rank that failed in a box, behind a traceback of its own, and ends with 1. Of
 an input that a rank refused (``torchrun.refuse``) its sentence is all there is to say, and the exit
-code is 2, as from one rank. Any other failure is torchrun's to report.
+code is 2, as from one rank; of a run that stops itself (``torchrun.end``) nothing is left to say,
+and the code is its own. Any other failure is torchrun's to report.
 """
 
 import logging
@@ -11,7 +12,7 @@ import sys
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from megatron_k2.host.torchrun import REFUSED
+from megatron_k2.host.torchrun import ENDED, REFUSED
 
 
 def sentence_of(failure: ProcessFailure) -> str | None:
@@ -21,15 +22,15 @@ def sentence_of(failure: ProcessFailure) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def refusal(failures: dict[int, ProcessFailure]) -> str | None:
-    """The sentence to end with, ``None`` where a rank failed otherwise.
+def ended(failures: dict[int, ProcessFailure]) -> int | None:
+    """The code to end with, ``None`` where a rank failed otherwise.
 
     Args:
         failures: of every rank that failed, those included that torchrun ended because of it.
     """
-    sentences = [found for one in failures.values() if (found := sentence_of(one)) is not None]
-    others = [one for one in failures.values() if sentence_of(one) is None and one.exitcode > 0]
-    return sentences[0] if sentences and not others else None
+    every = [one.error_file_data for one in failures.values() if one.exitcode > 0]
+    codes = {data.get(ENDED) if isinstance(data, dict) else None for data in every}
+    return codes.pop() if len(codes) == 1 else None
 
 
 def main(argv: list[str]) -> int:
@@ -41,12 +42,13 @@ def main(argv: list[str]) -> int:
     try:
         run.main(argv)
     except ChildFailedError as error:
-        said = refusal(error.failures)
-        if said is None:
+        code = ended(error.failures)
+        if code is None:
             raise
-        if 0 not in error.failures or sentence_of(error.failures[0]) is None:
-            print(said, file=sys.stderr)  # else rank 0 has said it
-        return 2
+        said = {rank: found for rank, one in error.failures.items() if (found := sentence_of(one))}
+        if said and 0 not in said:
+            print(next(iter(said.values())), file=sys.stderr)
+        return code
     return 0
 
 

@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from megatron_k2.errors import UserError
 
-REFUSED = "refused"
-"""Key of a rank's error file: the sentence with which it refused an input."""
+ENDED, REFUSED = "ended", "refused"
+"""Keys of a rank's error file: the code with which it ended on purpose, having said why; the
+sentence with which it refused an input."""
 _RENDEZVOUS = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -54,7 +55,7 @@ def launch(module: str, argv: list[str], num_processes: int) -> int:
     (``RANK`` is set), this process is one of the ranks.
 
     Returns:
-        The exit code: 0, 2 for a wrong input, anything else for a failure.
+        The exit code: 0, 2 for a wrong input, what ranks ``end`` with, anything else for a failure.
     """
     if num_processes < 1:
         raise UserError(f"--nproc {num_processes}: at least 1 rank is needed")
@@ -80,9 +81,27 @@ def refuse(program: str, error: UserError, stream: TextIO | None = None) -> int:
         The exit code.
     """
     sentence = f"{program}: {error}"
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        seen = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
-        Path(path).write_text(json.dumps({"message": seen, REFUSED: sentence}))
+    _leave(sentence, {ENDED: 2, REFUSED: sentence})
     if os.environ.get("RANK", "0") == "0":
         print(sentence, file=stream or sys.stderr, flush=True)
     return 2
+
+
+def end(code: int) -> NoReturn:
+    """End this rank, which has said why: torchrun has nothing to report.
+
+    Args:
+        code: the whole command's exit code.
+
+    Raises:
+        SystemExit: with it.
+    """
+    _leave(f"ended with {code}", {ENDED: code})
+    raise SystemExit(code)
+
+
+def _leave(message: str, more: dict[str, int | str]) -> None:
+    """In the file that torchrun reads of a rank that failed."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        seen = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": seen, **more}))

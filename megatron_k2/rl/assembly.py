@@ -10,6 +10,7 @@ import torch
 
 from megatron_k2.checkpoint.hf.config import preset_from_args
 from megatron_k2.errors import UserError
+from megatron_k2.host.torchrun import end
 from megatron_k2.presets import ModelPreset, get_preset
 from megatron_k2.rl.learner import Learner
 from megatron_k2.rl.loop import Iteration, Side, rested, run
@@ -49,7 +50,7 @@ def learn(config: Any, make_side: MakeSide, hooks: TrainingHooks) -> None:
         print(error, file=sys.stderr, flush=True)  # the rank's log
         if args.rank in (0, args.world_size - 1):
             print(f"rl: rank {args.rank} ends, {error}", file=hooks.terminal, flush=True)
-        raise SystemExit(EXIT_CODE) from None
+        end(EXIT_CODE)
 
 
 async def _run(

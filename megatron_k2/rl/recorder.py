@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_k2.chat.control import ChatTokenizer
 from megatron_k2.data.tokenizer import load_tokenizer
+from megatron_k2.host.torchrun import end
 from megatron_k2.rl.history import History, Row
 from megatron_k2.rl.learnt import metrics
 from megatron_k2.rl.loop import Iteration
@@ -121,7 +122,7 @@ class Recorder:
                 self._report()
             self._say("nothing was saved since the last checkpoint (--on-alarm stop)")
             dist.barrier()
-            raise SystemExit(EXIT_CODE)
+            end(EXIT_CODE)
 
     def _say(self, text: str) -> None:
         if self._is_last:

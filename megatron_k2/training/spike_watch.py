@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_k2.host.torchrun import end
 from megatron_k2.run.iterations import whole_iterations
 from megatron_k2.run.metrics import METRICS_FILE, StepRecord, read_records
 from megatron_k2.run.rollback import (
@@ -99,7 +100,7 @@ def meet_spike(args: Namespace, spike: Spike, say: Callable[[str], None]) -> Non
         f"it with --iterations-to-skip {spike.iteration}, or --on-spike warn"
     )
     dist.barrier()
-    raise SystemExit(EXIT_CODE)
+    end(EXIT_CODE)
 
 
 def _go_back(args: Namespace, spike: Spike) -> Rollback | None:

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_k2.cli.main import main
 from megatron_k2.errors import UserError
-from megatron_k2.host.torchrun import REFUSED, is_rank, launch
+from megatron_k2.host.torchrun import ENDED, is_rank, launch
 from tests.support.paths import REPOSITORY
 
 WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -67,6 +67,14 @@ def test_an_input_that_a_rank_refuses_is_one_sentence_and_code_2(environment, ca
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("rank", ["1", "all"])
+def test_a_rank_that_ends_on_purpose_has_said_why_and_the_code_is_its_own(environment, capfd, rank):
+    environment({"PYTHONPATH": str(REPOSITORY)})
+    assert launch("tests.host.refusing_rank", ["ends", rank], 2) == 7
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.dist
 def test_a_rank_that_crashes_is_reported_by_torchrun(environment, capfd):
     environment({"PYTHONPATH": str(REPOSITORY)})
     assert launch("tests.host.refusing_rank", ["crashes", "1"], 2) == 1
@@ -74,18 +82,26 @@ def test_a_rank_that_crashes_is_reported_by_torchrun(environment, capfd):
 
 
 @pytest.mark.parametrize(
-    ("codes", "said"), [({0: -15, 1: 2}, "no"), ({0: 2, 1: 2}, "no"), ({0: 1, 1: 2}, None)]
+    ("codes", "code"),
+    [
+        ({0: -15, 1: 2}, 2),
+        ({0: 2, 1: 2}, 2),
+        ({0: 3, 1: 3}, 3),
+        ({0: 1, 1: 2}, None),  # 1 is a crash's
+        ({0: -15, 1: 1}, None),
+        ({0: 2, 1: 3}, None),
+    ],
 )
-def test_a_crash_beside_a_refusal_is_a_crash(tmp_path, codes, said):
+def test_a_crash_beside_a_purpose_is_a_crash(tmp_path, codes, code):
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-    from megatron_k2.host.agent import refusal
+    from megatron_k2.host.agent import ended
 
     failures = {}
-    for rank, code in codes.items():
+    for rank, own in codes.items():
         path = tmp_path / f"{rank}.json"
-        if code == 2:
+        if own > 1:
             seen = {"message": "no", "extraInfo": {"timestamp": "1"}}
-            path.write_text(json.dumps({"message": seen, REFUSED: "no"}))
-        failures[rank] = ProcessFailure(rank, 1000 + rank, code, str(path))
-    assert refusal(failures) == said
+            path.write_text(json.dumps({"message": seen, ENDED: own}))
+        failures[rank] = ProcessFailure(rank, 1000 + rank, own, str(path))
+    assert ended(failures) == code
