@@ -11,6 +11,7 @@ runs resume. Prints a row a run, then the differences of each pair.
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -31,6 +32,8 @@ ARMS = {
 }
 """The PTX weight (ours; the report's is not stated), and the temperature over the iterations."""
 LENGTH, NUM_PACKS = 1024, 40
+DOMAINS = f"{Path(__file__).parent}:{Path(__file__).parents[1] / 'demo_sft'}"
+"""Where the task sets' domains are found."""
 OFF = tuple(arm for arm in ARMS if arm != "both")
 
 
@@ -61,8 +64,13 @@ def run(arm: str, seed: int, options: argparse.Namespace) -> Path:
     if program is None:
         sys.exit("megatron-k2 is not installed beside this Python; run make venv")
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "log.txt").open("a") as log:
-        subprocess.run([program, "rl", *flags], check=True, stdout=log, stderr=log)
+    path, environment = options.out / "log.txt", os.environ | {"PYTHONPATH": DOMAINS}
+    with path.open("a") as log:
+        done = subprocess.run(
+            [program, "rl", *flags], env=environment, check=False, stdout=log, stderr=log
+        )
+    if done.returncode:
+        sys.exit(f"{save} ended with {done.returncode}: the end of {path} says why")
     return save
 
 
