@@ -89,6 +89,7 @@ class PoolEngine:
         Raises:
             UserError: see ``opened.core_of``; or a process does not start.
         """
+        _require_slots(num_processes, num_slots)
         is_read = version != NO_WEIGHTS
         model = model_for(folder, max_length, is_read=is_read)
         share = worker.Share(
@@ -123,10 +124,7 @@ class PoolEngine:
         Raises:
             UserError: no room for it, or a process does not start.
         """
-        if not 1 <= num_processes <= share.num_slots:
-            raise UserError(
-                f"{num_processes} processes for {share.num_slots} slots: 1 to {share.num_slots}"
-            )
+        _require_slots(num_processes, share.num_slots)
         share = replace(share, num_slots=-(-share.num_slots // num_processes))
         files = Path(tempfile.mkdtemp(prefix="megatron-k2-weights-"))
         try:
@@ -318,3 +316,8 @@ class PoolEngine:
             if not future.done():
                 future.set_result(None)
         member.calls.clear()
+
+
+def _require_slots(num_processes: int, num_slots: int) -> None:
+    if not 1 <= num_processes <= num_slots:
+        raise UserError(f"{num_processes} processes for {num_slots} slots: 1 to {num_slots}")
