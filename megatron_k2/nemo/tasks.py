@@ -116,8 +116,8 @@ def check_nodes(recipe: Recipe, flags: list[str]) -> None:
     """
     program = [sys.executable, "-m", "megatron_k2.launch.node_check"]
     port = int(os.environ["MASTER_PORT"])
-    if "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
-        port += 1
+    if port and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+        port += 1  # 0, of a process by itself, is any
     done = subprocess.run(
         [*program, *check_arguments(recipe), *flags],
         env=os.environ | {"MASTER_PORT": str(port)},

@@ -7,7 +7,6 @@ There is no loop here: flags are expanded, checked, parsed by Megatron, and hand
 
 import argparse
 import os
-import socket
 import sys
 import time
 import traceback
@@ -77,16 +76,16 @@ PRETRAIN = Program("pretrain", expand, check_run, _pretraining_providers, lambda
 
 
 def single_process_environment() -> None:
-    """What torchrun would have set, for one process started by hand."""
+    """What torchrun would have set, for one process started by hand.
+
+    Nobody else has to find its store: port 0 is one that the system chooses as it is bound. One
+    that was free a moment ago may be another process's by then.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    if "RANK" not in os.environ:
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+        )
 
 
 def run(argv: list[str], program: Program = PRETRAIN) -> None:
