@@ -11,6 +11,7 @@ tokenizer="${TOKENIZER:-runs/demo/data/tokenizer}"
 out="${1:-runs/demo-rl}"
 seed="${SEED:-1}"
 ranks="${RANKS:-2}"
+iterations="${ITERATIONS:-27}"
 step() { printf '\n\033[1m== %s\033[0m\n' "$1"; }
 
 step "1/4  Tasks: tool calls that are really executed, digits to be put in order; a third of the demonstrations wrong"
@@ -26,9 +27,9 @@ k2 sft --preset k2-tiny --load "$start" --data "$out/set" --save "$out/warm" --n
 step "3/4  RL: 32 prompts x 8 answers an iteration, temperature 1.0 to 0.8, MuonClip with QK-Clip"
 k2 rl --preset k2-tiny --load "$out/warm" --tasks "$out/tasks/task_sets.json" \
     --chat-tokenizer "$tokenizer" --save "$out/run" --nproc "$ranks" --seq-length 512 \
-    --max-position-embeddings 1024 --iterations "${ITERATIONS:-27}" --prompts-per-iteration 32 \
+    --max-position-embeddings 1024 --iterations "$iterations" --prompts-per-iteration 32 \
     --group-size 8 --engine-processes "$ranks" --lr "${LR:-4e-4}" --min-lr "${LR:-4e-4}" \
-    --eval-every 26 --eval-samples 4 --save-interval 10 --seed "$seed" ${FLAGS:-}
+    --eval-every $((iterations - 1)) --eval-samples 4 --save-interval 10 --seed "$seed" ${FLAGS:-}
 
 step "4/4  Samples before and after, and the bar this demo must meet"
 .venv/bin/python examples/demo_rl/check.py "$out/run"

@@ -19,7 +19,7 @@ print(dist.get_world_size())
 
 
 def test_its_store_is_at_a_port_that_the_system_chooses_as_it_is_bound():
-    """One chosen before, and taken meanwhile, ended a run in twenty that were killed and begun."""
+    """One chosen before, and taken meanwhile, ended a run, once in twenty kills and restarts."""
     alone = {name: value for name, value in os.environ.items() if name != "RANK"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM],
